@@ -1,0 +1,43 @@
+# make train            makes .venv, installs, stitches the launcher, trains
+# make train PY=python3 uses the Python you name, and installs nothing
+PYTHON ?= python3
+PY ?= .venv/bin/python
+ARGS ?=
+ifeq ($(PY),.venv/bin/python)
+ENV := .venv/.installed
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lab launcher notebooks bench tensorboard
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@echo "  ARGS='...' passes flags on; PY=python3 uses an environment of yours and installs nothing"
+
+.venv/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; name a newer one: make train PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	@touch $@
+
+train: launcher ## train the seed's model with torchrun (ARGS="--steps 500")
+	@$(PY) tools/launch.py $(ARGS)
+
+launcher: $(ENV) ## stitch notebooks/ into ep_launcher/launcher.py, if it is stale
+	@$(PY) tools/extract.py
+
+test: $(ENV) ## run every check: tests, lint, every notebook
+	$(PY) tests/run_all.py $(ARGS)
+
+notebooks: launcher ## execute every notebook headless, into build/notebooks/
+	@$(PY) tools/notebooks.py $(ARGS)
+
+bench: launcher ## measure, into results/ (ARGS="--help" lists what)
+	@$(PY) tools/bench.py $(ARGS)
+
+lab: launcher ## open the book in JupyterLab, on this machine only, with its token
+	$(PY) -m jupyterlab --ip=127.0.0.1 --notebook-dir=. $(ARGS)
+
+tensorboard: $(ENV) ## look at the runs in TensorBoard, on this machine only
+	$(PY) -m tensorboard.main --logdir ep_launcher/runs --host 127.0.0.1 $(ARGS)
