@@ -16,7 +16,7 @@ Shape letters: T tokens, D hidden, F feed-forward, E experts, L local experts, K
 # Notebooks: notebooks/01_parallelism.ipynb, notebooks/02_all_to_all.ipynb, notebooks/03_experts.ipynb, notebooks/04_training.ipynb
 # Tags: theory, all_to_all, experts, training
 # Of the notebook, id, tag and source of every cell below:
-SOURCES_SHA256 = "17b82eeee40b9c36dcb6c28639842c44f830f62afe60ed445f6dae864d4fdbea"
+SOURCES_SHA256 = "52bcbd6b4dc909bcca900706a6437b823a29c10f1c2ade7461ae8f51d0dead08"
 
 
 # ============================================================================================================
@@ -54,7 +54,11 @@ from tqdm import tqdm
 
 # %% notebooks/01_parallelism.ipynb #registry
 REGISTRIES: dict[str, dict[str, Any]] = {
-    "router": {}, "dispatcher": {}, "experts": {}, "balance": {}, "activation": {},
+    "router": {},
+    "dispatcher": {},
+    "experts": {},
+    "balance": {},
+    "activation": {},
 }
 OPTION_GROUPS: list[type] = []
 G = TypeVar("G")
@@ -205,7 +209,9 @@ class Communicator:
             dist.all_gather(list(out.unbind(0)), x.contiguous(), group=self.group)
         return out
 
-    def all_to_all(self, x: Tensor, input_splits: list[int], output_splits: list[int], purpose: str) -> Tensor:
+    def all_to_all(
+        self, x: Tensor, input_splits: list[int], output_splits: list[int], purpose: str
+    ) -> Tensor:
         """Sends the j-th piece of x [n, ...] to rank j; receives [sum(output_splits), ...], sorted by source.
 
         input_splits[j]: rows for rank j; output_splits[i]: rows from rank i; W ints each. No gradient.
@@ -456,10 +462,9 @@ class Router(nn.Module):
         seeded_uniform_(self.gate.bias, config.hidden_dim, seed, "gate.bias")
 
     def forward(self, x: Tensor) -> Routing:
-        """x [T, D] -> Routing, with probabilities in float32 or wider."""
-        logits = self.gate(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        probs = logits.softmax(dim=-1)
+        """x [T, D] -> Routing. The gate computes in float32 or wider, whatever the parameters' dtype."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        probs = F.linear(x.to(wide), self.gate.weight.to(wide), self.gate.bias.to(wide)).softmax(dim=-1)
         topk_weights, topk_ids = probs.topk(self.top_k, dim=-1)
         return Routing(topk_ids, topk_weights, probs)
 
@@ -580,10 +585,10 @@ class SwitchAuxLoss(nn.Module):
         if num_experts == 1:
             return probs.new_zeros(())
         counts = count_choices(routing.topk_ids, num_experts)
-        totals = self.comm.all_reduce(torch.cat([counts, counts.new_full((1,), num_tokens)]))
+        totals = self.comm.all_reduce(torch.cat([counts, counts.new_full((1,), num_tokens)])).to(probs.dtype)
         global_tokens = totals[-1].clamp(min=1)
         load = totals[:-1] / (global_tokens * top_k)
-        return num_experts * (load.to(probs.dtype) * probs.sum(0)).sum() / global_tokens
+        return num_experts * (load * probs.sum(0)).sum() / global_tokens
 
 
 # %% notebooks/03_experts.ipynb #ep-moe
@@ -763,7 +768,12 @@ class TokenStream:
     """Endless batches x ~ N(0, 1) with their targets x teacher^T: the global batch, drawn alike on every rank."""
 
     def __init__(
-        self, config: MoEConfig, seed: int, num_tokens: int, comm: Communicator, device: torch.device | str = "cpu"
+        self,
+        config: MoEConfig,
+        seed: int,
+        num_tokens: int,
+        comm: Communicator,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.teacher = make_teacher(config, seed).to(device)
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -808,8 +818,10 @@ def choose_device(wanted: str) -> torch.device:
     _, _, local_rank, local_world_size = world_from_env()
     num_gpus = torch.cuda.device_count()
     if wanted == "cuda" and num_gpus < local_world_size:
-        raise ValueError(f"{local_world_size} ranks on this host want a GPU each, and it has {num_gpus}; "
-                         "start fewer, or take --device cpu")
+        raise ValueError(
+            f"{local_world_size} ranks on this host want a GPU each, and it has {num_gpus}; "
+            "start fewer, or take --device cpu"
+        )
     if wanted == "cpu" or num_gpus < local_world_size:
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
@@ -865,10 +877,14 @@ class Heartbeat:
             return "not every rank has started"
         furthest = max(positions, key=lambda position: position[1])
         behind = [rank for rank, position in enumerate(positions) if position[1] < furthest[1]]
-        return "; ".join(
-            f"rank {rank} stayed behind at step {positions[rank][0]}, after {positions[rank][1]} collectives "
-            f"(the others: step {furthest[0]}, {furthest[1]})" for rank in behind
-        ) or f"all ranks are at step {furthest[0]}, after {furthest[1]} collectives"
+        return (
+            "; ".join(
+                f"rank {rank} stayed behind at step {positions[rank][0]}, after {positions[rank][1]} collectives "
+                f"(the others: step {furthest[0]}, {furthest[1]})"
+                for rank in behind
+            )
+            or f"all ranks are at step {furthest[0]}, after {furthest[1]} collectives"
+        )
 
     def first_to_report(self) -> bool:
         """True on the first rank that asks: the one that prints what went wrong."""
@@ -896,7 +912,7 @@ class StepTimer:
         if self.on_gpu:
             torch.cuda.synchronize()
         pairs = list(zip(self.marks, self.marks[1:]))
-        pairs = pairs[int(len(pairs) * skip_fraction):]
+        pairs = pairs[int(len(pairs) * skip_fraction) :]
         if not pairs:
             return 0.0
         return statistics.median(a.elapsed_time(b) if self.on_gpu else (b - a) * 1e3 for a, b in pairs)
@@ -1025,7 +1041,9 @@ def check_finite(losses: Tensor, step: int, comm: Communicator) -> None:
     """NonFiniteLoss where the global losses [2] are not finite. They are sums over ranks, so all ranks agree."""
     if not losses.isfinite().all():
         task, aux = losses.tolist()
-        raise NonFiniteLoss(f"step {step}: task loss {task}, aux loss {aux}; lower --lr or look at the inputs")
+        raise NonFiniteLoss(
+            f"step {step}: task loss {task}, aux loss {aux}; lower --lr or look at the inputs"
+        )
 
 
 # %% notebooks/04_training.ipynb #train
@@ -1107,7 +1125,9 @@ class Record:
         now = time.perf_counter()
         seconds, self.interval_start = now - self.interval_start, now
         log = self.run.log
-        log.write(f"[step {step:05d}] task={task:.6f} aux={aux:.6f} total={total:.6f} interval_s={seconds:.2f}")
+        log.write(
+            f"[step {step:05d}] task={task:.6f} aux={aux:.6f} total={total:.6f} interval_s={seconds:.2f}"
+        )
         log.scalars(step, loss__task=task, loss__aux=aux, loss__total=total, time__interval_s=seconds)
         self.history.end_interval(self.comm)
         self.history.show(log, step)
@@ -1166,8 +1186,11 @@ def make_parser() -> FlagParser:
             if choices and f.default == "auto":
                 choices = ["auto", *choices]
             kind = next((t for t in (int, float) if f.type in (t, t | None)), str)
-            settings = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
-                "type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
+            settings = (
+                {"action": argparse.BooleanOptionalAction}
+                if f.type is bool
+                else {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
+            )
             text = (texts.get(f.name, "") + default).replace("%", "%%")
             flags.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **settings)
     return parser
@@ -1236,12 +1259,16 @@ def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> None:
     for extra in flags.pop("extras"):
         flags |= extra
     flags |= {"log_dir": relative_to_root(log_dir), "summary": relative_to_root(options.summary)}
-    summary = {"world_size": run.comm.size, "steps": options.steps} | measured | {
-        "config": flags,
-        "device": device_model(run.device),
-        "torch": torch.__version__,
-        "launcher_sha256": hashlib.sha256((LAUNCHER_DIR / "launcher.py").read_bytes()).hexdigest(),
-    }
+    summary = (
+        {"world_size": run.comm.size, "steps": options.steps}
+        | measured
+        | {
+            "config": flags,
+            "device": device_model(run.device),
+            "torch": torch.__version__,
+            "launcher_sha256": hashlib.sha256((LAUNCHER_DIR / "launcher.py").read_bytes()).hexdigest(),
+        }
+    )
     aside = Path(options.summary + ".part")
     aside.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     aside.replace(options.summary)
