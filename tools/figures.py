@@ -1,0 +1,63 @@
+"""One look for every figure of the book: the same colours for ranks and tokens, text that stays readable.
+
+Ranks differ in lightness too, so figures survive printing in grey. A token wears its home rank's colour,
+a shade per token, wherever it travels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+IMAGES = Path(__file__).resolve().parents[1] / "images"
+# Lightness falls and rises again between neighbours: dark blue, orange, green, light blue, red, yellow, ...
+RANK_COLORS = ("#0b4f8a", "#f2a33a", "#2a7f62", "#9fd0ee", "#b5372a", "#f4e04d", "#6d3f8c", "#c9c9c9")
+INK, FAINT = "#1d1d1f", "#b8bcc2"
+
+
+def use_style() -> None:
+    """Sets matplotlib's defaults for the book: large text, no frame, identical bytes for identical figures."""
+    plt.rcParams.update({
+        "font.size": 13, "axes.titlesize": 14, "axes.labelsize": 13, "legend.fontsize": 12,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK, "text.color": INK,
+        "figure.dpi": 100, "savefig.bbox": "tight", "svg.hashsalt": "ep", "svg.fonttype": "path",
+        "axes.prop_cycle": matplotlib.cycler(color=RANK_COLORS), "legend.frameon": False,
+    })  # fmt: skip
+
+
+def rank_color(rank: int) -> str:
+    """The colour of a rank, the same in every chapter; repeats after 8."""
+    return RANK_COLORS[rank % len(RANK_COLORS)]
+
+
+def token_color(rank: int, token: int, num_tokens: int = 4) -> tuple[float, float, float]:
+    """The colour of a token: its home rank's, lighter from token to token. RGB in 0 to 1."""
+    share = 0.55 * (token % num_tokens) / max(1, num_tokens - 1)
+    red, green, blue = (channel + (1 - channel) * share for channel in to_rgb(rank_color(rank)))
+    return red, green, blue
+
+
+def draw_box(
+    ax: Axes, x: float, y: float, color: str | Sequence[float], text: str = "", *, width: float = 0.9,
+    height: float = 0.8, edge: str = INK, hatch: str | None = None, fontsize: float = 12,
+) -> None:  # fmt: skip
+    """A box with its lower left corner at (x, y); its text black or white, whichever reads better on color."""
+    ax.add_patch(FancyBboxPatch(
+        (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08", facecolor=color, edgecolor=edge,
+        linewidth=1, hatch=hatch,
+    ))  # fmt: skip
+    red, green, blue = to_rgb(color)
+    is_dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=fontsize,
+            color="white" if is_dark else INK)  # fmt: skip
+
+
+def save_figure(fig: Figure, name: str) -> None:
+    """Writes the figure to images/NAME (SVG): the same figure gives the same bytes, without a date."""
+    IMAGES.mkdir(exist_ok=True)
+    fig.savefig(IMAGES / name, metadata={"Date": None, "Creator": None})
