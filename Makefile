@@ -28,7 +28,7 @@ launcher: $(ENV) ## stitch notebooks/ into ep_launcher/launcher.py, if it is sta
 	@$(PY) tools/extract.py
 
 test: $(ENV) ## run every check: tests, lint, every notebook
-	$(PY) tests/run_all.py $(ARGS)
+	$(PY) -m pytest $(ARGS)
 
 notebooks: launcher ## execute every notebook headless, into build/notebooks/
 	@$(PY) tools/notebooks.py $(ARGS)

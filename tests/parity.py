@@ -119,8 +119,11 @@ def run_case(case: dict, config: MoEConfig, comm: Communicator, device: torch.de
 
     num_local = config.num_experts // comm.size
     own = slice(comm.rank * num_local, (comm.rank + 1) * num_local)
-    errors = {"y": relative_error(y.detach(), y_ref[mine]), "aux": relative_error(aux_total, aux_ref),
-              "x.grad": relative_error(x.grad, x_ref.grad[mine])}
+    errors = {
+        "y": relative_error(y.detach(), y_ref[mine]),
+        "aux": relative_error(aux_total, aux_ref),
+        "x.grad": relative_error(x.grad, x_ref.grad[mine]),
+    }
     for name, parameter in layer.named_parameters():
         reference = parameters[name].grad
         reference = torch.zeros_like(parameters[name]) if reference is None else reference
@@ -164,24 +167,39 @@ def main() -> int:
                 dist.all_gather_object(gathered, facts[0])
                 facts = gathered
             errors = {q: max(f["errors"].get(q, 0.0) for f in facts) for q in facts[0]["errors"]}
-            results.append({
-                "case": name, "dtype": dtype, "dispatcher": dispatcher, "experts": experts,
-                "world_size": world_size, "device": device.type, "errors": errors, "limit": LIMITS[dtype],
-                "bytes": facts[0]["bytes"], "rows_received": [f["rows_received"] for f in facts],
-                "experts_without_rows": case["experts_without_rows"],
-            })
-    worst = {d: max((max(r["errors"].values()) for r in results if r["dtype"] == d), default=0.0)
-             for d in args.dtypes}
+            results.append(
+                {
+                    "case": name,
+                    "dtype": dtype,
+                    "dispatcher": dispatcher,
+                    "experts": experts,
+                    "world_size": world_size,
+                    "device": device.type,
+                    "errors": errors,
+                    "limit": LIMITS[dtype],
+                    "bytes": facts[0]["bytes"],
+                    "rows_received": [f["rows_received"] for f in facts],
+                    "experts_without_rows": case["experts_without_rows"],
+                }
+            )
+    worst = {
+        d: max((max(r["errors"].values()) for r in results if r["dtype"] == d), default=0.0)
+        for d in args.dtypes
+    }
     failed = [r for r in results if not max(r["errors"].values()) <= r["limit"]]
     if world_from_env()[0] == 0:
         if args.output:
             Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
         for r in failed:
             quantity = max(r["errors"], key=r["errors"].get)
-            print(f"over the limit: {r['case']} {r['dtype']} {r['dispatcher']} {r['experts']}: "
-                  f"{quantity} {r['errors'][quantity]:.2e} > {r['limit']:g}")
-        print(f"parity at world size {world_size} on {device.type}: {len(results) - len(failed)} of "
-              f"{len(results)} within limits; worst " + ", ".join(f"{d} {e:.1e}" for d, e in worst.items()))
+            print(
+                f"over the limit: {r['case']} {r['dtype']} {r['dispatcher']} {r['experts']}: "
+                f"{quantity} {r['errors'][quantity]:.2e} > {r['limit']:g}"
+            )
+        print(
+            f"parity at world size {world_size} on {device.type}: {len(results) - len(failed)} of "
+            f"{len(results)} within limits; worst " + ", ".join(f"{d} {e:.1e}" for d, e in worst.items())
+        )
     if dist.is_initialized():
         dist.destroy_process_group()
     return 1 if failed else 0

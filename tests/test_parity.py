@@ -1,0 +1,80 @@
+"""Every dispatcher and experts kind against the dense reference (tests/parity.py), on 1, 2, 4 and 8 ranks."""
+
+import json
+
+import pytest
+from conftest import ROOT, torchrun
+from parity import LIMITS, cases
+
+from ep_launcher.launcher import REGISTRIES
+
+WORLD_SIZES = {1: [], 2: [], 4: [], 8: ["even"]}
+
+
+@pytest.fixture(scope="module", params=list(WORLD_SIZES), ids=lambda size: f"{size}ranks")
+def results(request, build) -> list[dict]:
+    """What the suite measured at one world size."""
+    output = build / f"parity-{request.param}.json"
+    output.unlink(missing_ok=True)
+    only = ["--cases", *WORLD_SIZES[request.param]] if WORLD_SIZES[request.param] else []
+    done = torchrun(request.param, "tests/parity.py", "--output", str(output), *only, timeout=300)
+    assert output.exists(), done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(output.read_text())
+
+
+def test_everything_ran(results):
+    world_size = results[0]["world_size"]
+    names = WORLD_SIZES[world_size] or list(cases(world_size))
+    ran = {(r["dispatcher"], r["experts"], r["dtype"], r["case"]) for r in results}
+    assert ran == {
+        (d, e, t, c) for d in REGISTRIES["dispatcher"] for e in REGISTRIES["experts"] for t in LIMITS for c in names
+    }  # fmt: skip
+
+
+def test_outputs_and_every_gradient(results):
+    over = [
+        f"{r['case']} {r['dtype']} {r['dispatcher']} {r['experts']}: {quantity} {error:.1e}"
+        for r in results for quantity, error in r["errors"].items() if not error <= LIMITS[r["dtype"]]
+    ]  # fmt: skip
+    assert not over, "\n".join(over)
+    quantities = set(results[0]["errors"])
+    assert {
+        "y",
+        "aux",
+        "x.grad",
+        "router.gate.weight.grad",
+        "experts.w1.grad",
+        "experts.b2.grad",
+    } <= quantities
+
+
+def test_bytes_are_what_topk_ids_predict(results):
+    for r in results:
+        predicted, counted = r["bytes"]
+        assert counted == predicted, r
+        if r["world_size"] > 1 and r["case"] != "no_tokens_at_all":
+            assert counted > 0, r
+        if r["world_size"] == 1:
+            assert counted == 0, r
+
+
+def test_the_cases_are_what_they_say(results):
+    for r in results:
+        if r["case"] == "all_to_one_expert":
+            assert r["rows_received"][0] > 0 and sum(r["rows_received"][1:]) == 0
+        if r["experts_without_rows"]:
+            assert r["rows_received"][-1] == 0
+
+
+def test_parity_refuses_a_wrong_gradient(build):
+    """The suite can fail: a launcher whose gather forgets to add the other ranks' gradients is caught."""
+    broken = build / "broken"
+    (broken / "ep_launcher").mkdir(parents=True, exist_ok=True)
+    (broken / "tests").mkdir(exist_ok=True)
+    source = (ROOT / "ep_launcher/launcher.py").read_text()
+    right, wrong = "blocks.view(grad.shape).sum(0)", "blocks.view(grad.shape)[0]"
+    assert right in source
+    (broken / "ep_launcher/launcher.py").write_text(source.replace(right, wrong))
+    (broken / "tests/parity.py").write_text((ROOT / "tests/parity.py").read_text())
+    done = torchrun(2, str(broken / "tests/parity.py"), "--dtypes", "float64", "--cases", "even")
+    assert done.returncode != 0 and "over the limit: even float64" in done.stdout
