@@ -1,0 +1,67 @@
+"""The book itself: lint, format, fresh outputs, and every notebook executed headless by papermill."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CHAPTERS = ["01_parallelism", "02_all_to_all", "03_experts", "04_training", "05_launch"]
+
+
+def run(*command: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["lint", "format"])
+def test_ruff(command):
+    done = run(sys.executable, "-m", "ruff", *command, ".")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_launcher_is_what_the_notebooks_say():
+    done = run(sys.executable, "tools/extract.py", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_chapter_is_there():
+    assert {p.stem for p in NOTEBOOKS} >= set(CHAPTERS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_outputs_are_of_one_clean_run(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert set(notebook["metadata"]) <= {"kernelspec", "language_info"}
+    counts = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        counts.append(cell["execution_count"])
+        assert set(cell["metadata"]) <= {"tags"}, cell["id"]
+        errors = [output for output in cell["outputs"] if output["output_type"] == "error"]
+        assert not errors or "raises-exception" in cell["metadata"]["tags"], cell["id"]
+        text = json.dumps(cell["outputs"])
+        assert str(ROOT) not in text and "Warning" not in text, cell["id"]
+    assert counts == list(range(1, len(counts) + 1)), "not one run from top to bottom"
+
+
+def test_figures_that_the_texts_show_exist():
+    for page in [*ROOT.glob("*.md")]:
+        for part in page.read_text(encoding="utf-8").split("](")[1:]:
+            target = part.split(")")[0].split("#")[0]
+            if target and not target.startswith("http"):
+                assert (ROOT / target).exists(), f"{page.name} points at {target}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_executes(path, build):
+    """Each once, from the root or from notebooks/ in turn, into build/."""
+    folder = "notebooks" if NOTEBOOKS.index(path) % 2 else "root"
+    before = run("git", "status", "--porcelain", "notebooks", "images").stdout
+    done = run(sys.executable, "tools/notebooks.py", "--cwd", folder, str(path), timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert run("git", "status", "--porcelain", "notebooks", "images").stdout == before
