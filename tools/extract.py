@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import ast
 import builtins
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -212,6 +213,14 @@ def _why(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
+def _brief(value: object, length: int = 40) -> str:
+    """The start of a value's repr, for a refusal."""
+    try:
+        return repr(value)[:length]
+    except (RecursionError, ValueError):
+        return type(value).__name__
+
+
 def _string(value: object) -> str:
     return value if isinstance(value, str) else ""
 
@@ -280,9 +289,9 @@ def read_notebook(path: Path, name: str) -> Notebook:
     if version != 4 or isinstance(version, bool):
         if "worksheets" in data or (isinstance(version, int) and 0 < version < 4):
             upgrade = "upgrade it: jupyter nbconvert --to notebook --nbformat 4"
-            raise refuse(f"is an old notebook (nbformat {version!r:.20}, worksheets); {upgrade}")
+            raise refuse(f"is an old notebook (nbformat {_brief(version)}, worksheets); {upgrade}")
         raise refuse(
-            f"is not a notebook of format 4 (nbformat is {version!r:.20}); save it from a current Jupyter"
+            f"is not a notebook of format 4 (nbformat is {_brief(version)}); save it from a current Jupyter"
         )
     cells = data.get("cells")
     if not isinstance(cells, list):
@@ -307,7 +316,8 @@ def _display_names(paths: Sequence[Path], root: Path) -> list[str]:
     Where two files share a name, as many parent folders stand before it as tell them apart.
     """
     names: list[str] = []
-    resolved = [path.resolve() for path in paths]
+    # The folder without links, but the notebook's own name even where it is a link.
+    resolved = [Path(os.path.realpath(path.parent)) / path.name for path in paths]
     for path in resolved:
         if path.is_relative_to(root):
             names.append(path.relative_to(root).as_posix())
@@ -470,20 +480,36 @@ def _bindings(tree: ast.Module) -> list[Binding]:
         is_guarded_import = isinstance(statement, (ast.Try, ast.If)) and any(
             isinstance(child, (ast.Import, ast.ImportFrom)) for child in statement.body
         )
-        visit(statement, top, ast.dump(statement) if is_guarded_import else "")
+        visit(statement, top, _fingerprint(statement) if is_guarded_import else "")
     return found
 
 
 def _dotted(node: ast.AST) -> str:
-    """`a.b.c` for a chain of names (a decorator's or call's function included), else ""."""
-    if isinstance(node, ast.Call):
-        return _dotted(node.func)
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        head = _dotted(node.value) if isinstance(node.value, (ast.Name, ast.Attribute)) else ""
-        return f"{head}.{node.attr}" if head else ""
-    return ""
+    """`a.b.c` for a chain of names (of a decorator or call: its function), else ""."""
+    node = node.func if isinstance(node, ast.Call) else node
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
+
+
+def _fingerprint(node: ast.AST) -> str:
+    """Equal for equal trees, wherever they stand. Like ast.dump, without its recursion and its limit on numbers."""
+    rows = []
+    for part in ast.walk(node):
+        row: list[object] = [type(part).__name__]
+        for name, value in ast.iter_fields(part):
+            if isinstance(value, list):
+                # Lists hold nodes or, in `global` and `match`, names; `walk` brings the nodes in order.
+                row.append([item if isinstance(item, str) else item is None for item in value])
+            elif isinstance(value, int) and not isinstance(value, bool):
+                row.append(hex(value))
+            else:
+                row.append("node" if isinstance(value, ast.AST) else value)
+            row.append(name)
+        rows.append(row)
+    return repr(rows)
 
 
 def _launcher_imports(tree: ast.AST) -> list[ast.ImportFrom]:
@@ -492,6 +518,10 @@ def _launcher_imports(tree: ast.AST) -> list[ast.ImportFrom]:
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module == LAUNCHER_MODULE
     ]
+
+
+def _is_renamed(alias: ast.alias) -> bool:
+    return alias.asname not in (None, alias.name)
 
 
 def _imports_package(tree: ast.AST) -> list[ast.stmt]:
@@ -566,7 +596,7 @@ def _rendered_source(cell: Cell, tree: ast.Module, left_out: set[str] | None, ho
     lines = [line.encode() for line in cell.text.split("\n")]
     changes: list[tuple[ast.stmt, bytes]] = []
     for node in _launcher_imports(tree):
-        kept = [a for a in node.names if a.asname or (left_out is not None and a.name not in left_out)]
+        kept = [a for a in node.names if _is_renamed(a) or (left_out is not None and a.name not in left_out)]
         if len(kept) < len(node.names):
             statement = ast.ImportFrom(module=LAUNCHER_MODULE, names=kept, level=0)
             changes.append((node, ast.unparse(statement).encode() if kept else b""))
@@ -655,7 +685,8 @@ def _body(rows: Iterable[tuple[Cell, str, str]]) -> str:
 
 
 def _has_main_guard(tree: ast.Module) -> bool:
-    return any(isinstance(node, ast.If) and "__main__" in ast.dump(node.test) for node in tree.body)
+    tests = [node.test for node in tree.body if isinstance(node, ast.If)]
+    return any(getattr(part, "value", None) == "__main__" for test in tests for part in ast.walk(test))
 
 
 def _assemble(exported: Sequence[Exported], is_launcher: bool) -> str:
@@ -673,7 +704,7 @@ def _assemble(exported: Sequence[Exported], is_launcher: bool) -> str:
     keeps = any(
         not isinstance(node, ast.ImportFrom)
         or node.module != LAUNCHER_MODULE
-        or any(alias.asname or alias.name not in defined for alias in node.names)
+        or any(_is_renamed(alias) or alias.name not in defined for alias in node.names)
         for e in exported
         for node in _imports_package(e.tree)
     )
@@ -741,7 +772,7 @@ def stitch_any(notebooks: Sequence[Notebook], tags: Sequence[str]) -> tuple[str,
     for notebook in notebooks:
         for cell in notebook.cells:
             if isinstance(cell.raw_tags, str) and set(re.split(r"[,;\s]+", cell.raw_tags)) & set(tags):
-                problems.add(cell, 1, f"its tags are a string ({cell.raw_tags!r:.40}); make them a list")
+                problems.add(cell, 1, f"its tags are a string ({_brief(cell.raw_tags)}); make them a list")
     languages = {notebook.name: notebook.language for notebook in notebooks}
     exported = _parse_chosen(_select(notebooks, tags), languages, problems)
     _refuse_reserved(exported, problems)
@@ -793,12 +824,14 @@ def _check_structure(notebooks: Sequence[Notebook], problems: Problems) -> None:
     owners: dict[str, str] = {}
     for notebook in notebooks:
         if type(notebook.minor) is not int or notebook.minor != 5:
-            what = f"is of nbformat 4.{notebook.minor!r:.20}; save it as 4.5"
+            what = f"is of nbformat 4.{_brief(notebook.minor)}; save it as 4.5"
             problems.lines.append(f"{notebook.name}: {what}")
         previous = None
         for cell in notebook.cells:
             if cell.kind not in ("code", "markdown", "raw"):
-                problems.add(cell, 1, f"is of unknown cell type {cell.kind!r:.40}; make it code or markdown")
+                problems.add(
+                    cell, 1, f"is of unknown cell type {_brief(cell.kind)}; make it code or markdown"
+                )
             if cell.source is None:
                 problems.add(cell, 1, "has no source text; save the notebook again from Jupyter")
             _check_id(cell, owners, problems)
@@ -813,7 +846,7 @@ def _check_id(cell: Cell, owners: dict[str, str], problems: Problems) -> None:
     if cell.id is None:
         problems.add(cell, 1, "has no id; give it one like `dispatch-all-gather`")
     elif not (isinstance(cell.id, str) and SLUG.fullmatch(cell.id) and len(cell.id) <= 64):
-        what = f"its id {cell.id!r:.70} is no slug of a-z, 0-9 and -, at most 64 long; choose another"
+        what = f"its id {_brief(cell.id, 70)} is no slug of a-z, 0-9 and -, at most 64 long; choose another"
         problems.add(cell, 1, what)
     elif GENERATED_ID.fullmatch(cell.id):
         problems.add(cell, 1, "its id was generated; choose one that says what the cell is about")
@@ -979,7 +1012,10 @@ def _global_reads(source: str) -> Iterator[tuple[str, int]]:
         table = tables.pop()
         tables.extend(table.get_children())
         for symbol in table.get_symbols():
-            if symbol.is_referenced() and (symbol.is_global() or table.get_type() == "module"):
+            if symbol.is_referenced() and (
+                symbol.is_global()
+                or (table.get_type() == "module" and not symbol.is_assigned() and not symbol.is_imported())
+            ):
                 yield symbol.get_name(), table.get_lineno()
 
 
@@ -1076,7 +1112,7 @@ def _check_launcher_imports(
                 elif order[owners[alias.name]] > order[cell.notebook]:
                     what = f"imports `{alias.name}`, which only a later chapter defines"
                     what += f" ({owners[alias.name]}); move the import, or the definition"
-                elif key in in_book and alias.asname not in (None, alias.name):
+                elif key in in_book and _is_renamed(alias):
                     what = f"imports `{alias.name}` under another name; import it under its own"
                 if what:
                     problems.add(cell, node.lineno, what)
@@ -1228,7 +1264,7 @@ def _definitions(tree: ast.Module) -> Iterator[tuple[str, str | None]]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
     }
     for b in _bindings(tree):
-        yield b.name, ast.dump(nodes[b.name, b.line]) if b.kind == "def" else None
+        yield b.name, _fingerprint(nodes[b.name, b.line]) if b.kind == "def" else None
 
 
 def check_kernel_definitions(namespace: dict, root: str | os.PathLike[str] | None = None) -> None:
@@ -1357,7 +1393,7 @@ def _choose_output(arguments: argparse.Namespace, root: Path) -> tuple[Path, str
     inputs = [Path(p) for p in arguments.notebooks] or book_notebooks(root)
     if any(path == Path(os.path.realpath(p)) or _same_file(path, p) for p in inputs):
         raise Refused([f"{shown}: is one of the notebooks read; write to another file"])
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise Refused([f"{shown}: is no regular file, so it cannot be written; name a file"])
     return path, shown
 
@@ -1387,7 +1423,8 @@ def _write(path: Path, shown: str, data: bytes) -> None:
         ) from None
     finally:
         if temporary is not None:
-            os.unlink(temporary)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
 
 
 def _say(stream: io.TextIOBase, text: str) -> None:
