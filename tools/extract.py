@@ -287,7 +287,7 @@ def read_notebook(path: Path, name: str) -> Notebook:
         raise refuse("is JSON but not a notebook (no object at the top); check the path")
     version = data.get("nbformat")
     if version != 4 or isinstance(version, bool):
-        if "worksheets" in data or (isinstance(version, int) and 0 < version < 4):
+        if "worksheets" in data or version in (1, 2, 3) and version is not True:
             upgrade = "upgrade it: jupyter nbconvert --to notebook --nbformat 4"
             raise refuse(f"is an old notebook (nbformat {_brief(version)}, worksheets); {upgrade}")
         raise refuse(
@@ -1134,36 +1134,34 @@ def _check_seed(notebooks: Sequence[Notebook], book: Sequence[Exported], problem
 def stitch_book(notebooks: Sequence[Notebook], tags: Sequence[str]) -> tuple[str, list[Exported]]:
     """Stitch this repo's notebooks, with every cell rule checked. Raises Refused with all that breaks one.
 
-    Checked for every cell: format, id, tags, prose before code, imports from the launcher. For every cell that
-    is exported, or asked for by `tags`: it is Python and only imports, constants and definitions; its names are
-    defined, once, and in time. Exported cells keep to 40 lines of code.
+    Checked for every cell: format, id, tags, prose before code, imports from the launcher; for exported cells,
+    whatever the tags asked for: they are Python, and define a name once. For every cell that carries one of
+    `tags`: it holds imports, constants and definitions only, its names are defined, and in time; exported ones
+    keep to 40 lines of code.
     """
     problems = Problems()
     _check_structure(notebooks, problems)
     is_launcher = set(tags) == set(EXPORTED_TAGS)
     languages = {notebook.name: notebook.language for notebook in notebooks}
-    parse_problems = Problems()
-    book = _parse_chosen(_select(notebooks, EXPORTED_TAGS), languages, parse_problems, OLDEST_PYTHON)
-    wanted = _parse_chosen(_select(notebooks, tags), languages, parse_problems, OLDEST_PYTHON)
-    problems.lines += parse_problems.lines
-    by_place = {(e.cell.notebook, e.cell.position): e for e in (*book, *wanted)}
-    try:
-        classes = {
-            node.name for e in (*book, *wanted) for node in e.tree.body if isinstance(node, ast.ClassDef)
-        }
-        for e in by_place.values():
+    unread = Problems()
+    book = _parse_chosen(_select(notebooks, EXPORTED_TAGS), languages, unread, OLDEST_PYTHON)
+    wanted = _parse_chosen(_select(notebooks, tags), languages, unread, OLDEST_PYTHON)
+    classes = {node.name for e in (*book, *wanted) for node in e.tree.body if isinstance(node, ast.ClassDef)}
+    for e in wanted:
+        try:
             _check_exported(e, classes, problems)
-        _refuse_reserved(list(by_place.values()), problems)
-        _check_duplicates(book, problems)
-        _check_seed(notebooks, book, problems)
-        if not is_launcher:
-            _check_duplicates(wanted, problems)
-        if not parse_problems.lines:
-            # With a cell missing, its names would seem to be undefined.
-            _check_launcher_imports(notebooks, book, wanted, problems)
-            _check_names(wanted, problems)
-    except RecursionError:
-        problems.lines.append("notebooks: a cell is nested too deeply; simplify it")
+        except RecursionError:
+            unread.add(e.cell, 1, "is nested too deeply to be checked; simplify it")
+    problems.lines += unread.lines
+    _refuse_reserved(wanted, problems)
+    _check_duplicates(book, problems)
+    _check_seed(notebooks, book, problems)
+    if not is_launcher:
+        _check_duplicates(wanted, problems)
+    if not unread.lines:
+        # With a cell missing, its names would seem to be undefined.
+        _check_launcher_imports(notebooks, book, wanted, problems)
+        _check_names(wanted, problems)
     problems.raise_if_any()
     if not wanted:
         raise Refused([f"{_listing(notebooks)}: no code cell is tagged {' or '.join(tags)}; tag one"])
@@ -1275,8 +1273,8 @@ def check_kernel_definitions(namespace: dict, root: str | os.PathLike[str] | Non
     an import from the launcher ends its claim. Spaces and comments do not matter, docstrings do. Raises
     RuntimeError, one line, with the names that differ.
 
-    Limits: a cell that failed halfway counts as executed; constants are not compared, nor is what came in by
-    `%run`, `exec` or assignment to an attribute. Cost: parses launcher.py and the history once.
+    Limits: a cell that failed halfway counts as executed; constants are not compared, nor is what came in by a
+    cell magic, `%run`, `exec` or assignment to an attribute. Cost: parses launcher.py and the history once.
     """
     history = namespace.get("In")
     path = (Path(root).resolve() if root else ROOT) / LAUNCHER
@@ -1293,7 +1291,9 @@ def check_kernel_definitions(namespace: dict, root: str | os.PathLike[str] | Non
     in_file = {name: content for name, content in _definitions(stitched) if content}
     in_kernel: dict[str, str | None] = {}
     for source in history:
-        tree = _parse_leniently(source) if isinstance(source, str) else None
+        # A cell magic may run its body in this kernel, or, as `%%ranks` does, anywhere else.
+        is_plain = isinstance(source, str) and not source.lstrip().startswith("%%")
+        tree = _parse_leniently(source) if is_plain else None
         in_kernel |= dict(_definitions(tree)) if tree else {}
     names = [
         name
@@ -1443,8 +1443,8 @@ def _diff(old: bytes | None, new: str, shown: str) -> str:
 
 def _run(arguments: argparse.Namespace, root: Path) -> int:
     tags = list(dict.fromkeys(arguments.tags or EXPORTED_TAGS))
-    path, shown = _choose_output(arguments, root)
     notebooks = _choose_notebooks(arguments, root)
+    path, shown = _choose_output(arguments, root)
     text, exported = (stitch_any if arguments.notebooks else stitch_book)(notebooks, tags)
     if arguments.tags:
         for tag in tags:
