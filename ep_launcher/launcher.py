@@ -21,7 +21,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/04_training.ipynb
 # the cells tagged theory, all_to_all, experts, training.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "c2a3c491ab6961f3cd3763a690b7ef497c16a91a35305dfd2eb4f5189a5f0232"
+SOURCES_SHA256 = "e77f8a81b2f3f876a38a51b6a9ef72cb789d73a57f0afb322f79eb662748e6cb"
 
 
 # ==========================================================================================================
@@ -255,6 +255,7 @@ def tp_bytes(num_tokens: int, hidden_dim: int, tp_size: int, itemsize: int = 2) 
     return 2 * itemsize * num_tokens * hidden_dim * (tp_size - 1) / tp_size
 
 
+# %% notebooks/01_parallelism.ipynb #distinct-ranks
 def expected_distinct_ranks(num_experts: int, top_k: int, ep_size: int) -> float:
     """How many different ranks own a token's top_k experts, on average, if every choice is equally likely."""
     elsewhere = math.comb(num_experts - num_experts // ep_size, top_k)
