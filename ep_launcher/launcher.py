@@ -21,7 +21,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/04_training.ipynb
 # the cells tagged theory, all_to_all, experts, training.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "e77f8a81b2f3f876a38a51b6a9ef72cb789d73a57f0afb322f79eb662748e6cb"
+SOURCES_SHA256 = "39f6efc494c9a18fbef4656e2727eacf320724825ad672f64b91709e3591a9a9"
 
 
 # ==========================================================================================================
@@ -924,7 +924,7 @@ class StepTimer:
         """The median interval, the first tenth left out; 0 where there is none. Waits for the device."""
         if self.on_gpu:
             torch.cuda.synchronize()
-        pairs = list(zip(self.marks, self.marks[1:]))
+        pairs = list(zip(self.marks[:-1], self.marks[1:], strict=True))
         pairs = pairs[int(len(pairs) * skip_fraction) :]
         if not pairs:
             return 0.0

@@ -406,7 +406,9 @@ def test_interrupting_ranks_ends_them(shell, tmp_path):
 def test_no_rank_outlives_a_killed_kernel(killed, tmp_path):
     started = tmp_path / "started"
     body = f"Path({str(started)!r}).touch()\nimport time; time.sleep(60)"
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools.ranks import run_cell_on_ranks as run; "
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools.ranks import run_cell_on_ranks as run; "
+    )
     kernel = subprocess.Popen([sys.executable, "-c", script + f"run({body!r}, 2)"])
     wait_until(started.exists)
     workers = psutil.Process(kernel.pid).children()
