@@ -21,7 +21,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/04_training.ipynb
 # the cells tagged theory, all_to_all, experts, training.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "39f6efc494c9a18fbef4656e2727eacf320724825ad672f64b91709e3591a9a9"
+SOURCES_SHA256 = "8474d865346ef1770615a64c2d5d62e222a950ed011df3ace8842baaaf24d077"
 
 
 # ==========================================================================================================
@@ -33,6 +33,7 @@ SOURCES_SHA256 = "39f6efc494c9a18fbef4656e2727eacf320724825ad672f64b91709e3591a9
 import argparse
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import math
@@ -64,6 +65,7 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "experts": {},
     "balance": {},
     "activation": {},
+    "step": {},
 }
 OPTION_GROUPS: list[type] = []
 G = TypeVar("G")
@@ -453,6 +455,32 @@ def seeded_uniform_(parameter: Tensor, fan_in: int, *seeds: int) -> None:
 
 
 # %% notebooks/03_experts.ipynb #router
+class GateLogits(torch.autograd.Function):
+    """x [T, D], weight [E, D] -> x weight^T [T, E] in float32 or wider, whatever their dtype.
+
+    On a GPU a bfloat16 product adds up in float32 anyway, and this keeps it so; elsewhere both are widened.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if x.is_cuda and x.dtype != wide:
+            return torch.mm(x, weight.t(), out_dtype=wide)
+        return x.to(wide) @ weight.to(wide).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        if not x.is_cuda:
+            x, weight = x.to(grad.dtype), weight.to(grad.dtype)
+        grad = grad.to(x.dtype)
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        return None if grad_x is None else grad_x.to(ctx.saved_tensors[0].dtype), (grad.t() @ x).to(
+            ctx.saved_tensors[1].dtype
+        )
+
+
 @register("router", "softmax")
 class Router(nn.Module):
     """Scores every expert for every token and picks the top_k best: softmax of one linear layer, the gate.
@@ -469,8 +497,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """x [T, D] -> Routing. The gate computes in float32 or wider, whatever the parameters' dtype."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        probs = F.linear(x.to(wide), self.gate.weight.to(wide), self.gate.bias.to(wide)).softmax(dim=-1)
+        logits = GateLogits.apply(x, self.gate.weight) + self.gate.bias
+        probs = logits.softmax(dim=-1)
         topk_weights, topk_ids = probs.topk(self.top_k, dim=-1)
         return Routing(topk_ids, topk_weights, probs)
 
@@ -664,9 +692,16 @@ def pick(kind: str, config: MoEConfig, device: torch.device | str) -> Any:
     best = max(registered, key=lambda other: registered[other].preference(device, dtype))
     if name != "auto" and registered[name].preference(device, dtype) > 0:
         return registered[name]
-    if name != "auto" and os.environ.get("RANK", "0") == "0":
-        print(f"{kind} {name} cannot run in {config.dtype} on {device.type}: taking {best}", file=sys.stderr)
+    if name != "auto":
+        say_once(f"{kind} {name} cannot run in {config.dtype} on {device.type}: taking {best}")
     return registered[best]
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """The line on stderr, the first time only, and on rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 # %% notebooks/03_experts.ipynb #all-reduce-gradients
@@ -690,7 +725,11 @@ def all_reduce_gradients(parameters: list[nn.Parameter], comm: Communicator, *ex
 
 # %% notebooks/03_experts.ipynb #dense-reference
 def dense_moe(
-    x: Tensor, parameters: dict[str, Tensor], top_k: int, topk_ids: Tensor | None = None
+    x: Tensor,
+    parameters: dict[str, Tensor],
+    top_k: int,
+    topk_ids: Tensor | None = None,
+    activation: str = "gelu",
 ) -> tuple[Tensor, Tensor]:
     """The reference: every expert computes every token, and the weights pick. No communication, no sorting.
 
@@ -702,9 +741,11 @@ def dense_moe(
     probs = gate.softmax(dim=-1)
     topk_ids = probs.topk(top_k).indices if topk_ids is None else topk_ids
     chosen = F.one_hot(topk_ids, probs.shape[1]).sum(1).to(probs.dtype)
-    w1, w2 = parameters["experts.w1"], parameters["experts.w2"]
-    hidden = F.gelu(torch.einsum("td,edf->etf", x, w1) + parameters["experts.b1"][:, None])
-    every = torch.einsum("etf,efd->etd", hidden, w2) + parameters["experts.b2"][:, None]
+    w1, b1, w2, b2, w3 = (parameters.get(f"experts.{name}") for name in ("w1", "b1", "w2", "b2", "w3"))
+    first = torch.einsum("td,edf->etf", x, w1) + (0 if b1 is None else b1[:, None])
+    third = None if w3 is None else torch.einsum("td,edf->etf", x, w3)
+    hidden = REGISTRIES["activation"][activation].apply(first, third)
+    every = torch.einsum("etf,efd->etd", hidden, w2) + (0 if b2 is None else b2[:, None])
     y = torch.einsum("te,etd->td", probs * chosen, every)
     num_tokens, num_experts = probs.shape
     load = chosen.sum(0) / max(1, num_tokens * top_k)
@@ -717,46 +758,6 @@ def dense_moe(
 # ==========================================================================================================
 
 
-# %% notebooks/04_training.ipynb #training-options
-@option_group
-@dataclass(frozen=True)
-class TrainingOptions:
-    """A training run. ValueError where a number makes no sense.
-
-    steps: optimiser steps
-    lr: AdamW's learning rate
-    aux_alpha: weight of the aux loss in the total loss
-    log_interval: steps between two log lines
-    seed: of parameters, teacher and tokens
-    tokens: tokens a step over all ranks, shared out as evenly as possible (default: 32 a rank)
-    device: auto (cuda if there are at least as many GPUs as local ranks, else cpu), cpu or cuda
-    log_dir: for TensorBoard and the text log (default: a new folder in ep_launcher/runs; TB_LOGDIR overrides)
-    summary: write the run's summary to this JSON file
-    timeout_s: seconds that a rank waits for another before the run ends with an error
-    """
-
-    steps: int = 2000
-    lr: float = 5e-4
-    aux_alpha: float = 1e-2
-    log_interval: int = 100
-    seed: int = 0
-    tokens: int | None = None
-    device: str = "auto"
-    log_dir: str | None = None
-    summary: str | None = None
-    timeout_s: float = 60
-
-    def __post_init__(self) -> None:
-        for name, least in {"steps": 1, "log_interval": 1, "tokens": 0, "seed": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}, and must be at least {least}")
-        if not (0 < self.lr < math.inf and 0 <= self.aux_alpha < math.inf and 0 < self.timeout_s < math.inf):
-            raise ValueError("lr and timeout_s must be positive and finite, aux_alpha not negative")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device is {self.device!r}; take auto, cpu or cuda")
-
-
 # %% notebooks/04_training.ipynb #teacher-task
 def make_teacher(config: MoEConfig, seed: int) -> Tensor:
     """The fixed linear layer that the model learns to imitate: [D, D], the same on every rank."""
@@ -765,13 +766,17 @@ def make_teacher(config: MoEConfig, seed: int) -> Tensor:
     return weight
 
 
+# %% notebooks/04_training.ipynb #token-stream
 def shard_sizes(num_tokens: int, world_size: int) -> list[int]:
     """How many tokens each rank takes, as torch.tensor_split shares them: the first ranks take one more."""
     return [num_tokens // world_size + (rank < num_tokens % world_size) for rank in range(world_size)]
 
 
 class TokenStream:
-    """Endless batches x ~ N(0, 1) with their targets x teacher^T: the global batch, drawn alike on every rank."""
+    """Endless batches x ~ N(0, 1) with their targets x teacher^T: the global batch, drawn alike on every rank.
+
+    The numbers depend on the seed and the kind of device, not on the number of ranks.
+    """
 
     def __init__(
         self,
@@ -793,6 +798,51 @@ class TokenStream:
         return x, F.linear(x, self.teacher)
 
 
+# %% notebooks/04_training.ipynb #training-options
+@option_group
+@dataclass(frozen=True)
+class TrainingOptions:
+    """A training run. ValueError where a number makes no sense.
+
+    steps: optimiser steps
+    lr: AdamW's learning rate
+    aux_alpha: weight of the aux loss in the total loss
+    log_interval: steps between two log lines
+    seed: of parameters, teacher and tokens
+    tokens: tokens a step over all ranks, shared out as evenly as possible (default: 32 a rank)
+    device: auto (cuda if there are at least as many GPUs as local ranks, else cpu), cpu or cuda
+    log_dir: for TensorBoard and the text log (default: a new folder in ep_launcher/runs; TB_LOGDIR overrides)
+    summary: write the run's summary to this JSON file
+    timeout_s: seconds that a rank waits for another before the run ends with an error
+    step: how a training step runs; auto takes the fastest that can run there
+    """
+
+    steps: int = 2000
+    lr: float = 5e-4
+    aux_alpha: float = 1e-2
+    log_interval: int = 100
+    seed: int = 0
+    tokens: int | None = None
+    device: str = "auto"
+    log_dir: str | None = None
+    summary: str | None = None
+    timeout_s: float = 60
+    step: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in {"steps": 1, "log_interval": 1, "tokens": 0, "seed": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}, and must be at least {least}")
+        for name in ("lr", "timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be positive and finite")
+        if not 0 <= self.aux_alpha < math.inf:
+            raise ValueError(f"aux_alpha is {self.aux_alpha}, and must be finite and not below 0")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}; take auto, cpu or cuda")
+
+
 # %% notebooks/04_training.ipynb #train-step
 def train_step(
     model: EPMoE, x: Tensor, target: Tensor, num_global_tokens: int, options: TrainingOptions
@@ -812,7 +862,7 @@ def train_step(
     return losses
 
 
-# %% notebooks/04_training.ipynb #init-distributed
+# %% notebooks/04_training.ipynb #choose-device
 def world_from_env() -> tuple[int, int, int, int]:
     """(rank, world size, local rank, local world size) as torchrun sets them; (0, 1, 0, 1) without it."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
@@ -833,6 +883,7 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+# %% notebooks/04_training.ipynb #init-distributed
 def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | None:
     """Joins the process group that torchrun announced: NCCL for GPUs, gloo for CPUs.
 
@@ -848,6 +899,20 @@ def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | Non
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return dist.PrefixStore("ep_launcher", store)
+
+
+# %% notebooks/04_training.ipynb #stragglers
+def describe_positions(positions: list[tuple[int, int]]) -> str:
+    """One line on the ranks that entered fewer collectives than the others. positions: (step, collectives) by rank."""
+    furthest = max(positions, key=lambda position: position[1])
+    behind = [rank for rank, position in enumerate(positions) if position[1] < furthest[1]]
+    if not behind:
+        return f"all ranks are at step {furthest[0]}, after {furthest[1]} collectives"
+    return "; ".join(
+        f"rank {rank} stayed behind at step {positions[rank][0]}, after {positions[rank][1]} collectives "
+        f"(the others: step {furthest[0]}, {furthest[1]})"
+        for rank in behind
+    )
 
 
 # %% notebooks/04_training.ipynb #heartbeat
@@ -885,19 +950,9 @@ class Heartbeat:
         """One line on the ranks that entered fewer collectives than the others. Waits 1.2 s for their beats."""
         time.sleep(1.2)
         keys = [f"position/{rank}" for rank in range(self.comm.size)]
-        positions = [tuple(map(int, self.store.get(key).split())) for key in keys if self.store.check([key])]
-        if len(positions) < self.comm.size:
+        if not all(self.store.check([key]) for key in keys):
             return "not every rank has started"
-        furthest = max(positions, key=lambda position: position[1])
-        behind = [rank for rank, position in enumerate(positions) if position[1] < furthest[1]]
-        return (
-            "; ".join(
-                f"rank {rank} stayed behind at step {positions[rank][0]}, after {positions[rank][1]} collectives "
-                f"(the others: step {furthest[0]}, {furthest[1]})"
-                for rank in behind
-            )
-            or f"all ranks are at step {furthest[0]}, after {furthest[1]} collectives"
-        )
+        return describe_positions([tuple(map(int, self.store.get(key).split())) for key in keys])
 
     def first_to_report(self) -> bool:
         """True on the first rank that asks: the one that prints what went wrong."""
@@ -931,7 +986,7 @@ class StepTimer:
         return statistics.median(a.elapsed_time(b) if self.on_gpu else (b - a) * 1e3 for a, b in pairs)
 
 
-# %% notebooks/04_training.ipynb #run-log
+# %% notebooks/04_training.ipynb #log-folder
 LAUNCHER_DIR = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 
 
@@ -940,6 +995,7 @@ def default_log_dir() -> Path:
     return Path(os.environ.get("TB_LOGDIR") or LAUNCHER_DIR / "runs" / time.strftime("%Y%m%d-%H%M%S"))
 
 
+# %% notebooks/04_training.ipynb #run-log
 class RunLog:
     """What rank 0 writes: the log lines (screen and train.log), TensorBoard, the progress bar. Others: nothing.
 
@@ -995,7 +1051,7 @@ class LoadHistory:
         self.interval += torch.cat([counts, topk_ids.numel() - counts.sum(0, keepdim=True)])
 
     def end_interval(self, comm: Communicator) -> None:
-        """Sums the interval over the ranks and begins the next. One all-reduce of E numbers."""
+        """Sums the interval over the ranks and begins the next. One all-reduce of E + 1 numbers."""
         self.rows.append(comm.all_reduce(self.interval.clone()).cpu())
         self.interval.zero_()
 
@@ -1059,7 +1115,7 @@ def check_finite(losses: Tensor, step: int, comm: Communicator) -> None:
         )
 
 
-# %% notebooks/04_training.ipynb #train
+# %% notebooks/04_training.ipynb #run
 @dataclass
 class Run:
     """Everything that one rank needs to train; made by `main`, or by hand in a notebook."""
@@ -1077,25 +1133,13 @@ class Run:
         return 32 * self.comm.size if self.options.tokens is None else self.options.tokens
 
 
-def train(run: Run) -> dict[str, Any]:
-    """Trains the layer on the teacher task -> the measured part of the summary. Collective.
-
-    Every step: draw, forward, backward, one all-reduce, update. NonFiniteLoss where the loss breaks.
-    """
-    options, comm, device = run.options, run.comm, run.device
-    model = EPMoE(run.config, comm, options.seed, device)
-    stream = TokenStream(run.config, options.seed, run.num_global_tokens, comm, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True)
-    record = Record(run, model)
-    for step in range(options.steps):
-        run.heartbeat.step = step
-        record.begin_step(step)
-        x, target = stream.next()
-        optimizer.zero_grad()
-        losses = train_step(model, x, target, run.num_global_tokens, options)
-        record.end_step(step, losses)
-        optimizer.step()
-    return record.summary()
+# %% notebooks/04_training.ipynb #log-losses
+def log_losses(run: Run, step: int, task: float, aux: float, seconds: float) -> None:
+    """One log line, and the same four numbers for TensorBoard. seconds: since the line before."""
+    total = task + run.options.aux_alpha * aux
+    line = f"task={task:.6f} aux={aux:.6f} total={total:.6f} interval_s={seconds:.2f}"
+    run.log.write(f"[step {step:05d}] {line}")
+    run.log.scalars(step, loss__task=task, loss__aux=aux, loss__total=total, time__interval_s=seconds)
 
 
 # %% notebooks/04_training.ipynb #record
@@ -1107,7 +1151,7 @@ class Record:
         self.timer = StepTimer(run.device)
         self.history = LoadHistory(run.config.num_experts, run.device)
         self.tail: list[Tensor] = []  # losses of the last 5% of steps
-        self.logged: list[tuple[float, float]] = []
+        self.logged: list[tuple[float, float]] = []  # (task, aux) at every log interval
         self.interval_start = time.perf_counter()
         self.bytes_before = 0
 
@@ -1126,47 +1170,101 @@ class Record:
             self.tail.append(losses)
         self.history.add(self.model.topk_ids)
         if is_logged:
-            self.log_interval(step, losses)
+            self.end_interval(step, losses)
         if self.run.log.bar:
             self.run.log.bar.update()
 
-    def log_interval(self, step: int, losses: Tensor) -> None:
-        """The log line, TensorBoard's scalars, the load of the interval."""
+    def end_interval(self, step: int, losses: Tensor) -> None:
+        """The log line, TensorBoard's scalars, the load of the interval. One all-reduce."""
         task, aux = losses.tolist()
         self.logged.append((task, aux))
-        total = task + self.run.options.aux_alpha * aux
         now = time.perf_counter()
         seconds, self.interval_start = now - self.interval_start, now
-        log = self.run.log
-        log.write(
-            f"[step {step:05d}] task={task:.6f} aux={aux:.6f} total={total:.6f} interval_s={seconds:.2f}"
-        )
-        log.scalars(step, loss__task=task, loss__aux=aux, loss__total=total, time__interval_s=seconds)
+        log_losses(self.run, step, task, aux, seconds)
         self.history.end_interval(self.comm)
-        self.history.show(log, step)
+        self.history.show(self.run.log, step)
 
-    def summary(self) -> dict[str, Any]:
-        """The measured part of the summary. Collective."""
-        self.timer.mark()
-        sent = self.comm.meter.total("rows") - self.bytes_before
-        metadata = self.comm.meter.total("metadata") // self.run.options.steps
-        self.history.end_interval(self.comm)
-        tail = torch.stack(self.tail)
-        check_finite(tail.sum(0), self.run.options.steps - 1, self.comm)
-        max_load_over_mean, dropped_fraction = self.history.newest()
-        return {
-            "task_loss": [task for task, _ in self.logged],
-            "final_task_loss": float(tail[:, 0].mean()),
-            "aux_loss": float(tail[:, 1].mean()),
-            "ms_per_step": self.timer.median_ms(),
-            "bytes_sent_per_step": {
-                "predicted": predicted_bytes(self.model),
-                "counted": sum_over_ranks(sent, self.comm, self.run.device),
-            },
-            "metadata_bytes_per_step": sum_over_ranks(metadata, self.comm, self.run.device),
-            "dropped_fraction": dropped_fraction,
-            "max_load_over_mean": max_load_over_mean,
-        }
+
+# %% notebooks/04_training.ipynb #measured-summary
+def measured_summary(record: Record) -> dict[str, Any]:
+    """The measured part of the summary. Collective: every rank enters."""
+    run, comm = record.run, record.comm
+    record.timer.mark()
+    sent = comm.meter.total("rows") - record.bytes_before
+    metadata = comm.meter.total("metadata") // run.options.steps
+    record.history.end_interval(comm)
+    tail = torch.stack(record.tail)
+    check_finite(tail.sum(0), run.options.steps - 1, comm)
+    max_load_over_mean, dropped_fraction = record.history.newest()
+    return {
+        "task_loss": [task for task, _ in record.logged],
+        "final_task_loss": float(tail[:, 0].mean()),
+        "aux_loss": float(tail[:, 1].mean()),
+        "ms_per_step": record.timer.median_ms(),
+        "bytes_sent_per_step": {
+            "predicted": predicted_bytes(record.model),
+            "counted": sum_over_ranks(sent, comm, run.device),
+        },
+        "metadata_bytes_per_step": sum_over_ranks(metadata, comm, run.device),
+        "dropped_fraction": dropped_fraction,
+        "max_load_over_mean": max_load_over_mean,
+    }
+
+
+# %% notebooks/04_training.ipynb #train
+@register("step", "eager")
+class EagerStep:
+    """One training step, operation by operation: draw, forward, backward, one all-reduce, update."""
+
+    def __init__(self, run: Run, model: EPMoE, stream: TokenStream, optimizer: torch.optim.Optimizer) -> None:
+        self.run, self.model, self.stream, self.optimizer = run, model, stream, optimizer
+
+    @staticmethod
+    def preference(run: Run, model: EPMoE) -> int:
+        """How much `auto` likes this kind of step for this run; 0 where it cannot run."""
+        return 1
+
+    def __call__(self) -> Tensor:
+        """One step -> the global losses [2] before its update."""
+        x, target = self.stream.next()
+        self.optimizer.zero_grad()
+        losses = train_step(self.model, x, target, self.run.num_global_tokens, self.run.options)
+        self.optimizer.step()
+        return losses
+
+
+def pick_step(run: Run, model: EPMoE) -> Any:
+    """The kind of step that --step names, or the one that likes this run best; one that cannot run is replaced."""
+    kinds = REGISTRIES["step"]
+    best = max(kinds, key=lambda name: kinds[name].preference(run, model))
+    name = best if run.options.step == "auto" else run.options.step
+    if not kinds[name].preference(run, model):
+        say_once(
+            f"step {name} cannot run here (world size {run.comm.size}, {run.device.type}): taking {best}"
+        )
+        name = best
+    return kinds[name]
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Trains the layer on the teacher task -> the measured part of the summary. Collective.
+
+    Every step: draw, forward, backward, one all-reduce, update. NonFiniteLoss where the loss breaks.
+    """
+    options, comm, device = run.options, run.comm, run.device
+    model = EPMoE(run.config, comm, options.seed, device)
+    stream = TokenStream(run.config, options.seed, run.num_global_tokens, comm, device)
+    step_kind = pick_step(run, model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.lr, fused=True, capturable=device.type == "cuda"
+    )
+    advance = step_kind(run, model, stream, optimizer)
+    record = Record(run, model)
+    for step in range(options.steps):
+        run.heartbeat.step = step
+        record.begin_step(step)
+        record.end_step(step, advance())
+    return measured_summary(record)
 
 
 # %% notebooks/04_training.ipynb #flags
@@ -1183,6 +1281,18 @@ class FlagParser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists the flags")
 
 
+# %% notebooks/04_training.ipynb #make-parser
+def flag_settings(name: str, kind: Any, default: Any) -> dict[str, Any]:
+    """argparse's settings for one field: its type, and its choices where it names a registered implementation."""
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    choices = sorted(REGISTRIES[name]) if name in REGISTRIES else None
+    if choices and default == "auto":
+        choices = ["auto", *choices]
+    convert = next((t for t in (int, float) if kind in (t, t | None)), str)
+    return {"type": convert, "choices": choices, "metavar": None if choices else convert.__name__.upper()}
+
+
 def make_parser() -> FlagParser:
     """One flag per field of every registered option group; names, defaults and help come from there."""
     parser = FlagParser(
@@ -1195,28 +1305,21 @@ def make_parser() -> FlagParser:
             if not f.metadata.get("flag", True):
                 continue
             default = "" if f.default is None else f" (default: {f.default})"
-            choices = sorted(REGISTRIES[f.name]) if f.name in REGISTRIES else None
-            if choices and f.default == "auto":
-                choices = ["auto", *choices]
-            kind = next((t for t in (int, float) if f.type in (t, t | None)), str)
-            settings = (
-                {"action": argparse.BooleanOptionalAction}
-                if f.type is bool
-                else {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
-            )
             text = (texts.get(f.name, "") + default).replace("%", "%%")
+            settings = flag_settings(f.name, f.type, f.default)
             flags.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **settings)
     return parser
 
 
+# %% notebooks/04_training.ipynb #parse-flags
 def parse_flags(argv: list[str] | None = None) -> tuple[MoEConfig, TrainingOptions]:
     """Command line -> config, with later chapters' groups as extras, and training options. ValueError if bad."""
     values = vars(make_parser().parse_args(argv))
-    groups = {}
+    groups = {}  # by name: a notebook that runs a group's cell again makes a second class of that name
     for group in OPTION_GROUPS:
         names = [f.name for f in fields(group) if f.metadata.get("flag", True)]
-        groups[group] = group(**{name: values[name] for name in names})
-    config, options = groups.pop(MoEConfig), groups.pop(TrainingOptions)
+        groups[group.__name__] = group(**{name: values[name] for name in names})
+    config, options = groups.pop("MoEConfig"), groups.pop("TrainingOptions")
     return replace(config, extras=tuple(groups.values())), options
 
 
@@ -1237,6 +1340,7 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     return choose_device(options.device)
 
 
+# %% notebooks/04_training.ipynb #refuse
 def refuse(message: str) -> int:
     """Prints one line, once a host, and returns the exit code 2. The other ranks wait for torchrun to end them."""
     if world_from_env()[2] == 0:
@@ -1246,7 +1350,7 @@ def refuse(message: str) -> int:
     return 2
 
 
-# %% notebooks/04_training.ipynb #write-summary
+# %% notebooks/04_training.ipynb #device-model
 def device_model(device: torch.device) -> str:
     """The hardware's model name, never a host name."""
     if device.type == "cuda":
@@ -1263,6 +1367,7 @@ def relative_to_root(path: str | Path) -> str:
     return os.path.relpath(path, LAUNCHER_DIR.parent)
 
 
+# %% notebooks/04_training.ipynb #write-summary
 def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> None:
     """The summary as JSON, where --summary asks for it; rank 0 only. Written aside, then renamed."""
     options = run.options
@@ -1289,7 +1394,7 @@ def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> None:
 
 # %% notebooks/04_training.ipynb #process-habits
 def die_with_parent() -> None:
-    """On Linux: this process gets SIGTERM when torchrun dies, so that no rank trains on alone."""
+    """On Linux: this process is killed when torchrun dies, so that no rank trains on alone."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -1307,12 +1412,24 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_mmap_max, 0)
 
 
-# %% notebooks/04_training.ipynb #main
+# %% notebooks/04_training.ipynb #report-failure
+def report_failure(run: Run, error: Exception) -> int:
+    """Prints one line on one rank, says who stayed behind where a collective failed, and returns 1."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if run.heartbeat.first_to_report():
+        where = f" ({run.heartbeat.stragglers()})" if isinstance(error, CollectiveError) else ""
+        print(f"error: {error}{where}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)  # torchrun ends every rank when the first one leaves: let the reporting rank finish
+    return 1
+
+
 def interrupt(signum: int, frame: Any) -> None:
     """Signal handler: SIGTERM, torchrun's way to stop a rank, ends the run as Ctrl-C does."""
     raise KeyboardInterrupt
 
 
+# %% notebooks/04_training.ipynb #run-training
 def run_training(config: MoEConfig, options: TrainingOptions, device: torch.device) -> int:
     """One rank's whole run -> exit code: 0, 1 where a rank or the loss failed, 130 where it was stopped."""
     rank, log_dir = world_from_env()[0], Path(options.log_dir or default_log_dir())
@@ -1346,17 +1463,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
         log.close()
 
 
-def report_failure(run: Run, error: Exception) -> int:
-    """Prints one line on one rank, says who stayed behind where a collective failed, and returns 1."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if run.heartbeat.first_to_report():
-        where = f" ({run.heartbeat.stragglers()})" if isinstance(error, CollectiveError) else ""
-        print(f"error: {error}{where}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(5)  # torchrun ends every rank when the first one leaves: let the reporting rank finish
-    return 1
-
-
+# %% notebooks/04_training.ipynb #main
 def main(argv: list[str] | None = None) -> int:
     """The program that torchrun starts on every rank -> exit code. A bad setting is one line on the screen."""
     die_with_parent()
