@@ -21,7 +21,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/04_training.ipynb
 # the cells tagged theory, all_to_all, experts, training.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "8474d865346ef1770615a64c2d5d62e222a950ed011df3ace8842baaaf24d077"
+SOURCES_SHA256 = "e0e724b6db63d2d6ad228ace07f1798d591a038879298159815175f44abc2581"
 
 
 # ==========================================================================================================
@@ -283,6 +283,20 @@ class Routing:
     probs: Tensor
 
 
+# %% notebooks/02_all_to_all.ipynb #metadata
+EXPERT, SOURCE_RANK, SOURCE_TOKEN, SOURCE_K, IS_PADDING = range(5)  # the columns of a row's metadata
+
+
+def make_metadata(topk_ids: Tensor, rank: int) -> Tensor:
+    """topk_ids [T, K] -> int64 [T * K, 5], a line per choice: which expert it seeks and where it comes from."""
+    num_tokens, top_k = topk_ids.shape
+    choice = torch.arange(num_tokens * top_k, device=topk_ids.device)
+    expert = topk_ids.reshape(-1)
+    source_rank = torch.full_like(expert, rank)
+    is_padding = (expert < 0).long()  # a choice that is not sent travels as padding
+    return torch.stack([expert, source_rank, choice // top_k, choice % top_k, is_padding], dim=1)
+
+
 # %% notebooks/02_all_to_all.ipynb #dispatcher-interface
 class Dispatcher(ABC):
     """Brings rows to the ranks that own their experts, and the results back. One subclass a chapter."""
@@ -316,20 +330,7 @@ class Dispatcher(ABC):
         """
 
 
-# %% notebooks/02_all_to_all.ipynb #metadata
-EXPERT, SOURCE_RANK, SOURCE_TOKEN, SOURCE_K, IS_PADDING = range(5)  # the columns of a row's metadata
-
-
-def make_metadata(topk_ids: Tensor, rank: int) -> Tensor:
-    """topk_ids [T, K] -> int64 [T * K, 5], a line per choice: which expert it seeks and where it comes from."""
-    num_tokens, top_k = topk_ids.shape
-    choice = torch.arange(num_tokens * top_k, device=topk_ids.device)
-    expert = topk_ids.reshape(-1)
-    source_rank = torch.full_like(expert, rank)
-    is_padding = (expert < 0).long()  # a choice that is not sent travels as padding
-    return torch.stack([expert, source_rank, choice // top_k, choice % top_k, is_padding], dim=1)
-
-
+# %% notebooks/02_all_to_all.ipynb #pad-rows
 def pad_rows(rows: Tensor, metadata: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Appends zero rows, marked IS_PADDING, until there are `length`: [n, D], [n, 5] -> [length, D], [length, 5]."""
     missing = length - rows.shape[0]
@@ -359,6 +360,7 @@ class AllGather(torch.autograd.Function):
         return blocks.view(grad.shape).sum(0), None
 
 
+# %% notebooks/02_all_to_all.ipynb #gather-padded
 def gather_padded(rows: Tensor, metadata: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
     """Every rank's rows on every rank: [n, D], [n, 5] -> [W * m, D], [W * m, 5], m the longest rank's n.
 
@@ -441,7 +443,7 @@ class AllGatherDispatcher(Dispatcher):
 
 
 # %% notebooks/03_experts.ipynb #init
-def seeded_uniform_(parameter: Tensor, fan_in: int, *seeds: int) -> None:
+def seeded_uniform_(parameter: Tensor, fan_in: int, *seeds: int | str) -> None:
     """Fills parameter in place with uniform(-b, b), b = 1 / sqrt(fan_in), as nn.Linear does.
 
     The numbers depend on the seeds and the shape alone, not on rank, world size, device or dtype.
@@ -454,11 +456,12 @@ def seeded_uniform_(parameter: Tensor, fan_in: int, *seeds: int) -> None:
         parameter.copy_((2 * values - 1) * bound)
 
 
-# %% notebooks/03_experts.ipynb #router
+# %% notebooks/03_experts.ipynb #gate-logits
 class GateLogits(torch.autograd.Function):
     """x [T, D], weight [E, D] -> x weight^T [T, E] in float32 or wider, whatever their dtype.
 
     On a GPU a bfloat16 product adds up in float32 anyway, and this keeps it so; elsewhere both are widened.
+    Backward takes the gradient in x's dtype on a GPU, and returns each gradient in its tensor's own dtype.
     """
 
     @staticmethod
@@ -472,15 +475,15 @@ class GateLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
         x, weight = ctx.saved_tensors
+        x_dtype, weight_dtype = x.dtype, weight.dtype
         if not x.is_cuda:
             x, weight = x.to(grad.dtype), weight.to(grad.dtype)
         grad = grad.to(x.dtype)
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        return None if grad_x is None else grad_x.to(ctx.saved_tensors[0].dtype), (grad.t() @ x).to(
-            ctx.saved_tensors[1].dtype
-        )
+        grad_x = (grad @ weight).to(x_dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, (grad.t() @ x).to(weight_dtype)
 
 
+# %% notebooks/03_experts.ipynb #router
 @register("router", "softmax")
 class Router(nn.Module):
     """Scores every expert for every token and picks the top_k best: softmax of one linear layer, the gate.
@@ -578,7 +581,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
-# %% notebooks/03_experts.ipynb #balance
+# %% notebooks/03_experts.ipynb #count-choices
 def count_choices(topk_ids: Tensor, num_experts: int) -> Tensor:
     """topk_ids int64 [T, K] -> float32 [E]: how often each expert was chosen; -1 counts nowhere. No host sync."""
     ids = topk_ids.reshape(-1)
@@ -586,6 +589,7 @@ def count_choices(topk_ids: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add_(0, ids.clamp(min=0), (ids >= 0).to(counts.dtype))
 
 
+# %% notebooks/03_experts.ipynb #no-balance
 @register("balance", "none")
 class NoBalance(nn.Module):
     """Lets the load fall as it will: the loss is 0."""
@@ -598,6 +602,7 @@ class NoBalance(nn.Module):
         return routing.probs.new_zeros(())
 
 
+# %% notebooks/03_experts.ipynb #switch-aux-loss
 @register("balance", "aux")
 class SwitchAuxLoss(nn.Module):
     """E * sum over e of f_e * P_e over the global batch (Switch Transformer, section 2.2, equation 4).
@@ -623,6 +628,42 @@ class SwitchAuxLoss(nn.Module):
         global_tokens = totals[-1].clamp(min=1)
         load = totals[:-1] / (global_tokens * top_k)
         return num_experts * (load * probs.sum(0)).sum() / global_tokens
+
+
+# %% notebooks/03_experts.ipynb #pick
+def pick(kind: str, config: MoEConfig, device: torch.device | str) -> Any:
+    """The implementation that the config names, or for `auto` the one that likes device and dtype best.
+
+    One that cannot run there is replaced by the best that can, with a line on stderr that says so.
+    ValueError for a name that nobody registered.
+    """
+    device = torch.device(device)
+    name, dtype = getattr(config, kind), DTYPES[config.dtype]
+    registered = REGISTRIES[kind]
+    if name != "auto" and name not in registered:
+        raise ValueError(f"{kind} is {name!r}; take one of auto, {', '.join(sorted(registered))}")
+    best = max(registered, key=lambda other: registered[other].preference(device, dtype))
+    if name != "auto" and registered[name].preference(device, dtype) > 0:
+        return registered[name]
+    if name != "auto":
+        say_once(f"{kind} {name} cannot run in {config.dtype} on {device.type}: taking {best}")
+    return registered[best]
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """The line on stderr, the first time only, and on rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
+# %% notebooks/03_experts.ipynb #check-tokens
+def check_tokens(x: Tensor, config: MoEConfig) -> None:
+    """ValueError where x [T, D] is not what the layer was made for."""
+    if x.dim() != 2 or x.shape[1] != config.hidden_dim:
+        raise ValueError(f"tokens have shape {list(x.shape)}; the layer wants [T, {config.hidden_dim}]")
+    if x.shape[0] > config.max_num_tokens:
+        raise ValueError(f"{x.shape[0]} tokens on one rank, above max_num_tokens {config.max_num_tokens}")
 
 
 # %% notebooks/03_experts.ipynb #ep-moe
@@ -667,41 +708,6 @@ class EPMoE(nn.Module):
         """The parameters that every rank holds a copy of: all but the experts'."""
         local = set(self.experts.parameters())
         return [p for p in self.parameters() if p not in local]
-
-
-def check_tokens(x: Tensor, config: MoEConfig) -> None:
-    """ValueError where x [T, D] is not what the layer was made for."""
-    if x.dim() != 2 or x.shape[1] != config.hidden_dim:
-        raise ValueError(f"tokens have shape {list(x.shape)}; the layer wants [T, {config.hidden_dim}]")
-    if x.shape[0] > config.max_num_tokens:
-        raise ValueError(f"{x.shape[0]} tokens on one rank, above max_num_tokens {config.max_num_tokens}")
-
-
-# %% notebooks/03_experts.ipynb #pick
-def pick(kind: str, config: MoEConfig, device: torch.device | str) -> Any:
-    """The implementation that the config names, or for `auto` the one that likes device and dtype best.
-
-    One that cannot run there is replaced by the best that can, with a line on stderr that says so.
-    ValueError for a name that nobody registered.
-    """
-    device = torch.device(device)
-    name, dtype = getattr(config, kind), DTYPES[config.dtype]
-    registered = REGISTRIES[kind]
-    if name != "auto" and name not in registered:
-        raise ValueError(f"{kind} is {name!r}; take one of auto, {', '.join(sorted(registered))}")
-    best = max(registered, key=lambda other: registered[other].preference(device, dtype))
-    if name != "auto" and registered[name].preference(device, dtype) > 0:
-        return registered[name]
-    if name != "auto":
-        say_once(f"{kind} {name} cannot run in {config.dtype} on {device.type}: taking {best}")
-    return registered[best]
-
-
-@functools.cache
-def say_once(line: str) -> None:
-    """The line on stderr, the first time only, and on rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
 
 
 # %% notebooks/03_experts.ipynb #all-reduce-gradients
@@ -1211,7 +1217,7 @@ def measured_summary(record: Record) -> dict[str, Any]:
     }
 
 
-# %% notebooks/04_training.ipynb #train
+# %% notebooks/04_training.ipynb #eager-step
 @register("step", "eager")
 class EagerStep:
     """One training step, operation by operation: draw, forward, backward, one all-reduce, update."""
@@ -1233,19 +1239,20 @@ class EagerStep:
         return losses
 
 
+# %% notebooks/04_training.ipynb #pick-step
 def pick_step(run: Run, model: EPMoE) -> Any:
     """The kind of step that --step names, or the one that likes this run best; one that cannot run is replaced."""
     kinds = REGISTRIES["step"]
     best = max(kinds, key=lambda name: kinds[name].preference(run, model))
     name = best if run.options.step == "auto" else run.options.step
     if not kinds[name].preference(run, model):
-        say_once(
-            f"step {name} cannot run here (world size {run.comm.size}, {run.device.type}): taking {best}"
-        )
+        where = f"world size {run.comm.size}, {run.device.type}"
+        say_once(f"step {name} cannot run here ({where}): taking {best}")
         name = best
     return kinds[name]
 
 
+# %% notebooks/04_training.ipynb #train
 def train(run: Run) -> dict[str, Any]:
     """Trains the layer on the teacher task -> the measured part of the summary. Collective.
 

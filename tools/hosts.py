@@ -1,0 +1,313 @@
+"""Two hosts on one machine: a run of the launcher over two network namespaces, one rank in each.
+
+    python tools/hosts.py [--steps N] [FLAG...]           any flag of launcher.py
+    from tools.hosts import run_on_two_hosts              in a notebook
+
+A network namespace has its own interfaces, addresses and ports. Two of them, joined by a virtual cable (veth), see
+of one another what two machines see: an address at the end of a wire. The rendezvous and every collective have to
+go through it. Needs Linux, root, and the program `ip`; otherwise HostsUnavailable says, in one line, what is missing.
+Addresses are private and exist inside the two namespaces alone; the machine's own network is not touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # works uninstalled, from any folder
+    sys.path.insert(0, str(ROOT))
+
+from tools.launch import (  # noqa: E402
+    LAUNCHER,
+    LIBRARY_LOG,
+    WORKER,
+    Family,
+    Interrupted,
+    LaunchError,
+    check_flags,
+    flag_arguments,
+    interrupt,
+    torchrun_arguments,
+    uninterrupted,
+)
+
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+PORT = 29400
+INTERFACE = "ep0"  # each end of the cable, inside its namespace
+NAME = re.compile(r"^ep-host-(\d+)-[12]$")
+OTHER_HOST_S = 6.0  # what one host gets to end by itself, once the other has
+
+
+class HostsUnavailable(RuntimeError):
+    """This machine does not allow two hosts; the message says why, in one line."""
+
+
+@dataclass(frozen=True)
+class TwoHosts:
+    """What a run over two hosts gave.
+
+    commands: each host's torchrun line; output: the log lines of rank 0; summary: as `launch` returns it;
+    wire_bytes: what each host sent through the cable from start to end, headers and rendezvous included.
+    """
+
+    commands: list[str]
+    output: list[str]
+    summary: dict[str, Any]
+    wire_bytes: list[int]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Namespaces
+# ----------------------------------------------------------------------------------------------------------
+
+
+def why_not(platform: str = sys.platform, user: int | None = None, path: str | None = None) -> str | None:
+    """What this machine lacks for two hosts, in one line, or None. platform, user id and PATH: for the tests."""
+    user = os.geteuid() if user is None and hasattr(os, "geteuid") else user
+    if not platform.startswith("linux"):
+        return f"network namespaces exist on Linux only, and this is {platform}"
+    if shutil.which("ip", path=path) is None:
+        return "the program `ip` is not installed (package iproute2)"
+    if user != 0:
+        return "only root may make network namespaces; start this as root, or take real hosts"
+    return None
+
+
+def ip(*arguments: str) -> str:
+    """Runs `ip` -> its output. HostsUnavailable where it fails: the system forbids what root usually may do."""
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=20)
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise HostsUnavailable(f"the system refuses `ip {' '.join(arguments[:2])}`: {said}")
+    return done.stdout
+
+
+def list_namespaces() -> list[str]:
+    """The named network namespaces of this machine."""
+    return [line.split()[0] for line in ip("netns", "list").splitlines() if line.strip()]
+
+
+def is_left_over(name: str) -> bool:
+    """Whether a namespace is one of ours whose process was killed before it could remove it."""
+    match = NAME.match(name)
+    return bool(match) and not Path(f"/proc/{match[1]}").exists()
+
+
+def remove_namespaces(names: Sequence[str]) -> None:
+    """Removes those of the names that exist. The cable goes with them."""
+    with uninterrupted():
+        for name in set(names) & set(list_namespaces()):
+            ip("netns", "del", name)
+
+
+@contextlib.contextmanager
+def two_namespaces() -> Iterator[list[str]]:
+    """Two namespaces joined by a cable, removed on every way out -> their names. HostsUnavailable where forbidden."""
+    reason = why_not()
+    if reason:
+        raise HostsUnavailable(reason)
+    names = [f"ep-host-{os.getpid()}-{number}" for number in (1, 2)]
+    remove_namespaces([name for name in list_namespaces() if is_left_over(name)])
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        first, second = names
+        cable = ["type", "veth", "peer", "name", INTERFACE, "netns", second]
+        ip(
+            "-n", first, "link", "add", INTERFACE, *cable
+        )  # both ends inside: the machine never sees the cable
+        for name, address in zip(names, ADDRESSES, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", INTERFACE)
+            for interface in ("lo", INTERFACE):
+                ip("-n", name, "link", "set", interface, "up")
+        yield names
+    finally:
+        remove_namespaces(names)
+
+
+def bytes_sent(namespace: str) -> int:
+    """What has left a namespace through its end of the cable so far."""
+    (link,) = json.loads(ip("-n", namespace, "-s", "-j", "link", "show", INTERFACE))
+    return int(link["stats64"]["tx"]["bytes"])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------
+
+
+def host_flags(number: int, rdzv_id: str = "book") -> list[str]:
+    """torchrun's flags on host 1 or 2: one rank each, meeting at host 1.
+
+    `--local-addr` because both hosts have this machine's name, which says nothing inside a namespace; `is_host`
+    because torchrun guesses by that name which host is to open the meeting point.
+    """
+    flags = torchrun_arguments(1, 2, None, f"{ADDRESSES[0]}:{PORT}", rdzv_id, f"is_host={int(number == 1)}")
+    return [*flags, f"--local-addr={ADDRESSES[number - 1]}"]
+
+
+def start_host(name: str, number: int, arguments: list[str], log: Path) -> Family:
+    """torchrun inside a namespace. It ends when this process does (tools/rank_worker.py)."""
+    environment = os.environ | {
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": INTERFACE,
+        "TP_SOCKET_IFNAME": INTERFACE,
+    }
+    environment.pop("TB_LOGDIR", None)  # it would win over --log-dir
+    inside = ["ip", "netns", "exec", name, sys.executable, str(WORKER), "torchrun", str(os.getpid())]
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            [*inside, *host_flags(number), str(LAUNCHER), *arguments],
+            cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+        )  # fmt: skip
+    return Family(process)
+
+
+def wait_for(hosts: list[Family], limit_s: float) -> bool:
+    """Waits until both torchruns have ended -> whether they did in time.
+
+    A host whose partner has gone gets OTHER_HOST_S: on a dead link torchrun can wait for minutes.
+    """
+    deadline = time.monotonic() + limit_s
+    first_end = None
+    while any(host.process.poll() is None for host in hosts):
+        now = time.monotonic()
+        for host in hosts:
+            host.note()
+        if any(host.process.poll() is not None for host in hosts):
+            first_end = first_end or now
+        if now > deadline or (first_end and now - first_end > OTHER_HOST_S):
+            return now <= deadline
+        time.sleep(0.05)
+    return True
+
+
+def end_all(hosts: list[Family]) -> None:
+    """Ends every process of the hosts: asked both at once, then each made sure of."""
+    with uninterrupted():
+        for host in hosts:
+            with contextlib.suppress(OSError):
+                host.process.terminate()
+        for host in hosts:
+            host.end()
+
+
+def failure(codes: list[int | None], texts: list[str], limit_s: float, in_time: bool) -> LaunchError:
+    """What to tell of a run that failed. codes: of the torchruns, None where it had to be ended."""
+    for text in texts:
+        said = re.search(r"^(?:\[rank\d+\]: ?)?(error: .+)$", text, re.MULTILINE)
+        if said:
+            return LaunchError([said[1]])
+    lines = [] if in_time else [f"error: the two hosts did not end within {limit_s:g} s and were stopped"]
+    for number, (code, text) in enumerate(zip(codes, texts, strict=True), 1):
+        last = [line for line in text.splitlines() if line.strip() and not LIBRARY_LOG.match(line)][-4:]
+        ended = "had to be stopped" if code is None else f"ended with exit code {code}"
+        lines += [f"error: host {number} {ended}" if not lines else f"host {number} {ended}"]
+        lines += [f"  {line}" for line in last]
+    return LaunchError(lines)
+
+
+def run_on_two_hosts(*, limit_s: float = 60.0, **flags: Any) -> TwoHosts:
+    """Trains with one rank on each of two hosts, namespaces of this machine, over gloo on the CPU.
+
+    flags: launcher.py's, as for `launch`; `device`, `log_dir` and `summary` are chosen here, and logs are not kept.
+    Raises HostsUnavailable where the machine does not allow it, LaunchError for flags that the launcher refuses, a
+    run that fails, or one that takes longer than limit_s seconds. Whatever happens, an interrupt included, no
+    namespace and no process is left. Costs about 5 s more than the steps.
+    """
+    taken = {"device", "log_dir", "summary"} & set(flags)
+    if taken:
+        raise LaunchError(
+            [f"error: {', '.join(sorted(taken))}: two hosts choose that themselves"], returncode=2
+        )
+    shown = [*flag_arguments(flags), "--device", "cpu"]
+    check_flags(shown, LAUNCHER)
+    with tempfile.TemporaryDirectory(prefix="ep-hosts-") as folder, two_namespaces() as names:
+        summary = Path(folder) / "summary.json"
+        arguments = [*shown, "--log-dir", folder, "--summary", str(summary)]
+        logs = [Path(folder) / f"host{number}.log" for number in (1, 2)]
+        hosts: list[Family] = []
+        try:
+            for number, (name, log) in enumerate(zip(names, logs, strict=True), 1):
+                hosts.append(start_host(name, number, arguments, log))
+            in_time = wait_for(hosts, limit_s)
+            codes = [host.process.poll() for host in hosts]
+            wire = [bytes_sent(name) for name in names]
+        except KeyboardInterrupt:
+            raise Interrupted(["both hosts have ended"]) from None
+        finally:
+            end_all(hosts)
+        texts = [log.read_text("utf-8", errors="replace") for log in logs]
+        if any(codes) or None in codes or not summary.exists():
+            raise failure(codes, texts, limit_s, in_time)
+        return TwoHosts(
+            [shlex.join(["torchrun", *host_flags(n), "ep_launcher/launcher.py", *shown]) for n in (1, 2)],
+            [
+                line
+                for text in texts
+                for line in text.splitlines()
+                if line.startswith(("[step ", "task loss "))
+            ],
+            cleaned_summary(json.loads(summary.read_text("utf-8"))),
+            wire,
+        )
+
+
+def cleaned_summary(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary without the two paths, which are gone."""
+    return summary | {"config": summary["config"] | {"log_dir": None, "summary": None}}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command line
+# ----------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line -> exit code: 0, 1 for a failed run, 2 for a refusal, 3 where two hosts cannot be, 130."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, interrupt)
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__.strip())
+        return 0
+    try:
+        values = check_flags(arguments, LAUNCHER)
+        given = {part.partition("=")[0].removeprefix("--") for part in arguments if part.startswith("--")}
+        named = {
+            name: value for name, value in values.items() if {name.replace("_", "-"), f"no-{name}"} & given
+        }
+        two = run_on_two_hosts(**named)
+    except HostsUnavailable as reason:
+        print(f"no two hosts here: {reason}", file=sys.stderr)
+        return 3
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.returncode
+    except KeyboardInterrupt:
+        print("interrupted: both hosts have ended", file=sys.stderr)
+        return 130
+    for number, command in enumerate(two.commands, 1):
+        print(f"host {number}, {ADDRESSES[number - 1]}: {command}")
+    print(*two.output, sep="\n")
+    for number, count in enumerate(two.wire_bytes, 1):
+        print(f"host {number} sent {count} bytes through the cable")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
