@@ -21,7 +21,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/04_training.ipynb
 # the cells tagged theory, all_to_all, experts, training.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "e0e724b6db63d2d6ad228ace07f1798d591a038879298159815175f44abc2581"
+SOURCES_SHA256 = "3dce5d039e8a675a0d8e59ce93891dbc0624c05b85bdfc29b4e3b5d13605a3ff"
 
 
 # ==========================================================================================================
@@ -65,6 +65,7 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "experts": {},
     "balance": {},
     "activation": {},
+    "task": {},
     "step": {},
 }
 OPTION_GROUPS: list[type] = []
@@ -74,13 +75,14 @@ G = TypeVar("G")
 def register(kind: str, name: str) -> Callable[[G], G]:
     """Decorator: makes an implementation choosable by name, in the config and as the flag `--KIND NAME`.
 
-    kind is a key of REGISTRIES. Raises ValueError where the name is taken.
+    kind: a key of REGISTRIES, or a new one. Raises ValueError where the name is taken.
     """
+    registered = REGISTRIES.setdefault(kind, {})
 
     def add(implementation: G) -> G:
-        if name in REGISTRIES[kind]:
+        if name in registered:
             raise ValueError(f"{kind} {name!r} is registered already; choose another name")
-        REGISTRIES[kind][name] = implementation
+        registered[name] = implementation
         return implementation
 
     return add
@@ -135,6 +137,8 @@ class MoEConfig:
             raise ValueError(f"top_k is {self.top_k}, above the {self.num_experts} experts; lower --top-k")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; take one of {', '.join(DTYPES)}")
+        for check in self.hooks("check"):
+            check(self)
 
     def num_local_experts(self, ep_size: int) -> int:
         """Experts L that each of ep_size ranks owns. ValueError where they cannot be shared out evenly."""
@@ -148,6 +152,10 @@ class MoEConfig:
     def option(self, group: type[G]) -> G:
         """This config's option group of the given type, or that group's defaults."""
         return next((extra for extra in self.extras if isinstance(extra, group)), group())
+
+    def hooks(self, name: str) -> list[Callable]:
+        """The methods of this name of the option groups in extras: how a later chapter takes part in the layer."""
+        return [getattr(extra, name) for extra in self.extras if hasattr(extra, name)]
 
 
 # %% notebooks/01_parallelism.ipynb #traffic-meter
@@ -304,10 +312,11 @@ class Dispatcher(ABC):
     def __init__(self, config: MoEConfig, comm: Communicator) -> None:
         self.config, self.comm = config, comm
         self.num_local_experts = config.num_local_experts(comm.size)
+        self.weighs_at_experts = False  # set by the layer where the experts can apply the weights themselves
 
     @staticmethod
-    def preference(device: torch.device, dtype: torch.dtype) -> int:
-        """How much `auto` likes this implementation there; 0 where it cannot run."""
+    def preference(device: torch.device, dtype: torch.dtype, ep_size: int) -> int:
+        """How much `auto` likes this implementation on so many ranks; 0 where it cannot run."""
         return 1
 
     @abstractmethod
@@ -493,16 +502,28 @@ class Router(nn.Module):
 
     def __init__(self, config: MoEConfig, seed: int = 0) -> None:
         super().__init__()
-        self.top_k = config.top_k
+        self.config = config
         self.gate = nn.Linear(config.hidden_dim, config.num_experts, dtype=DTYPES[config.dtype])
         seeded_uniform_(self.gate.weight, config.hidden_dim, seed, "gate.weight")
         seeded_uniform_(self.gate.bias, config.hidden_dim, seed, "gate.bias")
 
-    def forward(self, x: Tensor) -> Routing:
-        """x [T, D] -> Routing. The gate computes in float32 or wider, whatever the parameters' dtype."""
-        logits = GateLogits.apply(x, self.gate.weight) + self.gate.bias
-        probs = logits.softmax(dim=-1)
-        topk_weights, topk_ids = probs.topk(self.top_k, dim=-1)
+    def scores(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, E] in float32 or wider, whatever the parameters' dtype: how much a token likes an expert."""
+        return (GateLogits.apply(x, self.gate.weight) + self.gate.bias).softmax(dim=-1)
+
+    def forward(self, x: Tensor, choice_bias: Tensor | None = None) -> Routing:
+        """x [T, D] -> Routing. choice_bias [E] is added for the choice alone; weights are scores as they are.
+
+        Option groups may take part: limit_choice(keys, config) before the choice, scale_weights(weights) after it.
+        """
+        probs = self.scores(x)
+        keys = probs.detach() if choice_bias is None else probs.detach() + choice_bias
+        for limit_choice in self.config.hooks("limit_choice"):
+            keys = limit_choice(keys, self.config)
+        topk_ids = keys.topk(self.config.top_k, dim=-1).indices
+        topk_weights = probs.gather(1, topk_ids)
+        for scale_weights in self.config.hooks("scale_weights"):
+            topk_weights = scale_weights(topk_weights)
         return Routing(topk_ids, topk_weights, probs)
 
 
@@ -546,9 +567,14 @@ class Experts(nn.Module):
                     seeded_uniform_(parameter, fan_in, seed, "expert", self.first_expert + local, name)
                 self.register_parameter(name, stacked)
 
+    @property
+    def takes_weights(self) -> bool:
+        """Whether forward takes row_weights [R] as a third argument and returns rows already weighted."""
+        return False
+
     @staticmethod
-    def preference(device: torch.device, dtype: torch.dtype) -> int:
-        """How much `auto` likes this implementation there; 0 where it cannot run."""
+    def preference(device: torch.device, dtype: torch.dtype, ep_size: int) -> int:
+        """How much `auto` likes this implementation on so many ranks; 0 where it cannot run."""
         return 1
 
 
@@ -590,12 +616,25 @@ def count_choices(topk_ids: Tensor, num_experts: int) -> Tensor:
 
 
 # %% notebooks/03_experts.ipynb #no-balance
-@register("balance", "none")
-class NoBalance(nn.Module):
-    """Lets the load fall as it will: the loss is 0."""
+class Balance(nn.Module):
+    """What keeps the experts' load even; forward takes a Routing and returns this rank's share of a loss.
+
+    choice_bias [E], where there is one, is added to the scores for the choice alone (chapter 09).
+    """
+
+    choice_bias: Tensor | None = None
 
     def __init__(self, config: MoEConfig, comm: Communicator) -> None:
         super().__init__()
+        self.config, self.comm = config, comm
+
+    def after_step(self) -> None:
+        """Called on every rank after every update of the parameters."""
+
+
+@register("balance", "none")
+class NoBalance(Balance):
+    """Lets the load fall as it will: the loss is 0."""
 
     def forward(self, routing: Routing) -> Tensor:
         """Routing -> a zero."""
@@ -604,16 +643,12 @@ class NoBalance(nn.Module):
 
 # %% notebooks/03_experts.ipynb #switch-aux-loss
 @register("balance", "aux")
-class SwitchAuxLoss(nn.Module):
+class SwitchAuxLoss(Balance):
     """E * sum over e of f_e * P_e over the global batch (Switch Transformer, section 2.2, equation 4).
 
     f_e: share of all ranks' choices that went to expert e, no gradient; P_e: mean probability of e over all
     ranks' tokens. The result is 1 under even load. One all-reduce of E + 1 numbers, none in backward.
     """
-
-    def __init__(self, config: MoEConfig, comm: Communicator) -> None:
-        super().__init__()
-        self.comm = comm
 
     def forward(self, routing: Routing) -> Tensor:
         """Routing -> this rank's share of the loss: the shares of all ranks add up to it, and so do the
@@ -631,8 +666,8 @@ class SwitchAuxLoss(nn.Module):
 
 
 # %% notebooks/03_experts.ipynb #pick
-def pick(kind: str, config: MoEConfig, device: torch.device | str) -> Any:
-    """The implementation that the config names, or for `auto` the one that likes device and dtype best.
+def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int = 1) -> Any:
+    """The implementation that the config names, or for `auto` the one that likes device, dtype and ranks best.
 
     One that cannot run there is replaced by the best that can, with a line on stderr that says so.
     ValueError for a name that nobody registered.
@@ -642,11 +677,13 @@ def pick(kind: str, config: MoEConfig, device: torch.device | str) -> Any:
     registered = REGISTRIES[kind]
     if name != "auto" and name not in registered:
         raise ValueError(f"{kind} is {name!r}; take one of auto, {', '.join(sorted(registered))}")
-    best = max(registered, key=lambda other: registered[other].preference(device, dtype))
-    if name != "auto" and registered[name].preference(device, dtype) > 0:
+    liking = {other: kept.preference(device, dtype, ep_size) for other, kept in registered.items()}
+    best = max(liking, key=liking.get)
+    if name != "auto" and liking[name] > 0:
         return registered[name]
     if name != "auto":
-        say_once(f"{kind} {name} cannot run in {config.dtype} on {device.type}: taking {best}")
+        where = f"in {config.dtype} on {ep_size} {device.type} rank{'s' * (ep_size > 1)}"
+        say_once(f"{kind} {name} cannot run {where}: taking {best}")
     return registered[best]
 
 
@@ -686,9 +723,13 @@ class EPMoE(nn.Module):
         self.config, self.comm = config, comm or Communicator()
         self.router = REGISTRIES["router"][config.router](config, seed)
         self.balance = REGISTRIES["balance"][config.balance](config, self.comm)
-        self.dispatcher = pick("dispatcher", config, device)(config, self.comm)
-        self.experts = pick("experts", config, device)(config, self.comm, seed)
+        self.dispatcher = pick("dispatcher", config, device, self.comm.size)(config, self.comm)
+        self.experts = pick("experts", config, device, self.comm.size)(config, self.comm, seed)
+        self.dispatcher.weighs_at_experts = self.experts.takes_weights and hasattr(
+            self.dispatcher, "row_weights"
+        )
         self.topk_ids: Tensor | None = None  # of the last forward pass, for whoever watches the load
+        self.probs: Tensor | None = None
         self.to(device)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -697,12 +738,14 @@ class EPMoE(nn.Module):
         T may differ from rank to rank, and be 0. ValueError if T is above max_num_tokens or D is wrong.
         """
         check_tokens(x, self.config)
-        routing = self.router(x)
-        self.topk_ids = routing.topk_ids
+        routing = self.router(x, self.balance.choice_bias)
         aux = self.balance(routing) if self.training else routing.probs.new_zeros(())
-        rows, num_tokens_per_local_expert, handle = self.dispatcher.dispatch(x, routing)
-        rows = self.experts(rows, num_tokens_per_local_expert)
-        return self.dispatcher.combine(rows, handle), aux
+        for after_routing in self.config.hooks("after_routing"):
+            routing = after_routing(routing, self.config, self.comm)
+        self.topk_ids, self.probs = routing.topk_ids, routing.probs.detach()
+        rows, counts, handle = self.dispatcher.dispatch(x, routing)
+        weights = [self.dispatcher.row_weights(handle)] if self.dispatcher.weighs_at_experts else []
+        return self.dispatcher.combine(self.experts(rows, counts, *weights), handle), aux
 
     def replicated_parameters(self) -> list[nn.Parameter]:
         """The parameters that every rank holds a copy of: all but the experts'."""
@@ -778,6 +821,7 @@ def shard_sizes(num_tokens: int, world_size: int) -> list[int]:
     return [num_tokens // world_size + (rank < num_tokens % world_size) for rank in range(world_size)]
 
 
+@register("task", "linear")
 class TokenStream:
     """Endless batches x ~ N(0, 1) with their targets x teacher^T: the global batch, drawn alike on every rank.
 
@@ -820,6 +864,7 @@ class TrainingOptions:
     log_dir: for TensorBoard and the text log (default: a new folder in ep_launcher/runs; TB_LOGDIR overrides)
     summary: write the run's summary to this JSON file
     timeout_s: seconds that a rank waits for another before the run ends with an error
+    task: what is learned: where the tokens and their targets come from
     step: how a training step runs; auto takes the fastest that can run there
     """
 
@@ -833,6 +878,7 @@ class TrainingOptions:
     log_dir: str | None = None
     summary: str | None = None
     timeout_s: float = 60
+    task: str = "linear"
     step: str = "auto"
 
     def __post_init__(self) -> None:
@@ -1189,6 +1235,8 @@ class Record:
         log_losses(self.run, step, task, aux, seconds)
         self.history.end_interval(self.comm)
         self.history.show(self.run.log, step)
+        for show in self.run.config.hooks("show"):
+            show(self.run.log, step, self.model)
 
 
 # %% notebooks/04_training.ipynb #measured-summary
@@ -1236,6 +1284,7 @@ class EagerStep:
         self.optimizer.zero_grad()
         losses = train_step(self.model, x, target, self.run.num_global_tokens, self.run.options)
         self.optimizer.step()
+        self.model.balance.after_step()
         return losses
 
 
@@ -1254,13 +1303,14 @@ def pick_step(run: Run, model: EPMoE) -> Any:
 
 # %% notebooks/04_training.ipynb #train
 def train(run: Run) -> dict[str, Any]:
-    """Trains the layer on the teacher task -> the measured part of the summary. Collective.
+    """Trains the layer on the run's task -> the measured part of the summary. Collective.
 
     Every step: draw, forward, backward, one all-reduce, update. NonFiniteLoss where the loss breaks.
     """
     options, comm, device = run.options, run.comm, run.device
     model = EPMoE(run.config, comm, options.seed, device)
-    stream = TokenStream(run.config, options.seed, run.num_global_tokens, comm, device)
+    task = REGISTRIES["task"][options.task]
+    stream = task(run.config, options.seed, run.num_global_tokens, comm, device)
     step_kind = pick_step(run, model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.lr, fused=True, capturable=device.type == "cuda"

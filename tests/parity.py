@@ -54,6 +54,17 @@ def cases(world_size: int) -> dict[str, dict]:
     return {name: {"bias": None, "experts_without_rows": False} | case for name, case in found.items()}
 
 
+def variants(device: torch.device, world_size: int, dtypes: list[str]) -> list[tuple[str, str, str]]:
+    """(dispatcher, experts, dtype) of everything registered that can run on so many ranks of this device."""
+    kinds = product(sorted(REGISTRIES["dispatcher"]), sorted(REGISTRIES["experts"]), dtypes)
+    return [
+        (dispatcher, experts, dtype)
+        for dispatcher, experts, dtype in kinds
+        if REGISTRIES["dispatcher"][dispatcher].preference(device, DTYPES[dtype], world_size) > 0
+        and REGISTRIES["experts"][experts].preference(device, DTYPES[dtype], world_size) > 0
+    ]
+
+
 def relative_error(ours: Tensor, reference: Tensor) -> float:
     """Frobenius norm of the difference over the reference's; absolute where the reference is 0."""
     ours, reference = ours.detach().double(), reference.detach().double()
@@ -153,8 +164,7 @@ def main() -> int:
         dist.init_process_group(backend, timeout=timedelta(seconds=30))
     results = []
     world_size = world_from_env()[1]
-    variants = product(sorted(REGISTRIES["dispatcher"]), sorted(REGISTRIES["experts"]), args.dtypes)
-    for dispatcher, experts, dtype in variants:
+    for dispatcher, experts, dtype in variants(device, world_size, args.dtypes):
         for name, case in cases(world_size).items():
             if args.cases and name not in args.cases:
                 continue

@@ -100,8 +100,8 @@ def test_a_taken_port(nothing_starts, capfd):
 def test_keywords_become_flags_and_unknown_ones_are_refused(nothing_starts):
     flags = {"top_k": 2, "normalize": True, "fuse": False, "log_dir": None, "lr": -0.5}
     assert launching.flag_arguments(flags) == ["--top-k", "2", "--normalize", "--no-fuse", "--lr=-0.5"]
-    with pytest.raises(LaunchError, match="^launcher.py has no flag --stepz; did you mean --steps"):
-        launch(stepz=3)
+    with pytest.raises(LaunchError, match="^launcher.py has no flag --top-q; did you mean --top-k"):
+        launch(top_q=3)
 
 
 def test_a_stale_launcher_is_refused(nothing_starts, monkeypatch, capfd):

@@ -139,7 +139,7 @@ def test_pick_refuses_unknown_names_and_falls_back_aloud(capsys):
 
     class Nowhere(ep.LoopExperts):
         @staticmethod
-        def preference(device, dtype):
+        def preference(device, dtype, ep_size):
             return 0
 
     ep.REGISTRIES["experts"]["nowhere"] = Nowhere
@@ -148,7 +148,7 @@ def test_pick_refuses_unknown_names_and_falls_back_aloud(capsys):
         assert ep.pick("experts", config(), "cpu") is not Nowhere
     finally:
         del ep.REGISTRIES["experts"]["nowhere"]
-    assert capsys.readouterr().err.count("experts nowhere cannot run in float32 on cpu") == 1
+    assert capsys.readouterr().err.count("experts nowhere cannot run in float32 on 1 cpu rank") == 1
 
 
 def test_choices_of_minus_one_are_not_sent():

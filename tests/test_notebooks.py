@@ -237,7 +237,7 @@ def stream(text: str) -> dict:
         (stream(f"{Path.home()}/data\n"), "the home folder"),
         (stream("on my-host: ok\n"), "the host's name"),
         (
-            {"output_type": "error", "evalue": "", "traceback": [f"File \x1b[32m{sys.prefix}/lib"]},
+            {"output_type": "error", "evalue": "", "traceback": ["File \x1b[32m/opt/my-python/lib"]},
             "the Python",
         ),
         ({"output_type": "display_data", "data": {"image/svg+xml": [f"<a>{ROOT}</a>"]}}, "the repository's"),
@@ -245,6 +245,7 @@ def stream(text: str) -> dict:
 )
 def test_outputs_that_tell_of_the_machine_are_refused(output, what, monkeypatch):
     monkeypatch.setattr(notebooks.socket, "gethostname", lambda: "my-host")
+    monkeypatch.setattr(notebooks.sys, "prefix", "/opt/my-python")
     with pytest.raises(notebooks.Stopped, match=f"x.ipynb #here: its output holds {what}"):
         notebooks.check_private("x.ipynb", [{"id": "here", "outputs": [output]}])
 
