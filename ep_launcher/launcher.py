@@ -21,7 +21,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/04_training.ipynb
 # the cells tagged theory, all_to_all, experts, training.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "3dce5d039e8a675a0d8e59ce93891dbc0624c05b85bdfc29b4e3b5d13605a3ff"
+SOURCES_SHA256 = "bd0ae13699e1dcf55529a885a63f9acbfc07909aa9e9c86227a55e9bfa366947"
 
 
 # ==========================================================================================================
@@ -315,8 +315,8 @@ class Dispatcher(ABC):
         self.weighs_at_experts = False  # set by the layer where the experts can apply the weights themselves
 
     @staticmethod
-    def preference(device: torch.device, dtype: torch.dtype, ep_size: int) -> int:
-        """How much `auto` likes this implementation on so many ranks; 0 where it cannot run."""
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
+        """How much `auto` likes this implementation for this layer on so many ranks; 0 where it cannot run."""
         return 1
 
     @abstractmethod
@@ -573,8 +573,8 @@ class Experts(nn.Module):
         return False
 
     @staticmethod
-    def preference(device: torch.device, dtype: torch.dtype, ep_size: int) -> int:
-        """How much `auto` likes this implementation on so many ranks; 0 where it cannot run."""
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
+        """How much `auto` likes this implementation for this layer on so many ranks; 0 where it cannot run."""
         return 1
 
 
@@ -667,17 +667,16 @@ class SwitchAuxLoss(Balance):
 
 # %% notebooks/03_experts.ipynb #pick
 def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int = 1) -> Any:
-    """The implementation that the config names, or for `auto` the one that likes device, dtype and ranks best.
+    """The implementation that the config names, or for `auto` the one that likes config, device and ranks best.
 
     One that cannot run there is replaced by the best that can, with a line on stderr that says so.
     ValueError for a name that nobody registered.
     """
     device = torch.device(device)
-    name, dtype = getattr(config, kind), DTYPES[config.dtype]
-    registered = REGISTRIES[kind]
+    name, registered = getattr(config, kind), REGISTRIES[kind]
     if name != "auto" and name not in registered:
         raise ValueError(f"{kind} is {name!r}; take one of auto, {', '.join(sorted(registered))}")
-    liking = {other: kept.preference(device, dtype, ep_size) for other, kept in registered.items()}
+    liking = {other: kept.preference(config, device, ep_size) for other, kept in registered.items()}
     best = max(liking, key=liking.get)
     if name != "auto" and liking[name] > 0:
         return registered[name]
@@ -1537,6 +1536,9 @@ def main(argv: list[str] | None = None) -> int:
         os._exit(code)  # a failed group's threads may hold up a normal exit
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # threads of the group's libraries may still end, and must not meet a dying interpreter
     return 0
 
 

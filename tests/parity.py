@@ -56,13 +56,14 @@ def cases(world_size: int) -> dict[str, dict]:
 
 def variants(device: torch.device, world_size: int, dtypes: list[str]) -> list[tuple[str, str, str]]:
     """(dispatcher, experts, dtype) of everything registered that can run on so many ranks of this device."""
+
+    def can_run(dispatcher: str, experts: str, dtype: str) -> bool:
+        config = MoEConfig(**BASE, dtype=dtype)
+        kinds = REGISTRIES["dispatcher"][dispatcher], REGISTRIES["experts"][experts]
+        return all(kind.preference(config, device, world_size) > 0 for kind in kinds)
+
     kinds = product(sorted(REGISTRIES["dispatcher"]), sorted(REGISTRIES["experts"]), dtypes)
-    return [
-        (dispatcher, experts, dtype)
-        for dispatcher, experts, dtype in kinds
-        if REGISTRIES["dispatcher"][dispatcher].preference(device, DTYPES[dtype], world_size) > 0
-        and REGISTRIES["experts"][experts].preference(device, DTYPES[dtype], world_size) > 0
-    ]
+    return [kind for kind in kinds if can_run(*kind)]
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:

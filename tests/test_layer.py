@@ -139,7 +139,7 @@ def test_pick_refuses_unknown_names_and_falls_back_aloud(capsys):
 
     class Nowhere(ep.LoopExperts):
         @staticmethod
-        def preference(device, dtype, ep_size):
+        def preference(config, device, ep_size):
             return 0
 
     ep.REGISTRIES["experts"]["nowhere"] = Nowhere

@@ -15,7 +15,7 @@ def run(world_size: int, folder, *flags: str) -> dict:
     summary = folder / f"summary-{world_size}.json"
     done = torchrun(world_size, LAUNCHER, "--summary", str(summary), "--log-dir", str(folder / f"runs{world_size}"),
                     *flags)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[:2000] + done.stderr[-1000:]
     return json.loads(summary.read_text()) | {"stdout": done.stdout, "stderr": done.stderr}
 
 
