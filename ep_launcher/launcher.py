@@ -21,7 +21,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/04_training.ipynb
 # the cells tagged theory, all_to_all, experts, training.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "bd0ae13699e1dcf55529a885a63f9acbfc07909aa9e9c86227a55e9bfa366947"
+SOURCES_SHA256 = "58426885b478ed4fe0693dd47d3faad36df0b64d9f9e77cfff1689bffb291048"
 
 
 # ==========================================================================================================
@@ -312,7 +312,6 @@ class Dispatcher(ABC):
     def __init__(self, config: MoEConfig, comm: Communicator) -> None:
         self.config, self.comm = config, comm
         self.num_local_experts = config.num_local_experts(comm.size)
-        self.weighs_at_experts = False  # set by the layer where the experts can apply the weights themselves
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
@@ -323,12 +322,18 @@ class Dispatcher(ABC):
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
         """x [T, D] -> rows [R, D] sorted by local expert, num_tokens_per_local_expert int64 [L], a handle.
 
-        The handle is opaque; combine takes it. All ranks enter, with or without tokens.
+        The handle is opaque; combine takes it. All ranks enter, with or without tokens. Where R is above the sum
+        of the counts, the rows behind belong to choices that are not sent: they hold anything, and nobody reads them.
         """
 
     @abstractmethod
     def combine(self, rows: Tensor, handle: Any) -> Tensor:
         """Experts' results [R, D], in dispatch's order -> y [T, D], each token's weighted sum."""
+
+    def run(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """x [T, D] -> y [T, D]: there, through the experts, and home. Later chapters weave the three together."""
+        rows, num_tokens_per_local_expert, handle = self.dispatch(x, routing)
+        return self.combine(experts(rows, num_tokens_per_local_expert), handle)
 
     @staticmethod
     @abstractmethod
@@ -567,10 +572,9 @@ class Experts(nn.Module):
                     seeded_uniform_(parameter, fan_in, seed, "expert", self.first_expert + local, name)
                 self.register_parameter(name, stacked)
 
-    @property
-    def takes_weights(self) -> bool:
-        """Whether forward takes row_weights [R] as a third argument and returns rows already weighted."""
-        return False
+    def forward_tokens(self, x: Tensor, routing: Any) -> Tensor | None:
+        """x [T, D] -> y [T, D] on one rank, where an implementation does the whole way at once; else None."""
+        return None
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
@@ -588,7 +592,9 @@ class LoopExperts(Experts):
 
         An expert without rows runs on an empty block, so that its gradient is zero and not missing.
         """
-        blocks = rows.split(num_tokens_per_local_expert.tolist())
+        splits = num_tokens_per_local_expert.tolist()
+        counted, rest = rows.split([sum(splits), rows.shape[0] - sum(splits)])
+        blocks = counted.split(splits)
         num_local = len(blocks)
         w1, b1, w2, b2, w3 = (
             (None,) * num_local if p is None else p.unbind(0)
@@ -599,7 +605,7 @@ class LoopExperts(Experts):
             gate = None if w3[e] is None else block @ w3[e]
             hidden = self.activation.apply(affine(block, w1[e], b1[e]), gate)
             results.append(affine(hidden, w2[e], b2[e]))
-        return torch.cat(results)
+        return torch.cat([*results, rest])
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -724,9 +730,6 @@ class EPMoE(nn.Module):
         self.balance = REGISTRIES["balance"][config.balance](config, self.comm)
         self.dispatcher = pick("dispatcher", config, device, self.comm.size)(config, self.comm)
         self.experts = pick("experts", config, device, self.comm.size)(config, self.comm, seed)
-        self.dispatcher.weighs_at_experts = self.experts.takes_weights and hasattr(
-            self.dispatcher, "row_weights"
-        )
         self.topk_ids: Tensor | None = None  # of the last forward pass, for whoever watches the load
         self.probs: Tensor | None = None
         self.to(device)
@@ -742,9 +745,7 @@ class EPMoE(nn.Module):
         for after_routing in self.config.hooks("after_routing"):
             routing = after_routing(routing, self.config, self.comm)
         self.topk_ids, self.probs = routing.topk_ids, routing.probs.detach()
-        rows, counts, handle = self.dispatcher.dispatch(x, routing)
-        weights = [self.dispatcher.row_weights(handle)] if self.dispatcher.weighs_at_experts else []
-        return self.dispatcher.combine(self.experts(rows, counts, *weights), handle), aux
+        return self.dispatcher.run(x, routing, self.experts), aux
 
     def replicated_parameters(self) -> list[nn.Parameter]:
         """The parameters that every rank holds a copy of: all but the experts'."""
