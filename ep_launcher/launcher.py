@@ -19,9 +19,10 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/02_all_to_all.ipynb
 #   notebooks/03_experts.ipynb
 #   notebooks/04_training.ipynb
-# the cells tagged theory, all_to_all, experts, training.
+#   notebooks/06_grouped_experts.ipynb
+# the cells tagged theory, all_to_all, experts, training, performance.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "58426885b478ed4fe0693dd47d3faad36df0b64d9f9e77cfff1689bffb291048"
+SOURCES_SHA256 = "6cb69ad7e14c1dec3532a02f1578f29371f20e45bf9919a168e925a004dd872e"
 
 
 # ==========================================================================================================
@@ -1541,6 +1542,646 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(0)  # threads of the group's libraries may still end, and must not meet a dying interpreter
     return 0
+
+
+# ==========================================================================================================
+# performance: notebooks/06_grouped_experts.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/06_grouped_experts.ipynb #triton-import
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no GPU, or a torch without it: every kernel below has a PyTorch twin
+    triton = tl = None
+constexpr = tl.constexpr if triton else int  # a kernel's argument that is fixed when it is compiled
+
+
+def kernel(function: Callable) -> Any:
+    """Decorator: compiles a Triton kernel where Triton is, and leaves the function as it is elsewhere."""
+    return triton.jit(function) if triton else function
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Whether x is where this book's Triton kernels run: on a GPU, or anywhere under Triton's interpreter."""
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    return triton is not None and (x.is_cuda or interprets) and x.dtype != torch.float64
+
+
+# %% notebooks/06_grouped_experts.ipynb #sort-choices
+@dataclass
+class RowOrder:
+    """Which row each choice becomes when rows are sorted by expert; the map between tokens and rows.
+
+    row_of_choice int64 [T, K]: -1 for a choice that is not sent. choice_of_row int64 [R], R = T * K: rows behind
+    the last one sent hold choices that are not. counts int64 [E]: rows an expert. Nothing here reaches the host.
+    """
+
+    row_of_choice: Tensor
+    choice_of_row: Tensor
+    counts: Tensor
+
+
+def order_rows(topk_ids: Tensor, num_experts: int) -> RowOrder:
+    """topk_ids int64 [T, K], -1 where a choice is not sent -> RowOrder, stable: ties by (token, k). No host sync."""
+    expert = topk_ids.reshape(-1)
+    expert = torch.where(expert < 0, num_experts, expert)
+    keys = (
+        expert.to(torch.int16) if num_experts < 2**15 else expert
+    )  # a radix sort's passes grow with the bytes
+    choice_of_row = keys.argsort(stable=True)
+    counts = expert.new_zeros(num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))[:num_experts]
+    row_of_choice = torch.empty_like(choice_of_row)
+    row_of_choice[choice_of_row] = torch.arange(len(expert), device=expert.device)
+    row_of_choice = torch.where(topk_ids < 0, -1, row_of_choice.view(topk_ids.shape))
+    return RowOrder(row_of_choice, choice_of_row, counts)
+
+
+# %% notebooks/06_grouped_experts.ipynb #copy-rows-kernel
+@kernel
+def copy_to_rows_kernel(x, row_of_choice, rows, num_columns, TOP_K: constexpr, BLOCK: constexpr):
+    """Program (t, block): reads a piece of token t once and writes it to each of its rows."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    piece = tl.load(x + token * num_columns + column, mask=column < num_columns, other=0.0)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(row_of_choice + token * TOP_K + k)
+        tl.store(rows + row * num_columns + column, piece, mask=(column < num_columns) & (row >= 0))
+
+
+@kernel
+def sum_rows_kernel(
+    a, b, row_of_choice, y, num_columns, HAS_B: constexpr, TOP_K: constexpr, BLOCK: constexpr
+):
+    """Program (t, block): adds up a piece of token t's rows (of two tensors) in float32, and writes it once."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(row_of_choice + token * TOP_K + k)
+        is_read = (column < num_columns) & (row >= 0)
+        total += tl.load(a + row * num_columns + column, mask=is_read, other=0.0).to(tl.float32)
+        if HAS_B:
+            total += tl.load(b + row * num_columns + column, mask=is_read, other=0.0).to(tl.float32)
+    tl.store(y + token * num_columns + column, total.to(y.dtype.element_ty), mask=column < num_columns)
+
+
+# %% notebooks/06_grouped_experts.ipynb #copy-and-sum
+def column_block(num_columns: int, limit: int = 1024) -> int:
+    """The widest power of two that divides a row, or at most `limit` where the row is no such multiple."""
+    divisor = num_columns & -num_columns
+    whole = 1 << (num_columns - 1).bit_length()
+    return min(limit, divisor if divisor >= 128 else whole)
+
+
+def copy_to_rows(x: Tensor, order: RowOrder) -> Tensor:
+    """x [T, D] -> [R, D]: row r is the token of its choice. Rows of choices not sent hold anything."""
+    (num_tokens, top_k), d = order.row_of_choice.shape, x.shape[1]
+    if not uses_kernels(x):
+        return x[order.choice_of_row // top_k]
+    rows = x.new_empty(num_tokens * top_k, d)
+    block = column_block(d, 2048)
+    if num_tokens:
+        grid = (num_tokens, triton.cdiv(d, block))
+        copy_to_rows_kernel[grid](x.contiguous(), order.row_of_choice, rows, d, top_k, block, num_warps=4)
+    return rows
+
+
+def sum_rows(a: Tensor, order: RowOrder, b: Tensor | None = None) -> Tensor:
+    """a [R, D] (+ b [R, D]) -> [T, D]: the sum of each token's rows, in float32 or wider; no atomics."""
+    (num_tokens, top_k), d = order.row_of_choice.shape, a.shape[1]
+    if not uses_kernels(a):
+        wide = torch.promote_types(a.dtype, torch.float32)
+        rows = a.to(wide) if b is None else a.to(wide) + b.to(wide)
+        is_sent = (order.row_of_choice >= 0).unsqueeze(2)
+        picked = rows[order.row_of_choice.clamp(min=0)] if len(rows) else rows.new_zeros(num_tokens, top_k, d)
+        return torch.where(is_sent, picked, 0).sum(1).to(a.dtype)
+    y = a.new_empty(num_tokens, d)
+    block = column_block(d, 1024)
+    if num_tokens:
+        grid = (num_tokens, triton.cdiv(d, block))
+        other = a if b is None else b
+        sum_rows_kernel[grid](
+            a, other, order.row_of_choice, y, d, b is not None, top_k, block, num_warps=4
+        )  # fmt: skip
+    return y
+
+
+# %% notebooks/06_grouped_experts.ipynb #permute
+class Permute(torch.autograd.Function):
+    """x [T, D] -> rows [R, D] sorted by expert; backward adds up each token's rows. No host sync."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: RowOrder) -> Tensor:
+        ctx.order = order
+        return copy_to_rows(x, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return sum_rows(grad.contiguous(), ctx.order), None
+
+
+class Unpermute(torch.autograd.Function):
+    """rows [R, D] -> y [T, D], the sum of each token's rows; backward copies to rows. No host sync."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: RowOrder) -> Tensor:
+        ctx.order = order
+        return sum_rows(rows, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return copy_to_rows(grad.contiguous(), ctx.order), None
+
+
+# %% notebooks/06_grouped_experts.ipynb #local-dispatcher
+def weights_of_rows(topk_weights: Tensor, order: RowOrder) -> Tensor:
+    """topk_weights [T, K] -> [R]: the weight of each row's choice, with gradient; 0 for a choice not sent."""
+    sent = torch.where(order.row_of_choice < 0, 0, topk_weights)
+    return sent.reshape(-1)[order.choice_of_row]
+
+
+@register("dispatcher", "local")
+class LocalDispatcher(Dispatcher):
+    """One rank: nothing travels. A sort by expert, one copy there, one sum back; no host synchronisation."""
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
+        """Runs on one rank alone."""
+        return 50 if ep_size == 1 else 0
+
+    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
+        """See Dispatcher. R is T * K whatever the choices, so that no number has to reach the host."""
+        order = order_rows(routing.topk_ids, self.config.num_experts)
+        return Permute.apply(x, order), order.counts, (order, weights_of_rows(routing.topk_weights, order))
+
+    def combine(self, rows: Tensor, handle: Any) -> Tensor:
+        """See Dispatcher. The weights are applied in float32 or wider."""
+        order, weights = handle
+        return Unpermute.apply(rows.to(weights.dtype) * weights.unsqueeze(1), order).to(rows.dtype)
+
+    def run(self, x: Tensor, routing: Routing, experts: Any) -> Tensor:
+        """See Dispatcher: the experts' own way for tokens where they have one."""
+        y = experts.forward_tokens(x, routing)
+        return super().run(x, routing, experts) if y is None else y
+
+    @staticmethod
+    def rows_sent(topk_ids: list[Tensor], num_local_experts: int) -> tuple[int, int]:
+        """See Dispatcher: nothing."""
+        return 0, 0
+
+
+# %% notebooks/06_grouped_experts.ipynb #swiglu
+@register("activation", "swiglu")
+class SwiGLU:
+    """An expert of three matrices without biases: (silu(x w1) * (x w3)) w2 (Shazeer 2020, GLU Variants)."""
+
+    has_bias, is_gated = False, True
+
+    @staticmethod
+    def apply(up: Tensor, gate: Tensor | None = None) -> Tensor:
+        """up [n, F] = x w1, gate [n, F] = x w3 -> [n, F]."""
+        return F.silu(up) * gate
+
+
+# %% notebooks/06_grouped_experts.ipynb #swiglu-kernels
+@kernel
+def swiglu_kernel(up, third, weights, num_rows, hidden, num_columns, ROWS: constexpr, BLOCK: constexpr):
+    """Program (rows, block): hidden = silu(up) * third * weight, in float32; zeros behind the last row sent."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    last = tl.load(num_rows)
+    at = row[:, None] * num_columns + column[None, :]
+    is_read = (row < last)[:, None] & (column < num_columns)[None, :]
+    u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
+    v = tl.load(third + at, mask=is_read, other=0.0).to(tl.float32)
+    w = tl.load(weights + row, mask=row < last, other=0.0).to(tl.float32)
+    value = u * tl.sigmoid(u) * v * w[:, None]
+    tl.store(hidden + at, value.to(hidden.dtype.element_ty), mask=is_read)
+
+
+@kernel
+def swiglu_backward_kernel(
+    grad, up, third, weights, num_rows, grad_weights, COLUMNS: constexpr, ROWS: constexpr, BLOCK: constexpr
+):
+    """Program (rows): in place, up and third become their gradients, and grad becomes hidden; a weight's
+    gradient is the sum of grad * silu(up) * third over its row."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    last = tl.load(num_rows)
+    is_row = row < last
+    w = tl.load(weights + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for start in range(0, COLUMNS, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        at = row[:, None] * COLUMNS + column[None, :]
+        is_read = is_row[:, None] & (column < COLUMNS)[None, :]
+        g = tl.load(grad + at, mask=is_read, other=0.0).to(tl.float32)
+        u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
+        v = tl.load(third + at, mask=is_read, other=0.0).to(tl.float32)
+        s = tl.sigmoid(u)
+        silu = u * s
+        total += g * silu * v
+        tl.store(up + at, (g * w * v * (s + silu * (1 - s))).to(up.dtype.element_ty), mask=is_read)
+        tl.store(third + at, (g * w * silu).to(third.dtype.element_ty), mask=is_read)
+        tl.store(grad + at, (silu * v * w).to(grad.dtype.element_ty), mask=is_read)
+    tl.store(grad_weights + row, tl.sum(total, axis=1), mask=is_row)
+
+
+# %% notebooks/06_grouped_experts.ipynb #weighted-swiglu
+def swiglu_tiles(num_rows: int, num_columns: int) -> tuple[int, int, int]:
+    """(rows a program, columns a block, programs over rows): tiles of 2,048 elements."""
+    block = column_block(num_columns, 1024)
+    rows = max(1, 2048 // block)
+    return rows, block, -(-num_rows // rows)
+
+
+def weighted_swiglu(up: Tensor, third: Tensor, weights: Tensor, num_rows: Tensor) -> Tensor:
+    """up, third [R, F], weights [R], num_rows int64 [] on the device -> silu(up) * third * weight, [R, F]."""
+    if not uses_kernels(up):
+        return (F.silu(up.to(weights.dtype)) * third * weights.unsqueeze(1)).to(up.dtype)
+    hidden = torch.empty_like(up)
+    if len(up):
+        rows, block, programs = swiglu_tiles(*up.shape)
+        grid = (programs, -(-up.shape[1] // block))
+        swiglu_kernel[grid](up, third, weights, num_rows, hidden, up.shape[1], rows, block, num_warps=4)
+    return hidden
+
+
+def weighted_swiglu_backward_(
+    grad: Tensor, up: Tensor, third: Tensor, weights: Tensor, num_rows: Tensor
+) -> Tensor:
+    """In place: up and third [R, F] become their gradients, grad [R, F] becomes the hidden rows.
+
+    Returns the gradient of weights [R], 0 behind the last row sent. Reads and writes each of the three once.
+    """
+    grad_weights = torch.zeros_like(weights)
+    if uses_kernels(up):
+        if len(up):
+            rows, block, programs = swiglu_tiles(*up.shape)
+            swiglu_backward_kernel[(programs,)](
+                grad, up, third, weights, num_rows, grad_weights, up.shape[1], rows, block, num_warps=4
+            )
+        return grad_weights
+    g, u, v, w = grad.to(weights.dtype), up.to(weights.dtype), third.to(weights.dtype), weights.unsqueeze(1)
+    s = u.sigmoid()
+    silu = u * s
+    is_sent = torch.arange(len(up), device=up.device) < num_rows
+    grad_weights += torch.where(is_sent, (g * silu * v).sum(1), 0)
+    new = (
+        g * w * v * (s + silu * (1 - s)),
+        g * w * silu,
+        silu * v * w,
+    )  # all of them before any is overwritten
+    for tensor, values in zip((up, third, grad), new, strict=True):
+        tensor.copy_(values)
+    return grad_weights
+
+
+# %% notebooks/06_grouped_experts.ipynb #products
+class BlockProducts:
+    """Products of an expert's rows with its weights, one call an expert, each into its place in the result.
+
+    Needs the counts on the host: one synchronisation on a GPU. Best for few experts with many rows, and on a CPU.
+    """
+
+    def __init__(self, counts: Tensor, num_rows: int) -> None:
+        self.splits = counts.tolist()
+        self.num_counted = sum(self.splits)
+
+    def blocks(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """rows [R, n] -> each expert's block."""
+        return rows[: self.num_counted].split(self.splits)
+
+    def times(self, rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
+        """rows [R, i], weights [L, i, o], bias [L, o] -> [R, o]. 2 * R * i * o operations."""
+        out = rows.new_empty(rows.shape[0], weights.shape[2])
+        for e, (block, into) in enumerate(zip(self.blocks(rows), self.blocks(out), strict=True)):
+            if bias is None:
+                torch.mm(block, weights[e], out=into)
+            else:
+                torch.addmm(bias[e], block, weights[e], out=into)
+        return out
+
+    def add_times(self, out: Tensor, rows: Tensor, weights: Tensor) -> Tensor | None:
+        """out [R, o] += the product, in the same call -> None: nothing is left to add."""
+        for e, (block, into) in enumerate(zip(self.blocks(rows), self.blocks(out), strict=True)):
+            torch.addmm(into, block, weights[e], out=into)
+        return None
+
+    def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
+        """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
+        out = rows.new_empty(len(self.splits), rows.shape[1], grad.shape[1])
+        for e, (block, g) in enumerate(zip(self.blocks(rows), self.blocks(grad), strict=True)):
+            torch.mm(block.t(), g, out=out[e])
+        return out
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        """grad [R, o] -> [L, o]: the sum of each expert's rows."""
+        return torch.stack([block.sum(0) for block in self.blocks(grad)])
+
+
+# %% notebooks/06_grouped_experts.ipynb #grouped-products
+class GroupedProducts:
+    """The same, each in one call of `grouped_mm`, which reads the boundaries from the device: no host sync."""
+
+    def __init__(self, counts: Tensor, num_rows: int) -> None:
+        self.counts, self.num_rows = counts, num_rows
+        self.offsets = counts.cumsum(0).to(torch.int32)
+
+    @functools.cached_property
+    def membership(self) -> Tensor:
+        """bool [R, L]: which expert a row belongs to; a row behind the last one sent belongs to none."""
+        row = torch.arange(self.num_rows, device=self.counts.device).unsqueeze(1)
+        return (row < self.offsets) & (row >= self.offsets - self.counts)
+
+    def times(self, rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
+        """rows [R, i], weights [L, i, o], bias [L, o] -> [R, o]. 2 * R * i * o operations."""
+        if not len(rows):
+            return rows.new_empty(0, weights.shape[2])
+        out = F.grouped_mm(rows, weights, offs=self.offsets)
+        return out if bias is None else torch.addmm(out, self.membership.to(out.dtype), bias)
+
+    def add_times(self, out: Tensor, rows: Tensor, weights: Tensor) -> Tensor | None:
+        """The product, [R, o], left for the caller to add to out: grouped_mm cannot."""
+        return self.times(rows, weights)
+
+    def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
+        """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
+        if not len(rows):
+            return rows.new_zeros(len(self.counts), rows.shape[1], grad.shape[1])
+        return F.grouped_mm(rows.t(), grad, offs=self.offsets)
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        """grad [R, o] -> [L, o]: the sum of each expert's rows, as a product with the membership."""
+        kept = torch.where(self.membership.any(1, keepdim=True), grad, 0)
+        return self.membership.to(grad.dtype).t() @ kept
+
+
+# %% notebooks/06_grouped_experts.ipynb #mlp-rows
+class MLPOnRows(torch.autograd.Function):
+    """rows [R, D] sorted by expert -> [R, D]: first product, activation, second product, backward by hand.
+
+    The activation's own derivative is autograd's. Weight gradients are written once, in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        w1: Tensor,
+        b1: Any,
+        w2: Tensor,
+        b2: Any,
+        w3: Any,
+        products: Any,
+        activation: Any,
+    ) -> Tensor:
+        up = products.times(rows, w1, b1)
+        third = None if w3 is None else products.times(rows, w3)
+        ctx.leaves = [t.requires_grad_() for t in (up, third) if t is not None]
+        with torch.enable_grad():
+            ctx.hidden = activation.apply(*ctx.leaves)
+        ctx.products, ctx.has_bias = products, b1 is not None
+        ctx.save_for_backward(rows, w1, w2, w3)
+        return products.times(ctx.hidden.detach(), w2, b2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        rows, w1, w2, w3 = ctx.saved_tensors
+        products, grad = ctx.products, grad.contiguous()
+        grad_w2 = products.weight_gradient(ctx.hidden.detach(), grad)
+        grad_hidden = products.times(grad, w2.transpose(1, 2))
+        grad_b2 = products.bias_gradient(grad) if ctx.has_bias else None
+        grad_up, *grad_third = torch.autograd.grad(ctx.hidden, ctx.leaves, grad_hidden)
+        ctx.hidden = ctx.leaves = None
+        grad_b1 = products.bias_gradient(grad_up) if ctx.has_bias else None
+        grad_w1, grad_w3, grad_rows = products.weight_gradient(rows, grad_up), None, None
+        if ctx.needs_input_grad[0]:
+            grad_rows = products.times(grad_up, w1.transpose(1, 2))
+        if w3 is not None:
+            grad_w3 = products.weight_gradient(rows, grad_third[0])
+            if ctx.needs_input_grad[0]:
+                rest = products.add_times(grad_rows, grad_third[0], w3.transpose(1, 2))
+                grad_rows = grad_rows if rest is None else grad_rows.add_(rest)
+        return grad_rows, grad_w1, grad_b1, grad_w2, grad_b2, grad_w3, None, None
+
+
+# %% notebooks/06_grouped_experts.ipynb #swiglu-tokens
+class SwiGLUOnTokens(torch.autograd.Function):
+    """x [T, D], weights of rows [R] -> y [T, D]: the whole way of tokens on one rank, SwiGLU experts without biases.
+
+    Copy to rows, two products, weighted SwiGLU, one product, sum of rows. Since the weight is applied before the
+    last product, its gradient needs no result of an expert: rows, up and third are all that is kept, R * (D + 2 F).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        w3: Tensor,
+        order: RowOrder,
+        products: Any,
+    ) -> Tensor:
+        rows = copy_to_rows(x, order)
+        up, third = products.times(rows, w1), products.times(rows, w3)
+        num_rows = order.counts.sum()
+        hidden = weighted_swiglu(up, third, weights, num_rows)
+        ctx.kept, ctx.order, ctx.products = (up, third, num_rows), order, products
+        ctx.save_for_backward(rows, weights, w1, w2, w3)
+        return sum_rows(products.times(hidden, w2), order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        if ctx.kept is None:
+            raise RuntimeError("a second backward through SwiGLUOnTokens: the first one used its rows up")
+        (rows, weights, w1, w2, w3), (up, third, num_rows) = ctx.saved_tensors, ctx.kept
+        ctx.kept, products, order = None, ctx.products, ctx.order
+        grad_rows = copy_to_rows(grad.contiguous(), order)
+        hidden = products.times(grad_rows, w2.transpose(1, 2))  # its gradient, at first
+        grad_weights = weighted_swiglu_backward_(hidden, up, third, weights, num_rows)
+        grad_w2 = products.weight_gradient(hidden, grad_rows)
+        del hidden, grad_rows
+        grad_w1, grad_w3 = products.weight_gradient(rows, up), products.weight_gradient(rows, third)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            first = products.times(up, w1.transpose(1, 2))
+            grad_x = sum_rows(first, order, products.add_times(first, third, w3.transpose(1, 2)))
+        return grad_x, grad_weights, grad_w1, grad_w2, grad_w3, None, None
+
+
+# %% notebooks/06_grouped_experts.ipynb #grouped-experts
+class FusedExperts(Experts):
+    """Experts whose products share one call or fill one buffer; `products` says how. Parameters as in Experts."""
+
+    products: Any = None
+
+    def forward(self, rows: Tensor, num_tokens_per_local_expert: Tensor) -> Tensor:
+        """rows [R, D] sorted by expert, counts int64 [L] -> [R, D]."""
+        products = self.products(num_tokens_per_local_expert, rows.shape[0])
+        w1, b1, w2, b2, w3 = self.w1, self.b1, self.w2, self.b2, self.w3
+        return MLPOnRows.apply(rows, w1, b1, w2, b2, w3, products, self.activation)
+
+    def forward_tokens(self, x: Tensor, routing: Routing) -> Tensor | None:
+        """x [T, D] -> y [T, D] for SwiGLU; None for other activations."""
+        if self.activation is not SwiGLU:
+            return None
+        order = order_rows(routing.topk_ids, self.w1.shape[0])
+        weights = weights_of_rows(routing.topk_weights, order)
+        products = self.products(order.counts, routing.topk_ids.numel())
+        return SwiGLUOnTokens.apply(x, weights, self.w1, self.w2, self.w3, order, products)
+
+
+@register("experts", "grouped")
+class GroupedExperts(FusedExperts):
+    """All experts in one `grouped_mm` a product; no host synchronisation, and no padding."""
+
+    products = GroupedProducts
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
+        """bfloat16 on a GPU; float32 and bfloat16 on a CPU; rows must be multiples of 16 bytes."""
+        dtype = DTYPES[config.dtype]
+        is_aligned = all(n * dtype.itemsize % 16 == 0 for n in (config.hidden_dim, config.ffn_dim))
+        if not is_aligned or not hasattr(F, "grouped_mm"):
+            return 0
+        if device.type == "cuda":
+            return 50 if dtype == torch.bfloat16 else 0
+        return 2 if dtype != torch.float64 else 0
+
+
+@register("experts", "blocks")
+class BlockExperts(FusedExperts):
+    """One product an expert, into one buffer for all; the counts come to the host. Best where blocks are large."""
+
+    products = BlockProducts
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
+        """Runs everywhere; on a GPU it is ahead of grouped_mm where an expert has 1,024 rows or more."""
+        if device.type == "cpu":
+            return 40
+        rows_per_expert = config.max_num_tokens * ep_size * config.top_k / config.num_experts
+        return 60 if rows_per_expert >= 1024 else 30
+
+
+# %% notebooks/06_grouped_experts.ipynb #padded
+def pad_slots(counts: Tensor, num_rows: int, capacity: int) -> Tensor:
+    """counts int64 [L] -> int64 [R]: where each sorted row stands among [L * capacity] slots; the slot behind
+    the last one for a row that belongs to no expert. No host sync."""
+    ends = counts.cumsum(0)
+    row = torch.arange(num_rows, device=counts.device)
+    expert = torch.searchsorted(ends, row, right=True)
+    padded = torch.cat([ends - counts, ends[-1:]])
+    slot = expert * capacity + row - padded[expert]
+    return torch.where(expert < len(counts), slot, len(counts) * capacity)
+
+
+@register("experts", "bmm")
+class BmmExperts(Experts):
+    """All experts in one batched product, every expert's rows padded to one length."""
+
+    largest_fixed = (
+        8192  # rows with padding, up to which padding is fixed and the host need not know the counts
+    )
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
+        """Best for a few tokens on a GPU, where starting a kernel costs more than its arithmetic."""
+        is_small = config.max_num_tokens * config.num_experts <= BmmExperts.largest_fixed
+        return 70 if device.type == "cuda" and ep_size == 1 and is_small else 3
+
+    def mlp(self, padded: Tensor) -> Tensor:
+        """padded [L, C, D] -> [L, C, D]: 4 * L * C * D * F operations, 6 if gated."""
+
+        def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
+
+        third = None if self.w3 is None else product(padded, self.w3, None)
+        hidden = self.activation.apply(product(padded, self.w1, self.b1), third)
+        return product(hidden, self.w2, self.b2)
+
+    def forward(self, rows: Tensor, num_tokens_per_local_expert: Tensor) -> Tensor:
+        """rows [R, D] sorted by expert -> [R, D]. One host sync where padding every expert to R rows is too much."""
+        num_local, (num_rows, d) = self.w1.shape[0], rows.shape
+        capacity = num_rows
+        if num_local * num_rows > self.largest_fixed:
+            capacity = int(num_tokens_per_local_expert.max())
+        slot = pad_slots(num_tokens_per_local_expert, num_rows, capacity)
+        padded = rows.new_zeros(num_local * capacity + 1, d).index_copy(0, slot, rows)[:-1]
+        results = self.mlp(padded.view(num_local, capacity, d)).reshape(-1, d)
+        return F.pad(results, (0, 0, 0, 1))[slot]
+
+    def forward_tokens(self, x: Tensor, routing: Routing) -> Tensor | None:
+        """x [T, D] -> y [T, D], every expert for every token, where that is few rows; the weights pick. No sort."""
+        num_local, num_tokens = self.w1.shape[0], x.shape[0]
+        if num_local * num_tokens > self.largest_fixed:
+            return None
+        is_sent = routing.topk_ids >= 0
+        weights = torch.where(is_sent, routing.topk_weights, 0)
+        spread = weights.new_zeros(num_tokens, num_local).scatter_add(
+            1, routing.topk_ids.clamp(min=0), weights
+        )
+        every = self.mlp(x.expand(num_local, *x.shape))
+        return torch.einsum("etd,te->td", every.to(spread.dtype), spread).to(x.dtype)
+
+
+# %% notebooks/06_grouped_experts.ipynb #graph-step
+@register("step", "graph")
+class GraphStep:
+    """A training step recorded once as a CUDA graph and played back: one launch in place of a hundred.
+
+    Legal where nothing in the step asks the host: one rank on a GPU, with `local` and `grouped` or `bmm`. The
+    numbers are those of the eager step, bit for bit. Memory of the recorded step stays taken.
+    """
+
+    def __init__(self, run: Run, model: EPMoE, stream: TokenStream, optimizer: torch.optim.Optimizer) -> None:
+        self.eager = REGISTRIES["step"]["eager"](run, model, stream, optimizer)
+        self.graph, self.losses, self.model, self.topk_ids = torch.cuda.CUDAGraph(), None, model, None
+
+    @staticmethod
+    def preference(run: Run, model: EPMoE) -> int:
+        """Runs on one GPU rank whose experts ask nothing of the host."""
+        if (
+            run.device.type != "cuda"
+            or run.comm.size > 1
+            or not isinstance(model.dispatcher, LocalDispatcher)
+        ):
+            return 0
+        rows = run.num_global_tokens * run.config.num_experts
+        is_fixed = isinstance(model.experts, BmmExperts) and rows <= BmmExperts.largest_fixed
+        return 10 if is_fixed or isinstance(model.experts, GroupedExperts) else 0
+
+    def record(self) -> None:
+        """Warms up on a side stream, takes everything back, and records one step."""
+        eager, generator = self.eager, self.eager.stream.generator
+        before = {name: t.clone() for name, t in self.model.state_dict().items()}, generator.get_state()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                eager()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(before[0][name])
+            for state in eager.optimizer.state.values():
+                for tensor in state.values():
+                    tensor.zero_()
+        generator.set_state(before[1])
+        self.graph.register_generator_state(generator)
+        with torch.cuda.graph(self.graph):
+            self.losses = eager()
+
+    def __call__(self) -> Tensor:
+        """One step -> the global losses [2] before its update."""
+        if self.losses is None:
+            self.record()
+        self.graph.replay()
+        return self.losses.clone()
 
 
 # %% added by tools/extract.py

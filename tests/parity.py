@@ -54,15 +54,21 @@ def cases(world_size: int) -> dict[str, dict]:
     return {name: {"bias": None, "experts_without_rows": False} | case for name, case in found.items()}
 
 
-def variants(device: torch.device, world_size: int, dtypes: list[str]) -> list[tuple[str, str, str]]:
-    """(dispatcher, experts, dtype) of everything registered that can run on so many ranks of this device."""
+def cases_of(activation: str, wanted: list[str]) -> list[str]:
+    """The cases that an activation runs: all for gelu; for the others those that differ for the experts."""
+    few = {"even", "rank_without_tokens", "rank_without_rows", "top_k_is_num_experts"}
+    return [name for name in wanted if activation == "gelu" or name in few]
 
-    def can_run(dispatcher: str, experts: str, dtype: str) -> bool:
+
+def variants(device: torch.device, world_size: int, dtypes: list[str]) -> list[tuple[str, str, str, str]]:
+    """(dispatcher, experts, activation, dtype) of everything registered that can run on so many such ranks."""
+
+    def can_run(dispatcher: str, experts: str, activation: str, dtype: str) -> bool:
         config = MoEConfig(**BASE, dtype=dtype)
         kinds = REGISTRIES["dispatcher"][dispatcher], REGISTRIES["experts"][experts]
         return all(kind.preference(config, device, world_size) > 0 for kind in kinds)
 
-    kinds = product(sorted(REGISTRIES["dispatcher"]), sorted(REGISTRIES["experts"]), dtypes)
+    kinds = product(*(sorted(REGISTRIES[kind]) for kind in ("dispatcher", "experts", "activation")), dtypes)
     return [kind for kind in kinds if can_run(*kind)]
 
 
@@ -126,7 +132,7 @@ def run_case(case: dict, config: MoEConfig, comm: Communicator, device: torch.de
     parameters = {n: p.detach().double().requires_grad_() for n, p in whole.named_parameters()}
     x_ref = x_all.double().requires_grad_()
     topk_ids = gather_uneven(layer.topk_ids, comm)
-    y_ref, aux_ref = dense_moe(x_ref, parameters, config.top_k, topk_ids if low else None)
+    y_ref, aux_ref = dense_moe(x_ref, parameters, config.top_k, topk_ids if low else None, config.activation)
     ((y_ref - target).square().sum() / max(1, total) + ALPHA * aux_ref).backward()
 
     num_local = config.num_experts // comm.size
@@ -165,12 +171,13 @@ def main() -> int:
         dist.init_process_group(backend, timeout=timedelta(seconds=30))
     results = []
     world_size = world_from_env()[1]
-    for dispatcher, experts, dtype in variants(device, world_size, args.dtypes):
+    for dispatcher, experts, activation, dtype in variants(device, world_size, args.dtypes):
         for name, case in cases(world_size).items():
-            if args.cases and name not in args.cases:
+            if name not in cases_of(activation, args.cases or list(cases(world_size))):
                 continue
             changes = {k: case[k] for k in BASE if k in case}
-            config = MoEConfig(**BASE | changes, dispatcher=dispatcher, experts=experts, dtype=dtype)
+            config = MoEConfig(**BASE | changes, dispatcher=dispatcher, experts=experts,
+                               activation=activation, dtype=dtype)  # fmt: skip
             comm = Communicator()
             facts = [run_case(case, config, comm, device)]
             if world_size > 1:
@@ -184,6 +191,7 @@ def main() -> int:
                     "dtype": dtype,
                     "dispatcher": dispatcher,
                     "experts": experts,
+                    "activation": activation,
                     "world_size": world_size,
                     "device": device.type,
                     "errors": errors,
@@ -204,7 +212,7 @@ def main() -> int:
         for r in failed:
             quantity = max(r["errors"], key=r["errors"].get)
             print(
-                f"over the limit: {r['case']} {r['dtype']} {r['dispatcher']} {r['experts']}: "
+                f"over the limit: {r['case']} {r['dtype']} {r['dispatcher']} {r['experts']} {r['activation']}: "
                 f"{quantity} {r['errors'][quantity]:.2e} > {r['limit']:g}"
             )
         print(

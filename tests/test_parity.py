@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT, torchrun
-from parity import LIMITS, cases, variants
+from parity import LIMITS, cases, cases_of, variants
 
 WORLD_SIZES = {1: [], 2: [], 4: [], 8: ["even"]}
 
@@ -24,15 +24,15 @@ def results(request, build) -> list[dict]:
 def test_everything_ran(results):
     world_size = results[0]["world_size"]
     names = WORLD_SIZES[world_size] or list(cases(world_size))
-    ran = {(r["dispatcher"], r["experts"], r["dtype"], r["case"]) for r in results}
+    ran = {(r["dispatcher"], r["experts"], r["activation"], r["dtype"], r["case"]) for r in results}
     kinds = variants(torch.device("cpu"), world_size, list(LIMITS))
-    assert ran == {(*kind, c) for kind in kinds for c in names}
-    assert {t for _, _, t in kinds} == set(LIMITS)
+    assert ran == {(*kind, c) for kind in kinds for c in cases_of(kind[2], names)}
+    assert {kind[3] for kind in kinds} == set(LIMITS)
 
 
 def test_outputs_and_every_gradient(results):
     over = [
-        f"{r['case']} {r['dtype']} {r['dispatcher']} {r['experts']}: {quantity} {error:.1e}"
+        f"{r['case']} {r['dtype']} {r['dispatcher']} {r['experts']} {r['activation']}: {quantity} {error:.1e}"
         for r in results for quantity, error in r["errors"].items() if not error <= LIMITS[r["dtype"]]
     ]  # fmt: skip
     assert not over, "\n".join(over)
