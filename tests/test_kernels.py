@@ -27,7 +27,7 @@ CLOSE = {torch.float32: {"atol": 1e-4, "rtol": 1e-5}, torch.bfloat16: {"atol": 7
 @pytest.mark.skipif(is_possible, reason="they run here")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="wants Triton")
 def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", __file__]
+    command = [sys.executable, "-m", "pytest", __file__]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
 
