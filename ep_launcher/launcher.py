@@ -22,7 +22,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/06_grouped_experts.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "6cb69ad7e14c1dec3532a02f1578f29371f20e45bf9919a168e925a004dd872e"
+SOURCES_SHA256 = "4a221be61fca4db31ba1862928a7a64f8555ba635c2ae4efcc7d013618068efb"
 
 
 # ==========================================================================================================
@@ -1696,10 +1696,22 @@ class Unpermute(torch.autograd.Function):
 
 
 # %% notebooks/06_grouped_experts.ipynb #local-dispatcher
-def weights_of_rows(topk_weights: Tensor, order: RowOrder) -> Tensor:
-    """topk_weights [T, K] -> [R]: the weight of each row's choice, with gradient; 0 for a choice not sent."""
-    sent = torch.where(order.row_of_choice < 0, 0, topk_weights)
-    return sent.reshape(-1)[order.choice_of_row]
+class WeightsOfRows(torch.autograd.Function):
+    """topk_weights [T, K] -> [R]: the weight of each row's choice, 0 for a choice not sent.
+
+    Every row has one choice, so backward is a look-up too, where autograd's own would sort and add.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, topk_weights: Tensor, order: RowOrder) -> Tensor:
+        ctx.order = order
+        sent = torch.where(order.row_of_choice < 0, 0, topk_weights)
+        return sent.reshape(-1)[order.choice_of_row]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        row = ctx.order.row_of_choice
+        return torch.where(row < 0, 0, grad[row.clamp(min=0)]), None
 
 
 @register("dispatcher", "local")
@@ -1714,7 +1726,11 @@ class LocalDispatcher(Dispatcher):
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
         """See Dispatcher. R is T * K whatever the choices, so that no number has to reach the host."""
         order = order_rows(routing.topk_ids, self.config.num_experts)
-        return Permute.apply(x, order), order.counts, (order, weights_of_rows(routing.topk_weights, order))
+        return (
+            Permute.apply(x, order),
+            order.counts,
+            (order, WeightsOfRows.apply(routing.topk_weights, order)),
+        )
 
     def combine(self, rows: Tensor, handle: Any) -> Tensor:
         """See Dispatcher. The weights are applied in float32 or wider."""
@@ -2030,7 +2046,7 @@ class FusedExperts(Experts):
         if self.activation is not SwiGLU:
             return None
         order = order_rows(routing.topk_ids, self.w1.shape[0])
-        weights = weights_of_rows(routing.topk_weights, order)
+        weights = WeightsOfRows.apply(routing.topk_weights, order)
         products = self.products(order.counts, routing.topk_ids.numel())
         return SwiGLUOnTokens.apply(x, weights, self.w1, self.w2, self.w3, order, products)
 
@@ -2182,6 +2198,25 @@ class GraphStep:
             self.record()
         self.graph.replay()
         return self.losses.clone()
+
+
+# %% notebooks/06_grouped_experts.ipynb #compiled-step
+@register("step", "compiled")
+class CompiledStep(GraphStep):
+    """The recorded step of a compiled layer: torch.compile fuses the small operations before the recording.
+
+    Costs some ten seconds at the first step, and the last bits: the compiler adds up in another order. Never auto's.
+    """
+
+    def __init__(self, run: Run, model: EPMoE, stream: TokenStream, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(run, model, stream, optimizer)
+        self.eager.model = torch.compile(model)
+        self.eager.model.balance = model.balance
+
+    @staticmethod
+    def preference(run: Run, model: EPMoE) -> int:
+        """Where a step can be recorded; less than the recorded one, which starts at once."""
+        return min(1, GraphStep.preference(run, model))
 
 
 # %% added by tools/extract.py

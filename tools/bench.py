@@ -73,7 +73,8 @@ def step_variants(comm: ep.Communicator, device: torch.device) -> dict[str, Call
                 variants[f"{dispatcher}+{experts}"] = our_step(config, comm, device)
     if device.type == "cuda" and comm.size == 1:
         config = ep.MoEConfig(dispatcher="local", experts="bmm")
-        variants["local+bmm, recorded"] = our_step(config, comm, device, "graph")
+        for kind in ("graph", "compiled"):
+            variants[f"local+bmm, {kind}"] = our_step(config, comm, device, kind)
     return variants
 
 
