@@ -4,9 +4,9 @@
     python tools/bench_layer.py --sizes qwen --rounds 20 --no-compile
 
 Every variant gets the same tokens and weights in bfloat16, random. From routing to unpermute, x and all parameters
-with gradients. Variants alternate within each round; a sample is several passes between CUDA events, back to back, as the layers of
-a model follow one another. Before
-anything is timed, every variant is held against a float32 reference that makes the same choices.
+with gradients. Variants alternate within each round; a sample is several passes between CUDA events, back to back, as
+the layers of a model follow one another. Before anything is timed, every variant is held against a float32 reference
+that makes the same choices.
 """
 
 import argparse
