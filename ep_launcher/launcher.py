@@ -22,7 +22,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/06_grouped_experts.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "4a221be61fca4db31ba1862928a7a64f8555ba635c2ae4efcc7d013618068efb"
+SOURCES_SHA256 = "ecaa1f44d370e080b8511471357aa9989fd129863d071896bfc04446a223e32c"
 
 
 # ==========================================================================================================
@@ -1100,8 +1100,8 @@ class LoadHistory:
 
     def add(self, topk_ids: Tensor) -> None:
         """Counts one step's choices [T, K] of this rank. No synchronisation."""
-        counts = count_choices(topk_ids, len(self.interval) - 1)
-        self.interval += torch.cat([counts, topk_ids.numel() - counts.sum(0, keepdim=True)])
+        place = topk_ids.reshape(-1) % len(self.interval)  # -1, a choice not sent, becomes the last
+        self.interval.scatter_add_(0, place, torch.ones_like(place, dtype=self.interval.dtype))
 
     def end_interval(self, comm: Communicator) -> None:
         """Sums the interval over the ranks and begins the next. One all-reduce of E + 1 numbers."""
@@ -1858,7 +1858,7 @@ def weighted_swiglu_backward_(
 class BlockProducts:
     """Products of an expert's rows with its weights, one call an expert, each into its place in the result.
 
-    Needs the counts on the host: one synchronisation on a GPU. Best for few experts with many rows, and on a CPU.
+    Needs the counts on the host: one synchronisation on a GPU. The fastest on a CPU.
     """
 
     def __init__(self, counts: Tensor, num_rows: int) -> None:
@@ -2071,17 +2071,14 @@ class GroupedExperts(FusedExperts):
 
 @register("experts", "blocks")
 class BlockExperts(FusedExperts):
-    """One product an expert, into one buffer for all; the counts come to the host. Best where blocks are large."""
+    """One product an expert, into one buffer for all; the counts come to the host."""
 
     products = BlockProducts
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
-        """Runs everywhere; on a GPU it is ahead of grouped_mm where an expert has 1,024 rows or more."""
-        if device.type == "cpu":
-            return 40
-        rows_per_expert = config.max_num_tokens * ep_size * config.top_k / config.num_experts
-        return 60 if rows_per_expert >= 1024 else 30
+        """Runs everywhere; the fastest on a CPU."""
+        return 40 if device.type == "cpu" else 30
 
 
 # %% notebooks/06_grouped_experts.ipynb #padded
@@ -2094,6 +2091,11 @@ def pad_slots(counts: Tensor, num_rows: int, capacity: int) -> Tensor:
     padded = torch.cat([ends - counts, ends[-1:]])
     slot = expert * capacity + row - padded[expert]
     return torch.where(expert < len(counts), slot, len(counts) * capacity)
+
+
+def batched_affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [L, C, i], weight [L, i, o], bias [L, o] or None -> [L, C, o]."""
+    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
 
 
 @register("experts", "bmm")
@@ -2110,15 +2112,10 @@ class BmmExperts(Experts):
         is_small = config.max_num_tokens * config.num_experts <= BmmExperts.largest_fixed
         return 70 if device.type == "cuda" and ep_size == 1 and is_small else 3
 
-    def mlp(self, padded: Tensor) -> Tensor:
-        """padded [L, C, D] -> [L, C, D]: 4 * L * C * D * F operations, 6 if gated."""
-
-        def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
-
-        third = None if self.w3 is None else product(padded, self.w3, None)
-        hidden = self.activation.apply(product(padded, self.w1, self.b1), third)
-        return product(hidden, self.w2, self.b2)
+    def hidden(self, padded: Tensor) -> Tensor:
+        """padded [L, C, D] -> [L, C, F]: first product and activation; 2 * L * C * D * F operations, 4 if gated."""
+        third = None if self.w3 is None else padded @ self.w3
+        return self.activation.apply(batched_affine(padded, self.w1, self.b1), third)
 
     def forward(self, rows: Tensor, num_tokens_per_local_expert: Tensor) -> Tensor:
         """rows [R, D] sorted by expert -> [R, D]. One host sync where padding every expert to R rows is too much."""
@@ -2128,21 +2125,26 @@ class BmmExperts(Experts):
             capacity = int(num_tokens_per_local_expert.max())
         slot = pad_slots(num_tokens_per_local_expert, num_rows, capacity)
         padded = rows.new_zeros(num_local * capacity + 1, d).index_copy(0, slot, rows)[:-1]
-        results = self.mlp(padded.view(num_local, capacity, d)).reshape(-1, d)
-        return F.pad(results, (0, 0, 0, 1))[slot]
+        results = batched_affine(self.hidden(padded.view(num_local, capacity, d)), self.w2, self.b2)
+        return F.pad(results.reshape(-1, d), (0, 0, 0, 1))[slot]
 
     def forward_tokens(self, x: Tensor, routing: Routing) -> Tensor | None:
-        """x [T, D] -> y [T, D], every expert for every token, where that is few rows; the weights pick. No sort."""
-        num_local, num_tokens = self.w1.shape[0], x.shape[0]
-        if num_local * num_tokens > self.largest_fixed:
+        """x [T, D] -> y [T, D], every expert for every token, where that is few rows; no sort, no copy to rows.
+
+        The weights, 0 for experts that were not chosen, go onto the hidden numbers: then the second product and the
+        sum over experts are one product, [T, E * F] times [E * F, D].
+        """
+        num_experts, num_tokens = self.w1.shape[0], x.shape[0]
+        if num_experts * num_tokens > self.largest_fixed:
             return None
-        is_sent = routing.topk_ids >= 0
-        weights = torch.where(is_sent, routing.topk_weights, 0)
-        spread = weights.new_zeros(num_tokens, num_local).scatter_add(
+        weights = torch.where(routing.topk_ids < 0, 0, routing.topk_weights)
+        spread = weights.new_zeros(num_tokens, num_experts).scatter_add(
             1, routing.topk_ids.clamp(min=0), weights
         )
-        every = self.mlp(x.expand(num_local, *x.shape))
-        return torch.einsum("etd,te->td", every.to(spread.dtype), spread).to(x.dtype)
+        hidden = self.hidden(x.expand(num_experts, *x.shape)).transpose(0, 1)
+        weighted = (hidden.to(spread.dtype) * spread.unsqueeze(2)).to(x.dtype).flatten(1)
+        y = weighted @ self.w2.flatten(0, 1)
+        return y if self.b2 is None else torch.addmm(y, spread.to(x.dtype), self.b2)
 
 
 # %% notebooks/06_grouped_experts.ipynb #graph-step
