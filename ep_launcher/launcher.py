@@ -23,7 +23,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/07_exact_all_to_all.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "ccebcac9f329c3b4cccc036ba8dc14a16efac3c81a1a52897921e6821b713f0f"
+SOURCES_SHA256 = "1a6b5edc9a13a78240d1dd716d450df1e5b87edf7c4792d808dad27a632d9ac0"
 
 
 # ==========================================================================================================
@@ -2302,6 +2302,34 @@ class Reorder(torch.autograd.Function):
         return grad.index_select(0, ctx.inverse), None, None
 
 
+# %% notebooks/07_exact_all_to_all.ipynb #weighted-sum
+class WeightedSum(torch.autograd.Function):
+    """rows [n, D] in the order of an exchange, topk_weights [T, K] -> y [T, D], each token's weighted sum.
+
+    In float32 or wider, rounded once. n is the number of choices sent; others add nothing. No host sync.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, topk_weights: Tensor, order: RowOrder) -> Tensor:
+        ctx.order = order
+        ctx.save_for_backward(rows, topk_weights)
+        if not len(rows):
+            return rows.new_zeros(len(topk_weights), rows.shape[1])
+        weights = torch.where(order.row_of_choice < 0, 0, topk_weights)
+        picked = order.row_of_choice.clamp(min=0)
+        bag = F.embedding_bag(picked, rows.to(weights.dtype), mode="sum", per_sample_weights=weights)
+        return bag.to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        rows, topk_weights = ctx.saved_tensors
+        choice = ctx.order.choice_of_row[: len(rows)]
+        spread = grad.index_select(0, choice // topk_weights.shape[1]).to(topk_weights.dtype)
+        grad_weights = torch.zeros_like(topk_weights)
+        grad_weights.view(-1)[choice] = (spread * rows).sum(1)
+        return (spread * topk_weights.view(-1)[choice].unsqueeze(1)).to(rows.dtype), grad_weights, None
+
+
 # %% notebooks/07_exact_all_to_all.ipynb #exchange-plan
 @dataclass
 class ExchangePlan:
@@ -2363,22 +2391,20 @@ class AllToAllDispatcher(LocalDispatcher):
         order = order_rows(routing.topk_ids, self.config.num_experts)
         plan = announce(order.counts, x.shape[1] * x.element_size(), self.comm)
         rows = Permute.apply(x, order)
-        weights = weights_of_rows(routing.topk_weights, order)
         plan = plan()
         rows = rows[: sum(plan.input_splits)]  # behind them are choices that are not sent
         rows = AllToAll.apply(rows, self.comm, plan.input_splits, plan.output_splits)
         rows = Reorder.apply(rows, plan.by_expert, plan.by_source)
-        return rows, plan.counts, (plan, order, weights)
+        return rows, plan.counts, (plan, order, routing.topk_weights)
 
     def combine(self, rows: Tensor, handle: Any) -> Tensor:
         """See Dispatcher. Sends the results of the rows that came; no host synchronisation."""
         if self.comm.size == 1:
             return super().combine(rows, handle)
-        plan, order, weights = handle
+        plan, order, topk_weights = handle
         rows = Reorder.apply(rows, plan.by_source, plan.by_expert)
         rows = AllToAll.apply(rows, self.comm, plan.output_splits, plan.input_splits)
-        missing = len(weights) - len(rows)
-        return super().combine(F.pad(rows, (0, 0, 0, missing)) if missing else rows, (order, weights))
+        return WeightedSum.apply(rows, topk_weights, order)
 
     def run(self, x: Tensor, routing: Routing, experts: Any) -> Tensor:
         """See Dispatcher. Experts that read the counts on the host get them there."""
