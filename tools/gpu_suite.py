@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import os
+import socket
 import statistics
 import sys
 import time
@@ -41,7 +42,7 @@ from torch.distributed._functional_collectives import (  # noqa: E402
 from ep_launcher import launcher as ep  # noqa: E402
 from tools import bench, bench_layer, torchtitan_layer  # noqa: E402
 
-BUDGETS = {"parity": 50, "invariance": 40, "bandwidth": 25, "layers": 75, "seed": 60}  # seconds
+BUDGETS = {"parity": 45, "invariance": 35, "bandwidth": 20, "layers": 70, "seed": 55}  # seconds
 LARGEST_GATHER_GB = 20
 SMALL_SIZES = {
     "mixtral": (64, {"hidden_dim": 64, "ffn_dim": 96, "num_experts": 8, "top_k": 2}),
@@ -171,7 +172,7 @@ def run_invariance(suite: Suite) -> tuple[dict, str]:
             if not value <= 1e-10:
                 suite.failures.append(f"{name} is {value:.1e} off the curve of one rank, above 1e-10")
         quarter = max(1, len(first) // 4)
-        if not sum(first[-quarter:]) < sum(first[:quarter]):
+        if not suite.args.small and not sum(first[-quarter:]) < sum(first[:quarter]):
             suite.failures.append(f"the loss did not fall: {first[0]:.4f} to {first[-1]:.4f}")
     else:
         away, first = {"": 0.0}, [0.0]
@@ -278,7 +279,7 @@ def run_bandwidth(suite: Suite) -> tuple[dict, str]:
     ms = medians(samples)
     rates = {name: sent[name] / ms[name] / 1e6 for name in ms}
     for name in sorted(ms, key=ms.get):
-        share = f"{rates[name] / rates[plain]:6.1%} of plain" if size > 1 else ""
+        share = f"{ms[name] / ms[plain]:5.2f} x the time of plain" if size > 1 else ""
         suite.say(
             f"  {name:28} {ms[name]:8.3f} ms  {sent[name] / 1e6:8.1f} MB leave  {rates[name]:7.1f} GB/s  {share}"
         )
@@ -416,8 +417,8 @@ def run_seed(suite: Suite) -> tuple[dict, str]:
     ours = bench.our_step(config, comm, device, "graph" if is_alone else "eager")
     bench.time_ms(ours, 3 if args.small else 50, comm, device)
     ms = max(suite.gather(bench.time_ms(ours, 3 if args.small else 50, comm, device)))
-    fitting = int(0.6 * (suite.end - begin) * 1e3 / ms)
-    steps = min(suite.gather(min(args.steps, 60 if args.small else max(100, fitting))))
+    fitting = 60 if args.small else max(100, int(0.6 * (suite.end - begin) * 1e3 / ms))
+    steps = min(suite.gather(min(args.steps, fitting)))
     options = ep.TrainingOptions(steps=steps, log_interval=max(1, steps // 10))
     measured = ep.train(suite.run_by_hand(config, options, comm))
     bytes_sent = measured["bytes_sent_per_step"]
@@ -523,11 +524,12 @@ def start_group(device: torch.device, timeout: timedelta) -> None:
     """A process group, also for one rank that torchrun did not start."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    where = {}
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            where = {"init_method": f"tcp://127.0.0.1:{free.getsockname()[1]}", "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **where)
 
 
 def main() -> int:
