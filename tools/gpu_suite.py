@@ -161,10 +161,14 @@ def run_invariance(suite: Suite) -> tuple[dict, str]:
                 if suite.is_over():
                     suite.failures.append(f"time was up before size {size}: {dispatcher}+{experts}")
                     continue
-                if is_in:
-                    chosen = ep.replace(config, dispatcher=dispatcher, experts=experts)
-                    measured = ep.train(suite.run_by_hand(chosen, options, comm))
-                    curves[f"{size} ranks: {dispatcher}+{experts}"] = measured["task_loss"]
+                if not is_in:
+                    continue
+                name = f"{size} ranks: {dispatcher}+{experts}"
+                chosen = ep.replace(config, dispatcher=dispatcher, experts=experts)
+                try:
+                    curves[name] = ep.train(suite.run_by_hand(chosen, options, comm))["task_loss"]
+                except Exception as error:  # the ranks outside this group wait for the next question
+                    suite.failures.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
     if suite.comm.rank == 0:
         first = next(iter(curves.values()), [0.0])
         away = {n: max(abs(a - b) for a, b in zip(c, first, strict=True)) for n, c in curves.items()}
@@ -469,7 +473,8 @@ PARTS = {
 def machine(suite: Suite) -> dict[str, Any]:
     """What the numbers were measured with."""
     on_gpu = suite.device.type == "cuda"
-    arguments = [ep.relative_to_root(a) if os.path.isabs(a) else a for a in sys.argv[1:]]
+    folders = [i + k for i, a in enumerate(sys.argv) if a in ("--output", "--torchtitan") for k in (0, 1)]
+    arguments = [a for i, a in enumerate(sys.argv) if i and i not in folders]  # where it lies says nothing
     start = f"torchrun --standalone --nproc_per_node={suite.comm.size}" if suite.comm.size > 1 else "python"
     return {
         "what": "suite", "device": ep.device_model(suite.device), "num_gpus": suite.comm.size if on_gpu else 0,
@@ -490,6 +495,8 @@ def run_part(suite: Suite, name: str, seconds: float) -> dict:
         problem = f"rank {suite.comm.rank}: {type(error).__name__}: {str(error)[:500]}"
         print(f"{name}, {problem}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
     gc.collect()
+    if suite.device.type == "cuda":
+        torch.cuda.empty_cache()
     failures = [f for own in suite.gather([*suite.failures, problem]) for f in own if f]
     took = time.perf_counter() - begin
     suite.say(f"{name}: {'FAILED' if failures else 'ok'} in {took:.1f} s: {line}")
