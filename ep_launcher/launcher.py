@@ -23,7 +23,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/07_exact_all_to_all.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "1a6b5edc9a13a78240d1dd716d450df1e5b87edf7c4792d808dad27a632d9ac0"
+SOURCES_SHA256 = "5b293e4fbd6b6e14e5c5abb87527038173952cb1ed78ff59ebd09cc4d5faf3e5"
 
 
 # ==========================================================================================================
@@ -2222,30 +2222,34 @@ def seal_counts(counts: Tensor, row_bytes: int) -> Tensor:
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #check-seals
-def describe_broken_seal(line: list[int], row_bytes: int) -> str:
-    """What is wrong with one sealed line, in numbers: expected and announced. "" where nothing is."""
-    *counts, total, _, size = line
+def broken_seal(line: list[int], row_bytes: int) -> tuple[str, str] | None:
+    """One sealed line -> (what it says, what was announced) where they differ; None where all is well."""
+    *counts, total, _, announced_bytes = line
     if seal_counts(torch.tensor(counts), row_bytes).tolist() == line:
-        return ""
-    if size != row_bytes:
-        return f"rows of {row_bytes} bytes, announced are rows of {size}"
+        return None
+    if announced_bytes != row_bytes:
+        return f"rows of {row_bytes} bytes", f"rows of {announced_bytes}"
     if sum(counts) != total:
-        return f"{sum(counts)} rows, announced are {total}"
-    return f"{counts} rows for the experts in turn, announced are the same {total} otherwise"
+        return f"{sum(counts)} rows", str(total)
+    return f"{counts} rows for the experts in turn", "other counts"
 
 
 def check_seals(lines: Tensor, row_bytes: int, rank: int) -> None:
-    """lines int64 [2, W, L + 3] on the host: sent to and received from each rank, sealed.
+    """lines int64 [2, W, L + 3] on the host, sealed: sent to each rank, received from each rank.
 
-    CollectiveError where a line is not what its sender sealed, before a row is sent by it.
+    CollectiveError, before any row travels, where a line is not what was sealed.
     """
     if torch.equal(seal_counts(lines[..., :-3], row_bytes), lines):
         return
-    for verb, way, by_rank in zip(("sends", "expects"), ("to", "from"), lines.tolist(), strict=True):
+    texts = (
+        "rank {} sends {} to rank {}, and announced {}",
+        "rank {} expects {} from rank {}, which announced {}",
+    )
+    for text, by_rank in zip(texts, lines.tolist(), strict=True):
         for other, line in enumerate(by_rank):
-            if wrong := describe_broken_seal(line, row_bytes):
+            if found := broken_seal(line, row_bytes):
                 raise CollectiveError(
-                    f"split counts are corrupt: rank {rank} {verb} {way} rank {other} {wrong}"
+                    text.format(rank, found[0], other, found[1]) + ": split counts are corrupt"
                 )
 
 
