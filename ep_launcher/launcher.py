@@ -23,7 +23,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/07_exact_all_to_all.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "5b293e4fbd6b6e14e5c5abb87527038173952cb1ed78ff59ebd09cc4d5faf3e5"
+SOURCES_SHA256 = "cb55a80659582f538ea2e5fafaecd862feecc962f6320bc187e1cd84c81993ec"
 
 
 # ==========================================================================================================
@@ -1101,8 +1101,8 @@ class LoadHistory:
 
     def add(self, topk_ids: Tensor) -> None:
         """Counts one step's choices [T, K] of this rank. No synchronisation."""
-        counts = count_choices(topk_ids, len(self.interval) - 1)
-        self.interval += torch.cat([counts, topk_ids.numel() - counts.sum(0, keepdim=True)])
+        place = topk_ids.reshape(-1) % len(self.interval)  # -1, a choice not sent, becomes the last
+        self.interval.scatter_add_(0, place, torch.ones_like(place, dtype=self.interval.dtype))
 
     def end_interval(self, comm: Communicator) -> None:
         """Sums the interval over the ranks and begins the next. One all-reduce of E + 1 numbers."""
@@ -1697,10 +1697,22 @@ class Unpermute(torch.autograd.Function):
 
 
 # %% notebooks/06_grouped_experts.ipynb #local-dispatcher
-def weights_of_rows(topk_weights: Tensor, order: RowOrder) -> Tensor:
-    """topk_weights [T, K] -> [R]: the weight of each row's choice, with gradient; 0 for a choice not sent."""
-    sent = torch.where(order.row_of_choice < 0, 0, topk_weights)
-    return sent.reshape(-1)[order.choice_of_row]
+class WeightsOfRows(torch.autograd.Function):
+    """topk_weights [T, K] -> [R]: the weight of each row's choice, 0 for a choice not sent.
+
+    Every row has one choice, so backward is a look-up too, where autograd's own would sort and add.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, topk_weights: Tensor, order: RowOrder) -> Tensor:
+        ctx.order = order
+        sent = torch.where(order.row_of_choice < 0, 0, topk_weights)
+        return sent.reshape(-1)[order.choice_of_row]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        row = ctx.order.row_of_choice
+        return torch.where(row < 0, 0, grad[row.clamp(min=0)]), None
 
 
 @register("dispatcher", "local")
@@ -1715,7 +1727,11 @@ class LocalDispatcher(Dispatcher):
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
         """See Dispatcher. R is T * K whatever the choices, so that no number has to reach the host."""
         order = order_rows(routing.topk_ids, self.config.num_experts)
-        return Permute.apply(x, order), order.counts, (order, weights_of_rows(routing.topk_weights, order))
+        return (
+            Permute.apply(x, order),
+            order.counts,
+            (order, WeightsOfRows.apply(routing.topk_weights, order)),
+        )
 
     def combine(self, rows: Tensor, handle: Any) -> Tensor:
         """See Dispatcher. The weights are applied in float32 or wider."""
@@ -1843,7 +1859,7 @@ def weighted_swiglu_backward_(
 class BlockProducts:
     """Products of an expert's rows with its weights, one call an expert, each into its place in the result.
 
-    Needs the counts on the host: one synchronisation on a GPU. Best for few experts with many rows, and on a CPU.
+    Needs the counts on the host: one synchronisation on a GPU. The fastest on a CPU.
     """
 
     def __init__(self, counts: Tensor, num_rows: int) -> None:
@@ -2031,7 +2047,7 @@ class FusedExperts(Experts):
         if self.activation is not SwiGLU:
             return None
         order = order_rows(routing.topk_ids, self.w1.shape[0])
-        weights = weights_of_rows(routing.topk_weights, order)
+        weights = WeightsOfRows.apply(routing.topk_weights, order)
         products = self.products(order.counts, routing.topk_ids.numel())
         return SwiGLUOnTokens.apply(x, weights, self.w1, self.w2, self.w3, order, products)
 
@@ -2056,17 +2072,14 @@ class GroupedExperts(FusedExperts):
 
 @register("experts", "blocks")
 class BlockExperts(FusedExperts):
-    """One product an expert, into one buffer for all; the counts come to the host. Best where blocks are large."""
+    """One product an expert, into one buffer for all; the counts come to the host."""
 
     products = BlockProducts
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
-        """Runs everywhere; on a GPU it is ahead of grouped_mm where an expert has 1,024 rows or more."""
-        if device.type == "cpu":
-            return 40
-        rows_per_expert = config.max_num_tokens * ep_size * config.top_k / config.num_experts
-        return 60 if rows_per_expert >= 1024 else 30
+        """Runs everywhere; the fastest on a CPU."""
+        return 40 if device.type == "cpu" else 30
 
 
 # %% notebooks/06_grouped_experts.ipynb #padded
@@ -2079,6 +2092,11 @@ def pad_slots(counts: Tensor, num_rows: int, capacity: int) -> Tensor:
     padded = torch.cat([ends - counts, ends[-1:]])
     slot = expert * capacity + row - padded[expert]
     return torch.where(expert < len(counts), slot, len(counts) * capacity)
+
+
+def batched_affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [L, C, i], weight [L, i, o], bias [L, o] or None -> [L, C, o]."""
+    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
 
 
 @register("experts", "bmm")
@@ -2095,15 +2113,10 @@ class BmmExperts(Experts):
         is_small = config.max_num_tokens * config.num_experts <= BmmExperts.largest_fixed
         return 70 if device.type == "cuda" and ep_size == 1 and is_small else 3
 
-    def mlp(self, padded: Tensor) -> Tensor:
-        """padded [L, C, D] -> [L, C, D]: 4 * L * C * D * F operations, 6 if gated."""
-
-        def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
-
-        third = None if self.w3 is None else product(padded, self.w3, None)
-        hidden = self.activation.apply(product(padded, self.w1, self.b1), third)
-        return product(hidden, self.w2, self.b2)
+    def hidden(self, padded: Tensor) -> Tensor:
+        """padded [L, C, D] -> [L, C, F]: first product and activation; 2 * L * C * D * F operations, 4 if gated."""
+        third = None if self.w3 is None else padded @ self.w3
+        return self.activation.apply(batched_affine(padded, self.w1, self.b1), third)
 
     def forward(self, rows: Tensor, num_tokens_per_local_expert: Tensor) -> Tensor:
         """rows [R, D] sorted by expert -> [R, D]. One host sync where padding every expert to R rows is too much."""
@@ -2113,21 +2126,26 @@ class BmmExperts(Experts):
             capacity = int(num_tokens_per_local_expert.max())
         slot = pad_slots(num_tokens_per_local_expert, num_rows, capacity)
         padded = rows.new_zeros(num_local * capacity + 1, d).index_copy(0, slot, rows)[:-1]
-        results = self.mlp(padded.view(num_local, capacity, d)).reshape(-1, d)
-        return F.pad(results, (0, 0, 0, 1))[slot]
+        results = batched_affine(self.hidden(padded.view(num_local, capacity, d)), self.w2, self.b2)
+        return F.pad(results.reshape(-1, d), (0, 0, 0, 1))[slot]
 
     def forward_tokens(self, x: Tensor, routing: Routing) -> Tensor | None:
-        """x [T, D] -> y [T, D], every expert for every token, where that is few rows; the weights pick. No sort."""
-        num_local, num_tokens = self.w1.shape[0], x.shape[0]
-        if num_local * num_tokens > self.largest_fixed:
+        """x [T, D] -> y [T, D], every expert for every token, where that is few rows; no sort, no copy to rows.
+
+        The weights, 0 for experts that were not chosen, go onto the hidden numbers: then the second product and the
+        sum over experts are one product, [T, E * F] times [E * F, D].
+        """
+        num_experts, num_tokens = self.w1.shape[0], x.shape[0]
+        if num_experts * num_tokens > self.largest_fixed:
             return None
-        is_sent = routing.topk_ids >= 0
-        weights = torch.where(is_sent, routing.topk_weights, 0)
-        spread = weights.new_zeros(num_tokens, num_local).scatter_add(
+        weights = torch.where(routing.topk_ids < 0, 0, routing.topk_weights)
+        spread = weights.new_zeros(num_tokens, num_experts).scatter_add(
             1, routing.topk_ids.clamp(min=0), weights
         )
-        every = self.mlp(x.expand(num_local, *x.shape))
-        return torch.einsum("etd,te->td", every.to(spread.dtype), spread).to(x.dtype)
+        hidden = self.hidden(x.expand(num_experts, *x.shape)).transpose(0, 1)
+        weighted = (hidden.to(spread.dtype) * spread.unsqueeze(2)).to(x.dtype).flatten(1)
+        y = weighted @ self.w2.flatten(0, 1)
+        return y if self.b2 is None else torch.addmm(y, spread.to(x.dtype), self.b2)
 
 
 # %% notebooks/06_grouped_experts.ipynb #graph-step
@@ -2183,6 +2201,25 @@ class GraphStep:
             self.record()
         self.graph.replay()
         return self.losses.clone()
+
+
+# %% notebooks/06_grouped_experts.ipynb #compiled-step
+@register("step", "compiled")
+class CompiledStep(GraphStep):
+    """The recorded step of a compiled layer: torch.compile fuses the small operations before the recording.
+
+    Costs some ten seconds at the first step, and the last bits: the compiler adds up in another order. Never auto's.
+    """
+
+    def __init__(self, run: Run, model: EPMoE, stream: TokenStream, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(run, model, stream, optimizer)
+        self.eager.model = torch.compile(model)
+        self.eager.model.balance = model.balance
+
+    @staticmethod
+    def preference(run: Run, model: EPMoE) -> int:
+        """Where a step can be recorded; less than the recorded one, which starts at once."""
+        return min(1, GraphStep.preference(run, model))
 
 
 # ==========================================================================================================

@@ -160,7 +160,8 @@ def test_choices_of_minus_one_are_not_sent():
     for name in ep.REGISTRIES["dispatcher"]:
         dispatcher = ep.REGISTRIES["dispatcher"][name](layer.config, layer.comm)
         rows, counts, handle = dispatcher.dispatch(x, routing)
-        assert rows.shape[0] == counts.sum() == 6
+        assert rows.shape[0] >= counts.sum() == 6
+        rows = torch.cat([rows[:6], torch.full_like(rows[6:], float("nan"))])  # nobody reads them
         y = dispatcher.combine(rows, handle)
         assert y[1].abs().max() == 0 and y[0].abs().max() > 0
 

@@ -27,21 +27,23 @@ import torch.distributed as dist  # noqa: E402
 from ep_launcher import launcher as ep  # noqa: E402
 
 
-def our_step(config: ep.MoEConfig, comm: ep.Communicator, device: torch.device) -> Callable[[], None]:
+def our_step(
+    config: ep.MoEConfig, comm: ep.Communicator, device: torch.device, kind: str = "eager"
+) -> Callable[[], None]:
     """A training step of the launcher: draw, forward, backward, all-reduce, check, AdamW."""
     options = ep.TrainingOptions()
-    num_tokens = 32 * comm.size
+    log = ep.RunLog(ROOT / "build", 1, rank=1)  # a rank that writes nothing
+    run = ep.Run(config, options, comm, device, ep.Heartbeat(None, comm), log)
     model = ep.EPMoE(config, comm, device=device)
-    stream = ep.TokenStream(config, 0, num_tokens, comm, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True)
+    stream = ep.TokenStream(config, 0, run.num_global_tokens, comm, device)
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True, capturable=on_gpu)
+    advance = ep.REGISTRIES["step"][kind](run, model, stream, optimizer)
 
     def step() -> None:
-        x, target = stream.next()
-        optimizer.zero_grad()
-        losses = ep.train_step(model, x, target, num_tokens, options)
+        losses = advance()
         if device.type == "cpu":
             ep.check_finite(losses, 0, comm)
-        optimizer.step()
 
     return step
 
@@ -50,20 +52,29 @@ def seed_step(config: ep.MoEConfig, comm: ep.Communicator, device: torch.device)
     """A training step of the seed's algorithm (build/seed.py), row by row in Python."""
     from build.seed import SeedTraining
 
-    if device.type == "cuda":
-        torch.set_default_device(device)
-    training = SeedTraining(config, comm)
-    torch.set_default_device("cpu")
-    return lambda: float(training.step()) and None
+    with device:
+        training = SeedTraining(config, comm)
+
+    def step() -> None:
+        with device:
+            float(training.step())
+
+    return step
 
 
 def step_variants(comm: ep.Communicator, device: torch.device) -> dict[str, Callable[[], None]]:
     """{name: one step} at the seed's sizes: 16 experts, top-2, hidden 256, 32 tokens a rank."""
-    variants = {"seed": seed_step(ep.MoEConfig(), comm, device)} if device.type == "cpu" else {}
+    variants = {"seed": seed_step(ep.MoEConfig(), comm, device)}
     for dispatcher in sorted(ep.REGISTRIES["dispatcher"]):
         for experts in sorted(ep.REGISTRIES["experts"]):
             config = ep.MoEConfig(dispatcher=dispatcher, experts=experts)
-            variants[f"{dispatcher}+{experts}"] = our_step(config, comm, device)
+            kinds = ep.REGISTRIES["dispatcher"][dispatcher], ep.REGISTRIES["experts"][experts]
+            if all(kind.preference(config, device, comm.size) > 0 for kind in kinds):
+                variants[f"{dispatcher}+{experts}"] = our_step(config, comm, device)
+    if device.type == "cuda" and comm.size == 1:
+        config = ep.MoEConfig(dispatcher="local", experts="bmm")
+        for kind in ("graph", "compiled"):
+            variants[f"local+bmm, {kind}"] = our_step(config, comm, device, kind)
     return variants
 
 

@@ -1,0 +1,113 @@
+"""Chapter 06's kernels against their PyTorch twins: on a GPU, or on the CPU under Triton's interpreter.
+
+Without Triton there is nothing to test: the twins are what runs then, and the parity suite tests them. The
+interpreter must be asked for before Triton is imported, so on a CPU these tests run in a process of their own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ep_launcher import launcher as ep
+
+is_possible = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+with_kernels = pytest.mark.skipif(
+    not is_possible or ep.triton is None, reason="wants a GPU or the interpreter"
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = [(5, 2, 4, 32, 64), (7, 3, 8, 384, 96), (1, 1, 1, 130, 200), (6, 4, 8, 1024, 768), (0, 2, 4, 32, 64)]
+CLOSE = {torch.float32: {"atol": 1e-4, "rtol": 1e-5}, torch.bfloat16: {"atol": 7e-2, "rtol": 2e-2}}
+
+
+@pytest.mark.skipif(is_possible, reason="they run here")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="wants Triton")
+def test_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", __file__]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+
+
+def twin(function, *arguments):
+    """What the function's PyTorch twin says."""
+    kept, ep.uses_kernels = ep.uses_kernels, lambda x: False
+    try:
+        return function(*arguments)
+    finally:
+        ep.uses_kernels = kept
+
+
+@pytest.fixture(params=SIZES, ids=str)
+def case(request) -> tuple:
+    """(order with choices that are not sent, T, K, D, F, rows sent)."""
+    num_tokens, top_k, num_experts, d, f = request.param
+    torch.manual_seed(num_tokens)
+    ids = torch.rand(num_tokens, num_experts).argsort(dim=1)[:, :top_k].to(DEVICE)
+    if num_tokens:
+        ids[0, 0] = -1
+        ids[-1] = -1
+    order = ep.order_rows(ids, num_experts)
+    return order, num_tokens, top_k, d, f, int(order.counts.sum())
+
+
+def draw(*shape, dtype):
+    return torch.randn(*shape).to(dtype).to(DEVICE)
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+def test_copy_to_rows(case, dtype):
+    order, num_tokens, _, d, _, sent = case
+    x = draw(num_tokens, d, dtype=dtype)
+    assert torch.equal(ep.copy_to_rows(x, order)[:sent], twin(ep.copy_to_rows, x, order)[:sent])
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.parametrize("two", [False, True], ids=["one", "two"])
+def test_sum_rows(case, dtype, two):
+    order, num_tokens, top_k, d, _, sent = case
+    a, b = (draw(num_tokens * top_k, d, dtype=dtype) for _ in range(2))
+    a[sent:], b[sent:] = float("nan"), float("nan")  # nobody reads them
+    ours, theirs = ep.sum_rows(a, order, b if two else None), twin(ep.sum_rows, a, order, b if two else None)
+    torch.testing.assert_close(ours, theirs, **CLOSE[dtype])
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+def test_weighted_swiglu_and_its_backward(case, dtype):
+    order, num_tokens, top_k, _, f, sent = case
+    up, third, grad = (draw(num_tokens * top_k, f, dtype=dtype) for _ in range(3))
+    weights, total = torch.rand(num_tokens * top_k, device=DEVICE), order.counts.sum()
+    ours, theirs = (run(ep.weighted_swiglu, up, third, weights, total) for run in (direct, twin))
+    torch.testing.assert_close(ours[:sent], theirs[:sent], **CLOSE[dtype])
+    found = []
+    for run in (direct, twin):
+        used = [t.clone() for t in (grad, up, third)]
+        found.append([run(ep.weighted_swiglu_backward_, *used, weights, total), *used])
+    assert not found[0][0][sent:].any()
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(
+            mine[:sent], other[:sent], atol=CLOSE[dtype]["atol"] * 3, rtol=CLOSE[dtype]["rtol"]
+        )
+
+
+def direct(function, *arguments):
+    return function(*arguments)
+
+
+def test_the_twin_of_the_backward_is_the_derivative():
+    torch.manual_seed(0)
+    up, third = (torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weights = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(6, 5, dtype=torch.float64)
+    hidden = torch.nn.functional.silu(up) * third * weights[:, None]
+    expected = torch.autograd.grad(hidden, (weights, up, third), grad)
+    used = [t.detach().clone() for t in (grad, up, third)]
+    grad_weights = ep.weighted_swiglu_backward_(*used, weights.detach(), torch.tensor(6))
+    for mine, other in zip([grad_weights, *used[1:], used[0]], [*expected, hidden.detach()], strict=True):
+        torch.testing.assert_close(mine, other)

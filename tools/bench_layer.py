@@ -1,0 +1,345 @@
+"""A whole MoE layer on one GPU, forward and backward, beside others, at the sizes of three known models.
+
+    python tools/bench_layer.py                     all sizes, into results/<device>_layer.json
+    python tools/bench_layer.py --sizes qwen --rounds 20 --no-compile
+
+Every variant gets the same tokens and weights in bfloat16, random. From routing to unpermute, x and all parameters
+with gradients. Variants alternate within each round; a sample is several passes between CUDA events, back to back, as
+the layers of a model follow one another. Before anything is timed, every variant is held against a float32 reference
+that makes the same choices.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from ep_launcher import launcher as ep  # noqa: E402
+
+SIZES = {  # tokens, then the layer
+    "mixtral": (8192, {"hidden_dim": 4096, "ffn_dim": 14336, "num_experts": 8, "top_k": 2}),
+    "qwen": (16384, {"hidden_dim": 2048, "ffn_dim": 768, "num_experts": 128, "top_k": 8}),
+    "deepseek": (8192, {"hidden_dim": 7168, "ffn_dim": 2048, "num_experts": 32, "top_k": 8}),
+}
+
+
+def fill(parameter: Tensor, fan_in: int, *seeds: Any) -> None:
+    """Random numbers made on the device: the launcher's own are drawn on the CPU, too slowly for these sizes."""
+    with torch.no_grad():
+        parameter.uniform_(-(fan_in**-0.5), fan_in**-0.5)
+
+
+def make_layer(config: ep.MoEConfig) -> ep.EPMoE:
+    """A layer on the GPU."""
+    kept, ep.seeded_uniform_ = ep.seeded_uniform_, fill
+    try:
+        with torch.device("cuda"):
+            return ep.EPMoE(config, ep.Communicator(), device="cuda")
+    finally:
+        ep.seeded_uniform_ = kept
+
+
+def sharing(layer: ep.EPMoE, **changes: Any) -> ep.EPMoE:
+    """Another layer with the same parameters, of other kinds."""
+    small = {"hidden_dim": 8, "ffn_dim": 8}
+    other = make_layer(ep.replace(layer.config, **changes, **small))
+    other.config = ep.replace(layer.config, **changes)
+    other.router, other.dispatcher.config = layer.router, other.config
+    for name, parameter in layer.experts.named_parameters():
+        setattr(other.experts, name, parameter)
+    return other
+
+
+def plain_glue(layer: ep.EPMoE, compiled: bool) -> Callable[[Tensor], Tensor]:
+    """grouped_mm with PyTorch's own operations around it: what the kernels of chapter 06 replace."""
+
+    def forward(x: Tensor) -> Tensor:
+        routing, top_k = layer.router(x), layer.config.top_k
+        expert, choice = routing.topk_ids.reshape(-1).sort(stable=True)
+        counts = torch.zeros(layer.config.num_experts, dtype=torch.int32, device=x.device)
+        offsets = counts.scatter_add(0, expert, torch.ones_like(expert, dtype=torch.int32)).cumsum(0).int()
+        w1, w2, w3 = layer.experts.w1, layer.experts.w2, layer.experts.w3
+        rows = x[choice // top_k]
+        up, third = F.grouped_mm(rows, w1, offs=offsets), F.grouped_mm(rows, w3, offs=offsets)
+        y = F.grouped_mm(F.silu(up) * third, w2, offs=offsets)
+        weighted = (y.float() * routing.topk_weights.reshape(-1)[choice].unsqueeze(1)).to(x.dtype)
+        back = torch.empty_like(choice).scatter(0, choice, torch.arange(len(choice), device=x.device))
+        return weighted[back].view(len(x), top_k, -1).sum(1)
+
+    return torch.compile(forward) if compiled else forward
+
+
+def transformers_block(layer: ep.EPMoE, compiled: bool) -> Callable[[Tensor], Tensor]:
+    """transformers' Mixtral block with its grouped_mm experts, on copies of the layer's weights."""
+    from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    c = layer.config
+    config = MixtralConfig(
+        hidden_size=c.hidden_dim, intermediate_size=c.ffn_dim, num_local_experts=c.num_experts,
+        num_experts_per_tok=c.top_k,
+    )  # fmt: skip
+    config._experts_implementation = "grouped_mm"
+    with torch.device("cuda"):
+        block = MixtralSparseMoeBlock(config).to(torch.bfloat16)
+    with torch.no_grad():
+        e = layer.experts
+        block.experts.gate_up_proj.copy_(torch.cat([e.w1, e.w3], dim=2).transpose(1, 2))
+        block.experts.down_proj.copy_(e.w2.transpose(1, 2))
+        block.gate.weight.copy_(layer.router.gate.weight)
+    run = torch.compile(block) if compiled else block
+
+    def forward(x: Tensor) -> Tensor:
+        return run(x.unsqueeze(0)).squeeze(0)
+
+    forward.parameters = list(block.parameters())
+    return forward
+
+
+def products_alone(layer: ep.EPMoE, x: Tensor, products: type) -> Callable[[], None]:
+    """The nine matrix products of a forward and backward pass, and nothing else."""
+    with torch.no_grad():
+        order = ep.order_rows(layer.router(x).topk_ids, layer.config.num_experts)
+        rows = ep.copy_to_rows(x, order)
+        plan = products(order.counts, len(rows))
+        w1, w2, w3 = (getattr(layer.experts, name).detach() for name in ("w1", "w2", "w3"))
+        up, third, y = plan.times(rows, w1), plan.times(rows, w3), torch.randn_like(rows)
+
+    def run() -> None:
+        with torch.no_grad():
+            plan.times(rows, w1), plan.times(rows, w3), plan.times(up, w2)
+            plan.times(y, w2.transpose(1, 2)), plan.weight_gradient(up, y)
+            plan.weight_gradient(rows, up), plan.weight_gradient(rows, third)
+            first = plan.times(up, w1.transpose(1, 2))
+            plan.add_times(first, third, w3.transpose(1, 2))
+
+    return run
+
+
+def train_pass(forward: Callable, x: Tensor, grad: Tensor, parameters: list[Tensor]) -> Callable[[], Tensor]:
+    """forward and backward, gradients made anew -> y."""
+
+    def run() -> Tensor:
+        x.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        out = forward(x)
+        y = out[0] if isinstance(out, tuple) else out
+        y.backward(grad)
+        return y
+
+    return run
+
+
+def recorded(run: Callable[[], Tensor]) -> Callable[[], None]:
+    """The pass as a CUDA graph: legal where nothing in it asks the host."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def reference(layer: ep.EPMoE, x: Tensor, grad: Tensor, divides: bool) -> dict[str, Tensor]:
+    """float32 y and gradients of x, w1, w2, w3, one expert at a time, with the bfloat16 run's own choices.
+
+    divides: whether a token's weights are divided by their sum, as transformers' Mixtral does.
+    """
+    with torch.no_grad():
+        ids = layer.router(x).topk_ids
+    wide = x.detach().float().requires_grad_()
+    gate = layer.router.gate.weight.detach().float(), layer.router.gate.bias.detach().float()
+    weights = F.linear(wide, *gate).softmax(-1).gather(1, ids)
+    weights = weights / weights.sum(1, keepdim=True) if divides else weights
+    spread = torch.zeros(len(x), layer.config.num_experts, device="cuda").scatter(1, ids, weights)
+    y, grads = (
+        torch.zeros_like(wide),
+        {n: torch.empty_like(getattr(layer.experts, n)) for n in ("w1", "w2", "w3")},
+    )
+    total = torch.zeros_like(wide)
+    for e in range(layer.config.num_experts):
+        tokens = (ids == e).any(1).nonzero().squeeze(1)
+        w1, w2, w3 = (
+            getattr(layer.experts, n)[e].detach().float().requires_grad_() for n in ("w1", "w2", "w3")
+        )
+        rows = wide[tokens].detach().requires_grad_()
+        weight = spread[tokens, e].detach().requires_grad_()
+        out = ((F.silu(rows @ w1) * (rows @ w3)) @ w2) * weight.unsqueeze(1)
+        found = torch.autograd.grad(out, (rows, weight, w1, w2, w3), grad[tokens].float())
+        y.index_add_(0, tokens, out.detach())
+        total.index_add_(0, tokens, found[0])
+        total += torch.autograd.grad(spread[tokens, e], wide, found[1], retain_graph=True)[0]
+        for name, value in zip(("w1", "w2", "w3"), found[2:], strict=True):
+            grads[name][e] = value
+    return {"y": y, "x": total} | grads
+
+
+def errors(
+    run: Callable, x: Tensor, named: dict[str, Tensor], expected: dict[str, Tensor]
+) -> dict[str, float]:
+    """Relative errors (Frobenius) of y and the gradients."""
+    y = run()
+    found = {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in named.items() if n in expected}
+    return {
+        n: float((found[n].float() - expected[n].float()).norm() / expected[n].float().norm()) for n in found
+    }
+
+
+def time_all(variants: dict[str, Callable], rounds: int, passes: int = 4) -> dict[str, list[float]]:
+    """{name: samples in ms a pass}, alternating; two rounds warm up."""
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds + 2):
+        for name, run in variants.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(passes):
+                run()
+            end.record()
+            end.synchronize()
+            if turn > 1:
+                samples[name].append(start.elapsed_time(end) / passes)
+    return samples
+
+
+def memory_gb(run: Callable) -> dict[str, float]:
+    """What a forward pass keeps for its backward, and the peak of both, in GB above what was there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return {"peak_gb": (torch.cuda.max_memory_allocated() - before) / 1e9}
+
+
+def kernel_times(run: Callable, repeats: int = 5) -> dict[str, float]:
+    """{kernel: ms a pass}, the largest first, by torch's profiler; matrix products under one name a library."""
+    families = {"cutlass": "grouped_mm", "nvjet": "cuBLAS"}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    found: dict[str, float] = {}
+    for event in profile.key_averages():
+        if event.self_device_time_total:
+            name = next((family for part, family in families.items() if part in event.key), event.key[:80])
+            found[name] = found.get(name, 0.0) + event.self_device_time_total / 1e3 / repeats
+    return {"all": sum(found.values())} | dict(sorted(found.items(), key=lambda item: -item[1])[:24])
+
+
+def cublas_tflop_per_s(n: int = 8192) -> float:
+    """The rate of one large bfloat16 product, the machine's practical ceiling."""
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    samples = time_all({"product": lambda: a @ b}, 20)
+    return 2 * n**3 / statistics.median(samples["product"]) / 1e9
+
+
+def measure(size: str, args: argparse.Namespace) -> dict:
+    """One size: check, time, memory, kernels."""
+    num_tokens, shape = SIZES[size]
+    config = ep.MoEConfig(
+        **shape, max_num_tokens=num_tokens, activation="swiglu", dtype="bfloat16", balance="none",
+        dispatcher="local", experts="grouped",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    layer = make_layer(config)
+    with torch.no_grad():
+        layer.router.gate.bias.zero_()  # the others' gates have none
+    x = torch.randn(num_tokens, config.hidden_dim, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    grad = torch.randn_like(x)
+    forwards = {"ours, grouped": layer, "ours, blocks": sharing(layer, experts="blocks")}
+    forwards["plain glue"] = plain_glue(layer, compiled=False)
+    forwards["transformers"] = transformers_block(layer, compiled=False)
+    if args.compile:
+        forwards["compiled glue"] = plain_glue(layer, compiled=True)
+        forwards["transformers, compiled"] = transformers_block(layer, compiled=True)
+    result: dict = {"tokens": num_tokens, **shape, "errors": {}, "memory": {}, "kernels_ms": {}}
+    passes, named = {}, dict(layer.experts.named_parameters())
+    for name, forward in forwards.items():
+        try:
+            passes[name] = train_pass(forward, x, grad, getattr(forward, "parameters", list(layer.parameters()))
+                                      if "transformers" in name else list(layer.parameters()))  # fmt: skip
+            passes[name]()
+        except Exception as error:
+            print(f"{size}: {name} left out: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            passes.pop(name, None)
+    expected = {divides: reference(layer, x, grad, divides) for divides in (False, True)}
+    for name, run in passes.items():
+        is_theirs = "transformers" in name
+        result["errors"][name] = errors(run, x, {} if is_theirs else named, expected[is_theirs])
+    del expected
+    for name, run in passes.items():
+        result["memory"][name] = memory_gb(run)
+    timed = passes | {
+        "ours, grouped, recorded": recorded(passes["ours, grouped"]),
+        "products alone, grouped": products_alone(layer, x, ep.GroupedProducts),
+        "products alone, blocks": products_alone(layer, x, ep.BlockProducts),
+    }
+    result["samples_ms"] = time_all(timed, args.rounds)
+    result["median_ms"] = {name: statistics.median(values) for name, values in result["samples_ms"].items()}
+    for name in ("ours, grouped", "ours, blocks"):
+        result["kernels_ms"][name] = kernel_times(passes[name])
+    operations = 6 * num_tokens * config.top_k * 3 * config.hidden_dim * config.ffn_dim
+    result["tflop_per_s"] = {name: operations / ms / 1e9 for name, ms in result["median_ms"].items()}
+    for name, ms in sorted(result["median_ms"].items(), key=lambda item: item[1]):
+        worst = max(result["errors"].get(name, {"": 0.0}).values())
+        peak = result["memory"].get(name, {}).get("peak_gb", 0.0)
+        rate = result["tflop_per_s"][name]
+        print(
+            f"{size:9} {name:26} {ms:8.3f} ms {rate:6.0f} TFLOP/s  error {worst:.1e}  peak {peak:5.2f} GB",
+            flush=True,
+        )
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument(
+        "--rounds", type=int, default=30, help="samples of each variant, at least 20 for results/"
+    )
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--output", default=str(ROOT / "results"), help="folder for the result")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: this measures a GPU, and there is none", file=sys.stderr)
+        return 2
+    model = torch.cuda.get_device_name()
+    result = {
+        "what": "layer", "device": model, "torch": torch.__version__, "cuda": torch.version.cuda,
+        "triton": ep.triton and ep.triton.__version__, "python": sys.version.split()[0],
+        "command": "python tools/bench_layer.py " + " ".join(sys.argv[1:]),
+        "cublas_tflop_per_s": cublas_tflop_per_s(), "sizes": {},
+    }  # fmt: skip
+    print(
+        f"{model}: {result['cublas_tflop_per_s']:.0f} TFLOP/s in one 8192-cubed bfloat16 product", flush=True
+    )
+    for size in args.sizes:
+        result["sizes"][size] = measure(size, args)
+        torch.cuda.empty_cache()
+        torch.compiler.reset()
+        folder = Path(args.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        slug = "h100" if "H100" in model else "h200" if "H200" in model else "cuda"
+        (folder / f"{slug}_layer.json").write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
