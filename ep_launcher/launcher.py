@@ -23,7 +23,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/07_exact_all_to_all.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "cb55a80659582f538ea2e5fafaecd862feecc962f6320bc187e1cd84c81993ec"
+SOURCES_SHA256 = "02cee2e66488d8bfb7b26db4ce439c1cf8e38577c3bcf2f0f542f64a1a95f264"
 
 
 # ==========================================================================================================
@@ -2247,6 +2247,39 @@ class AllToAll(torch.autograd.Function):
         return ctx.comm.all_to_all(grad, *ctx.splits, "rows"), None, None, None
 
 
+# %% notebooks/07_exact_all_to_all.ipynb #block-shifts
+def block_shifts(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """counts int64 [A, B] -> lengths, shifts int64 [2, A * B]: how to reorder blocks from (a, b) to (b, a), and back.
+
+    A row of the reordered ones is found `shift` places further on; all rows of a block share one. No host sync.
+    """
+    lengths = torch.stack([counts.t().reshape(-1), counts.reshape(-1)])
+    starts = lengths.cumsum(1) - lengths
+    there, back = starts[0].view(counts.shape[::-1]).t(), starts[1].view(counts.shape).t()
+    return lengths, torch.stack([back.reshape(-1), there.reshape(-1)]) - starts
+
+
+def block_indices(lengths: Tensor, shifts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """block_shifts' results and the number of rows R -> index int64 [R] and its inverse. No host sync."""
+    shift = shifts.reshape(-1).repeat_interleave(lengths.reshape(-1), output_size=2 * num_rows)
+    index, inverse = shift.view(2, num_rows) + torch.arange(num_rows, device=shift.device)
+    return index, inverse
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #reorder
+class Reorder(torch.autograd.Function):
+    """rows [R, D], index int64 [R] and its inverse -> rows[index]; backward reads by the inverse, and adds nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad.index_select(0, ctx.inverse), None, None
+
+
 # %% notebooks/07_exact_all_to_all.ipynb #seal-counts
 def seal_counts(counts: Tensor, row_bytes: int) -> Tensor:
     """counts int64 [..., L] -> [..., L + 3]: the counts, their sum, a sum that feels their order, a row's bytes.
@@ -2310,67 +2343,6 @@ def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-# %% notebooks/07_exact_all_to_all.ipynb #block-shifts
-def block_shifts(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """counts int64 [A, B] -> lengths, shifts int64 [2, A * B]: how to reorder blocks from (a, b) to (b, a), and back.
-
-    A row of the reordered ones is found `shift` places further on; all rows of a block share one. No host sync.
-    """
-    lengths = torch.stack([counts.t().reshape(-1), counts.reshape(-1)])
-    starts = lengths.cumsum(1) - lengths
-    there, back = starts[0].view(counts.shape[::-1]).t(), starts[1].view(counts.shape).t()
-    return lengths, torch.stack([back.reshape(-1), there.reshape(-1)]) - starts
-
-
-def block_indices(lengths: Tensor, shifts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """block_shifts' results and the number of rows R -> index int64 [R] and its inverse. No host sync."""
-    shift = shifts.reshape(-1).repeat_interleave(lengths.reshape(-1), output_size=2 * num_rows)
-    index, inverse = shift.view(2, num_rows) + torch.arange(num_rows, device=shift.device)
-    return index, inverse
-
-
-# %% notebooks/07_exact_all_to_all.ipynb #reorder
-class Reorder(torch.autograd.Function):
-    """rows [R, D], index int64 [R] and its inverse -> rows[index]; backward reads by the inverse, and adds nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.inverse = inverse
-        return rows.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return grad.index_select(0, ctx.inverse), None, None
-
-
-# %% notebooks/07_exact_all_to_all.ipynb #weighted-sum
-class WeightedSum(torch.autograd.Function):
-    """rows [n, D] in the order of an exchange, topk_weights [T, K] -> y [T, D], each token's weighted sum.
-
-    In float32 or wider, rounded once. n is the number of choices sent; others add nothing. No host sync.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, topk_weights: Tensor, order: RowOrder) -> Tensor:
-        ctx.order = order
-        ctx.save_for_backward(rows, topk_weights)
-        if not len(rows):
-            return rows.new_zeros(len(topk_weights), rows.shape[1])
-        weights = torch.where(order.row_of_choice < 0, 0, topk_weights)
-        picked = order.row_of_choice.clamp(min=0)
-        bag = F.embedding_bag(picked, rows.to(weights.dtype), mode="sum", per_sample_weights=weights)
-        return bag.to(rows.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        rows, topk_weights = ctx.saved_tensors
-        choice = ctx.order.choice_of_row[: len(rows)]
-        spread = grad.index_select(0, choice // topk_weights.shape[1]).to(topk_weights.dtype)
-        grad_weights = torch.zeros_like(topk_weights)
-        grad_weights.view(-1)[choice] = (spread * rows).sum(1)
-        return (spread * topk_weights.view(-1)[choice].unsqueeze(1)).to(rows.dtype), grad_weights, None
-
-
 # %% notebooks/07_exact_all_to_all.ipynb #exchange-plan
 @dataclass
 class ExchangePlan:
@@ -2409,6 +2381,34 @@ def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[],
         return ExchangePlan(input_splits, output_splits, counts, on_host, *indices)
 
     return plan
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #weighted-sum
+class WeightedSum(torch.autograd.Function):
+    """rows [n, D] in the order of an exchange, topk_weights [T, K] -> y [T, D], each token's weighted sum.
+
+    In float32 or wider, rounded once. n is the number of choices sent; others add nothing. No host sync.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, topk_weights: Tensor, order: RowOrder) -> Tensor:
+        ctx.order = order
+        ctx.save_for_backward(rows, topk_weights)
+        if not len(rows):
+            return rows.new_zeros(len(topk_weights), rows.shape[1])
+        weights = torch.where(order.row_of_choice < 0, 0, topk_weights)
+        picked = order.row_of_choice.clamp(min=0)
+        bag = F.embedding_bag(picked, rows.to(weights.dtype), mode="sum", per_sample_weights=weights)
+        return bag.to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        rows, topk_weights = ctx.saved_tensors
+        choice = ctx.order.choice_of_row[: len(rows)]
+        spread = grad.index_select(0, choice // topk_weights.shape[1]).to(topk_weights.dtype)
+        grad_weights = torch.zeros_like(topk_weights)
+        grad_weights.view(-1)[choice] = (spread * rows).sum(1)
+        return (spread * topk_weights.view(-1)[choice].unsqueeze(1)).to(rows.dtype), grad_weights, None
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #all-to-all-dispatcher
