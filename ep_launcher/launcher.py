@@ -23,7 +23,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/07_exact_all_to_all.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "02cee2e66488d8bfb7b26db4ce439c1cf8e38577c3bcf2f0f542f64a1a95f264"
+SOURCES_SHA256 = "897872074596612dd79e52a833f5a51e0c0de9ede8b11281cc8c40dbff8c9aa2"
 
 
 # ==========================================================================================================
@@ -2406,9 +2406,9 @@ class WeightedSum(torch.autograd.Function):
         rows, topk_weights = ctx.saved_tensors
         choice = ctx.order.choice_of_row[: len(rows)]
         spread = grad.index_select(0, choice // topk_weights.shape[1]).to(topk_weights.dtype)
-        grad_weights = torch.zeros_like(topk_weights)
+        grad_weights = topk_weights.new_zeros(topk_weights.shape)
         grad_weights.view(-1)[choice] = (spread * rows).sum(1)
-        return (spread * topk_weights.view(-1)[choice].unsqueeze(1)).to(rows.dtype), grad_weights, None
+        return (spread * topk_weights.reshape(-1)[choice].unsqueeze(1)).to(rows.dtype), grad_weights, None
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #all-to-all-dispatcher
