@@ -211,6 +211,7 @@ def execute(job: Job, advance: Callable[[int, int], None]) -> dict[str, Any]:
     scratch = Path(tempfile.mkdtemp(prefix="ep-notebook-"))
     environment = os.environ | {"IPYTHONDIR": str(scratch), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     environment.setdefault("PYTHONHASHSEED", "0")  # the same outputs from every run
+    environment.setdefault("OMP_NUM_THREADS", "1")  # the ranks that cells start share the cores
     command = [
         sys.executable, str(Path(__file__).resolve()), "--execute-here", str(job.path), str(job.copy), str(job.cwd),
         json.dumps(job.parameters), str(os.getpid()),
