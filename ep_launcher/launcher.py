@@ -23,7 +23,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/07_exact_all_to_all.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "6a9c3d72beeb83e84957974407785b4e88862514af4faa560080b0d0b83b4fb9"
+SOURCES_SHA256 = "897872074596612dd79e52a833f5a51e0c0de9ede8b11281cc8c40dbff8c9aa2"
 
 
 # ==========================================================================================================
@@ -2247,65 +2247,6 @@ class AllToAll(torch.autograd.Function):
         return ctx.comm.all_to_all(grad, *ctx.splits, "rows"), None, None, None
 
 
-# %% notebooks/07_exact_all_to_all.ipynb #seal-counts
-def seal_counts(counts: Tensor, row_bytes: int) -> Tensor:
-    """counts int64 [..., L] -> [..., L + 3]: the counts, their sum, a sum that feels their order, a row's bytes.
-
-    Whoever holds a sealed line can tell whether a number in it was changed. No host synchronisation.
-    """
-    running = counts.cumsum(-1)
-    size = counts.new_full((*counts.shape[:-1], 1), row_bytes)
-    return torch.cat([counts, running[..., -1:], running.sum(-1, keepdim=True), size], dim=-1)
-
-
-# %% notebooks/07_exact_all_to_all.ipynb #check-seals
-def describe_broken_seal(line: list[int], row_bytes: int) -> str:
-    """What is wrong with one sealed line, in numbers: expected and announced. "" where nothing is."""
-    *counts, total, _, size = line
-    if seal_counts(torch.tensor(counts), row_bytes).tolist() == line:
-        return ""
-    if size != row_bytes:
-        return f"rows of {row_bytes} bytes, announced are rows of {size}"
-    if sum(counts) != total:
-        return f"{sum(counts)} rows, announced are {total}"
-    return f"{counts} rows for the experts in turn, announced are the same {total} otherwise"
-
-
-def check_seals(lines: Tensor, row_bytes: int, rank: int) -> None:
-    """lines int64 [2, W, L + 3] on the host: sent to and received from each rank, sealed.
-
-    CollectiveError where a line is not what its sender sealed, before a row is sent by it.
-    """
-    if torch.equal(seal_counts(lines[..., :-3], row_bytes), lines):
-        return
-    for verb, way, by_rank in zip(("sends", "expects"), ("to", "from"), lines.tolist(), strict=True):
-        for other, line in enumerate(by_rank):
-            if wrong := describe_broken_seal(line, row_bytes):
-                raise CollectiveError(
-                    f"split counts are corrupt: rank {rank} {verb} {way} rank {other} {wrong}"
-                )
-
-
-# %% notebooks/07_exact_all_to_all.ipynb #copy-to-host
-def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
-    """Starts to copy x to the host -> a function that waits for the copy and returns it; x itself on a CPU.
-
-    The device goes on: whatever is enqueued after this call runs while the host still waits for x.
-    """
-    if not x.is_cuda:
-        return lambda: x
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def wait() -> Tensor:
-        arrived.synchronize()
-        return host
-
-    return wait
-
-
 # %% notebooks/07_exact_all_to_all.ipynb #block-shifts
 def block_shifts(counts: Tensor) -> tuple[Tensor, Tensor]:
     """counts int64 [A, B] -> lengths, shifts int64 [2, A * B]: how to reorder blocks from (a, b) to (b, a), and back.
@@ -2339,32 +2280,67 @@ class Reorder(torch.autograd.Function):
         return grad.index_select(0, ctx.inverse), None, None
 
 
-# %% notebooks/07_exact_all_to_all.ipynb #weighted-sum
-class WeightedSum(torch.autograd.Function):
-    """rows [n, D] in the order of an exchange, topk_weights [T, K] -> y [T, D], each token's weighted sum.
+# %% notebooks/07_exact_all_to_all.ipynb #seal-counts
+def seal_counts(counts: Tensor, row_bytes: int) -> Tensor:
+    """counts int64 [..., L] -> [..., L + 3]: the counts, their sum, a sum that feels their order, a row's bytes.
 
-    In float32 or wider, rounded once. n is the number of choices sent; others add nothing. No host sync.
+    Whoever holds a sealed line can tell whether a number in it was changed. No host synchronisation.
     """
+    running = counts.cumsum(-1)
+    size = counts.new_full((*counts.shape[:-1], 1), row_bytes)
+    return torch.cat([counts, running[..., -1:], running.sum(-1, keepdim=True), size], dim=-1)
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, topk_weights: Tensor, order: RowOrder) -> Tensor:
-        ctx.order = order
-        ctx.save_for_backward(rows, topk_weights)
-        if not len(rows):
-            return rows.new_zeros(len(topk_weights), rows.shape[1])
-        weights = torch.where(order.row_of_choice < 0, 0, topk_weights)
-        picked = order.row_of_choice.clamp(min=0)
-        bag = F.embedding_bag(picked, rows.to(weights.dtype), mode="sum", per_sample_weights=weights)
-        return bag.to(rows.dtype)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        rows, topk_weights = ctx.saved_tensors
-        choice = ctx.order.choice_of_row[: len(rows)]
-        spread = grad.index_select(0, choice // topk_weights.shape[1]).to(topk_weights.dtype)
-        grad_weights = torch.zeros_like(topk_weights)
-        grad_weights.view(-1)[choice] = (spread * rows).sum(1)
-        return (spread * topk_weights.view(-1)[choice].unsqueeze(1)).to(rows.dtype), grad_weights, None
+# %% notebooks/07_exact_all_to_all.ipynb #check-seals
+def broken_seal(line: list[int], row_bytes: int) -> tuple[str, str] | None:
+    """One sealed line -> (what it says, what was announced) where they differ; None where all is well."""
+    *counts, total, _, announced_bytes = line
+    if seal_counts(torch.tensor(counts), row_bytes).tolist() == line:
+        return None
+    if announced_bytes != row_bytes:
+        return f"rows of {row_bytes} bytes", f"rows of {announced_bytes}"
+    if sum(counts) != total:
+        return f"{sum(counts)} rows", str(total)
+    return f"{counts} rows for the experts in turn", "other counts"
+
+
+def check_seals(lines: Tensor, row_bytes: int, rank: int) -> None:
+    """lines int64 [2, W, L + 3] on the host, sealed: sent to each rank, received from each rank.
+
+    CollectiveError, before any row travels, where a line is not what was sealed.
+    """
+    if torch.equal(seal_counts(lines[..., :-3], row_bytes), lines):
+        return
+    texts = (
+        "rank {} sends {} to rank {}, and announced {}",
+        "rank {} expects {} from rank {}, which announced {}",
+    )
+    for text, by_rank in zip(texts, lines.tolist(), strict=True):
+        for other, line in enumerate(by_rank):
+            if found := broken_seal(line, row_bytes):
+                raise CollectiveError(
+                    text.format(rank, found[0], other, found[1]) + ": split counts are corrupt"
+                )
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #copy-to-host
+def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
+    """Starts to copy x to the host -> a function that waits for the copy and returns it; x itself on a CPU.
+
+    The device goes on: whatever is enqueued after this call runs while the host still waits for x.
+    """
+    if not x.is_cuda:
+        return lambda: x
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return host
+
+    return wait
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #exchange-plan
@@ -2405,6 +2381,34 @@ def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[],
         return ExchangePlan(input_splits, output_splits, counts, on_host, *indices)
 
     return plan
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #weighted-sum
+class WeightedSum(torch.autograd.Function):
+    """rows [n, D] in the order of an exchange, topk_weights [T, K] -> y [T, D], each token's weighted sum.
+
+    In float32 or wider, rounded once. n is the number of choices sent; others add nothing. No host sync.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, topk_weights: Tensor, order: RowOrder) -> Tensor:
+        ctx.order = order
+        ctx.save_for_backward(rows, topk_weights)
+        if not len(rows):
+            return rows.new_zeros(len(topk_weights), rows.shape[1])
+        weights = torch.where(order.row_of_choice < 0, 0, topk_weights)
+        picked = order.row_of_choice.clamp(min=0)
+        bag = F.embedding_bag(picked, rows.to(weights.dtype), mode="sum", per_sample_weights=weights)
+        return bag.to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        rows, topk_weights = ctx.saved_tensors
+        choice = ctx.order.choice_of_row[: len(rows)]
+        spread = grad.index_select(0, choice // topk_weights.shape[1]).to(topk_weights.dtype)
+        grad_weights = topk_weights.new_zeros(topk_weights.shape)
+        grad_weights.view(-1)[choice] = (spread * rows).sum(1)
+        return (spread * topk_weights.reshape(-1)[choice].unsqueeze(1)).to(rows.dtype), grad_weights, None
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #all-to-all-dispatcher
