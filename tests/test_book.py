@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from wrong_answers import with_wrong_answers
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -54,9 +55,12 @@ def test_figures_that_the_texts_show_exist():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_executes(path, build):
-    """Each once, from the root or from notebooks/ in turn, into build/."""
+    """Each once, from the root or notebooks/ in turn, into build/, with wrong answers to its exercises behind it."""
+    with_answers = build / "with_wrong_answers" / path.name
+    with_answers.parent.mkdir(exist_ok=True)
+    with_answers.write_text(json.dumps(with_wrong_answers(json.loads(path.read_text("utf-8")))), "utf-8")
     folder = "notebooks" if NOTEBOOKS.index(path) % 2 else "root"
     before = run("git", "status", "--porcelain", "notebooks", "images").stdout
-    done = run(sys.executable, "tools/notebooks.py", "--cwd", folder, str(path), timeout=400)
+    done = run(sys.executable, "tools/notebooks.py", "--cwd", folder, str(with_answers), timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert run("git", "status", "--porcelain", "notebooks", "images").stdout == before

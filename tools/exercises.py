@@ -252,9 +252,9 @@ def find_in_rows(case: Traced, out: Any, num_local: int) -> str | None:
         return case.at(f"dispatch's rows are {list(getattr(rows, 'shape', []))}, expected [R, {case.width}]")
     if not isinstance(counts, Tensor) or counts.dtype != torch.int64 or counts.shape != (num_local,):
         return case.at(f"counts must be int64 [{num_local}], one number a local expert")
-    if counts.sum() != len(rows):
+    if counts.sum() > len(rows):
         return case.at(f"counts add up to {counts.sum()}, and there are {len(rows)} rows")
-    tokens = rows.detach()[:, : case.total]
+    tokens = rows.detach()[: counts.sum(), : case.total]  # what may stand behind is nobody's
     came = Counter(tokens.argmax(dim=1).tolist()) if (tokens.sum(dim=1) > 0).all() else None
     sought = Counter((case.ids // num_local == case.rank).nonzero()[:, 0].tolist())
     for local, block in enumerate(tokens.split(counts.tolist())):
@@ -338,7 +338,9 @@ def trace_dispatcher(answer: type, comm: Communicator, meeting: Meeting) -> None
         scale = torch.ones(num_local, dtype=torch.float64, requires_grad=True)
         local = torch.arange(num_local).repeat_interleave(counts)
         marks = torch.eye(case.num_experts, dtype=torch.float64)[comm.rank * num_local + local]
-        results = rows * scale[local, None] + torch.nn.functional.pad(marks, (case.total, 0))
+        counted, rest = rows.split([len(local), len(rows) - len(local)])
+        marked = counted * scale[local, None] + torch.nn.functional.pad(marks, (case.total, 0))
+        results = torch.cat([marked, rest])
 
         with meeting.phase(f"{name}, combine"):
             y = dispatcher.combine(results, handle)

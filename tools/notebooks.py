@@ -39,6 +39,9 @@ from tools.rank_worker import end_with_parent  # noqa: E402
 
 DEFAULT_TIMEOUT_S = 300.0
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+IMAGE_BYTES = re.compile(
+    r"data:image/[\w+]+;base64,[\w+/=\\\s]+"
+)  # a player's frames: any letters may stand in them
 MOST_MESSAGE_LINES = 15
 
 
@@ -325,7 +328,8 @@ def texts_of(output: dict[str, Any]) -> Iterator[str]:
     yield "\n".join([output.get("evalue", ""), *output.get("traceback", [])])
     for kind, value in output.get("data", {}).items():
         if not kind.startswith("image/") or kind == "image/svg+xml":
-            yield value if isinstance(value, str) else "".join(map(str, value))
+            text = value if isinstance(value, str) else "".join(map(str, value))
+            yield IMAGE_BYTES.sub("", text)
 
 
 def check_private(name: str, cells: Sequence[dict[str, Any]]) -> None:
