@@ -1,6 +1,7 @@
 """The book itself: lint, format, fresh outputs, and every notebook executed headless by papermill."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,38 @@ def test_figures_that_the_texts_show_exist():
             target = part.split(")")[0].split("#")[0]
             if target and not target.startswith("http"):
                 assert (ROOT / target).exists(), f"{page.name} points at {target}"
+
+
+def test_the_readme_has_a_line_for_each_chapter_and_each_target():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [path.name for path in NOTEBOOKS if f"](notebooks/{path.name})" not in text]
+    assert not missing, f"README.md's table of chapters lacks {', '.join(missing)}"
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"train", "test", "lab", "site"} < set(targets)
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", text))
+    assert named <= set(targets), f"README.md names targets that are not there: {named - set(targets)}"
+
+
+def test_the_site_is_built_and_needs_no_network(build):
+    """Every notebook is a page; tools/site.py itself refuses a page that would fetch something or lacks a figure."""
+    done = run(sys.executable, "tools/site.py", "--output", str(build / "site-test"))
+    assert done.returncode == 0, done.stderr
+    for path in NOTEBOOKS:
+        page = (build / "site-test" / f"{path.stem}.html").read_text(encoding="utf-8")
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                assert f'id="{cell["id"]}"' in page, f"{path.stem}.html lacks #{cell['id']}"
+
+
+def test_the_site_refuses_a_page_that_fetches_something():
+    from tools.site import foreign_addresses
+
+    for wrong in ('<script src="https://x.org/a.js">', "<link rel=stylesheet href='//x.org/a.css'>",
+                  '<img class="a" src="http://x.org/a.png">', "<style>@import 'https://x.org/a.css';</style>"):  # fmt: skip
+        assert len(foreign_addresses(wrong)) == 1, wrong
+    assert not foreign_addresses(
+        '<a href="https://x.org">x</a><img src="images/a.svg"><script src="index.js">'
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
