@@ -78,8 +78,12 @@ def test_the_site_is_built_and_needs_no_network(build):
 def test_the_site_refuses_a_page_that_fetches_something():
     from tools.site import foreign_addresses
 
-    for wrong in ('<script src="https://x.org/a.js">', "<link rel=stylesheet href='//x.org/a.css'>",
-                  '<img class="a" src="http://x.org/a.png">', "<style>@import 'https://x.org/a.css';</style>"):  # fmt: skip
+    for wrong in (
+        '<script src="https://x.org/a.js">',
+        "<link rel=stylesheet href='//x.org/a.css'>",
+        '<img class="a" src="http://x.org/a.png">',
+        "<style>@import 'https://x.org/a.css';</style>",
+    ):
         assert len(foreign_addresses(wrong)) == 1, wrong
     assert not foreign_addresses(
         '<a href="https://x.org">x</a><img src="images/a.svg"><script src="index.js">'
