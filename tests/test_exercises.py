@@ -3,6 +3,7 @@
 That each check accepts its solution and refuses its wrong answers is tried where the notebooks run: test_book.py.
 """
 
+import inspect
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from wrong_answers import WRONG, cells_tagged, changed_by_rule, source_of, split
 
 from ep_launcher import launcher
 from tools import exercises
-from tools.exercises import check_dispatcher, check_experts
+from tools.exercises import check_dispatcher, check_experts, check_overflow
 
 NOTEBOOKS = {
     path.stem: json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -147,7 +148,43 @@ def test_solutions_are_right(ranks):
 
 def test_the_books_own_dispatchers_are_right():
     for kind in launcher.REGISTRIES["dispatcher"].values():
-        if kind.preference(launcher.MoEConfig(), torch.device("cpu"), 1) > 0:
+        if kind.preference(launcher.MoEConfig(), torch.device("cpu"), 1) > 0 and not hasattr(
+            kind, "needs_capacity"
+        ):
             exercises.trace_dispatcher(
                 kind, launcher.Communicator(), exercises.Meeting(launcher.Communicator())
             )
+
+
+def drop_by_position(topk_ids, probs, capacity, drop_order):
+    """A policy, token by token: whoever comes first has a place."""
+    left, room = topk_ids.clone(), [capacity] * probs.shape[1]
+    for token, row in enumerate(topk_ids.tolist()):
+        for k, expert in enumerate(row):
+            if room[expert] > 0:
+                room[expert] -= 1
+            else:
+                left[token, k] = -1
+    return left
+
+
+POLICIES = {
+    "keeps too many": ("room[expert] > 0", "room[expert] >= 0", "has room for"),
+    "drops too many": ("room[expert] > 0", "room[expert] > 1", "which has room for 1 more"),
+    "the same twice": ("left[token, k] = -1", "left[token, k] = row[1 - k]", "twice"),
+    "a float": ("return left", "return left.float()", "must return topk_ids, int64"),
+}
+
+
+@pytest.mark.parametrize("fault", POLICIES)
+def test_a_wrong_capacity_policy_is_told_what_is_wrong(fault):
+    old, new, says = POLICIES[fault]
+    scope: dict = {}
+    exec(inspect.getsource(drop_by_position).replace(old, new), scope)
+    verdict = check_overflow(scope["drop_by_position"])
+    assert verdict.startswith("not yet: ") and says in verdict, verdict
+
+
+@pytest.mark.skipif(not launcher.REGISTRIES.get("overflow"), reason="chapter 08 registers capacity policies")
+def test_a_right_capacity_policy_is_right():
+    assert check_overflow(drop_by_position, 2, {"In": [inspect.getsource(drop_by_position)]}) == "right"

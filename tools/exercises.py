@@ -2,6 +2,7 @@
 
     print(check_dispatcher(MyDispatcher))     "right", or "not yet: rank 0: a row of token 3 came back to token 5"
     print(check_experts(MyExperts))
+    print(check_overflow(my_policy))          once chapter 08 has registered policies
 
 An answer is first tried alone, in the caller's process. Then its source travels to fresh ranks, as `%%ranks --with`
 sends it. There it is traced: tokens that wear their own number are sent, computed, brought home and differentiated,
@@ -18,7 +19,7 @@ import shutil
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ep_launcher.launcher import REGISTRIES, CollectiveError, Communicator, LoopExperts, MoEConfig, Routing
+from ep_launcher.launcher import (
+    REGISTRIES,
+    CollectiveError,
+    Communicator,
+    LoopExperts,
+    MoEConfig,
+    Routing,
+    dense_moe,
+)
 from tools.launch import ROOT, kernel
 from tools.ranks import RanksError, run_cell_on_ranks
 
@@ -55,7 +64,14 @@ def check_experts(answer: type, ranks: int = 4, namespace: dict[str, Any] | None
     return check(trace_experts, answer, "experts", ranks, namespace)
 
 
-def check(trace: Any, answer: type, kind: str, ranks: int, namespace: dict[str, Any] | None) -> str:
+def check_overflow(
+    answer: Callable[..., Tensor], ranks: int = 4, namespace: dict[str, Any] | None = None
+) -> str:
+    """The same for a capacity policy of chapter 08: (topk_ids, probs, capacity, drop_order) -> topk_ids."""
+    return check(trace_overflow, answer, "overflow", ranks, namespace)
+
+
+def check(trace: Any, answer: Any, kind: str, ranks: int, namespace: dict[str, Any] | None) -> str:
     """Alone, then on ranks -> the verdict."""
     try:
         trace(answer, Communicator(), Meeting(Communicator()))
@@ -80,9 +96,11 @@ def check(trace: Any, answer: type, kind: str, ranks: int, namespace: dict[str, 
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def describe_error(error: Exception, answer: type) -> str:
+def describe_error(error: Exception, answer: Any) -> str:
     """An error of the answer's own code: what, and in which line of its cell."""
-    files = {value.__code__.co_filename for value in vars(answer).values() if hasattr(value, "__code__")}
+    files = {
+        value.__code__.co_filename for value in [answer, *vars(answer).values()] if hasattr(value, "__code__")
+    }
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
     where = f" (line {frames[-1].lineno} of the cell, in {frames[-1].name})" if frames else ""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}{where}"
@@ -99,7 +117,7 @@ def first_cause(lines: list[str]) -> str:
 
 def run_on_ranks(kind: str, answer: type, comm: Communicator, store: str) -> None:
     """What each rank does: the trace, then the parity suite. NotYet, or the answer's own error."""
-    trace = {"dispatcher": trace_dispatcher, "experts": trace_experts}[kind]
+    trace = {"dispatcher": trace_dispatcher, "experts": trace_experts, "overflow": trace_overflow}[kind]
     trace(answer, comm, Meeting(comm, store))
     run_parity(kind, answer, comm, Meeting(comm, store, "parity"))
 
@@ -116,13 +134,20 @@ def run_parity(kind: str, answer: type, comm: Communicator, meeting: Meeting) ->
     """Every case in float64 against the dense reference: outputs, all gradients, bytes. NotYet where one is off."""
     parity = load_parity()
     REGISTRIES[kind]["yours"] = answer
-    names = {"dispatcher": "all_gather", "experts": "loop"} | {kind: "yours"}
+    names, reference = {"dispatcher": "all_gather", "experts": "loop"}, ()
+    if kind == "overflow":  # an option of chapter 08: the reference takes the choices that the policy left
+        from ep_launcher.launcher import CapacityOptions
+
+        names["extras"] = (CapacityOptions(capacity_factor=1.0, overflow="yours"),)
+        reference = (lambda layer, x, parameters: with_choices_of(layer, x, parameters, parity),)
+    else:
+        names[kind] = "yours"
     for name, case in parity.cases(comm.size).items():
         config = MoEConfig(
             **parity.BASE | {k: case[k] for k in parity.BASE if k in case}, **names, dtype="float64"
         )
         with meeting.phase(f"the parity suite's case {name}"):
-            facts = parity.run_case(case, config, comm, torch.device("cpu"))
+            facts = parity.run_case(case, config, comm, torch.device("cpu"), *reference)
         for quantity, error in facts["errors"].items():
             if not error <= parity.LIMITS["float64"]:
                 raise NotYet(
@@ -131,6 +156,15 @@ def run_parity(kind: str, answer: type, comm: Communicator, meeting: Meeting) ->
         predicted, counted = facts["bytes"]
         if predicted != counted:
             raise NotYet(f"the parity suite's case {name}: {predicted} bytes predicted, {counted} counted")
+
+
+def with_choices_of(
+    layer: Any, x: Tensor, parameters: dict[str, Tensor], parity: ModuleType
+) -> tuple[Tensor, Tensor]:
+    """The dense reference with the choices of all ranks as the policy left them; the aux loss sees the router's own."""
+    top_k = layer.config.top_k
+    left = parity.gather_uneven(layer.topk_ids, layer.comm)
+    return dense_moe(x, parameters, top_k, left)[0], dense_moe(x, parameters, top_k)[1]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -465,4 +499,46 @@ def find_in_parameters(yours: torch.nn.Module, ours: LoopExperts) -> str | None:
         off = (grad - right.grad).abs().flatten(1).amax(dim=1)
         if off.max() > LIMIT:
             return f"the gradient of {name} is wrong for expert {off.argmax().item()}"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A capacity policy, traced
+# ----------------------------------------------------------------------------------------------------------
+
+
+def trace_overflow(answer: Callable[..., Tensor], comm: Communicator, meeting: Meeting) -> None:
+    """Lets a policy place choices; NotYet where an expert keeps too many, or one is lost beside a free place."""
+    if comm.size > 1:
+        return  # a policy sends nothing
+    generator = torch.Generator().manual_seed(2)
+    for num_tokens, capacity in ((12, 5), (12, 2), (12, 1), (0, 1)):
+        probs = (torch.randn(num_tokens, 6, generator=generator) + torch.arange(6) / 4).softmax(dim=1)
+        wanted = probs.topk(2).indices
+        for order in ("probs", "position"):
+            left = answer(wanted.clone(), probs, capacity, order)
+            if found := find_in_choices(left, wanted, probs, capacity):
+                raise NotYet(f"{num_tokens} tokens, capacity {capacity}, {order}: {found}")
+
+
+def find_in_choices(left: Any, wanted: Tensor, probs: Tensor, capacity: int) -> str | None:
+    """What is wrong with the choices that a policy left."""
+    num_experts = probs.shape[1]
+    if not isinstance(left, Tensor) or left.shape != wanted.shape or left.dtype != torch.int64:
+        return f"it must return topk_ids, int64 {list(wanted.shape)}"
+    if left.numel() and not -1 <= left.min() <= left.max() < num_experts:
+        return f"choices must be -1 or experts 0 to {num_experts - 1}"
+    for token, row in enumerate(left.tolist()):
+        for expert in (e for e in set(row) if e >= 0 and row.count(e) > 1):
+            return f"token {token} visits expert {expert} {times(row.count(expert))}"
+    load = left[left >= 0].bincount(minlength=num_experts).tolist()
+    for expert, kept in enumerate(load):
+        if kept > capacity:
+            return f"expert {expert} keeps {kept} choices, and has room for {capacity}"
+    for token, (row, before) in enumerate(zip(left.tolist(), wanted.tolist(), strict=True)):
+        for expert in before:
+            if expert not in row and load[expert] < capacity:
+                return (
+                    f"token {token} lost expert {expert}, which has room for {capacity - load[expert]} more"
+                )
     return None
