@@ -22,7 +22,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/08_capacity.ipynb
 # the cells tagged theory, all_to_all, experts, training, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "cac332ab28d8d5c7083febcaf355f7a5be35508e52f509c9a92d6e976d0e7ac4"
+SOURCES_SHA256 = "ebc77326ecc80647aa173790628dc9c72c6853e8810dcf7bdb31ff88da98bd84"
 
 
 # ==========================================================================================================
@@ -1838,6 +1838,11 @@ class CapacityDispatcher(Dispatcher):
         super().__init__(config, comm)
         self.capacity = block_capacity(config)
         self.rows_per_expert = comm.size * self.capacity
+
+    @staticmethod
+    def preference(device: torch.device, dtype: torch.dtype, ep_size: int) -> float:
+        """Less than any other dispatcher's: `auto` does not take what wants a capacity."""
+        return 0.5
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, BlockHandle]:
         """See Dispatcher; R is L * W * C. Sends (W - 1) * L * C rows; no host synchronisation."""
