@@ -22,7 +22,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/08_capacity.ipynb
 # the cells tagged theory, all_to_all, experts, training, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "ebc77326ecc80647aa173790628dc9c72c6853e8810dcf7bdb31ff88da98bd84"
+SOURCES_SHA256 = "0c6e0853c0b4bf300fe7c2319c5eca5e02794b3c9327956dc40436319608505a"
 
 
 # ==========================================================================================================
@@ -1576,9 +1576,7 @@ def claim_places(wanted: Tensor, priority: Tensor | None, num_experts: int) -> T
     Highest priority [n] first, equal ones by index; without priorities by index alone. Returns int64 [n].
     Two stable sorts, fixed shapes, no host synchronisation.
     """
-    expert = torch.where(
-        wanted < 0, num_experts, wanted
-    )  # those without a claim queue at an expert of their own
+    expert = torch.where(wanted < 0, num_experts, wanted)  # no claim: a queue of their own
     if priority is None:
         order = expert.argsort(stable=True)
     else:
@@ -1691,7 +1689,8 @@ def local_capacity(
     if share is not None:
         return expert_capacity(share, config, options.capacity_factor)
     total = comm.all_reduce(torch.full((), num_tokens, device=device))
-    return capacity_table(config, device)[(total + comm.size - 1) // comm.size]
+    share = (total + comm.size - 1) // comm.size
+    return capacity_table(config, device).take(share)  # [share] would fetch the number to the host
 
 
 @functools.cache
@@ -1714,13 +1713,10 @@ def gather_choices(routing: Routing, comm: Communicator) -> tuple[Tensor, Tensor
     length = torch.tensor([num_tokens], device=tensors[0].device)
     lengths = comm.all_gather(length, "metadata").flatten().tolist()
     padding = (0, 0, 0, max(lengths) - num_tokens)
+    gathered = (comm.all_gather(F.pad(t, padding), "metadata") for t in tensors)
     topk_ids, probs = (
-        torch.cat([
-            block[:n]
-            for block, n in zip(comm.all_gather(F.pad(t, padding), "metadata"), lengths, strict=True)
-        ])
-        for t in tensors
-    )  # fmt: skip
+        torch.cat([block[:n] for block, n in zip(blocks, lengths, strict=True)]) for blocks in gathered
+    )
     start = sum(lengths[: comm.rank])
     return topk_ids, probs, slice(start, start + num_tokens)
 

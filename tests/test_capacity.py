@@ -238,6 +238,16 @@ def test_dropless_needs_values_on_the_host():
         layer(torch.randn(20, 16, dtype=torch.float64, device="meta"))
 
 
+def test_a_layer_alone_finds_its_share_without_the_host():
+    """Two ranks with 3 and 6 tokens: a share of 5, so 5 * 2 / 8 = 1.25 rows, rounded up. And without values."""
+    comm = ep.Communicator()
+    comm.size, comm.all_reduce = 2, lambda tokens: tokens + 6
+    assert ep.local_capacity(3, config(1.0), comm, torch.device("cpu")).tolist() == 2
+    assert ep.local_capacity(3, config(0.8), comm, torch.device("cpu")).tolist() == 1
+    assert ep.local_capacity(3, config(1.0), comm, torch.device("meta")).shape == ()
+    assert ep.local_capacity(3, config(1.0, capacity_share=32), comm, torch.device("cpu")) == 8
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("overflow", ["drop", "reroute"])
 def test_the_host_does_not_wait_for_the_gpu(overflow):
