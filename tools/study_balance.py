@@ -180,7 +180,9 @@ def main() -> int:
                 flush=True,
             )
     flags = f" --methods {' '.join(repr(m) for m in args.methods)}" if args.methods != list(METHODS) else ""
-    command = f"python tools/study_balance.py --seeds {args.seeds} --steps {args.steps} --lr {args.lr:g}{flags}"
+    command = (
+        f"python tools/study_balance.py --seeds {args.seeds} --steps {args.steps} --lr {args.lr:g}{flags}"
+    )
     result = {
         "what": "balance", "device": ep.device_model(torch.device("cpu")), "num_cores": os.cpu_count(),
         "torch": torch.__version__, "python": sys.version.split()[0], "command": command, "world_size": 1,
