@@ -19,10 +19,11 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/02_all_to_all.ipynb
 #   notebooks/03_experts.ipynb
 #   notebooks/04_training.ipynb
+#   notebooks/08_capacity.ipynb
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "d465cf86cda896f248512ed03bfb3157e8082d6d28c4e2c1de65a7bac5f9fc68"
+SOURCES_SHA256 = "25a3240ee095258a750699bfdde6a3ea4ae51eaf2655696356db8fa7b7651145"
 
 
 # ==========================================================================================================
@@ -551,6 +552,8 @@ class Experts(nn.Module):
     from its global number and the seed, so they do not depend on which rank owns it.
     """
 
+    rows_per_expert: int | None = None  # set by the layer where every expert gets equally many rows
+
     def __init__(self, config: MoEConfig, comm: Communicator, seed: int = 0) -> None:
         super().__init__()
         num_local, d, f = config.num_local_experts(comm.size), config.hidden_dim, config.ffn_dim
@@ -587,11 +590,12 @@ class LoopExperts(Experts):
     """One expert after the other: two matrix products each, 4 * R * D * F operations a forward pass in all."""
 
     def forward(self, rows: Tensor, num_tokens_per_local_expert: Tensor) -> Tensor:
-        """rows [R, D] sorted by expert, counts int64 [L] -> [R, D]. One host synchronisation, for the counts.
+        """rows [R, D] sorted by expert, counts int64 [L] -> [R, D]. One host synchronisation, for the counts,
+        and none where rows_per_expert says them beforehand.
 
         An expert without rows runs on an empty block, so that its gradient is zero and not missing.
         """
-        blocks = rows.split(num_tokens_per_local_expert.tolist())
+        blocks = rows.split(self.rows_per_expert or num_tokens_per_local_expert.tolist())
         num_local = len(blocks)
         w1, b1, w2, b2, w3 = (
             (None,) * num_local if p is None else p.unbind(0)
@@ -731,6 +735,7 @@ class EPMoE(nn.Module):
         self.dispatcher.weighs_at_experts = self.experts.takes_weights and hasattr(
             self.dispatcher, "row_weights"
         )
+        self.experts.rows_per_expert = getattr(self.dispatcher, "rows_per_expert", None)
         self.topk_ids: Tensor | None = None  # of the last forward pass, for whoever watches the load
         self.probs: Tensor | None = None
         self.to(device)
@@ -788,13 +793,13 @@ def dense_moe(
     """The reference: every expert computes every token, and the weights pick. No communication, no sorting.
 
     x [T, D], the tokens of all ranks; parameters: the state dict of a layer at world size 1, in x's dtype.
-    topk_ids [T, K]: use these choices instead of the router's own (for comparisons in low precision).
+    topk_ids [T, K]: use these choices instead of the router's own (in low precision, or where -1 leaves some out).
     Returns y [T, D] and Switch's aux loss. 4 * T * E * D * F operations.
     """
     gate = F.linear(x, parameters["router.gate.weight"], parameters["router.gate.bias"])
     probs = gate.softmax(dim=-1)
     topk_ids = probs.topk(top_k).indices if topk_ids is None else topk_ids
-    chosen = F.one_hot(topk_ids, probs.shape[1]).sum(1).to(probs.dtype)
+    chosen = F.one_hot(topk_ids + 1, probs.shape[1] + 1)[..., 1:].sum(1).to(probs.dtype)
     w1, b1, w2, b2, w3 = (parameters.get(f"experts.{name}") for name in ("w1", "b1", "w2", "b2", "w3"))
     first = torch.einsum("td,edf->etf", x, w1) + (0 if b1 is None else b1[:, None])
     third = None if w3 is None else torch.einsum("td,edf->etf", x, w3)
@@ -1184,6 +1189,11 @@ class Run:
     heartbeat: Heartbeat
     log: RunLog
 
+    def __post_init__(self) -> None:
+        """Later chapters' option groups that have a method for_run(run) fit themselves to this run."""
+        extras = (extra.for_run(self) if hasattr(extra, "for_run") else extra for extra in self.config.extras)
+        self.config = replace(self.config, extras=tuple(extras))
+
     @property
     def num_global_tokens(self) -> int:
         """Tokens a step over all ranks."""
@@ -1543,6 +1553,317 @@ def main(argv: list[str] | None = None) -> int:
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
+
+
+# ==========================================================================================================
+# routing: notebooks/08_capacity.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/08_capacity.ipynb #imports-capacity
+from fractions import Fraction
+
+
+# %% notebooks/08_capacity.ipynb #expert-capacity
+def expert_capacity(num_tokens: int, config: MoEConfig, capacity_factor: float) -> int:
+    """Rows that an expert takes: ceil(num_tokens * K * capacity_factor / E), in exact arithmetic.
+
+    The factor counts as the decimal number that it prints as: 100 * 1.1 is 110, and not 110.00000000000001.
+    """
+    mean_load = Fraction(num_tokens * config.top_k, config.num_experts)
+    return math.ceil(mean_load * Fraction(str(capacity_factor)))
+
+
+# %% notebooks/08_capacity.ipynb #claim-places
+def claim_places(wanted: Tensor, priority: Tensor | None, num_experts: int) -> Tensor:
+    """The place of each claim in its expert's queue, from 0. wanted int64 [n]: an expert, or -1 for no claim.
+
+    Highest priority [n] first, equal ones by index; without priorities by index alone. Returns int64 [n].
+    Two stable sorts, fixed shapes, no host synchronisation.
+    """
+    expert = torch.where(
+        wanted < 0, num_experts, wanted
+    )  # those without a claim queue at an expert of their own
+    if priority is None:
+        order = expert.argsort(stable=True)
+    else:
+        order = priority.argsort(descending=True, stable=True)
+        order = order[expert[order].argsort(stable=True)]
+    lengths = torch.zeros(num_experts + 1, dtype=torch.int64, device=wanted.device)
+    lengths = lengths.scatter_add(0, expert, torch.ones_like(expert))
+    starts = lengths.cumsum(0) - lengths
+    places = torch.arange(len(wanted), device=wanted.device) - starts[expert[order]]
+    return torch.empty_like(places).scatter(0, order, places)
+
+
+# %% notebooks/08_capacity.ipynb #drop-overflow
+@register("overflow", "drop")
+def drop_overflow(topk_ids: Tensor, probs: Tensor, capacity: int | Tensor, drop_order: str) -> Tensor:
+    """topk_ids int64 [N, K], probs [N, E] -> topk_ids with -1 for every choice that its expert has no room for.
+
+    Each expert keeps `capacity` choices: the most probable ones (drop_order probs; equal ones by token), or the
+    first ones (position).
+    """
+    wanted = topk_ids.flatten()
+    priority = probs.gather(1, topk_ids.clamp(min=0)).flatten() if drop_order == "probs" else None
+    places = claim_places(wanted, priority, probs.shape[1])
+    return torch.where(places < capacity, wanted, -1).view_as(topk_ids)
+
+
+# %% notebooks/08_capacity.ipynb #reroute-overflow
+@register("overflow", "reroute")
+def reroute_overflow(topk_ids: Tensor, probs: Tensor, capacity: int | Tensor, drop_order: str) -> Tensor:
+    """As drop_overflow, and then every choice without a place goes to the token's next best expert with room.
+
+    E - K rounds: in round j a token that has a choice left without a place claims its j-th best other expert, for
+    the first such choice; the expert admits claims in drop_order as far as it has room. What no round places is
+    -1. Fixed shapes, no host synchronisation.
+    """
+    num_experts = probs.shape[1]
+    placed = drop_overflow(topk_ids, probs, capacity, drop_order)
+    room = capacity - count_choices(placed, num_experts).long()
+    chosen = torch.where(topk_ids < 0, num_experts, topk_ids)  # a choice that was never sent hides no expert
+    others = F.pad(probs, (0, 1)).scatter(1, chosen, -math.inf)[:, :num_experts]
+    scores, next_best = others.sort(dim=1, descending=True, stable=True)
+    for j in range(num_experts - topk_ids.shape[1]):
+        homeless = (placed < 0) & (topk_ids >= 0)
+        wanted = torch.where(homeless.any(dim=1), next_best[:, j], -1)
+        expert = wanted.clamp(min=0)
+        places = claim_places(wanted, scores[:, j] if drop_order == "probs" else None, num_experts)
+        admitted = (wanted >= 0) & (places < room[expert])
+        first = homeless & (homeless.cumsum(dim=1) == 1)
+        placed = torch.where(first & admitted[:, None], expert[:, None], placed)
+        room = room.scatter_add(0, expert, -admitted.long())
+    return placed
+
+
+# %% notebooks/08_capacity.ipynb #capacity-options
+@option_group
+@dataclass(frozen=True)
+class CapacityOptions:
+    """How many rows an expert takes. ValueError where a setting makes no sense, or would do nothing.
+
+    capacity_factor: rows that an expert takes, as a multiple of the mean; unset, it takes all (dropless)
+    capacity_scope: whose tokens count: of each rank by itself (local), or of all ranks together (global)
+    overflow: what becomes of a choice that its expert has no room for
+    drop_order: who has to go: the lowest probability first (probs), or the last token first (position)
+    """
+
+    capacity_factor: float | None = None
+    capacity_scope: str = "local"
+    overflow: str = "drop"
+    drop_order: str = "probs"
+    capacity_share: int | None = field(default=None, metadata={"flag": False})  # tokens a rank, set by a run
+
+    def __post_init__(self) -> None:
+        factor, known = self.capacity_factor, {"capacity_scope": ("local", "global")}
+        known |= {"overflow": tuple(REGISTRIES["overflow"]), "drop_order": ("probs", "position")}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value not in known.get(f.name, (value,)):
+                raise ValueError(f"{f.name} is {value!r}; take one of {', '.join(known[f.name])}")
+            if factor is None and value != f.default:
+                raise ValueError(f"{f.name} {value} does nothing without a limit; set --capacity-factor")
+        if factor is not None and not 0 < factor < math.inf:
+            raise ValueError(f"capacity_factor is {factor}, and must be positive and finite")
+
+    def check(self, config: MoEConfig) -> None:
+        """ValueError where the config's dispatcher needs a limit on each rank, and there is none."""
+        if getattr(REGISTRIES["dispatcher"].get(config.dispatcher), "needs_capacity", False):
+            block_capacity(config)
+
+    def for_run(self, run: Run) -> "CapacityOptions":
+        """These options, with the share of the run's tokens that a rank's capacity is counted for."""
+        share = -(-run.num_global_tokens // run.comm.size)
+        return self if self.capacity_factor is None else replace(self, capacity_share=share)
+
+    def after_routing(self, routing: Routing, config: MoEConfig, comm: Communicator) -> Routing:
+        """The layer's hook: the routing with the choices that are left. See limit_load."""
+        return routing if self.capacity_factor is None else limit_load(routing, config, comm)
+
+
+# %% notebooks/08_capacity.ipynb #local-capacity
+def local_capacity(
+    num_tokens: int, config: MoEConfig, comm: Communicator, device: torch.device
+) -> int | Tensor:
+    """Rows that an expert takes from this rank: the capacity of share = ceil(all ranks' tokens / W) tokens.
+
+    An int where the share is known beforehand: in a run, and on one rank. Otherwise a 0-dim tensor, for which the
+    ranks add up their num_tokens: one all-reduce of one number, no host synchronisation.
+    """
+    options = config.option(CapacityOptions)
+    share = num_tokens if comm.size == 1 else options.capacity_share
+    if share is not None:
+        return expert_capacity(share, config, options.capacity_factor)
+    total = comm.all_reduce(torch.full((), num_tokens, device=device))
+    return capacity_table(config, device)[(total + comm.size - 1) // comm.size]
+
+
+@functools.cache
+def capacity_table(config: MoEConfig, device: torch.device) -> Tensor:
+    """int64 [max_num_tokens + 1]: the capacity for every share of tokens, exact; made once a config and device."""
+    factor = config.option(CapacityOptions).capacity_factor
+    capacities = [expert_capacity(share, config, factor) for share in range(config.max_num_tokens + 1)]
+    return torch.tensor(capacities, device=device)
+
+
+# %% notebooks/08_capacity.ipynb #gather-choices
+def gather_choices(routing: Routing, comm: Communicator) -> tuple[Tensor, Tensor, slice]:
+    """All ranks' topk_ids [N, K] and probs [N, E], by rank and token, and which lines are this rank's.
+
+    Sends 8 + m * (8 * K + itemsize * E) bytes to each other rank, m the tokens of the longest rank; one host
+    synchronisation, for m.
+    """
+    tensors = routing.topk_ids, routing.probs.detach()
+    num_tokens = len(routing.topk_ids)
+    length = torch.tensor([num_tokens], device=tensors[0].device)
+    lengths = comm.all_gather(length, "metadata").flatten().tolist()
+    padding = (0, 0, 0, max(lengths) - num_tokens)
+    topk_ids, probs = (
+        torch.cat([
+            block[:n]
+            for block, n in zip(comm.all_gather(F.pad(t, padding), "metadata"), lengths, strict=True)
+        ])
+        for t in tensors
+    )  # fmt: skip
+    start = sum(lengths[: comm.rank])
+    return topk_ids, probs, slice(start, start + num_tokens)
+
+
+# %% notebooks/08_capacity.ipynb #limit-load
+def limit_load(routing: Routing, config: MoEConfig, comm: Communicator) -> Routing:
+    """The routing with the choices that its experts have room for; the others are -1, or went elsewhere.
+
+    A dropped choice has the weight 0, and so has its gradient; the kept ones' weights stay as they are. Costs
+    nothing on the wire where the scope is local and the share known; see local_capacity and gather_choices.
+    """
+    options = config.option(CapacityOptions)
+    overflow, order = REGISTRIES["overflow"][options.overflow], options.drop_order
+    if options.capacity_scope == "global":
+        topk_ids, probs, mine = gather_choices(routing, comm)
+        capacity = expert_capacity(len(topk_ids), config, options.capacity_factor)
+        topk_ids = overflow(topk_ids, probs, capacity, order)[mine]
+    else:
+        capacity = local_capacity(len(routing.topk_ids), config, comm, routing.topk_ids.device)
+        topk_ids = overflow(routing.topk_ids, routing.probs.detach(), capacity, order)
+    weights = routing.topk_weights
+    if options.overflow != "drop":
+        weights = torch.where(topk_ids == routing.topk_ids, weights, moved_weights(routing, topk_ids))
+    return Routing(topk_ids, weights.masked_fill(topk_ids < 0, 0.0), routing.probs)
+
+
+def moved_weights(routing: Routing, topk_ids: Tensor) -> Tensor:
+    """[T, K]: the scores of topk_ids' experts, scaled as the router scaled the scores that it chose (by 1, so far)."""
+    old, new = (routing.probs.gather(1, ids.clamp(min=0)) for ids in (routing.topk_ids, topk_ids))
+    return new * (routing.topk_weights.sum(1, keepdim=True) / old.sum(1, keepdim=True))
+
+
+# %% notebooks/08_capacity.ipynb #block-capacity
+def block_capacity(config: MoEConfig) -> int:
+    """Rows C of the block that one rank's buffer keeps for each expert, the same on all ranks and in all steps.
+
+    Counted for the run's share of tokens; without a run for max_num_tokens, which no share exceeds. ValueError
+    where nothing limits what a rank sends.
+    """
+    options = config.option(CapacityOptions)
+    if options.capacity_factor is None or options.capacity_scope != "local":
+        raise ValueError(
+            "dispatcher capacity has buffers of a fixed size, which need a limit on each rank; "
+            "set --capacity-factor, and leave --capacity-scope local"
+        )
+    share = config.max_num_tokens if options.capacity_share is None else options.capacity_share
+    capacity = expert_capacity(share, config, options.capacity_factor)
+    return max(1, min(capacity, config.max_num_tokens))  # a token comes to an expert once at most
+
+
+# %% notebooks/08_capacity.ipynb #exchange-blocks
+class ExchangeBlocks(torch.autograd.Function):
+    """rows [W * n, D], n rows for each rank -> [W * n, D], n rows from each rank; backward sends them back.
+
+    Sends n * D * itemsize bytes to each other rank, in each direction. Nothing has to be counted first. Every
+    rank must enter backward: the input has to require a gradient on all ranks or on none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, comm: Communicator) -> Tensor:
+        ctx.comm, ctx.splits = comm, [len(rows) // comm.size] * comm.size
+        return comm.all_to_all(rows, ctx.splits, ctx.splits, "rows")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.comm.all_to_all(grad, ctx.splits, ctx.splits, "rows"), None
+
+
+# %% notebooks/08_capacity.ipynb #block-slots
+def block_slots(topk_ids: Tensor, num_experts: int, capacity: int) -> Tensor:
+    """topk_ids [T, K] -> int64 [T * K]: each choice's line in a buffer of num_experts blocks of `capacity` lines.
+
+    Choices fill their expert's block in the order of the tokens. One that is not sent, or finds the block full,
+    gets the line after the last.
+    """
+    expert = topk_ids.flatten()
+    places = claim_places(expert, None, num_experts)
+    is_sent = (expert >= 0) & (places < capacity)
+    return torch.where(is_sent, expert * capacity + places, num_experts * capacity)
+
+
+def pack_blocks(x: Tensor, slots: Tensor, num_lines: int) -> Tensor:
+    """x [T, D], slots [T * K] -> [num_lines, D]: every choice's row on its line, zeros elsewhere."""
+    rows = x[:, None].expand(-1, len(slots) // max(1, len(x)), -1).flatten(0, 1)
+    return x.new_zeros(num_lines + 1, x.shape[1]).index_copy(0, slots, rows)[:num_lines]
+
+
+def unpack_blocks(lines: Tensor, slots: Tensor, topk_weights: Tensor) -> Tensor:
+    """lines [n, D], slots [T * K], weights [T, K] -> y [T, D]: each token's weighted sum, in float32 or wider."""
+    rows = F.pad(lines, (0, 0, 0, 1)).index_select(0, slots)
+    rows = rows.view(*topk_weights.shape, lines.shape[1]).to(topk_weights.dtype)
+    return (rows * topk_weights.unsqueeze(2)).sum(1).to(lines.dtype)
+
+
+# %% notebooks/08_capacity.ipynb #capacity-dispatcher
+@dataclass
+class BlockHandle:
+    """What combine needs to know: each choice's line in the buffer [T * K], weights [T, K]."""
+
+    slots: Tensor
+    topk_weights: Tensor
+
+
+@register("dispatcher", "capacity")
+class CapacityDispatcher(Dispatcher):
+    """Buffers of a fixed size: each rank sends each expert C rows, whatever the routing (chapter 08).
+
+    Needs a capacity in local scope (ValueError without). The experts see all lines, empty ones as zeros: W * C
+    rows an expert. Nobody reads what they make of an empty line, so no gradient comes back to it.
+    """
+
+    needs_capacity = True
+
+    def __init__(self, config: MoEConfig, comm: Communicator) -> None:
+        super().__init__(config, comm)
+        self.capacity = block_capacity(config)
+        self.rows_per_expert = comm.size * self.capacity
+
+    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, BlockHandle]:
+        """See Dispatcher; R is L * W * C. Sends (W - 1) * L * C rows; no host synchronisation."""
+        num_local, size = self.num_local_experts, self.comm.size
+        slots = block_slots(routing.topk_ids, num_local * size, self.capacity)
+        lines = pack_blocks(x, slots, num_local * size * self.capacity)
+        received = ExchangeBlocks.apply(lines, self.comm).view(size, num_local, self.capacity, -1)
+        counts = torch.full((num_local,), self.rows_per_expert, device=x.device)
+        return received.transpose(0, 1).flatten(0, 2), counts, BlockHandle(slots, routing.topk_weights)
+
+    def combine(self, rows: Tensor, handle: BlockHandle) -> Tensor:
+        """See Dispatcher. Sends (W - 1) * L * C rows; no host synchronisation."""
+        blocks = rows.view(self.num_local_experts, self.comm.size, self.capacity, -1)
+        lines = ExchangeBlocks.apply(blocks.transpose(0, 1).flatten(0, 2), self.comm)
+        return unpack_blocks(lines, handle.slots, handle.topk_weights)
+
+    def rows_sent(self, topk_ids: list[Tensor], num_local_experts: int) -> tuple[int, int]:
+        """See Dispatcher: the buffers' lines, whatever topk_ids says."""
+        size = len(topk_ids)
+        rows = size * (size - 1) * num_local_experts * self.capacity
+        return rows, rows
 
 
 # ==========================================================================================================

@@ -55,8 +55,12 @@ def cases(world_size: int) -> dict[str, dict]:
 
 
 def variants(device: torch.device, world_size: int, dtypes: list[str]) -> list[tuple[str, str, str]]:
-    """(dispatcher, experts, dtype) of everything registered that can run on so many ranks of this device."""
-    kinds = product(sorted(REGISTRIES["dispatcher"]), sorted(REGISTRIES["experts"]), dtypes)
+    """(dispatcher, experts, dtype) of everything registered that can run on so many ranks of this device.
+
+    Dispatchers that need a capacity are for tests/parity_capacity.py.
+    """
+    dispatchers = [n for n, kind in REGISTRIES["dispatcher"].items() if not hasattr(kind, "needs_capacity")]
+    kinds = product(sorted(dispatchers), sorted(REGISTRIES["experts"]), dtypes)
     return [
         (dispatcher, experts, dtype)
         for dispatcher, experts, dtype in kinds
@@ -99,9 +103,18 @@ def alone() -> Communicator:
     return comm
 
 
-def run_case(case: dict, config: MoEConfig, comm: Communicator, device: torch.device) -> dict:
+def dense_reference(layer: EPMoE, x: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(y, aux) of all ranks' tokens. Collective."""
+    topk_ids = gather_uneven(layer.topk_ids, layer.comm)
+    low = layer.config.dtype == "bfloat16"
+    return dense_moe(x, parameters, layer.config.top_k, topk_ids if low else None)
+
+
+def run_case(
+    case: dict, config: MoEConfig, comm: Communicator, device: torch.device, reference=dense_reference
+) -> dict:
     """One case on all ranks -> this rank's errors and facts."""
-    dtype, low = DTYPES[config.dtype], config.dtype == "bfloat16"
+    dtype = DTYPES[config.dtype]
     sizes = [case["tokens"][rank % len(case["tokens"])] for rank in range(comm.size)]
     generator = torch.Generator().manual_seed(17)
     total, d = sum(sizes), config.hidden_dim
@@ -125,7 +138,7 @@ def run_case(case: dict, config: MoEConfig, comm: Communicator, device: torch.de
     parameters = {n: p.detach().double().requires_grad_() for n, p in whole.named_parameters()}
     x_ref = x_all.double().requires_grad_()
     topk_ids = gather_uneven(layer.topk_ids, comm)
-    y_ref, aux_ref = dense_moe(x_ref, parameters, config.top_k, topk_ids if low else None)
+    y_ref, aux_ref = reference(layer, x_ref, parameters)
     ((y_ref - target).square().sum() / max(1, total) + ALPHA * aux_ref).backward()
 
     num_local = config.num_experts // comm.size
@@ -136,15 +149,15 @@ def run_case(case: dict, config: MoEConfig, comm: Communicator, device: torch.de
         "x.grad": relative_error(x.grad, x_ref.grad[mine]),
     }
     for name, parameter in layer.named_parameters():
-        reference = parameters[name].grad
-        reference = torch.zeros_like(parameters[name]) if reference is None else reference
+        grad = parameters[name].grad
+        grad = torch.zeros_like(parameters[name]) if grad is None else grad
         is_local = name.startswith("experts.")
-        errors[name + ".grad"] = relative_error(parameter.grad, reference[own] if is_local else reference)
+        errors[name + ".grad"] = relative_error(parameter.grad, grad[own] if is_local else grad)
         if is_local and parameter.shape[0] != num_local:
             errors[name + " holds other ranks' experts"] = float("inf")
     by_rank = list(topk_ids.split(sizes)) if comm.size > 1 else [layer.topk_ids]
     predicted = 2 * sum(layer.dispatcher.rows_sent(by_rank, num_local)) * d * dtype.itemsize
-    received = torch.bincount(topk_ids.flatten().cpu(), minlength=config.num_experts)[own]
+    received = torch.bincount(topk_ids[topk_ids >= 0].cpu(), minlength=config.num_experts)[own]
     return {"errors": errors, "bytes": [predicted, int(counted)], "rows_received": int(received.sum())}
 
 
