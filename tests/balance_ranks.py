@@ -162,7 +162,12 @@ def make_config(
             normalize_topk=normalize, num_groups=groups, topk_groups=2 if groups > 1 else 1, z_alpha=Z_ALPHA,
             sequence_alpha=SEQUENCE_ALPHA, sequence_length=LENGTH,
         )  # fmt: skip
-        return ep.MoEConfig(**sizes, router=router, balance=balance, extras=(options,), **more)
+        extras = [options]
+        if hasattr(ep.REGISTRIES["dispatcher"].get(more.get("dispatcher")), "needs_capacity"):
+            extras.append(
+                ep.CapacityOptions(capacity_factor=float(sizes["num_experts"]))
+            )  # room for everything
+        return ep.MoEConfig(**sizes, router=router, balance=balance, extras=tuple(extras), **more)
     except ValueError:
         return None
 

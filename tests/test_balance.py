@@ -432,11 +432,16 @@ def test_the_recorded_study_says_what_the_chapter_says():
         assert statistics.mean(load[name]) < 1.2, (name, load[name])
 
 
-def test_the_study_counts_what_a_capacity_would_drop():
+def test_the_study_drops_for_its_last_column_and_only_there():
+    torch.set_num_threads(1)
     assert study.capacity() == 40  # ceil(256 * 2 * 1.25 / 16)
-    ids = torch.zeros(30, 2, dtype=torch.int64)
-    ids[:, 1] = torch.arange(30) % 15 + 1
-    ids = torch.cat([ids, ids])
-    routing = ep.Routing(ids, torch.ones(60, 2), torch.full((60, 16), 1 / 16))
-    kept = study.DropAboveCapacity().after_routing(routing, ep.MoEConfig(), ep.Communicator()).topk_ids
-    assert (kept[:40, 0] == 0).all() and (kept[40:, 0] == -1).all() and (kept[:, 1] > 0).all()
+    config, _ = study.make_config(study.METHODS["none"])
+    model = ep.EPMoE(config, seed=0)
+    with torch.no_grad():
+        model.router.gate.bias[0] += 4  # everybody wants expert 0
+    stream = ep.ClusterStream(config, 0, study.NUM_TOKENS, model.comm)
+    x, target = stream.next()
+    whole = (model(x)[0] - target).square().mean().item()
+    assert abs(study.loss_with_capacity(model, stream) - whole) > 1e-3
+    assert (model.topk_ids < 0).sum() > 200 and not hasattr(model.config.extras[-1], "after_routing")
+    assert (model(x)[0] - target).square().mean().item() == pytest.approx(whole)

@@ -26,7 +26,7 @@ from torch import Tensor  # noqa: E402
 from ep_launcher import launcher as ep  # noqa: E402
 
 NUM_TOKENS = 256
-CAPACITY_FACTOR = (5, 4)  # 1.25, as a fraction
+CAPACITY_FACTOR = 1.25
 LEAST_CHOICES = 6400
 SIZES = {"num_experts": 16, "top_k": 2, "hidden_dim": 32, "ffn_dim": 32, "max_num_tokens": NUM_TOKENS}
 # Of the config, of RoutingOptions, of ClusterOptions and of the training, by field name; the rest are defaults.
@@ -72,19 +72,8 @@ def register_seed_loss() -> None:
 
 
 def capacity() -> int:
-    """Choices that an expert takes in a step at F = 1.25, from one rank that holds the whole batch."""
-    above, below = CAPACITY_FACTOR
-    return -(-NUM_TOKENS * SIZES["top_k"] * above // (below * SIZES["num_experts"]))
-
-
-class DropAboveCapacity:
-    """An option group for the last evaluation: choices above an expert's capacity are not sent, in token order."""
-
-    def after_routing(self, routing: ep.Routing, config: ep.MoEConfig, comm: ep.Communicator) -> ep.Routing:
-        """The layer's hook (chapter 03)."""
-        chosen = torch.nn.functional.one_hot(routing.topk_ids.flatten(), config.num_experts)
-        place = (chosen.cumsum(0) * chosen).sum(1).view_as(routing.topk_ids)  # 1 for the first at its expert
-        return ep.replace(routing, topk_ids=routing.topk_ids.masked_fill(place > capacity(), -1))
+    """Choices that an expert takes in a step (chapter 08), from one rank that holds the whole batch."""
+    return ep.expert_capacity(NUM_TOKENS, ep.MoEConfig(**SIZES), CAPACITY_FACTOR)
 
 
 def make_config(method: dict[str, Any]) -> tuple[ep.MoEConfig, float]:
@@ -104,10 +93,11 @@ def max_over_mean(loads: Tensor) -> float:
     return float(total.max() / total.mean())
 
 
-def loss_above_capacity(model: ep.EPMoE, stream: Any, num_batches: int = 20) -> float:
-    """The trained layer's task loss on fresh batches where choices above the capacity are dropped."""
+def loss_with_capacity(model: ep.EPMoE, stream: Any, num_batches: int = 20) -> float:
+    """The trained layer's task loss on fresh batches, each expert keeping its most probable choices (chapter 08)."""
     whole = model.config
-    model.config = ep.replace(whole, extras=(*whole.extras, DropAboveCapacity()))
+    limit = ep.CapacityOptions(capacity_factor=CAPACITY_FACTOR)
+    model.config = ep.replace(whole, extras=(*whole.extras, limit))
     with torch.no_grad():
         pairs = [stream.next() for _ in range(num_batches)]
         losses = [(model(x)[0] - target).square().mean() for x, target in pairs]
@@ -144,7 +134,7 @@ def train(method: dict[str, Any], seed: int, steps: int, lr: float) -> dict[str,
         "dropped_fraction": float(over),
         "entropy": float(ep.mean_entropy(model.probs, comm)),
         "logit_scale": float(model.router(x).logits.detach().square().mean().sqrt()),
-        "task_loss_above_capacity": loss_above_capacity(model, stream),
+        "task_loss_with_capacity": loss_with_capacity(model, stream),
     }
     if seed == 0:
         whole = steps // every * every
@@ -176,7 +166,7 @@ def main() -> int:
             runs[name].append(kept)
             print(
                 f"seed {seed}, {name:22} task loss {kept['task_loss']:.4f}, max / mean {kept['max_over_mean']:.2f}, "
-                f"dropped {kept['dropped_fraction']:.3f}, task loss so {kept['task_loss_above_capacity']:.4f}",
+                f"dropped {kept['dropped_fraction']:.3f}, task loss so {kept['task_loss_with_capacity']:.4f}",
                 flush=True,
             )
     flags = f" --methods {' '.join(repr(m) for m in args.methods)}" if args.methods != list(METHODS) else ""
@@ -188,7 +178,7 @@ def main() -> int:
         "torch": torch.__version__, "python": sys.version.split()[0], "command": command, "world_size": 1,
         "sizes": SIZES, "tokens": NUM_TOKENS, "steps": args.steps, "lr": args.lr,
         "task": "clusters", "num_clusters": ep.ClusterOptions().num_clusters, "zipf": ep.ClusterOptions().zipf,
-        "capacity_factor": CAPACITY_FACTOR[0] / CAPACITY_FACTOR[1], "capacity": capacity(),
+        "capacity_factor": CAPACITY_FACTOR, "capacity": capacity(),
         "settings": {name: METHODS[name] for name in args.methods}, "runs": runs,
     }  # fmt: skip
     folder = Path(args.output)
