@@ -23,7 +23,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "25a3240ee095258a750699bfdde6a3ea4ae51eaf2655696356db8fa7b7651145"
+SOURCES_SHA256 = "3cfe02ef923db2773e40d0b603532f69d13e350e915f554ec3c01cf1f760dbf2"
 
 
 # ==========================================================================================================
@@ -1966,7 +1966,9 @@ class LocalAuxLoss(Balance):
         probs, num_experts = routing.probs, routing.probs.shape[1]
         if num_experts == 1:
             return probs.new_zeros(())
-        own_load = count_choices(routing.topk_ids, num_experts).to(probs.dtype) / max(1, routing.topk_ids.numel())
+        own_load = count_choices(routing.topk_ids, num_experts).to(probs.dtype) / max(
+            1, routing.topk_ids.numel()
+        )
         return num_experts * (own_load * probs.sum(0)).sum() / count_global_tokens(routing, self.comm)
 
 
@@ -1982,21 +1984,6 @@ def z_loss_sum(logits: Tensor) -> Tensor:
     Its gradient, 2 logsumexp(logits) softmax(logits), draws the scale of the logits towards 0.
     """
     return logits.logsumexp(dim=-1).square().sum()
-
-
-# %% notebooks/09_balance.ipynb #sequence-loss
-def sequence_loss_sum(routing: Routing, top_k: int, length: int) -> Tensor:
-    """The balance of each sequence by itself, summed over its tokens (DeepSeek-V3 report, 2.1.2, equations 17 to 20).
-
-    A sequence is `length` tokens in a row of this rank, the last one as many as are left. Of each: E * sum over e
-    of f_e P_e, with f_e the shares of its choices by score, without the bias, and P_e its mean probabilities.
-    """
-    probs, (num_tokens, num_experts) = routing.probs, routing.probs.shape
-    chosen = torch.zeros_like(probs).scatter(1, probs.topk(top_k, dim=-1).indices, 1.0)
-    sequence = torch.arange(num_tokens, device=probs.device) // length
-    empty = probs.new_zeros(-(-num_tokens // length), num_experts)
-    counts, masses = empty.index_add(0, sequence, chosen), empty.index_add(0, sequence, probs)
-    return num_experts * (counts / counts.sum(1, keepdim=True) * masses).sum()
 
 
 # %% notebooks/09_balance.ipynb #sigmoid-router
@@ -2040,36 +2027,74 @@ def limit_to_groups(keys: Tensor, num_groups: int, topk_groups: int) -> Tensor:
     return grouped.masked_fill(~is_kept.unsqueeze(2), -math.inf).flatten(1)
 
 
-# %% notebooks/09_balance.ipynb #bias-balance
-@register("balance", "bias")
-class BiasBalance(Balance):
-    """Balance without a loss: a bias on the choice that follows the load (DeepSeek-V3 report, section 2.1.2).
+# %% notebooks/09_balance.ipynb #sequence-loss
+def sequence_loss_sum(routing: Routing, top_k: int, length: int) -> Tensor:
+    """The balance of each sequence by itself, summed over its tokens (DeepSeek-V3 report, 2.1.2, equations 17 to 20).
 
-    bias float32 [E], a buffer: saved with the parameters, the same on every rank, since all see the same global
-    counts. The loss is 0. One all-reduce of E numbers a step, no host synchronisation.
+    A sequence is `length` tokens in a row of this rank, the last one as many as are left. Of each: E * sum over e
+    of f_e P_e, with f_e the shares of its choices by score, without the bias, and P_e its mean probabilities.
     """
+    probs, (num_tokens, num_experts) = routing.probs, routing.probs.shape
+    chosen = torch.zeros_like(probs).scatter(1, probs.topk(top_k, dim=-1).indices, 1.0)
+    sequence = torch.arange(num_tokens, device=probs.device) // length
+    empty = probs.new_zeros(-(-num_tokens // length), num_experts)
+    counts, masses = empty.index_add(0, sequence, chosen), empty.index_add(0, sequence, probs)
+    return num_experts * (counts / counts.sum(1, keepdim=True) * masses).sum()
 
-    def __init__(self, config: MoEConfig, comm: Communicator) -> None:
-        super().__init__(config, comm)
-        self.speed = config.option(RoutingOptions).bias_speed
-        self.register_buffer("bias", torch.zeros(config.num_experts))
-        self.register_buffer("load", torch.zeros(config.num_experts), persistent=False)
 
-    @property
-    def choice_bias(self) -> Tensor:
-        """What the router adds to its scores for the choice: [E]."""
-        return self.bias
+# %% notebooks/09_balance.ipynb #added-loss
+def added_loss(options: "RoutingOptions", routing: Routing, config: MoEConfig, comm: Communicator) -> Tensor:
+    """This rank's share of z_alpha * z-loss + sequence_alpha * sequence-wise loss, means over all ranks' tokens.
 
-    def forward(self, routing: Routing) -> Tensor:
-        """Counts this rank's choices, of all forward passes of a step -> a zero."""
-        self.load += count_choices(routing.topk_ids, len(self.load))
-        return routing.probs.new_zeros(())
+    0 where both weights are 0, and then nothing is sent; else one all-reduce of one number.
+    """
+    total = routing.probs.new_zeros(())
+    if not (options.z_alpha or options.sequence_alpha):
+        return total
+    if options.z_alpha:
+        total = total + options.z_alpha * z_loss_sum(routing.logits)
+    if options.sequence_alpha and config.num_experts > 1:
+        sequences = sequence_loss_sum(routing, config.top_k, options.sequence_length)
+        total = total + options.sequence_alpha * sequences
+    return total / count_global_tokens(routing, comm)
 
-    def after_step(self) -> None:
-        """bias_e += speed * sign(mean load - load_e), and counting begins anew. In place, for CUDA graphs."""
-        load = self.comm.all_reduce(self.load)
-        self.bias += self.speed * torch.sign(load.sum() - len(load) * load)  # whole numbers: exact on any rank
-        load.zero_()
+
+# %% notebooks/09_balance.ipynb #check-routing
+def check_routing(options: "RoutingOptions", config: MoEConfig) -> None:
+    """ValueError where the groups do not fit config's experts, or normalising would leave the router untaught."""
+    groups = options.num_groups
+    if config.num_experts % groups:
+        raise ValueError(
+            f"{config.num_experts} experts do not make {groups} equal groups; take a divisor for --num-groups"
+        )
+    within_reach = options.topk_groups * config.num_experts // groups
+    if config.top_k > within_reach:
+        raise ValueError(
+            f"top_k is {config.top_k}, and {options.topk_groups} group(s) hold {within_reach} experts; "
+            "raise --topk-groups"
+        )
+    if options.normalize_topk and config.top_k == 1:
+        raise ValueError(
+            "normalize_topk makes a single weight 1, and teaches the router nothing; raise --top-k"
+        )
+
+
+# %% notebooks/09_balance.ipynb #show-routing
+def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
+    """How undecided the router is: the mean over all ranks' tokens of the entropy of probs [T, E], over log E.
+
+    0-dim, between 0 (one expert has it all) and 1 (all alike); 0 without tokens. One all-reduce of two numbers.
+    """
+    entropy = torch.special.entr(probs).sum() / max(math.log(probs.shape[1]), 1e-9)
+    total, num_tokens = comm.all_reduce(torch.stack([entropy, entropy.new_tensor(len(probs))]))
+    return total / num_tokens.clamp(min=1)
+
+
+def show_routing(log: RunLog, step: int, model: EPMoE) -> None:
+    """TensorBoard's routing/entropy and, where there is one, the bias as histogram routing/bias. Collective."""
+    log.scalars(step, routing__entropy=float(mean_entropy(model.probs, model.comm)))
+    if log.writer and model.balance.choice_bias is not None:
+        log.writer.add_histogram("routing/bias", model.balance.choice_bias, step)
 
 
 # %% notebooks/09_balance.ipynb #routing-options
@@ -2128,57 +2153,38 @@ class RoutingOptions:
         show_routing(log, step, model)
 
 
-# %% notebooks/09_balance.ipynb #check-routing
-def check_routing(options: "RoutingOptions", config: MoEConfig) -> None:
-    """ValueError where the groups do not fit config's experts, or normalising would leave the router untaught."""
-    groups = options.num_groups
-    if config.num_experts % groups:
-        raise ValueError(
-            f"{config.num_experts} experts do not make {groups} equal groups; take a divisor for --num-groups"
-        )
-    within_reach = options.topk_groups * config.num_experts // groups
-    if config.top_k > within_reach:
-        raise ValueError(
-            f"top_k is {config.top_k}, and {options.topk_groups} group(s) hold {within_reach} experts; "
-            "raise --topk-groups"
-        )
-    if options.normalize_topk and config.top_k == 1:
-        raise ValueError("normalize_topk makes a single weight 1, and teaches the router nothing; raise --top-k")
+# %% notebooks/09_balance.ipynb #bias-balance
+@register("balance", "bias")
+class BiasBalance(Balance):
+    """Balance without a loss: a bias on the choice that follows the load (DeepSeek-V3 report, section 2.1.2).
 
-
-# %% notebooks/09_balance.ipynb #added-loss
-def added_loss(options: "RoutingOptions", routing: Routing, config: MoEConfig, comm: Communicator) -> Tensor:
-    """This rank's share of z_alpha * z-loss + sequence_alpha * sequence-wise loss, means over all ranks' tokens.
-
-    0 where both weights are 0, and then nothing is sent; else one all-reduce of one number.
+    bias float32 [E], a buffer: saved with the parameters, the same on every rank, since all see the same global
+    counts. The loss is 0. One all-reduce of E numbers a step, no host synchronisation.
     """
-    total = routing.probs.new_zeros(())
-    if not (options.z_alpha or options.sequence_alpha):
-        return total
-    if options.z_alpha:
-        total = total + options.z_alpha * z_loss_sum(routing.logits)
-    if options.sequence_alpha and config.num_experts > 1:
-        sequences = sequence_loss_sum(routing, config.top_k, options.sequence_length)
-        total = total + options.sequence_alpha * sequences
-    return total / count_global_tokens(routing, comm)
 
+    def __init__(self, config: MoEConfig, comm: Communicator) -> None:
+        super().__init__(config, comm)
+        self.speed = config.option(RoutingOptions).bias_speed
+        self.register_buffer("bias", torch.zeros(config.num_experts))
+        self.register_buffer("load", torch.zeros(config.num_experts), persistent=False)
 
-# %% notebooks/09_balance.ipynb #show-routing
-def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
-    """How undecided the router is: the mean over all ranks' tokens of the entropy of probs [T, E], over log E.
+    @property
+    def choice_bias(self) -> Tensor:
+        """What the router adds to its scores for the choice: [E]."""
+        return self.bias
 
-    0-dim, between 0 (one expert has it all) and 1 (all alike); 0 without tokens. One all-reduce of two numbers.
-    """
-    entropy = torch.special.entr(probs).sum() / max(math.log(probs.shape[1]), 1e-9)
-    total, num_tokens = comm.all_reduce(torch.stack([entropy, entropy.new_tensor(len(probs))]))
-    return total / num_tokens.clamp(min=1)
+    def forward(self, routing: Routing) -> Tensor:
+        """Counts this rank's choices, of all forward passes of a step -> a zero."""
+        self.load += count_choices(routing.topk_ids, len(self.load))
+        return routing.probs.new_zeros(())
 
-
-def show_routing(log: RunLog, step: int, model: EPMoE) -> None:
-    """TensorBoard's routing/entropy and, where there is one, the bias as histogram routing/bias. Collective."""
-    log.scalars(step, routing__entropy=float(mean_entropy(model.probs, model.comm)))
-    if log.writer and model.balance.choice_bias is not None:
-        log.writer.add_histogram("routing/bias", model.balance.choice_bias, step)
+    def after_step(self) -> None:
+        """bias_e += speed * sign(mean load - load_e), and counting begins anew. In place, for CUDA graphs."""
+        load = self.comm.all_reduce(self.load)
+        self.bias += self.speed * torch.sign(
+            load.sum() - len(load) * load
+        )  # whole numbers: exact on any rank
+        load.zero_()
 
 
 # %% added by tools/extract.py

@@ -317,9 +317,51 @@ def resume(comm: ep.Communicator, folder: Path, steps: int) -> dict:
     return {"ranks": every}
 
 
+def graph(device: torch.device) -> dict:
+    """On a GPU: routing, losses and the bias's step without a synchronisation, and replayed from a CUDA graph."""
+    options = ep.RoutingOptions(
+        normalize_topk=True, num_groups=4, topk_groups=2, z_alpha=0.1, sequence_alpha=0.1, sequence_length=8
+    )
+    config = ep.MoEConfig(**SIZES, router="sigmoid", balance="bias", extras=(options,))
+    comm, x = ep.Communicator(), torch.zeros(32, SIZES["hidden_dim"], device=device)
+    batches = torch.randn(5, *x.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    router = ep.SigmoidRouter(config).to(device)
+
+    def step(balance: ep.BiasBalance) -> Tensor:
+        routing = router(x, balance.choice_bias)
+        loss = balance(routing) + options.added_loss(routing, config, comm)
+        balance.after_step()
+        return loss
+
+    eager, graphed = (ep.BiasBalance(config, comm).to(device) for _ in range(2))
+    step(eager)  # libraries start here
+    eager.bias.zero_()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    losses = []
+    for batch in batches:
+        x.copy_(batch)
+        losses.append(step(eager).detach().clone())
+    torch.cuda.set_sync_debug_mode("default")
+    captured = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(captured):
+        loss = step(graphed)
+    graphed.bias.zero_()
+    replayed = []
+    for batch in batches:
+        x.copy_(batch)
+        captured.replay()
+        replayed.append(loss.clone())
+    return {
+        "same_bias": torch.equal(eager.bias, graphed.bias),
+        "same_loss": torch.allclose(torch.stack(losses), torch.stack(replayed), rtol=1e-5),
+        "bias": graphed.bias.tolist(),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["parity", "curves", "resume"])
+    parser.add_argument("what", choices=["parity", "curves", "resume", "graph"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", nargs="+", default=["float64", "float32", "bfloat16"])
     parser.add_argument("--cases", nargs="*")
@@ -341,11 +383,15 @@ def main() -> int:
         failed = [r for r in found if not max(r["errors"].values()) <= r["limit"]]
     elif args.what == "curves":
         found = curves(world_size, rank, args.steps)
+    elif args.what == "graph":
+        found = graph(device)
+        failed = [] if found["same_bias"] and found["same_loss"] and any(found["bias"]) else [None]
+        print(found)
     else:
         found = resume(ep.Communicator(), Path(args.output).resolve().parent, args.steps)
     if rank == 0:
         Path(args.output).write_text(json.dumps(found) + "\n")
-        for r in failed[:20]:
+        for r in failed[:20] if args.what == "parity" else ():
             quantity = max(r["errors"], key=r["errors"].get)
             print(
                 "over the limit:", *(f"{k} {r[k]}" for k in r if k not in ("errors", "rows_received")),

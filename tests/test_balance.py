@@ -315,6 +315,14 @@ def test_no_host_synchronisation():
         loss.item()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_synchronisation_and_a_cuda_graph_on_a_gpu(build):
+    done = torchrun(
+        1, "tests/balance_ranks.py", "graph", "--device", "cuda", "--output", str(build / "graph.json")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("tokens, experts", [(0, 8), (4, 1), (0, 1), (1, 8)])
 @pytest.mark.parametrize("router", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("balance", ["none", "aux", "aux_local", "bias"])

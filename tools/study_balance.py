@@ -1,19 +1,22 @@
 """Trains every way to balance the load on the skewed task of chapter 09, over several seeds, into results/.
 
-    python tools/study_balance.py                     every method, 5 seeds: minutes on one core
+    python tools/study_balance.py                     every method, 5 seeds: ten minutes on one core
+    python tools/study_balance.py --workers 8         the same numbers, sooner
     python tools/study_balance.py --methods none bias --seeds 2 --steps 300 --output build/study
 
-One process, world size 1: the methods' losses do not depend on the number of ranks (tests/test_balance.py shows
+World size 1: the methods' losses do not depend on the number of ranks (tests/test_balance.py shows
 it), save `aux_local`, and that one on W ranks is the sequence-wise loss over 1 / W of the batch, as a test shows
-too. Seeds are the outer loop, so a method's runs lie far apart. Losses and loads are the same in any load of the
-machine; no times are taken.
+too. Losses
+and loads do not depend on the load of the machine; no times are taken.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def register_seed_loss() -> None:
-    """The seed's aux loss (chapter 03) as the balance `seed`, of this script alone."""
-    (ROOT / "build").mkdir(exist_ok=True)
-    extract = [sys.executable, "tools/extract.py", "--tags", "seed", "--output", "build/seed.py"]
-    subprocess.run(extract, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    """The seed's aux loss (chapter 03), from build/seed.py, as the balance `seed`, of this script alone."""
     from build.seed import seed_aux_loss
 
     @ep.register("balance", "seed")
@@ -125,6 +125,8 @@ def train(method: dict[str, Any], seed: int, steps: int, lr: float) -> dict[str,
     tail = max(1, steps // 10)
     newest = -(-LEAST_CHOICES // (NUM_TOKENS * config.top_k))
     every = max(1, steps // 40)
+    with torch.no_grad():
+        z_loss = ep.z_loss_sum(model.router(x).logits) / len(x)
     over = (loads[-tail:] - capacity()).clamp(min=0).sum() / loads[-tail:].sum()
     kept = {
         "seed": seed,
@@ -133,7 +135,7 @@ def train(method: dict[str, Any], seed: int, steps: int, lr: float) -> dict[str,
         "max_over_mean_tail": max_over_mean(loads[-tail:]),
         "dropped_fraction": float(over),
         "entropy": float(ep.mean_entropy(model.probs, comm)),
-        "logit_scale": float(model.router(x).logits.detach().square().mean().sqrt()),
+        "z_loss": float(z_loss),
         "task_loss_with_capacity": loss_with_capacity(model, stream),
     }
     if seed == 0:
@@ -147,6 +149,15 @@ def train(method: dict[str, Any], seed: int, steps: int, lr: float) -> dict[str,
     return kept
 
 
+def run_job(job: tuple[str, int, int, float]) -> tuple[str, dict[str, Any]]:
+    """(method, seed, steps, lr) -> the method and what is kept of its run; in any process."""
+    name, seed, steps, lr = job
+    torch.set_num_threads(1)
+    if "seed" not in ep.REGISTRIES["balance"]:
+        register_seed_loss()
+    return name, train(METHODS[name], seed, steps, lr)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -155,24 +166,25 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the runs")
     parser.add_argument("--output", default="results", help="folder for the result")
     args = parser.parse_args()
-    register_seed_loss()
-    torch.set_num_threads(1)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in args.methods}
-    for seed in range(args.seeds):
-        for name in args.methods:
-            kept = train(METHODS[name], seed, args.steps, args.lr)
+    jobs = [(name, seed, args.steps, args.lr) for seed in range(args.seeds) for name in args.methods]
+    extract = [sys.executable, "tools/extract.py", "--tags", "seed", "--output", "build/seed.py"]
+    (ROOT / "build").mkdir(exist_ok=True)
+    subprocess.run(extract, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for name, kept in pool.map(run_job, jobs):
             runs[name].append(kept)
             print(
-                f"seed {seed}, {name:22} task loss {kept['task_loss']:.4f}, max / mean {kept['max_over_mean']:.2f}, "
-                f"dropped {kept['dropped_fraction']:.3f}, task loss so {kept['task_loss_with_capacity']:.4f}",
+                f"seed {kept['seed']}, {name:22} task loss {kept['task_loss']:.4f}, max / mean "
+                f"{kept['max_over_mean']:.2f}, dropped {kept['dropped_fraction']:.3f}, "
+                f"task loss so {kept['task_loss_with_capacity']:.4f}",
                 flush=True,
             )
     flags = f" --methods {' '.join(repr(m) for m in args.methods)}" if args.methods != list(METHODS) else ""
-    command = (
-        f"python tools/study_balance.py --seeds {args.seeds} --steps {args.steps} --lr {args.lr:g}{flags}"
-    )
+    command = f"python tools/study_balance.py --seeds {args.seeds} --steps {args.steps} --lr {args.lr:g} --workers {args.workers}{flags}"
     result = {
         "what": "balance", "device": ep.device_model(torch.device("cpu")), "num_cores": os.cpu_count(),
         "torch": torch.__version__, "python": sys.version.split()[0], "command": command, "world_size": 1,
