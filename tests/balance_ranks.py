@@ -10,6 +10,7 @@ launcher: plain formulas, loops over tokens, ranks and sequences.
 
 import argparse
 import json
+import os
 import sys
 from datetime import timedelta
 from itertools import product
@@ -402,6 +403,8 @@ def main() -> int:
     if dist.is_initialized():
         dist.barrier()  # a rank that leaves early may abort one that still closes its connections
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(1 if failed else 0)  # torch's threads now and then abort a process that ends the long way
     return 1 if failed else 0
 
 
