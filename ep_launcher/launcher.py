@@ -22,9 +22,10 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/06_grouped_experts.ipynb
 #   notebooks/07_exact_all_to_all.ipynb
 #   notebooks/08_capacity.ipynb
+#   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "deef6c9dcbb5b3cc48802401d0d4870d94afecaabc7c576c45bf5eca93d52413"
+SOURCES_SHA256 = "cca09c932a4a35c6e00e866020574f8266992e3bb1c1c11d26bc95738d6cf93f"
 
 
 # ==========================================================================================================
@@ -283,7 +284,7 @@ def expected_distinct_ranks(num_experts: int, top_k: int, ep_size: int) -> float
 # %% notebooks/02_all_to_all.ipynb #routing
 @dataclass
 class Routing:
-    """Where each token goes. topk_ids int64 [T, K]; topk_weights float [T, K]; probs float [T, E].
+    """Where each token goes. topk_ids int64 [T, K]; topk_weights float [T, K]; probs, logits float [T, E].
 
     topk_ids holds global expert numbers, all different within a row; -1 marks a choice that is not sent.
     Weights and probabilities are float32 or wider, and carry the router's gradient.
@@ -292,6 +293,7 @@ class Routing:
     topk_ids: Tensor
     topk_weights: Tensor
     probs: Tensor
+    logits: Tensor | None = None  # what the router's scores were made of, where it says
 
 
 # %% notebooks/02_all_to_all.ipynb #metadata
@@ -515,16 +517,17 @@ class Router(nn.Module):
         seeded_uniform_(self.gate.weight, config.hidden_dim, seed, "gate.weight")
         seeded_uniform_(self.gate.bias, config.hidden_dim, seed, "gate.bias")
 
-    def scores(self, x: Tensor) -> Tensor:
-        """x [T, D] -> [T, E] in float32 or wider, whatever the parameters' dtype: how much a token likes an expert."""
-        return (GateLogits.apply(x, self.gate.weight) + self.gate.bias).softmax(dim=-1)
+    def scores(self, logits: Tensor) -> Tensor:
+        """The gate's results [T, E] -> [T, E]: how much a token likes an expert."""
+        return logits.softmax(dim=-1)
 
     def forward(self, x: Tensor, choice_bias: Tensor | None = None) -> Routing:
         """x [T, D] -> Routing. choice_bias [E] is added for the choice alone; weights are scores as they are.
 
         Option groups may take part: limit_choice(keys, config) before the choice, scale_weights(weights) after it.
         """
-        probs = self.scores(x)
+        logits = GateLogits.apply(x, self.gate.weight) + self.gate.bias  # float32 or wider, whatever x is
+        probs = self.scores(logits)
         keys = probs.detach() if choice_bias is None else probs.detach() + choice_bias
         for limit_choice in self.config.hooks("limit_choice"):
             keys = limit_choice(keys, self.config)
@@ -532,7 +535,7 @@ class Router(nn.Module):
         topk_weights = probs.gather(1, topk_ids)
         for scale_weights in self.config.hooks("scale_weights"):
             topk_weights = scale_weights(topk_weights)
-        return Routing(topk_ids, topk_weights, probs)
+        return Routing(topk_ids, topk_weights, probs, logits)
 
 
 # %% notebooks/03_experts.ipynb #activation
@@ -750,6 +753,8 @@ class EPMoE(nn.Module):
         check_tokens(x, self.config)
         routing = self.router(x, self.balance.choice_bias)
         aux = self.balance(routing) if self.training else routing.probs.new_zeros(())
+        for added_loss in self.config.hooks("added_loss") if self.training else ():
+            aux = aux + added_loss(routing, self.config, self.comm)
         for after_routing in self.config.hooks("after_routing"):
             routing = after_routing(routing, self.config, self.comm)
         self.topk_ids, self.probs = routing.topk_ids, routing.probs.detach()
@@ -2788,6 +2793,327 @@ class CapacityDispatcher(Dispatcher):
         size = len(topk_ids)
         rows = size * (size - 1) * num_local_experts * self.capacity
         return rows, rows
+
+
+# ==========================================================================================================
+# routing: notebooks/09_balance.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/09_balance.ipynb #cluster-options
+@option_group
+@dataclass(frozen=True)
+class ClusterOptions:
+    """The task of clusters. ValueError where a number makes no sense.
+
+    num_clusters: clusters of `--task clusters`, each with a teacher of its own
+    zipf: how skewed they are; cluster c comes up in proportion to 1 / (c + 1) ** zipf, so 0 is even
+    sort_tokens: sort every global batch by cluster, so that each rank gets topics of its own
+    """
+
+    num_clusters: int = 32
+    zipf: float = 1.5
+    sort_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_clusters < 1:
+            raise ValueError(f"num_clusters is {self.num_clusters}, and must be at least 1")
+        if not 0 <= self.zipf < math.inf:
+            raise ValueError(f"zipf is {self.zipf}, and must be finite and not below 0")
+
+
+# %% notebooks/09_balance.ipynb #cluster-parts
+def zipf_probabilities(num_clusters: int, exponent: float) -> Tensor:
+    """float64 [num_clusters], in proportion to 1 / (c + 1) ** exponent, with sum 1."""
+    weights = torch.arange(1, num_clusters + 1, dtype=torch.float64) ** -exponent
+    return weights / weights.sum()
+
+
+def make_clusters(config: MoEConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Every cluster's centre [C, D], of variance 1, and teacher [C, D, D], drawn as chapter 04's; config's dtype."""
+    count, d = config.option(ClusterOptions).num_clusters, config.hidden_dim
+    centres = torch.empty(count, d, dtype=torch.float64)
+    teachers = torch.empty(count, d, d, dtype=torch.float64)
+    for c in range(count):
+        seeded_uniform_(centres[c], 1, seed, "cluster", c, "centre")
+        seeded_uniform_(teachers[c], d, seed, "cluster", c, "teacher")
+    dtype = DTYPES[config.dtype]
+    return (math.sqrt(3) * centres).to(dtype), teachers.to(dtype)
+
+
+# %% notebooks/09_balance.ipynb #cluster-stream
+@register("task", "clusters")
+class ClusterStream:
+    """Endless batches of tokens from clusters whose frequencies follow Zipf's law; each cluster has its own teacher.
+
+    x = (centre + noise) / sqrt(2), of variance 1, and the target is x teacher^T. The interface and the promise
+    are TokenStream's (chapter 04): all ranks draw one global batch, whatever their number, and take their shares.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        seed: int,
+        num_tokens: int,
+        comm: Communicator,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.centres, self.teachers = (part.to(device) for part in make_clusters(config, seed))
+        options = config.option(ClusterOptions)
+        self.is_sorted = options.sort_tokens
+        self.limits = zipf_probabilities(options.num_clusters, options.zipf).cumsum(0)[:-1].to(device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.num_tokens, self.comm = num_tokens, comm
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """This rank's share of the next global batch: clusters int64 [T], x [T, D]. No synchronisation."""
+        where = {"generator": self.generator, "device": self.generator.device}
+        u = torch.rand(self.num_tokens, dtype=torch.float64, **where)
+        noise = torch.randn(self.num_tokens, self.centres.shape[1], **where)
+        u = u.sort().values if self.is_sorted else u
+        u, noise = (part.tensor_split(self.comm.size)[self.comm.rank] for part in (u, noise))
+        clusters = torch.searchsorted(self.limits, u)
+        return clusters, (self.centres[clusters] + noise.to(self.centres.dtype)) / math.sqrt(2)
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """This rank's share of the next global batch: x [T, D], target [T, D]."""
+        clusters, x = self.draw()
+        return x, torch.bmm(self.teachers[clusters], x.unsqueeze(2)).squeeze(2)
+
+
+# %% notebooks/09_balance.ipynb #aux-local
+@register("balance", "aux_local")
+class LocalAuxLoss(Balance):
+    """Switch's loss with each rank's own statistics: the mean over the ranks, weighed by their tokens.
+
+    Forces an even load on every rank by itself, so it depends on how the batch is dealt out. At world size 1 it
+    is `aux`. One all-reduce of one number.
+    """
+
+    def forward(self, routing: Routing) -> Tensor:
+        """Routing -> this rank's share of the loss, T / (tokens of all ranks) of its own. 0 as in `aux`."""
+        probs, num_experts = routing.probs, routing.probs.shape[1]
+        if num_experts == 1:
+            return probs.new_zeros(())
+        own_load = count_choices(routing.topk_ids, num_experts).to(probs.dtype) / max(
+            1, routing.topk_ids.numel()
+        )
+        return num_experts * (own_load * probs.sum(0)).sum() / count_global_tokens(routing, self.comm)
+
+
+def count_global_tokens(routing: Routing, comm: Communicator) -> Tensor:
+    """The tokens of all ranks, at least 1, as a 0-dim tensor like probs. One all-reduce, no host synchronisation."""
+    return comm.all_reduce(routing.probs.new_full((), len(routing.probs))).clamp(min=1)
+
+
+# %% notebooks/09_balance.ipynb #z-loss
+def z_loss_sum(logits: Tensor) -> Tensor:
+    """logits [T, E] -> the sum over tokens of logsumexp(logits)^2 (ST-MoE, section 3.3, equation 5, before its mean).
+
+    Its gradient, 2 logsumexp(logits) softmax(logits), draws the scale of the logits towards 0.
+    """
+    return logits.logsumexp(dim=-1).square().sum()
+
+
+# %% notebooks/09_balance.ipynb #sigmoid-router
+@register("router", "sigmoid")
+class SigmoidRouter(Router):
+    """Scores every expert by itself: the sigmoid of its logit (DeepSeek-V3 report, section 2.1.2, equation 15).
+
+    The weights are the scores, never with the bias. probs, for losses and for watching, are the scores over
+    their sum (equation 19).
+    """
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """The gate's results [T, E] -> [T, E], each between 0 and 1 whatever the others are."""
+        return logits.sigmoid()
+
+    def forward(self, x: Tensor, choice_bias: Tensor | None = None) -> Routing:
+        """See Router."""
+        routing = super().forward(x, choice_bias)
+        total = routing.probs.sum(dim=-1, keepdim=True)
+        return replace(routing, probs=routing.probs / total.clamp(min=torch.finfo(total.dtype).tiny))
+
+
+# %% notebooks/09_balance.ipynb #normalize
+def normalize_weights(weights: Tensor) -> Tensor:
+    """[T, K] -> [T, K], every row over its sum: 1 in all, where it is above 0."""
+    total = weights.sum(dim=-1, keepdim=True)
+    return weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+# %% notebooks/09_balance.ipynb #group-limit
+def limit_to_groups(keys: Tensor, num_groups: int, topk_groups: int) -> Tensor:
+    """keys [T, E] -> the same with -inf outside each token's best groups: first groups, then experts.
+
+    A group is E / num_groups experts in a row; it is worth the sum of its best two keys, or its only one. A token
+    keeps its topk_groups best (DeepSeek-V3 report, section 2.1.2, node-limited routing). No host synchronisation.
+    """
+    grouped = keys.unflatten(1, (num_groups, -1))
+    worth = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(dim=-1)
+    is_kept = torch.zeros_like(worth, dtype=torch.bool)
+    is_kept.scatter_(1, worth.topk(topk_groups, dim=-1).indices, True)
+    return grouped.masked_fill(~is_kept.unsqueeze(2), -math.inf).flatten(1)
+
+
+# %% notebooks/09_balance.ipynb #sequence-loss
+def sequence_loss_sum(routing: Routing, top_k: int, length: int) -> Tensor:
+    """The balance of each sequence by itself, summed over its tokens (DeepSeek-V3 report, 2.1.2, equations 17 to 20).
+
+    A sequence is `length` tokens in a row of this rank, the last one as many as are left. Of each: E * sum over e
+    of f_e P_e, with f_e the shares of its choices by score, without the bias, and P_e its mean probabilities.
+    """
+    probs, (num_tokens, num_experts) = routing.probs, routing.probs.shape
+    chosen = torch.zeros_like(probs).scatter(1, probs.topk(top_k, dim=-1).indices, 1.0)
+    sequence = torch.arange(num_tokens, device=probs.device) // length
+    empty = probs.new_zeros(-(-num_tokens // length), num_experts)
+    counts, masses = empty.index_add(0, sequence, chosen), empty.index_add(0, sequence, probs)
+    return num_experts * (counts / counts.sum(1, keepdim=True) * masses).sum()
+
+
+# %% notebooks/09_balance.ipynb #added-loss
+def added_loss(options: "RoutingOptions", routing: Routing, config: MoEConfig, comm: Communicator) -> Tensor:
+    """This rank's share of z_alpha * z-loss + sequence_alpha * sequence-wise loss, means over all ranks' tokens.
+
+    0 where both weights are 0, and then nothing is sent; else one all-reduce of one number.
+    """
+    total = routing.probs.new_zeros(())
+    if not (options.z_alpha or options.sequence_alpha):
+        return total
+    if options.z_alpha:
+        total = total + options.z_alpha * z_loss_sum(routing.logits)
+    if options.sequence_alpha and config.num_experts > 1:
+        sequences = sequence_loss_sum(routing, config.top_k, options.sequence_length)
+        total = total + options.sequence_alpha * sequences
+    return total / count_global_tokens(routing, comm)
+
+
+# %% notebooks/09_balance.ipynb #check-routing
+def check_routing(options: "RoutingOptions", config: MoEConfig) -> None:
+    """ValueError where the groups do not fit config's experts, or normalising would leave the router untaught."""
+    groups = options.num_groups
+    if config.num_experts % groups:
+        raise ValueError(
+            f"{config.num_experts} experts do not make {groups} equal groups; take a divisor for --num-groups"
+        )
+    within_reach = options.topk_groups * config.num_experts // groups
+    if config.top_k > within_reach:
+        raise ValueError(
+            f"top_k is {config.top_k}, and {options.topk_groups} group(s) hold {within_reach} experts; "
+            "raise --topk-groups"
+        )
+    if options.normalize_topk and config.top_k == 1:
+        raise ValueError(
+            "normalize_topk makes a single weight 1, and teaches the router nothing; raise --top-k"
+        )
+
+
+# %% notebooks/09_balance.ipynb #show-routing
+def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
+    """How undecided the router is: the mean over all ranks' tokens of the entropy of probs [T, E], over log E.
+
+    0-dim, between 0 (one expert has it all) and 1 (all alike); 0 without tokens. One all-reduce of two numbers.
+    """
+    entropy = torch.special.entr(probs).sum() / max(math.log(probs.shape[1]), 1e-9)
+    total, num_tokens = comm.all_reduce(torch.stack([entropy, entropy.new_tensor(len(probs))]))
+    return total / num_tokens.clamp(min=1)
+
+
+def show_routing(log: RunLog, step: int, model: EPMoE) -> None:
+    """TensorBoard's routing/entropy and, where there is one, the bias as histogram routing/bias. Collective."""
+    log.scalars(step, routing__entropy=float(mean_entropy(model.probs, model.comm)))
+    if log.writer and model.balance.choice_bias is not None:
+        log.writer.add_histogram("routing/bias", model.balance.choice_bias, step)
+
+
+# %% notebooks/09_balance.ipynb #routing-options
+@option_group
+@dataclass(frozen=True)
+class RoutingOptions:
+    """How the routers choose and what is added to the balance's loss. ValueError where the numbers do not fit.
+
+    normalize_topk: divide the weights of a token's chosen experts by their sum
+    num_groups: experts form so many groups; 1 means no groups
+    topk_groups: a token chooses its experts from so many groups
+    bias_speed: what `--balance bias` adds to or takes from a bias in a step
+    z_alpha: weight of the router z-loss beside the balance's loss; aux_alpha multiplies both
+    sequence_alpha: weight of the sequence-wise loss beside the balance's loss; aux_alpha multiplies both
+    sequence_length: tokens of a rank in a row that the sequence-wise loss takes together
+    """
+
+    normalize_topk: bool = False
+    num_groups: int = 1
+    topk_groups: int = 1
+    bias_speed: float = 1e-3
+    z_alpha: float = 0.0
+    sequence_alpha: float = 0.0
+    sequence_length: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("num_groups", "topk_groups", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        for name in ("bias_speed", "z_alpha", "sequence_alpha"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be finite and not below 0")
+        if self.topk_groups > self.num_groups:
+            raise ValueError(
+                f"topk_groups is {self.topk_groups}, above the {self.num_groups} group(s); raise --num-groups"
+            )
+
+    def check(self, config: MoEConfig) -> None:
+        """ValueError where config's experts do not fit these options; MoEConfig calls it."""
+        check_routing(self, config)
+
+    def limit_choice(self, keys: Tensor, config: MoEConfig) -> Tensor:
+        """The router's hook before the choice: keys [T, E] -> [T, E]."""
+        return keys if self.num_groups == 1 else limit_to_groups(keys, self.num_groups, self.topk_groups)
+
+    def scale_weights(self, weights: Tensor) -> Tensor:
+        """The router's hook after the choice: [T, K] -> [T, K]."""
+        return normalize_weights(weights) if self.normalize_topk else weights
+
+    def added_loss(self, routing: Routing, config: MoEConfig, comm: Communicator) -> Tensor:
+        """The layer's hook: this rank's share of z_alpha * z-loss + sequence_alpha * sequence-wise loss."""
+        return added_loss(self, routing, config, comm)
+
+    def show(self, log: RunLog, step: int, model: EPMoE) -> None:
+        """The record's hook, at every log interval."""
+        show_routing(log, step, model)
+
+
+# %% notebooks/09_balance.ipynb #bias-balance
+@register("balance", "bias")
+class BiasBalance(Balance):
+    """Balance without a loss: a bias on the choice that follows the load (DeepSeek-V3 report, section 2.1.2).
+
+    bias float32 [E], a buffer: saved with the parameters, the same on every rank, since all see the same global
+    counts. The loss is 0. One all-reduce of E numbers a step, no host synchronisation.
+    """
+
+    def __init__(self, config: MoEConfig, comm: Communicator) -> None:
+        super().__init__(config, comm)
+        self.speed = config.option(RoutingOptions).bias_speed
+        self.register_buffer("bias", torch.zeros(config.num_experts))
+        self.register_buffer("load", torch.zeros(config.num_experts), persistent=False)
+
+    @property
+    def choice_bias(self) -> Tensor:
+        """What the router adds to its scores for the choice: [E]."""
+        return self.bias
+
+    def forward(self, routing: Routing) -> Tensor:
+        """Counts this rank's choices, of all forward passes of a step -> a zero."""
+        self.load += count_choices(routing.topk_ids, len(self.load))
+        return routing.probs.new_zeros(())
+
+    def after_step(self) -> None:
+        """bias_e += speed * sign(mean load - load_e), and counting begins anew. In place, for CUDA graphs."""
+        load = self.comm.all_reduce(self.load)
+        self.bias += self.speed * torch.sign(
+            load.sum() - len(load) * load
+        )  # whole numbers: exact on any rank
+        load.zero_()
 
 
 # %% added by tools/extract.py
