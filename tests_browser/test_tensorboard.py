@@ -1,5 +1,6 @@
 """TensorBoard in a browser, as `make tensorboard` starts it: the loss curve, the load histogram, the routing image."""
 
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ from playwright.sync_api import Locator, Page
 
 @pytest.fixture(scope="module")
 def board(book, environment, serve) -> str:
-    """The address of TensorBoard over a short run."""
+    """The address of TensorBoard over one short run."""
+    shutil.rmtree(book / "ep_launcher" / "runs", ignore_errors=True)  # of earlier notebooks
     run = [
         sys.executable,
         "tools/launch.py",
