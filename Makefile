@@ -5,13 +5,16 @@ PY ?= .venv/bin/python
 ARGS ?=
 ifeq ($(PY),.venv/bin/python)
 ENV := .venv/.installed
+BROWSER_ENV := .venv/.browser
 endif
+CHROMIUM ?= chromium
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lab launcher notebooks bench tensorboard
+.PHONY: help train test test-browser lab launcher notebooks site bench tensorboard
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo "  ARGS='...' passes flags on; PY=python3 uses an environment of yours and installs nothing"
 
 .venv/.installed: requirements.txt
@@ -19,6 +22,10 @@ help: ## list the targets
 	  { echo "error: $(PYTHON) is older than 3.11; name a newer one: make train PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	@touch $@
+
+.venv/.browser: requirements-browser.txt .venv/.installed
+	.venv/bin/python -m pip install --disable-pip-version-check -q -r requirements-browser.txt
 	@touch $@
 
 train: launcher ## train the seed's model with torchrun (ARGS="--steps 500")
@@ -30,14 +37,24 @@ launcher: $(ENV) ## stitch notebooks/ into ep_launcher/launcher.py, if it is sta
 test: $(ENV) ## run every check: tests, lint, every notebook
 	$(PY) -m pytest $(ARGS)
 
+test-browser: $(ENV) $(BROWSER_ENV) ## read the book in a browser: every notebook, TensorBoard, the site
+	@command -v $(CHROMIUM) >/dev/null || { echo "error: $(CHROMIUM) is not here: \`apt-get install -y chromium\`," \
+	  "or name one: make test-browser CHROMIUM=/path" >&2; exit 2; }
+	@$(PY) -c "import playwright" 2>/dev/null || { echo "error: $(PY) has no playwright:" \
+	  "\`$(PY) -m pip install -r requirements-browser.txt\` (it needs no browser download)" >&2; exit 2; }
+	CHROMIUM=$(CHROMIUM) $(PY) -m pytest tests_browser $(ARGS)
+
 notebooks: launcher ## execute every notebook headless, into build/notebooks/
 	@$(PY) tools/notebooks.py $(ARGS)
+
+site: $(ENV) ## build the book as pages for any browser, into build/site/
+	@$(PY) tools/site.py $(ARGS)
 
 bench: launcher ## measure, into results/ (ARGS="--help" lists what)
 	@$(PY) tools/bench.py $(ARGS)
 
 lab: launcher ## open the book in JupyterLab, on this machine only, with its token
-	$(PY) -m jupyterlab --ip=127.0.0.1 --notebook-dir=. $(ARGS)
+	$(PY) -m jupyterlab --ip=127.0.0.1 --notebook-dir=. $(AS_ROOT) $(ARGS)
 
 tensorboard: $(ENV) ## look at the runs in TensorBoard, on this machine only
 	$(PY) -m tensorboard.main --logdir ep_launcher/runs --host 127.0.0.1 $(ARGS)

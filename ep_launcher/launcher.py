@@ -20,9 +20,10 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/03_experts.ipynb
 #   notebooks/04_training.ipynb
 #   notebooks/06_grouped_experts.ipynb
+#   notebooks/07_exact_all_to_all.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "12da7dc8b0786c4178386a0c0543cd5c3bffb7bc3c39e4be8bb7f75698d461c7"
+SOURCES_SHA256 = "1fc1b47c76ca2046a1902819e89ce45604428c7e072ca94b6d20fa96daeb24af"
 
 
 # ==========================================================================================================
@@ -2222,6 +2223,247 @@ class CompiledStep(GraphStep):
     def preference(run: Run, model: EPMoE) -> int:
         """Where a step can be recorded; less than the recorded one, which starts at once."""
         return min(1, GraphStep.preference(run, model))
+
+
+# ==========================================================================================================
+# performance: notebooks/07_exact_all_to_all.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #all-to-all-autograd
+class AllToAll(torch.autograd.Function):
+    """rows [n, D], blocks by destination -> [m, D], blocks by source; backward is the exchange turned round.
+
+    input_splits[j]: rows for rank j; output_splits[i]: rows from rank i. Every rank must enter backward: rows
+    have to require a gradient on all ranks or on none. Sends D * itemsize bytes a row that leaves, each way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, comm: Communicator, input_splits: list[int], output_splits: list[int]
+    ) -> Tensor:
+        ctx.comm, ctx.splits = comm, (output_splits, input_splits)
+        return comm.all_to_all(rows, input_splits, output_splits, "rows")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return ctx.comm.all_to_all(grad, *ctx.splits, "rows"), None, None, None
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #block-shifts
+def block_shifts(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """counts int64 [A, B] -> lengths, shifts int64 [2, A * B]: how to reorder blocks from (a, b) to (b, a), and back.
+
+    A row of the reordered ones is found `shift` places further on; all rows of a block share one. No host sync.
+    """
+    lengths = torch.stack([counts.t().reshape(-1), counts.reshape(-1)])
+    starts = lengths.cumsum(1) - lengths
+    there, back = starts[0].view(counts.shape[::-1]).t(), starts[1].view(counts.shape).t()
+    return lengths, torch.stack([back.reshape(-1), there.reshape(-1)]) - starts
+
+
+def block_indices(lengths: Tensor, shifts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """block_shifts' results and the number of rows R -> index int64 [R] and its inverse. No host sync."""
+    shift = shifts.reshape(-1).repeat_interleave(lengths.reshape(-1), output_size=2 * num_rows)
+    index, inverse = shift.view(2, num_rows) + torch.arange(num_rows, device=shift.device)
+    return index, inverse
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #reorder
+class Reorder(torch.autograd.Function):
+    """rows [R, D], index int64 [R] and its inverse -> rows[index]; backward reads by the inverse, and adds nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad.index_select(0, ctx.inverse), None, None
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #seal-counts
+def seal_counts(counts: Tensor, row_bytes: int) -> Tensor:
+    """counts int64 [..., L] -> [..., L + 3]: the counts, their sum, a sum that feels their order, a row's bytes.
+
+    Whoever holds a sealed line can tell whether a number in it was changed. No host synchronisation.
+    """
+    running = counts.cumsum(-1)
+    size = counts.new_full((*counts.shape[:-1], 1), row_bytes)
+    return torch.cat([counts, running[..., -1:], running.sum(-1, keepdim=True), size], dim=-1)
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #check-seals
+def broken_seal(line: list[int], row_bytes: int) -> tuple[str, str] | None:
+    """One sealed line -> (what it says, what was announced) where they differ; None where all is well."""
+    *counts, total, _, announced_bytes = line
+    if seal_counts(torch.tensor(counts), row_bytes).tolist() == line:
+        return None
+    if announced_bytes != row_bytes:
+        return f"rows of {row_bytes} bytes", f"rows of {announced_bytes}"
+    if sum(counts) != total:
+        return f"{sum(counts)} rows", str(total)
+    return f"{counts} rows for the experts in turn", "other counts"
+
+
+def check_seals(lines: Tensor, row_bytes: int, rank: int) -> None:
+    """lines int64 [2, W, L + 3] on the host, sealed: sent to each rank, received from each rank.
+
+    CollectiveError, before any row travels, where a line is not what was sealed.
+    """
+    if torch.equal(seal_counts(lines[..., :-3], row_bytes), lines):
+        return
+    texts = (
+        "rank {} sends {} to rank {}, and announced {}",
+        "rank {} expects {} from rank {}, which announced {}",
+    )
+    for text, by_rank in zip(texts, lines.tolist(), strict=True):
+        for other, line in enumerate(by_rank):
+            if found := broken_seal(line, row_bytes):
+                raise CollectiveError(
+                    text.format(rank, found[0], other, found[1]) + ": split counts are corrupt"
+                )
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #copy-to-host
+def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
+    """Starts to copy x to the host -> a function that waits for the copy and returns it; x itself on a CPU.
+
+    The device goes on: whatever is enqueued after this call runs while the host still waits for x.
+    """
+    if not x.is_cuda:
+        return lambda: x
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return host
+
+    return wait
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #exchange-plan
+@dataclass
+class ExchangePlan:
+    """One layer's exchange, as this rank sees it: what it sends, what it gets, and in which order it computes.
+
+    input_splits, output_splits: rows to and from each rank; counts int64 [L], and on the host, counts_on_host;
+    by_expert, by_source int64 [R]: received rows sorted by local expert, and back.
+    """
+
+    input_splits: list[int]
+    output_splits: list[int]
+    counts: Tensor
+    counts_on_host: Tensor
+    by_expert: Tensor
+    by_source: Tensor
+
+
+def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[], ExchangePlan]:
+    """counts int64 [E], this rank's rows an expert -> a function that waits and returns the plan.
+
+    One message of L + 3 numbers to each rank, one copy to the host, which that function waits for; it raises
+    CollectiveError where the numbers are not what was sent.
+    """
+    sent = seal_counts(counts.view(comm.size, -1), row_bytes)
+    received = comm.all_to_all(sent, [1] * comm.size, [1] * comm.size, "metadata")
+    wait = copy_to_host(torch.stack([sent, received]))
+    blocks = block_shifts(received[:, :-3])
+
+    def plan() -> ExchangePlan:
+        lines = wait()
+        check_seals(lines, row_bytes, comm.rank)
+        input_splits, output_splits = lines[..., -3].tolist()
+        indices = block_indices(*blocks, sum(output_splits))
+        on_host = lines[1, :, :-3].sum(0)
+        counts = received[:, :-3].sum(0) if received.is_cuda else on_host
+        return ExchangePlan(input_splits, output_splits, counts, on_host, *indices)
+
+    return plan
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #weighted-sum
+class WeightedSum(torch.autograd.Function):
+    """rows [n, D] in the order of an exchange, topk_weights [T, K] -> y [T, D], each token's weighted sum.
+
+    In float32 or wider, rounded once. n is the number of choices sent; others add nothing. No host sync.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, topk_weights: Tensor, order: RowOrder) -> Tensor:
+        ctx.order = order
+        ctx.save_for_backward(rows, topk_weights)
+        if not len(rows):
+            return rows.new_zeros(len(topk_weights), rows.shape[1])
+        weights = torch.where(order.row_of_choice < 0, 0, topk_weights)
+        picked = order.row_of_choice.clamp(min=0)
+        bag = F.embedding_bag(picked, rows.to(weights.dtype), mode="sum", per_sample_weights=weights)
+        return bag.to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        rows, topk_weights = ctx.saved_tensors
+        choice = ctx.order.choice_of_row[: len(rows)]
+        spread = grad.index_select(0, choice // topk_weights.shape[1]).to(topk_weights.dtype)
+        grad_weights = topk_weights.new_zeros(topk_weights.shape)
+        grad_weights.view(-1)[choice] = (spread * rows).sum(1)
+        return (spread * topk_weights.reshape(-1)[choice].unsqueeze(1)).to(rows.dtype), grad_weights, None
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #all-to-all-dispatcher
+@register("dispatcher", "all_to_all")
+class AllToAllDispatcher(LocalDispatcher):
+    """Sends each rank exactly the rows that its experts need: counts first, then the rows (chapter 07).
+
+    Ids and weights never travel: rows arrive in the order of the counts, and weights are applied at home.
+    On one rank it is LocalDispatcher.
+    """
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
+        """Runs everywhere; the best so far on more than one rank."""
+        return 40 if ep_size > 1 else 1
+
+    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
+        """See Dispatcher. Sends the rows that leave, once; one host synchronisation, while rows are permuted."""
+        if self.comm.size == 1:
+            return super().dispatch(x, routing)
+        order = order_rows(routing.topk_ids, self.config.num_experts)
+        plan = announce(order.counts, x.shape[1] * x.element_size(), self.comm)
+        rows = Permute.apply(x, order)
+        plan = plan()
+        rows = rows[: sum(plan.input_splits)]  # behind them are choices that are not sent
+        rows = AllToAll.apply(rows, self.comm, plan.input_splits, plan.output_splits)
+        rows = Reorder.apply(rows, plan.by_expert, plan.by_source)
+        return rows, plan.counts, (plan, order, routing.topk_weights)
+
+    def combine(self, rows: Tensor, handle: Any) -> Tensor:
+        """See Dispatcher. Sends the results of the rows that came; no host synchronisation."""
+        if self.comm.size == 1:
+            return super().combine(rows, handle)
+        plan, order, topk_weights = handle
+        rows = Reorder.apply(rows, plan.by_source, plan.by_expert)
+        rows = AllToAll.apply(rows, self.comm, plan.output_splits, plan.input_splits)
+        return WeightedSum.apply(rows, topk_weights, order)
+
+    def run(self, x: Tensor, routing: Routing, experts: Any) -> Tensor:
+        """See Dispatcher. Experts that read the counts on the host get them there."""
+        if self.comm.size == 1:
+            return super().run(x, routing, experts)
+        rows, counts, handle = self.dispatch(x, routing)
+        reads_on_host = isinstance(experts, (BlockExperts, LoopExperts))
+        return self.combine(experts(rows, handle[0].counts_on_host if reads_on_host else counts), handle)
+
+    @staticmethod
+    def rows_sent(topk_ids: list[Tensor], num_local_experts: int) -> tuple[int, int]:
+        """See Dispatcher: the choices that live elsewhere."""
+        owners = [torch.where(ids < 0, rank, ids // num_local_experts) for rank, ids in enumerate(topk_ids)]
+        away = sum(int((owner != rank).sum()) for rank, owner in enumerate(owners))
+        return away, away
 
 
 # %% added by tools/extract.py

@@ -40,8 +40,7 @@ def build() -> Path:
 @pytest.fixture(scope="session")
 def seed_module(build: Path):
     """build/seed.py, freshly extracted: the seed's algorithm with its defects."""
-    command = [sys.executable, "tools/extract.py", "--tags", "seed", "--output", "build/seed.py"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    from build import seed
+    from tools import bench
 
-    return seed
+    bench.extract_seed()
+    return bench.load_seed()

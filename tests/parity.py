@@ -11,6 +11,7 @@ counted], ...}. Exit code 1 where an error is over its limit.
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -155,6 +156,57 @@ def run_case(case: dict, config: MoEConfig, comm: Communicator, device: torch.de
     return {"errors": errors, "bytes": [predicted, int(counted)], "rows_received": int(received.sum())}
 
 
+def run_suite(
+    device: torch.device,
+    dtypes: list[str],
+    comm: Communicator,
+    wanted: list[str] | None = None,
+    is_over: Callable[[], bool] = lambda: False,
+) -> list[dict]:
+    """Every variant in every case, over the ranks of the default group -> results, the same list on every rank.
+
+    is_over: asked before each variant, on every rank alike; where it says yes, the rest is left out. Collective.
+    """
+    results = []
+    for dispatcher, experts, activation, dtype in variants(device, comm.size, dtypes):
+        if is_over():
+            break
+        for name, case in cases(comm.size).items():
+            if name not in cases_of(activation, wanted or list(cases(comm.size))):
+                continue
+            changes = {k: case[k] for k in BASE if k in case}
+            config = MoEConfig(**BASE | changes, dispatcher=dispatcher, experts=experts,
+                               activation=activation, dtype=dtype)  # fmt: skip
+            facts = [run_case(case, config, Communicator(), device)]
+            if comm.size > 1:
+                gathered: list = [None] * comm.size
+                dist.all_gather_object(gathered, facts[0])
+                facts = gathered
+            errors = {q: max(f["errors"].get(q, 0.0) for f in facts) for q in facts[0]["errors"]}
+            results.append(
+                {
+                    "case": name,
+                    "dtype": dtype,
+                    "dispatcher": dispatcher,
+                    "experts": experts,
+                    "activation": activation,
+                    "world_size": comm.size,
+                    "device": device.type,
+                    "errors": errors,
+                    "limit": LIMITS[dtype],
+                    "bytes": facts[0]["bytes"],
+                    "rows_received": [f["rows_received"] for f in facts],
+                    "experts_without_rows": case["experts_without_rows"],
+                }
+            )
+    return results
+
+
+def over_the_limit(results: list[dict]) -> list[dict]:
+    """The results that are not within their limits."""
+    return [r for r in results if not max(r["errors"].values()) <= r["limit"]]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
@@ -169,43 +221,13 @@ def main() -> int:
     if world_from_env()[1] > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=30))
-    results = []
     world_size = world_from_env()[1]
-    for dispatcher, experts, activation, dtype in variants(device, world_size, args.dtypes):
-        for name, case in cases(world_size).items():
-            if name not in cases_of(activation, args.cases or list(cases(world_size))):
-                continue
-            changes = {k: case[k] for k in BASE if k in case}
-            config = MoEConfig(**BASE | changes, dispatcher=dispatcher, experts=experts,
-                               activation=activation, dtype=dtype)  # fmt: skip
-            comm = Communicator()
-            facts = [run_case(case, config, comm, device)]
-            if world_size > 1:
-                gathered: list = [None] * world_size
-                dist.all_gather_object(gathered, facts[0])
-                facts = gathered
-            errors = {q: max(f["errors"].get(q, 0.0) for f in facts) for q in facts[0]["errors"]}
-            results.append(
-                {
-                    "case": name,
-                    "dtype": dtype,
-                    "dispatcher": dispatcher,
-                    "experts": experts,
-                    "activation": activation,
-                    "world_size": world_size,
-                    "device": device.type,
-                    "errors": errors,
-                    "limit": LIMITS[dtype],
-                    "bytes": facts[0]["bytes"],
-                    "rows_received": [f["rows_received"] for f in facts],
-                    "experts_without_rows": case["experts_without_rows"],
-                }
-            )
+    results = run_suite(device, args.dtypes, Communicator(), args.cases)
     worst = {
         d: max((max(r["errors"].values()) for r in results if r["dtype"] == d), default=0.0)
         for d in args.dtypes
     }
-    failed = [r for r in results if not max(r["errors"].values()) <= r["limit"]]
+    failed = over_the_limit(results)
     if world_from_env()[0] == 0:
         if args.output:
             Path(args.output).write_text(json.dumps(results, indent=1) + "\n")

@@ -1,12 +1,14 @@
 """The book itself: lint, format, fresh outputs, and every notebook executed headless by papermill."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from wrong_answers import with_wrong_answers
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -52,11 +54,50 @@ def test_figures_that_the_texts_show_exist():
                 assert (ROOT / target).exists(), f"{page.name} points at {target}"
 
 
+def test_the_readme_has_a_line_for_each_chapter_and_each_target():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [path.name for path in NOTEBOOKS if f"](notebooks/{path.name})" not in text]
+    assert not missing, f"README.md's table of chapters lacks {', '.join(missing)}"
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"train", "test", "lab", "site"} < set(targets)
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", text))
+    assert named <= set(targets), f"README.md names targets that are not there: {named - set(targets)}"
+
+
+def test_the_site_is_built_and_needs_no_network(build):
+    """Every notebook is a page; tools/site.py itself refuses a page that would fetch something or lacks a figure."""
+    done = run(sys.executable, "tools/site.py", "--output", str(build / "site-test"))
+    assert done.returncode == 0, done.stderr
+    for path in NOTEBOOKS:
+        page = (build / "site-test" / f"{path.stem}.html").read_text(encoding="utf-8")
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                assert f'id="{cell["id"]}"' in page, f"{path.stem}.html lacks #{cell['id']}"
+
+
+def test_the_site_refuses_a_page_that_fetches_something():
+    from tools.site import foreign_addresses
+
+    for wrong in (
+        '<script src="https://x.org/a.js">',
+        "<link rel=stylesheet href='//x.org/a.css'>",
+        '<img class="a" src="http://x.org/a.png">',
+        "<style>@import 'https://x.org/a.css';</style>",
+    ):
+        assert len(foreign_addresses(wrong)) == 1, wrong
+    assert not foreign_addresses(
+        '<a href="https://x.org">x</a><img src="images/a.svg"><script src="index.js">'
+    )
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_executes(path, build):
-    """Each once, from the root or from notebooks/ in turn, into build/."""
+    """Each once, from the root or notebooks/ in turn, into build/, with wrong answers to its exercises behind it."""
+    with_answers = build / "with_wrong_answers" / path.name
+    with_answers.parent.mkdir(exist_ok=True)
+    with_answers.write_text(json.dumps(with_wrong_answers(json.loads(path.read_text("utf-8")))), "utf-8")
     folder = "notebooks" if NOTEBOOKS.index(path) % 2 else "root"
     before = run("git", "status", "--porcelain", "notebooks", "images").stdout
-    done = run(sys.executable, "tools/notebooks.py", "--cwd", folder, str(path), timeout=400)
+    done = run(sys.executable, "tools/notebooks.py", "--cwd", folder, str(with_answers), timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert run("git", "status", "--porcelain", "notebooks", "images").stdout == before

@@ -188,6 +188,7 @@ def test_an_error_in_a_rank_names_its_cell(tmp_path, capfd):
     assert re.match(rf"rank 1: IndexError: list index out of range \({at}, in train\)$", error.lines[0])
     assert any(re.search(rf"{at}, in train: .*\[\]\[step\]", line) for line in error.lines[1:])
     assert error.lines[-1] == f"whole output: {tmp_path / 'run' / 'ranks'}" and len(error.lines) <= 15
+    assert error.lines[-2].startswith("to do: mend the last of these cells, save, `make launcher`")
     assert error.rank == 1
     assert "Traceback" in (error.log_dir / "rank1.err").read_text()
     assert "Traceback" not in capfd.readouterr().err

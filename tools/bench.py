@@ -8,6 +8,7 @@ the hardware's model, versions, the command and all samples; compare medians of 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -25,6 +27,21 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
+
+
+def extract_seed() -> None:
+    """Writes build/seed.py: the seed's algorithm, from the cells that hold it."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    command = [sys.executable, "tools/extract.py", "--tags", "seed", "--output", "build/seed.py"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def load_seed() -> ModuleType:
+    """build/seed.py as a module, by its path: other packages are named `build` too."""
+    spec = importlib.util.spec_from_file_location("ep_seed", ROOT / "build" / "seed.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def our_step(
@@ -50,10 +67,8 @@ def our_step(
 
 def seed_step(config: ep.MoEConfig, comm: ep.Communicator, device: torch.device) -> Callable[[], None]:
     """A training step of the seed's algorithm (build/seed.py), row by row in Python."""
-    from build.seed import SeedTraining
-
     with device:
-        training = SeedTraining(config, comm)
+        training = load_seed().SeedTraining(config, comm)
 
     def step() -> None:
         with device:
@@ -91,15 +106,33 @@ def time_ms(step: Callable[[], None], steps: int, comm: ep.Communicator, device:
     return (time.perf_counter() - start) * 1e3 / steps
 
 
-def measure(variants: dict, rounds: int, steps: int, comm: ep.Communicator, device: torch.device) -> dict:
-    """{name: samples in ms}, variants alternating; one warm-up round before."""
+def measure(
+    variants: dict,
+    rounds: int,
+    steps: int,
+    comm: ep.Communicator,
+    device: torch.device,
+    is_over: Callable[[], bool] = lambda: False,
+) -> dict:
+    """{name: samples in ms}, variants alternating; one warm-up round before.
+
+    is_over: asked before each round after the first two, on every rank alike; where it says yes, no more follow.
+    """
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
+        if turn > 1 and is_over():
+            break
         for name, step in variants.items():
             value = time_ms(step, steps, comm, device)
             if turn:
                 samples[name].append(value)
     return samples
+
+
+def device_slug(device: torch.device) -> str:
+    """The hardware's name in a result's file name."""
+    model = ep.device_model(device)
+    return "h100" if "H100" in model else "h200" if "H200" in model else device.type
 
 
 def write_result(
@@ -108,7 +141,6 @@ def write_result(
     """results/<device>_<what>.json and a table on the screen."""
     model = ep.device_model(device)
     medians = {name: statistics.median(values) for name, values in samples.items()}
-    slug = "h100" if "H100" in model else "h200" if "H200" in model else device.type
     command = (
         f"python tools/bench.py {what} --ranks {args.ranks} --device {device.type} --rounds {args.rounds}"
     )
@@ -119,7 +151,7 @@ def write_result(
     }  # fmt: skip
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{slug}_{what}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{device_slug(device)}_{what}.json").write_text(json.dumps(result, indent=1) + "\n")
     baseline = "seed" if "seed" in medians else max(medians, key=medians.get)
     for name, median in sorted(medians.items(), key=lambda item: item[1]):
         print(f"{name:24} {median:8.3f} ms   {medians[baseline] / median:5.2f} x the speed of {baseline}")
@@ -161,9 +193,7 @@ def main() -> int:
     if args.worker:
         work(args)
         return 0
-    extract = [sys.executable, "tools/extract.py", "--tags", "seed", "--output", "build/seed.py"]
-    (ROOT / "build").mkdir(exist_ok=True)
-    subprocess.run(extract, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    extract_seed()
     torchrun = [
         sys.executable,
         "-m",

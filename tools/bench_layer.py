@@ -39,12 +39,14 @@ def fill(parameter: Tensor, fan_in: int, *seeds: Any) -> None:
         parameter.uniform_(-(fan_in**-0.5), fan_in**-0.5)
 
 
-def make_layer(config: ep.MoEConfig) -> ep.EPMoE:
-    """A layer on the GPU."""
+def make_layer(
+    config: ep.MoEConfig, comm: ep.Communicator | None = None, device: torch.device | str = "cuda"
+) -> ep.EPMoE:
+    """A layer on the GPU; the gate's numbers follow torch's seed, which so has to be the same on all ranks."""
     kept, ep.seeded_uniform_ = ep.seeded_uniform_, fill
     try:
-        with torch.device("cuda"):
-            return ep.EPMoE(config, ep.Communicator(), device="cuda")
+        with torch.device(device):
+            return ep.EPMoE(config, comm, device=device)
     finally:
         ep.seeded_uniform_ = kept
 
@@ -52,7 +54,8 @@ def make_layer(config: ep.MoEConfig) -> ep.EPMoE:
 def sharing(layer: ep.EPMoE, **changes: Any) -> ep.EPMoE:
     """Another layer with the same parameters, of other kinds."""
     small = {"hidden_dim": 8, "ffn_dim": 8}
-    other = make_layer(ep.replace(layer.config, **changes, **small))
+    device = layer.router.gate.weight.device
+    other = make_layer(ep.replace(layer.config, **changes, **small), layer.comm, device)
     other.config = ep.replace(layer.config, **changes)
     other.router, other.dispatcher.config = layer.router, other.config
     for name, parameter in layer.experts.named_parameters():
@@ -158,34 +161,41 @@ def recorded(run: Callable[[], Tensor]) -> Callable[[], None]:
 def reference(layer: ep.EPMoE, x: Tensor, grad: Tensor, divides: bool) -> dict[str, Tensor]:
     """float32 y and gradients of x, w1, w2, w3, one expert at a time, with the bfloat16 run's own choices.
 
+    Over several ranks, each with as many tokens, every rank computes its own experts for all tokens, and the sums
+    are added up: no dispatcher takes part. Collective.
+
     divides: whether a token's weights are divided by their sum, as transformers' Mixtral does.
     """
+    comm = layer.comm
+
+    def from_all(t: Tensor) -> Tensor:
+        return comm.all_gather(t.detach().contiguous(), "reference").flatten(0, 1)
+
     with torch.no_grad():
-        ids = layer.router(x).topk_ids
+        own_ids = layer.router(x).topk_ids
     wide = x.detach().float().requires_grad_()
     gate = layer.router.gate.weight.detach().float(), layer.router.gate.bias.detach().float()
-    weights = F.linear(wide, *gate).softmax(-1).gather(1, ids)
-    weights = weights / weights.sum(1, keepdim=True) if divides else weights
-    spread = torch.zeros(len(x), layer.config.num_experts, device="cuda").scatter(1, ids, weights)
-    y, grads = (
-        torch.zeros_like(wide),
-        {n: torch.empty_like(getattr(layer.experts, n)) for n in ("w1", "w2", "w3")},
-    )
-    total = torch.zeros_like(wide)
-    for e in range(layer.config.num_experts):
-        tokens = (ids == e).any(1).nonzero().squeeze(1)
+    own_weights = F.linear(wide, *gate).softmax(-1).gather(1, own_ids)
+    own_weights = own_weights / own_weights.sum(1, keepdim=True) if divides else own_weights
+    tokens, ids, weights, grad = (from_all(t) for t in (wide, own_ids, own_weights, grad))
+    total, total_weights, y = (torch.zeros_like(t) for t in (tokens, weights, tokens))
+    grads = {n: torch.empty_like(getattr(layer.experts, n)) for n in ("w1", "w2", "w3")}
+    for e in range(len(layer.experts.w1)):
+        token, choice = (ids == layer.experts.first_expert + e).nonzero(as_tuple=True)
         w1, w2, w3 = (
             getattr(layer.experts, n)[e].detach().float().requires_grad_() for n in ("w1", "w2", "w3")
         )
-        rows = wide[tokens].detach().requires_grad_()
-        weight = spread[tokens, e].detach().requires_grad_()
+        rows, weight = tokens[token].requires_grad_(), weights[token, choice].requires_grad_()
         out = ((F.silu(rows @ w1) * (rows @ w3)) @ w2) * weight.unsqueeze(1)
-        found = torch.autograd.grad(out, (rows, weight, w1, w2, w3), grad[tokens].float())
-        y.index_add_(0, tokens, out.detach())
-        total.index_add_(0, tokens, found[0])
-        total += torch.autograd.grad(spread[tokens, e], wide, found[1], retain_graph=True)[0]
+        found = torch.autograd.grad(out, (rows, weight, w1, w2, w3), grad[token].float())
+        y.index_add_(0, token, out.detach())
+        total.index_add_(0, token, found[0])
+        total_weights[token, choice] = found[1]
         for name, value in zip(("w1", "w2", "w3"), found[2:], strict=True):
             grads[name][e] = value
+    mine = slice(comm.rank * len(x), (comm.rank + 1) * len(x))
+    y, total, total_weights = (comm.all_reduce(t)[mine] for t in (y, total, total_weights))
+    total = total + torch.autograd.grad(own_weights, wide, total_weights)[0]
     return {"y": y, "x": total} | grads
 
 

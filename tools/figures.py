@@ -4,20 +4,29 @@ Ranks differ in lightness too, so figures survive printing in grey. A token wear
 a shade per token, wherever it travels.
 """
 
+import base64
+import io
+import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+from IPython.display import HTML
+from matplotlib.animation import Animation
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from PIL import Image
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 # Lightness falls and rises again between neighbours: dark blue, orange, green, light blue, red, yellow, ...
 RANK_COLORS = ("#0b4f8a", "#f2a33a", "#2a7f62", "#9fd0ee", "#b5372a", "#f4e04d", "#6d3f8c", "#c9c9c9")
 INK, FAINT = "#1d1d1f", "#b8bcc2"
+BUTTONS = {"minus": "−", "fast-backward": "|◀◀", "step-backward": "|◀", "play fa-flip-horizontal": "◀", "pause": "❚❚",
+           "play": "▶", "step-forward": "▶|", "fast-forward": "▶▶|", "plus": "+"}  # of a player, by icon  # fmt: skip
 
 
 def use_style() -> None:
@@ -61,3 +70,30 @@ def save_figure(fig: Figure, name: str) -> None:
     """Writes the figure to images/NAME (SVG): the same figure gives the same bytes, without a date."""
     IMAGES.mkdir(exist_ok=True)
     fig.savefig(IMAGES / name, metadata={"Date": None, "Creator": None})
+
+
+def fewer_colors(frame: re.Match[str]) -> str:
+    """A PNG's base64 text -> that of the same picture in 64 colours, a fifth of the bytes."""
+    picture = Image.open(io.BytesIO(base64.b64decode(re.sub(r"[\\\s]", "", frame[0]))))
+    small = io.BytesIO()
+    picture.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return base64.b64encode(small.getvalue()).decode()
+
+
+def show_animation(animation: Animation) -> HTML:
+    """The animation as a player for the page, with frames inside; nothing is fetched from the network.
+
+    matplotlib's own player draws its buttons with an icon font that it loads from a server; here they are letters.
+    """
+    player = re.sub(
+        r"(?<=data:image/png;base64,)[\w+/=\\\s]+", fewer_colors, animation.to_jshtml(default_mode="once")
+    )
+    player = re.sub(r'<link rel="stylesheet"\s+href="https?://[^"]*">', "", player)
+    for name, sign in BUTTONS.items():
+        player = player.replace(f'<i class="fa fa-{name}"></i>', sign)
+    # matplotlib names the player at random; a committed output is the same in every run.
+    for name in set(re.findall(r"[0-9a-f]{32}", player)):
+        player = player.replace(name, f"{zlib.crc32(player.replace(name, '').encode()):08x}")
+    if left := re.search(r"https?://[^\s\"']+|class=\"fa ", player):
+        raise RuntimeError(f"the player holds {left[0]}: it would not work without a network")
+    return HTML(player)

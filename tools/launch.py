@@ -434,9 +434,13 @@ def failure_lines(output: RankOutput, torchrun_log: str, logs: str) -> tuple[int
         lines = output.errors[speaker]
         if rank not in output.in_report or not any(text.startswith("Traceback") for text in lines):
             is_refusal = bool(cause) and cause[1] == 2
-            return rank, [line] if is_refusal else [line, f"whole output: {logs}"], is_refusal
-        frames = cells_of_traceback(lines) or [f"  {text}" for text in lines[:-1][-8:]]
-        return rank, [line, *frames[-8:], f"whole output: {logs}"], False
+            to_do = "to do: see what the ranks said last, in rank*.err and rank*.out there"
+            return rank, [line] if is_refusal else [line, to_do, f"whole output: {logs}"], is_refusal
+        frames = cells_of_traceback(lines)
+        to_do = "to do: mend the last of these cells, save, `make launcher`, and launch again"
+        if not frames:
+            frames, to_do = [f"  {text}" for text in lines[:-1][-8:]], "to do: mend what the last lines name"
+        return rank, [line, *frames[-8:], to_do, f"whole output: {logs}"], False
     if re.search(r"EADDRINUSE|[Aa]ddress already in use", torchrun_log):
         line = "error: the port for the rendezvous is in use by another program; name another one"
         return None, [line], True
@@ -444,7 +448,11 @@ def failure_lines(output: RankOutput, torchrun_log: str, logs: str) -> tuple[int
         rank, code = cause
         last = [text for text in output.errors.get(rank, []) if not LIBRARY_LOG.match(text)][-8:]
         line = killed_line(rank, -code) if code < 0 else f"error: rank {rank} ended with exit code {code}"
-        return rank, [line, *(f"  {text}" for text in last), f"whole output: {logs}"], False
+        to_do = [
+            "to do: see its last lines, and what ends a process without an error: sys.exit, a library's abort"
+        ]
+        lines = [line, *(f"  {text}" for text in last), *to_do * (code > 0)]
+        return rank, [*lines, f"whole output: {logs}"], False
     said = [text for text in torchrun_log.splitlines() if text.strip()][-6:]
     return None, ["error: torchrun failed", *(f"  {text}" for text in said), f"whole output: {logs}"], False
 

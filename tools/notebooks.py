@@ -39,6 +39,9 @@ from tools.rank_worker import end_with_parent  # noqa: E402
 
 DEFAULT_TIMEOUT_S = 300.0
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+IMAGE_BYTES = re.compile(
+    r"data:image/[\w+]+;base64,[\w+/=\\\s]+"
+)  # a player's frames: any letters may stand in them
 MOST_MESSAGE_LINES = 15
 
 
@@ -211,6 +214,7 @@ def execute(job: Job, advance: Callable[[int, int], None]) -> dict[str, Any]:
     scratch = Path(tempfile.mkdtemp(prefix="ep-notebook-"))
     environment = os.environ | {"IPYTHONDIR": str(scratch), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     environment.setdefault("PYTHONHASHSEED", "0")  # the same outputs from every run
+    environment.setdefault("OMP_NUM_THREADS", "1")  # the ranks that cells start share the cores
     command = [
         sys.executable, str(Path(__file__).resolve()), "--execute-here", str(job.path), str(job.copy), str(job.cwd),
         json.dumps(job.parameters), str(os.getpid()),
@@ -324,7 +328,8 @@ def texts_of(output: dict[str, Any]) -> Iterator[str]:
     yield "\n".join([output.get("evalue", ""), *output.get("traceback", [])])
     for kind, value in output.get("data", {}).items():
         if not kind.startswith("image/") or kind == "image/svg+xml":
-            yield value if isinstance(value, str) else "".join(map(str, value))
+            text = value if isinstance(value, str) else "".join(map(str, value))
+            yield IMAGE_BYTES.sub("", text)
 
 
 def check_private(name: str, cells: Sequence[dict[str, Any]]) -> None:

@@ -1,0 +1,163 @@
+"""Plausible wrong answers to the exercises, and a notebook that tries them.
+
+A wrong answer is the notebook's solution with one thing changed. WRONG holds those written by hand; an exercise that
+has none there gets changes made by rule. `with_wrong_answers` appends them to a notebook as cells: it then fails, with
+the cell's id, where an exercise's check accepts one.
+"""
+
+import ast
+import copy
+from typing import Any
+
+# {the solution cell's id: [(what stands there, what a wrong answer has instead)]}
+WRONG = {
+    "solution-bias": [
+        ("slices) + b2", "slices) + parts * b2"),
+        ("x @ w1_mine + b1_mine)", "x @ w1_mine) + b1.sum()"),
+    ],
+    "solution-routing": [
+        ("% num_experts", "// top_k % num_experts"),
+        (
+            "torch.arange(num_tokens * top_k) % num_experts",
+            "torch.randint(num_experts, (num_tokens * top_k,))",
+        ),
+    ],
+    "solution-half": [("ep_size / 2", "ep_size"), ("return k", "return ep_size // 2")],
+    "solution-inverse": [("order.argsort()", "order"), ("order.argsort()", "order.flip(0)")],
+    "solution-needed": [
+        (".fill_diagonal_(0)", ""),
+        ("torch.stack(owners)", "torch.stack(owners).T.contiguous()"),
+    ],
+    "solution-flag": [("* 5", "* 3"), ("[[2, 3]] * 2", "[[2, 3]] * 5")],
+    "solution-once": [
+        ("(is_mine & (metadata[:, IS_PADDING] == 0))", "is_mine"),
+        ("mine = mine[local_expert[mine].argsort(stable=True)]", "pass"),
+        ("metadata[mine], routing.topk_weights)", "metadata[mine], routing.topk_weights.flip(1))"),
+    ],
+    "solution-topk": [("logit - max(logits)", "logit"), ("-probs[e]", "probs[e]")],
+    "solution-switch": [("1.35", "0.45"), ("[0.75, 0.0, 0.25]", "[0.5, 0.2, 0.3]")],
+    "solution-count": [
+        ("num_experts // ep_size * expert", "num_experts * expert"),
+        ("(hidden_dim + 1)", "hidden_dim"),
+    ],
+    "solution-sparing": [(" or [0]", ""), ("b2[e]) for", "b2[0]) for")],
+    "solution-clip": [(".sqrt()", ""), ("comm.all_reduce(", "(")],
+    "solution-mean": [("mean_loss * num_tokens", "mean_loss"), (".clamp(min=1)", "")],
+    "solution-alpha": [("aux_alpha=aux_alpha", "aux_alpha=0.0"), ("steps=300", "steps=20")],
+    "solution-message": [
+        ("int(rank)", "rank"),
+        ("return int(rank), notebook, cell_id", "return cell_id, notebook"),
+    ],
+    "solution-command": [("--num-experts 48", "--num-experts 16"), ("--nnodes=3", "--nnodes=2")],
+    "solution-copies": [("top_k * elsewhere", "top_k"), ("num_hosts) * elsewhere", "num_hosts)")],
+}
+
+
+def source_of(cell: dict[str, Any]) -> str:
+    return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+
+
+def cells_tagged(notebook: dict[str, Any], tag: str) -> list[dict[str, Any]]:
+    return [cell for cell in notebook["cells"] if tag in cell["metadata"].get("tags", [])]
+
+
+def check_calls(statement: ast.AST) -> list[ast.Call]:
+    """The calls of a check in a statement."""
+    calls = [node for node in ast.walk(statement) if isinstance(node, ast.Call)]
+    return [call for call in calls if isinstance(call.func, ast.Name) and call.func.id.startswith("check_")]
+
+
+def split_solution(source: str) -> tuple[str, str]:
+    """A solution cell -> (its definitions, the expression that has the check look at them)."""
+    tree = ast.parse(source)
+    first = next(n for n, statement in enumerate(tree.body) if check_calls(statement))
+    definitions = "\n".join(source.splitlines()[: tree.body[first].lineno - 1])
+    last = [call for statement in tree.body[first:] for call in check_calls(statement)][-1]
+    return definitions, ast.unparse(last)
+
+
+class Change(ast.NodeTransformer):
+    """Changes the n-th place where an operator, a comparison or a whole number can be changed."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def is_now(self) -> bool:
+        self.left -= 1
+        return self.left == -1
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        other = {
+            ast.Add: ast.Sub,
+            ast.Sub: ast.Add,
+            ast.Mult: ast.Add,
+            ast.Div: ast.Mult,
+            ast.FloorDiv: ast.Mult,
+        }
+        if type(node.op) in other and self.is_now():
+            node.op = other[type(node.op)]()
+        return node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        other = {ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt, ast.Eq: ast.NotEq}
+        if type(node.ops[0]) in other and self.is_now():
+            node.ops[0] = other[type(node.ops[0])]()
+        return node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        if type(node.value) is int and self.is_now():
+            return ast.Constant(node.value + 1)
+        return node
+
+    def visit_Return(self, node: ast.Return) -> ast.AST:
+        if node.value is not None and self.is_now():
+            return ast.Return(ast.Constant(None))
+        self.generic_visit(node)
+        return node
+
+
+def changed_by_rule(definitions: str, most: int = 6) -> list[str]:
+    """The definitions with one thing changed, in up to `most` ways."""
+    tree, found = ast.parse(definitions), []
+    for number in range(200):
+        changed = ast.unparse(ast.fix_missing_locations(Change(number).visit(copy.deepcopy(tree))))
+        if changed == ast.unparse(tree):
+            break
+        found.append(changed)
+    return found[:: max(1, len(found) // most)][:most]
+
+
+def with_wrong_answers(notebook: dict[str, Any]) -> dict[str, Any]:
+    """The notebook with wrong answers behind it, each in a cell of its own, and after it a cell that expects a no."""
+    tried = json_copy(notebook)
+
+    def add(name: str, source: str, *tags: str) -> None:
+        cell = {"cell_type": "code", "id": name, "metadata": {"tags": list(tags)}, "source": source}
+        tried["cells"].append(cell | {"execution_count": None, "outputs": []})
+
+    for cell in cells_tagged(notebook, "solution"):
+        definitions, check = split_solution(source_of(cell))
+        by_hand = [definitions.replace(old, new) for old, new in WRONG.get(cell["id"], [])]
+        name = cell["id"].replace("solution", "wrong")
+        add(f"{name}-0", "refused, verdicts = 0, []")
+        for number, wrong in enumerate(by_hand or changed_by_rule(definitions), 1):
+            # A check may also stop with an error: then no verdict comes.
+            add(f"{name}-{number}", f"verdict = 'an error'\n{wrong}\n\nverdict = {check}", "raises-exception")
+            needed = "assert not verdict.startswith('right')\n" if by_hand else ""
+            add(
+                f"{name}-{number}-no",
+                f"{needed}refused += not verdict.startswith('right')\nverdicts.append(verdict)",
+            )
+        add(f"{name}-all", "assert refused >= 2, verdicts\nprint(verdicts)")
+    return tried
+
+
+def json_copy(notebook: dict[str, Any]) -> dict[str, Any]:
+    """A copy without outputs: they will be made anew."""
+    tried = copy.deepcopy(notebook)
+    for cell in tried["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"], cell["execution_count"] = [], None
+    return tried
