@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "cca09c932a4a35c6e00e866020574f8266992e3bb1c1c11d26bc95738d6cf93f"
+SOURCES_SHA256 = "6077ba02f342443cc90bdf4e91c284651baa90ac2bf244066b3bf6b9b463a979"
 
 
 # ==========================================================================================================
@@ -1604,9 +1604,8 @@ def order_rows(topk_ids: Tensor, num_experts: int) -> RowOrder:
     """topk_ids int64 [T, K], -1 where a choice is not sent -> RowOrder, stable: ties by (token, k). No host sync."""
     expert = topk_ids.reshape(-1)
     expert = torch.where(expert < 0, num_experts, expert)
-    keys = (
-        expert.to(torch.int16) if num_experts < 2**15 else expert
-    )  # a radix sort's passes grow with the bytes
+    # A radix sort's passes grow with the bytes of its keys.
+    keys = expert.to(torch.int16) if num_experts < 2**15 else expert
     choice_of_row = keys.argsort(stable=True)
     counts = expert.new_zeros(num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))[:num_experts]
     row_of_choice = torch.empty_like(choice_of_row)
@@ -1627,6 +1626,7 @@ def copy_to_rows_kernel(x, row_of_choice, rows, num_columns, TOP_K: constexpr, B
         tl.store(rows + row * num_columns + column, piece, mask=(column < num_columns) & (row >= 0))
 
 
+# %% notebooks/06_grouped_experts.ipynb #sum-rows-kernel
 @kernel
 def sum_rows_kernel(
     a, b, row_of_choice, y, num_columns, HAS_B: constexpr, TOP_K: constexpr, BLOCK: constexpr
@@ -1644,7 +1644,7 @@ def sum_rows_kernel(
     tl.store(y + token * num_columns + column, total.to(y.dtype.element_ty), mask=column < num_columns)
 
 
-# %% notebooks/06_grouped_experts.ipynb #copy-and-sum
+# %% notebooks/06_grouped_experts.ipynb #copy-to-rows
 def column_block(num_columns: int, limit: int = 1024) -> int:
     """The widest power of two that divides a row, or at most `limit` where the row is no such multiple."""
     divisor = num_columns & -num_columns
@@ -1665,6 +1665,7 @@ def copy_to_rows(x: Tensor, order: RowOrder) -> Tensor:
     return rows
 
 
+# %% notebooks/06_grouped_experts.ipynb #sum-rows
 def sum_rows(a: Tensor, order: RowOrder, b: Tensor | None = None) -> Tensor:
     """a [R, D] (+ b [R, D]) -> [T, D]: the sum of each token's rows, in float32 or wider; no atomics."""
     (num_tokens, top_k), d = order.row_of_choice.shape, a.shape[1]
@@ -1712,7 +1713,7 @@ class Unpermute(torch.autograd.Function):
         return copy_to_rows(grad.contiguous(), ctx.order), None
 
 
-# %% notebooks/06_grouped_experts.ipynb #local-dispatcher
+# %% notebooks/06_grouped_experts.ipynb #weights-of-rows
 class WeightsOfRows(torch.autograd.Function):
     """topk_weights [T, K] -> [R]: the weight of each row's choice, 0 for a choice not sent.
 
@@ -1731,6 +1732,7 @@ class WeightsOfRows(torch.autograd.Function):
         return torch.where(row < 0, 0, grad[row.clamp(min=0)]), None
 
 
+# %% notebooks/06_grouped_experts.ipynb #local-dispatcher
 @register("dispatcher", "local")
 class LocalDispatcher(Dispatcher):
     """One rank: nothing travels. A sort by expert, one copy there, one sum back; no host synchronisation."""
@@ -1743,11 +1745,8 @@ class LocalDispatcher(Dispatcher):
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
         """See Dispatcher. R is T * K whatever the choices, so that no number has to reach the host."""
         order = order_rows(routing.topk_ids, self.config.num_experts)
-        return (
-            Permute.apply(x, order),
-            order.counts,
-            (order, WeightsOfRows.apply(routing.topk_weights, order)),
-        )
+        weights = WeightsOfRows.apply(routing.topk_weights, order)
+        return Permute.apply(x, order), order.counts, (order, weights)
 
     def combine(self, rows: Tensor, handle: Any) -> Tensor:
         """See Dispatcher. The weights are applied in float32 or wider."""
@@ -1778,7 +1777,7 @@ class SwiGLU:
         return F.silu(up) * gate
 
 
-# %% notebooks/06_grouped_experts.ipynb #swiglu-kernels
+# %% notebooks/06_grouped_experts.ipynb #swiglu-kernel
 @kernel
 def swiglu_kernel(up, third, weights, num_rows, hidden, num_columns, ROWS: constexpr, BLOCK: constexpr):
     """Program (rows, block): hidden = silu(up) * third * weight, in float32; zeros behind the last row sent."""
@@ -1794,6 +1793,7 @@ def swiglu_kernel(up, third, weights, num_rows, hidden, num_columns, ROWS: const
     tl.store(hidden + at, value.to(hidden.dtype.element_ty), mask=is_read)
 
 
+# %% notebooks/06_grouped_experts.ipynb #swiglu-backward-kernel
 @kernel
 def swiglu_backward_kernel(
     grad, up, third, weights, num_rows, grad_weights, COLUMNS: constexpr, ROWS: constexpr, BLOCK: constexpr
@@ -1841,6 +1841,7 @@ def weighted_swiglu(up: Tensor, third: Tensor, weights: Tensor, num_rows: Tensor
     return hidden
 
 
+# %% notebooks/06_grouped_experts.ipynb #weighted-swiglu-backward
 def weighted_swiglu_backward_(
     grad: Tensor, up: Tensor, third: Tensor, weights: Tensor, num_rows: Tensor
 ) -> Tensor:
@@ -1861,11 +1862,8 @@ def weighted_swiglu_backward_(
     silu = u * s
     is_sent = torch.arange(len(up), device=up.device) < num_rows
     grad_weights += torch.where(is_sent, (g * silu * v).sum(1), 0)
-    new = (
-        g * w * v * (s + silu * (1 - s)),
-        g * w * silu,
-        silu * v * w,
-    )  # all of them before any is overwritten
+    # All three before any is overwritten:
+    new = g * w * v * (s + silu * (1 - s)), g * w * silu, silu * v * w
     for tensor, values in zip((up, third, grad), new, strict=True):
         tensor.copy_(values)
     return grad_weights
@@ -1875,7 +1873,7 @@ def weighted_swiglu_backward_(
 class BlockProducts:
     """Products of an expert's rows with its weights, one call an expert, each into its place in the result.
 
-    Needs the counts on the host: one synchronisation on a GPU. The fastest on a CPU.
+    Needs the counts on the host: one synchronisation on a GPU, nothing on a CPU.
     """
 
     def __init__(self, counts: Tensor, num_rows: int) -> None:
@@ -1916,7 +1914,10 @@ class BlockProducts:
 
 # %% notebooks/06_grouped_experts.ipynb #grouped-products
 class GroupedProducts:
-    """The same, each in one call of `grouped_mm`, which reads the boundaries from the device: no host sync."""
+    """The methods of BlockProducts, each in one call of `grouped_mm`, which reads the counts from the device.
+
+    No host synchronisation. Rows must be multiples of 16 bytes; dtypes as `grouped_mm` has them on the device.
+    """
 
     def __init__(self, counts: Tensor, num_rows: int) -> None:
         self.counts, self.num_rows = counts, num_rows
@@ -2046,7 +2047,7 @@ class SwiGLUOnTokens(torch.autograd.Function):
         return grad_x, grad_weights, grad_w1, grad_w2, grad_w3, None, None
 
 
-# %% notebooks/06_grouped_experts.ipynb #grouped-experts
+# %% notebooks/06_grouped_experts.ipynb #fused-experts
 class FusedExperts(Experts):
     """Experts whose products share one call or fill one buffer; `products` says how. Parameters as in Experts."""
 
@@ -2068,6 +2069,7 @@ class FusedExperts(Experts):
         return SwiGLUOnTokens.apply(x, weights, self.w1, self.w2, self.w3, order, products)
 
 
+# %% notebooks/06_grouped_experts.ipynb #grouped-experts
 @register("experts", "grouped")
 class GroupedExperts(FusedExperts):
     """All experts in one `grouped_mm` a product; no host synchronisation, and no padding."""
@@ -2094,11 +2096,11 @@ class BlockExperts(FusedExperts):
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
-        """Runs everywhere; the fastest on a CPU."""
+        """Runs everywhere; the first choice on a CPU, where the host has the counts anyway."""
         return 40 if device.type == "cpu" else 30
 
 
-# %% notebooks/06_grouped_experts.ipynb #padded
+# %% notebooks/06_grouped_experts.ipynb #padded-slots
 def pad_slots(counts: Tensor, num_rows: int, capacity: int) -> Tensor:
     """counts int64 [L] -> int64 [R]: where each sorted row stands among [L * capacity] slots; the slot behind
     the last one for a row that belongs to no expert. No host sync."""
@@ -2115,6 +2117,7 @@ def batched_affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
 
 
+# %% notebooks/06_grouped_experts.ipynb #bmm-experts
 @register("experts", "bmm")
 class BmmExperts(Experts):
     """All experts in one batched product, every expert's rows padded to one length."""
