@@ -189,6 +189,9 @@ def test_reorder_by_counts_is_a_stable_sort(shape):
     index, inverse = ep.block_indices(*ep.block_shifts(counts), len(experts))
     assert torch.equal(index, experts.argsort(stable=True))
     assert torch.equal(index[inverse], torch.arange(len(experts)))
+    rows = torch.randn(len(experts), 2, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(ep.Reorder.apply(rows, index, inverse), rows[index])
+    assert not len(rows) or torch.autograd.gradcheck(lambda r: ep.Reorder.apply(r, index, inverse), (rows,))
 
 
 def test_weighted_sum_is_the_sum_written_out():

@@ -49,6 +49,9 @@ WRONG = {
         ("return int(rank), notebook, cell_id", "return cell_id, notebook"),
     ],
     "solution-command": [("--num-experts 48", "--num-experts 16"), ("--nnodes=3", "--nnodes=2")],
+    "solution-splits": [("rows, rows.T", "rows.T, rows"), ("rows, rows.T", "rows, rows")],
+    "solution-seal": [("[4, 5, 3]", "[3, 4, 5]"), ("[4, 5, 3]", "[6, 2, 4]")],
+    "solution-bytes": [("(ids >= 0) & ", ""), ("3 * away", "4 * away")],
     "solution-copies": [("top_k * elsewhere", "top_k"), ("num_hosts) * elsewhere", "num_hosts)")],
 }
 
