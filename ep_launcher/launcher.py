@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "6077ba02f342443cc90bdf4e91c284651baa90ac2bf244066b3bf6b9b463a979"
+SOURCES_SHA256 = "6f9fd1c9308adbee6cb1451e3a8cb9eae45b0a85809317bfdc3381c93ffe2ed2"
 
 
 # ==========================================================================================================
@@ -1982,6 +1982,8 @@ class MLPOnRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
+        if ctx.hidden is None:
+            raise RuntimeError("a second backward through MLPOnRows: the first one used its hidden rows up")
         rows, w1, w2, w3 = ctx.saved_tensors
         products, grad = ctx.products, grad.contiguous()
         grad_w2 = products.weight_gradient(ctx.hidden.detach(), grad)

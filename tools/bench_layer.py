@@ -334,7 +334,7 @@ def main() -> int:
     result = {
         "what": "layer", "device": model, "torch": torch.__version__, "cuda": torch.version.cuda,
         "triton": ep.triton and ep.triton.__version__, "python": sys.version.split()[0],
-        "command": "python tools/bench_layer.py " + " ".join(sys.argv[1:]),
+        "command": f"python tools/bench_layer.py --sizes {' '.join(args.sizes)} --rounds {args.rounds}",
         "cublas_tflop_per_s": cublas_tflop_per_s(), "sizes": {},
     }  # fmt: skip
     print(
