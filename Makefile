@@ -11,7 +11,7 @@ CHROMIUM ?= chromium
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-browser lab launcher notebooks site bench tensorboard
+.PHONY: help train test test-kernels test-browser lab launcher notebooks site bench tensorboard
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,13 @@ launcher: $(ENV) ## stitch notebooks/ into ep_launcher/launcher.py, if it is sta
 
 test: $(ENV) ## run every check: tests, lint, every notebook
 	$(PY) -m pytest $(ARGS)
+
+build/triton: $(ENV)  # beside the environment, whose torch may want another Triton
+	@mkdir -p build
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps --target $@ triton==3.6.0 || { rm -rf $@; exit 1; }
+
+test-kernels: $(ENV) build/triton ## run the GPU kernels' tests without a GPU, under Triton's interpreter
+	TRITON_INTERPRET=1 PYTHONPATH=build/triton $(PY) -m pytest tests/test_kernels.py $(ARGS)
 
 test-browser: $(ENV) $(BROWSER_ENV) ## read the book in a browser: every notebook, TensorBoard, the site
 	@command -v $(CHROMIUM) >/dev/null || { echo "error: $(CHROMIUM) is not here: \`apt-get install -y chromium\`," \

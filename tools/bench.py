@@ -142,7 +142,8 @@ def write_result(
     """results/<device>_<what>.json and a table on the screen."""
     model = ep.device_model(device)
     medians = {name: statistics.median(values) for name, values in samples.items()}
-    command = f"python tools/bench.py {what} --ranks {args.ranks} --device {device.type} --rounds {args.rounds} --steps {args.steps}"
+    command = f"python tools/bench.py {what} --ranks {args.ranks} --device {device.type} "
+    command += f"--rounds {args.rounds} --steps {args.steps}"
     result = {
         "what": what, "device": model, "num_cores": os.cpu_count(), "ranks": args.ranks,
         "torch": torch.__version__, "python": sys.version.split()[0], "command": command,
