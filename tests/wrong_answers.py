@@ -52,6 +52,10 @@ WRONG = {
     "solution-splits": [("rows, rows.T", "rows.T, rows"), ("rows, rows.T", "rows, rows")],
     "solution-seal": [("[4, 5, 3]", "[3, 4, 5]"), ("[4, 5, 3]", "[6, 2, 4]")],
     "solution-bytes": [("(ids >= 0) & ", ""), ("3 * away", "4 * away")],
+    "solution-policy": [
+        ("topk_ids.T.flatten()", "topk_ids.flatten()"),
+        ("places < capacity", "places <= capacity"),
+    ],
     "solution-copies": [("top_k * elsewhere", "top_k"), ("num_hosts) * elsewhere", "num_hosts)")],
 }
 
