@@ -389,7 +389,9 @@ def _parse(
         elif isinstance(error, SyntaxError) and MAGIC_LINE.match(lines[number - 1]):
             magic = lines[number - 1].strip()
             problems.add(
-                cell, number, f"`{magic:.40}` is a notebook magic, not Python; move it to an untagged cell"
+                cell,
+                number,
+                f"`{magic:.40}` is a notebook magic, not Python; move it to a cell that stays, a demo",
             )
         else:
             what = getattr(error, "msg", None) or (
