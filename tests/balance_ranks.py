@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from parity import LIMITS, alone, cases, gather_uneven, relative_error
+from parity import LIMITS, alone, cases, gather_uneven, parameter_errors, relative_error
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -138,12 +138,7 @@ def run_case(case: dict, config: ep.MoEConfig, comm: ep.Communicator, device: to
         "y": relative_error(y.detach(), y_ref[mine]),
         "aux": relative_error(aux_total, aux_ref),
         "x.grad": relative_error(x.grad, x_ref.grad[mine]),
-    }
-    for name, parameter in layer.named_parameters():
-        grad = parameters[name].grad
-        grad = torch.zeros_like(parameters[name]) if grad is None else grad
-        is_local = name.startswith("experts.")
-        errors[name + ".grad"] = relative_error(parameter.grad, grad[own] if is_local else grad)
+    } | parameter_errors(layer, parameters, own)
     by_rank = list(topk_ids.split(sizes)) if comm.size > 1 else [layer.topk_ids]
     predicted = 2 * sum(layer.dispatcher.rows_sent(by_rank, num_local)) * d * dtype.itemsize
     errors["bytes"] = float(abs(predicted - counted))

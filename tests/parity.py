@@ -109,6 +109,19 @@ def alone() -> Communicator:
     return comm
 
 
+def parameter_errors(layer: EPMoE, parameters: dict[str, Tensor], own: slice) -> dict[str, float]:
+    """The errors of every parameter's gradient; own: this rank's experts. Infinite where a rank holds others."""
+    errors = {}
+    for name, parameter in layer.named_parameters():
+        grad = parameters[name].grad
+        grad = torch.zeros_like(parameters[name]) if grad is None else grad
+        is_local = name.startswith("experts.")
+        errors[name + ".grad"] = relative_error(parameter.grad, grad[own] if is_local else grad)
+        if is_local and parameter.shape[0] != own.stop - own.start:
+            errors[name + " holds other ranks' experts"] = float("inf")
+    return errors
+
+
 def dense_reference(layer: EPMoE, x: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(y, aux) of all ranks' tokens. Collective."""
     topk_ids, config = gather_uneven(layer.topk_ids, layer.comm), layer.config
@@ -153,14 +166,7 @@ def run_case(
         "y": relative_error(y.detach(), y_ref[mine]),
         "aux": relative_error(aux_total, aux_ref),
         "x.grad": relative_error(x.grad, x_ref.grad[mine]),
-    }
-    for name, parameter in layer.named_parameters():
-        grad = parameters[name].grad
-        grad = torch.zeros_like(parameters[name]) if grad is None else grad
-        is_local = name.startswith("experts.")
-        errors[name + ".grad"] = relative_error(parameter.grad, grad[own] if is_local else grad)
-        if is_local and parameter.shape[0] != num_local:
-            errors[name + " holds other ranks' experts"] = float("inf")
+    } | parameter_errors(layer, parameters, own)
     by_rank = list(topk_ids.split(sizes)) if comm.size > 1 else [layer.topk_ids]
     predicted = 2 * sum(layer.dispatcher.rows_sent(by_rank, num_local)) * d * dtype.itemsize
     received = torch.bincount(topk_ids[topk_ids >= 0].cpu(), minlength=config.num_experts)[own]
@@ -218,7 +224,8 @@ def over_the_limit(results: list[dict]) -> list[dict]:
     return [r for r in results if not max(r["errors"].values()) <= r["limit"]]
 
 
-def main() -> int:
+def begin() -> tuple[argparse.Namespace, torch.device]:
+    """The command line's flags and this rank's device; joins the process group."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", nargs="+", default=["float64", "float32", "bfloat16"])
@@ -232,14 +239,24 @@ def main() -> int:
     if world_from_env()[1] > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=30))
-    world_size = world_from_env()[1]
-    results = run_suite(device, args.dtypes, Communicator(), args.cases)
+    return args, device
+
+
+def print_summary(what: str, results: list[dict], failed: list[dict], dtypes: list[str]) -> None:
+    """The last line: how many are within their limits, and the worst error of each dtype."""
     worst = {
-        d: max((max(r["errors"].values()) for r in results if r["dtype"] == d), default=0.0)
-        for d in args.dtypes
+        d: max((max(r["errors"].values()) for r in results if r["dtype"] == d), default=0.0) for d in dtypes
     }
+    errors = ", ".join(f"{d} {e:.1e}" for d, e in worst.items())
+    print(f"{what}: {len(results) - len(failed)} of {len(results)} within limits; worst {errors}")
+
+
+def main() -> int:
+    args, device = begin()
+    comm = Communicator()
+    results = run_suite(device, args.dtypes, comm, args.cases)
     failed = over_the_limit(results)
-    if world_from_env()[0] == 0:
+    if comm.rank == 0:
         if args.output:
             Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
         for r in failed:
@@ -248,10 +265,7 @@ def main() -> int:
                 f"over the limit: {r['case']} {r['dtype']} {r['dispatcher']} {r['experts']} {r['activation']}: "
                 f"{quantity} {r['errors'][quantity]:.2e} > {r['limit']:g}"
             )
-        print(
-            f"parity at world size {world_size} on {device.type}: {len(results) - len(failed)} of "
-            f"{len(results)} within limits; worst " + ", ".join(f"{d} {e:.1e}" for d, e in worst.items())
-        )
+        print_summary(f"parity at world size {comm.size} on {device.type}", results, failed, args.dtypes)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 1 if failed else 0

@@ -7,11 +7,9 @@ tests/parity.py does, "kept": {policy: the choices that global scope leaves of o
 error is over its limit.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from parity import BASE, LIMITS, cases, gather_uneven, make_layer, run_case  # noqa: E402
+from parity import BASE, LIMITS, begin, cases, gather_uneven, make_layer, print_summary, run_case  # noqa: E402
 
 from ep_launcher.launcher import (  # noqa: E402
     REGISTRIES,
@@ -29,9 +27,7 @@ from ep_launcher.launcher import (  # noqa: E402
     Communicator,
     EPMoE,
     MoEConfig,
-    choose_device,
     dense_moe,
-    world_from_env,
 )
 
 FACTORS = {"drop": 0.8, "reroute": 1.1}
@@ -195,19 +191,7 @@ def run_all(dtypes: list[str], names: list[str], comm: Communicator, device: tor
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtypes", nargs="+", default=["float64", "float32", "bfloat16"])
-    parser.add_argument("--cases", nargs="*")
-    parser.add_argument("--output")
-    args = parser.parse_args()
-    device = choose_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = False
-    if world_from_env()[1] > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=30))
+    args, device = begin()
     comm = Communicator()
     results = run_all(args.dtypes, args.cases, comm, device)
     kept = kept_choices(comm, device)
@@ -224,14 +208,7 @@ def main() -> int:
                 f"{r['drop_order']} {r['capacity_scope']}: {quantity} {r['errors'][quantity]:.2e}, "
                 f"same choices: {r['same_choices']}"
             )
-        worst = {
-            d: max((max(r["errors"].values()) for r in results if r["dtype"] == d), default=0.0)
-            for d in args.dtypes
-        }
-        print(
-            f"capacity at world size {comm.size} on {device.type}: {len(results) - len(failed)} of "
-            f"{len(results)} within limits; worst " + ", ".join(f"{d} {e:.1e}" for d, e in worst.items())
-        )
+        print_summary(f"capacity at world size {comm.size} on {device.type}", results, failed, args.dtypes)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 1 if failed else 0

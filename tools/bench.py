@@ -175,6 +175,15 @@ def work(args: argparse.Namespace) -> None:
 WHAT = {"step": step_variants}
 
 
+def run_again_on_ranks(script: str, ranks: int) -> int:
+    """Starts this command once more, on ranks and with --worker -> torchrun's exit code. Extracts build/seed.py."""
+    extract_seed()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    command = [*torchrun, str(Path(script).resolve()), *sys.argv[1:], "--worker"]
+    return subprocess.run(command, env=environment).returncode
+
+
 def main() -> int:
     """Starts the ranks, which run this file again with --worker."""
     parser = argparse.ArgumentParser(
@@ -193,18 +202,7 @@ def main() -> int:
     if args.worker:
         work(args)
         return 0
-    extract_seed()
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={args.ranks}",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return subprocess.run(
-        [*torchrun, str(Path(__file__).resolve()), *sys.argv[1:], "--worker"], env=environment
-    ).returncode
+    return run_again_on_ranks(__file__, args.ranks)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
-from tools.bench import our_step, seed_step  # noqa: E402
+from tools.bench import our_step, run_again_on_ranks, seed_step  # noqa: E402
 
 LARGE = {"num_experts": 16, "top_k": 2, "hidden_dim": 512, "ffn_dim": 2048, "max_num_tokens": 2048}
 SQUARE = 2048  # rows and columns of the product that shows the machine's rate: 2 * SQUARE^3 operations
@@ -240,13 +239,7 @@ def main() -> int:
     if args.worker:
         work(args)
         return 0
-    extract = [sys.executable, "tools/extract.py", "--tags", "seed", "--output", "build/seed.py"]
-    (ROOT / "build").mkdir(exist_ok=True)
-    subprocess.run(extract, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    command = [*launch, str(Path(__file__).resolve()), *sys.argv[1:], "--worker"]
-    return subprocess.run(command, env=environment).returncode
+    return run_again_on_ranks(__file__, args.ranks)
 
 
 if __name__ == "__main__":
