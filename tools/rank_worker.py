@@ -183,6 +183,10 @@ def start_group(spec: dict[str, Any], rank: int, folder: Path) -> tuple[Any, Any
         world_size=spec["nproc"],
         timeout=timedelta(seconds=spec["group_timeout_s"]),
     )
+    # A rank is through when its own connections stand. One that then dies at once, as a cell may want, would break
+    # what its peers still do: nobody starts the cell before everybody is through.
+    store.set(f"connected/{rank}", "")
+    store.wait([f"connected/{other}" for other in range(spec["nproc"])])
     return device, dist.group.WORLD
 
 
