@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "6f9fd1c9308adbee6cb1451e3a8cb9eae45b0a85809317bfdc3381c93ffe2ed2"
+SOURCES_SHA256 = "bc17c2e188a7266b61b6a11306074f9e4b96925a7163d0568d68a3e60b39e3a8"
 
 
 # ==========================================================================================================
@@ -959,6 +959,8 @@ def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | Non
         torch.cuda.set_device(device)
     if world_from_env()[1] == 1:
         return None
+    if device.type == "cpu":
+        schedule_in_batches()
     timeout = timedelta(seconds=timeout_s)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -1485,6 +1487,17 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(m_trim_threshold, largest)
         libc.mallopt(m_mmap_max, 0)
+
+
+def schedule_in_batches() -> None:
+    """On Linux: no thread that this one starts from now on pushes another off its core when it wakes up.
+
+    Call it before gloo starts. Its event loop, where it wakes up in the place of the thread that holds a
+    connection's lock, asks for that lock again and again until its own turn is over (gloo, Pair::handleEvents).
+    """
+    if hasattr(os, "sched_setscheduler"):
+        with contextlib.suppress(OSError):  # a sandbox may forbid it: then it stays slow
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 # %% notebooks/04_training.ipynb #report-failure

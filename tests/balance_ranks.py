@@ -372,6 +372,7 @@ def main() -> int:
     rank, world_size, _, _ = ep.world_from_env()
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
+        ep.schedule_in_batches()
         dist.init_process_group(backend, timeout=timedelta(seconds=60))
     failed = []
     if args.what == "parity":

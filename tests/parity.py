@@ -30,6 +30,7 @@ from ep_launcher.launcher import (  # noqa: E402
     all_reduce_gradients,
     choose_device,
     dense_moe,
+    schedule_in_batches,
     world_from_env,
 )
 
@@ -238,6 +239,7 @@ def begin() -> tuple[argparse.Namespace, torch.device]:
         torch.backends.cuda.matmul.allow_tf32 = False
     if world_from_env()[1] > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
+        schedule_in_batches()
         dist.init_process_group(backend, timeout=timedelta(seconds=30))
     return args, device
 

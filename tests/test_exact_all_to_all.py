@@ -17,6 +17,7 @@ from datetime import timedelta
 sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist
 from ep_launcher import launcher as ep
+ep.schedule_in_batches()
 dist.init_process_group("gloo", timeout=timedelta(seconds=30))
 comm = ep.Communicator()
 rank, world_size = comm.rank, comm.size

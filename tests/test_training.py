@@ -1,6 +1,7 @@
 """The launcher as a program: world-size invariance, learning, summary, bytes, TensorBoard, NaN."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -87,3 +88,25 @@ def test_a_nan_stops_every_rank_with_one_line(tmp_path):
 def test_a_rank_without_tokens_trains_along(tmp_path):
     summary = run(2, tmp_path, "--tokens", "1", "--steps", "5", "--hidden-dim", "32", "--ffn-dim", "32")
     assert summary["task_loss"][0] > 0 and summary["steps"] == 5
+
+
+POLICIES = r"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch
+from ep_launcher import launcher as ep
+ep.init_distributed(torch.device("cpu"), 30)
+gloo = [t for t in Path("/proc/self/task").iterdir() if "gloo" in (t / "comm").read_text()]
+policies = sorted({{os.sched_getscheduler(int(t.name)) for t in gloo}})
+sys.stdout.write(f"policies {{policies}} {{os.sched_getscheduler(0)}}\n")  # whole lines: the ranks share this stream
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux has this policy")
+def test_the_threads_of_gloo_wait_for_their_turn(tmp_path):
+    script = tmp_path / "policies.py"
+    script.write_text(POLICIES.format(root=str(ROOT)))
+    done = torchrun(2, str(script))
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stdout.count(f"policies [{os.SCHED_BATCH}] {os.SCHED_BATCH}") == 2, done.stdout

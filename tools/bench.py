@@ -79,7 +79,8 @@ def seed_step(config: ep.MoEConfig, comm: ep.Communicator, device: torch.device)
 
 def step_variants(comm: ep.Communicator, device: torch.device) -> dict[str, Callable[[], None]]:
     """{name: one step} at the seed's sizes: 16 experts, top-2, hidden 256, 32 tokens a rank."""
-    variants = {"seed": seed_step(ep.MoEConfig(), comm, device)}
+    seed = seed_step(ep.MoEConfig(), comm, device)
+    variants = {"seed": seed} if device.type == "cuda" else {"seed": seed, "seed in batches": seed}
     dispatchers = ep.REGISTRIES["dispatcher"].items()
     for dispatcher in sorted(name for name, kind in dispatchers if not hasattr(kind, "needs_capacity")):
         for experts in sorted(ep.REGISTRIES["experts"]):
@@ -92,6 +93,18 @@ def step_variants(comm: ep.Communicator, device: torch.device) -> dict[str, Call
         for kind in ("graph", "compiled"):
             variants[f"local+bmm, {kind}"] = our_step(config, comm, device, kind)
     return variants
+
+
+def schedule_threads(policy: int) -> None:
+    """Puts every thread of this process under a scheduling policy: os.SCHED_OTHER, os.SCHED_BATCH. Linux only."""
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setscheduler(int(thread), policy, os.sched_param(0))
+
+
+def as_scheduled(name: str, device: torch.device) -> None:
+    """The threads as the variant of this name has them: the seed leaves them alone, the launcher's main does not."""
+    if device.type == "cpu" and hasattr(os, "sched_setscheduler"):
+        schedule_threads(os.SCHED_OTHER if name == "seed" else os.SCHED_BATCH)
 
 
 def time_ms(step: Callable[[], None], steps: int, comm: ep.Communicator, device: torch.device) -> float:
@@ -124,6 +137,7 @@ def measure(
         if turn > 1 and is_over():
             break
         for name, step in variants.items():
+            as_scheduled(name, device)
             value = time_ms(step, steps, comm, device)
             if turn:
                 samples[name].append(value)
@@ -159,6 +173,7 @@ def write_result(
 
 def work(args: argparse.Namespace) -> None:
     """One rank's part."""
+    ep.keep_freed_memory()  # as the launcher does
     device = ep.choose_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -5,9 +5,10 @@
 
 small: a training step at the seed's sizes, 16 experts, top-2, hidden 256, 32 tokens a rank: the seed's algorithm
 (build/seed.py), chapter 03's layer and chapter 07's; and of the last the parts. large: forward and backward of a layer
-with hidden 512 and 2,048 tokens a rank, beside its matrix products alone. The machine's rates are measured in the same
-run. Everything alternates within each round; compare medians of one file. Processor time is the main thread's: it
-leaves out what a rank waits, for the other rank or for a core.
+with hidden 512 and 2,048 tokens a rank, beside its matrix products alone. messages: an all-reduce of 4,096 numbers and
+nothing else, with gloo's threads scheduled as the system does and as the launcher does (SCHED_BATCH). The machine's
+rates are measured in the same run. Everything alternates within each round; compare medians of one file. Processor
+time is the main thread's: it leaves out what a rank waits, for the other rank or for a core.
 """
 
 import argparse
@@ -27,7 +28,13 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
-from tools.bench import our_step, run_again_on_ranks, seed_step  # noqa: E402
+from tools.bench import (  # noqa: E402
+    as_scheduled,
+    our_step,
+    run_again_on_ranks,
+    schedule_threads,
+    seed_step,
+)
 
 LARGE = {"num_experts": 16, "top_k": 2, "hidden_dim": 512, "ffn_dim": 2048, "max_num_tokens": 2048}
 SQUARE = 2048  # rows and columns of the product that shows the machine's rate: 2 * SQUARE^3 operations
@@ -87,7 +94,8 @@ def machine_rates() -> dict[str, Callable[[], object]]:
 def small_variants(comm: ep.Communicator) -> dict[str, Callable[[], object]]:
     """{name: one training step} at the seed's sizes."""
     device = torch.device("cpu")
-    variants = {"seed": seed_step(ep.MoEConfig(), comm, device)}
+    seed = seed_step(ep.MoEConfig(), comm, device)
+    variants = {"seed": seed, "seed in batches": seed}
     for dispatcher, experts in (("all_gather", "loop"), ("all_gather", "blocks"), ("all_to_all", "blocks")):
         config = ep.MoEConfig(dispatcher=dispatcher, experts=experts)
         variants[f"{dispatcher}+{experts}"] = our_step(config, comm, device)
@@ -143,6 +151,39 @@ def large_variants(comm: ep.Communicator) -> dict[str, Callable[[], object]]:
     }
 
 
+def loop_cpu_ms() -> float:
+    """Processor time so far of the thread that moves gloo's messages."""
+    nanoseconds = 0
+    for task in Path("/proc/self/task").iterdir():
+        if (task / "comm").read_text().strip() == "gloo_tcp_loop":
+            nanoseconds += int((task / "schedstat").read_text().split()[0])
+    return nanoseconds / 1e6
+
+
+def measure_messages(rounds: int, comm: ep.Communicator) -> dict:
+    """{policy: ms of an all-reduce, and processor time of it in gloo's loop}, 50 a round, alternating."""
+    policies = {"default": os.SCHED_OTHER, "batch": os.SCHED_BATCH}
+    found = {name: {"samples_ms": [], "samples_loop_ms": []} for name in policies}
+    numbers = torch.zeros(4096)
+    for turn in range(rounds + 1):
+        for name, policy in policies.items():
+            schedule_threads(policy)
+            comm.all_reduce(numbers)
+            loop, times = loop_cpu_ms(), []
+            for _ in range(50):
+                begin = time.perf_counter()
+                comm.all_reduce(numbers)
+                times.append(round((time.perf_counter() - begin) * 1e3, 4))
+            if turn:
+                found[name]["samples_ms"] += times
+                found[name]["samples_loop_ms"].append(round((loop_cpu_ms() - loop) / 50, 4))
+    for values in found.values():
+        values["mean_ms"] = statistics.mean(values["samples_ms"])
+        values["p95_ms"] = statistics.quantiles(values["samples_ms"], n=20)[-1]
+        values["median_loop_ms"] = statistics.median(values["samples_loop_ms"])
+    return found
+
+
 def measure(
     variants: dict[str, Callable[[], object]],
     rounds: int,
@@ -155,6 +196,7 @@ def measure(
     timed = {name: watch.wrap("all", step) for name, step in variants.items()}
     for turn in range(rounds + 1):
         for name, step in timed.items():
+            as_scheduled(name, torch.device("cpu"))
             comm.all_reduce(torch.zeros(1))
             watch.take()
             for _ in range(steps):
@@ -192,7 +234,9 @@ def work(args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     comm, watch, result = ep.Communicator(), Stopwatch(), {}
     watch_parts(watch)
-    for what in args.what:
+    if "messages" in args.what:
+        result["messages"] = measure_messages(args.rounds, comm)
+    for what in [what for what in args.what if what != "messages"]:
         make, steps = {"small": (small_variants, args.steps), "large": (large_variants, 1)}[what]
         with torch.random.fork_rng():
             torch.manual_seed(comm.rank)
@@ -216,7 +260,11 @@ def write_result(result: dict, args: argparse.Namespace) -> None:
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cpu_exchange.json").write_text(json.dumps(facts | result, indent=1) + "\n")
-    for what, variants in result.items():
+    for name, message in result.get("messages", {}).items():
+        print(
+            f"an all-reduce, {name:8}: mean {message['mean_ms']:.2f} ms, one in 20 above {message['p95_ms']:.2f}"
+        )
+    for what, variants in [(what, found) for what, found in result.items() if what != "messages"]:
         for name, parts in variants.items():
             texts = [f"{part} {v['median_ms']:.2f} ({v['median_cpu_ms']:.2f})" for part, v in parts.items()]
             print(f"{what} {name:22} ms a step, in brackets processor time: {', '.join(texts)}")
@@ -227,7 +275,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--what", nargs="+", choices=["small", "large"], default=["small", "large"])
+    everything = ["messages", "small", "large"]
+    parser.add_argument("--what", nargs="+", choices=everything, default=everything)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument(
         "--rounds", type=int, default=20, help="samples of each variant, at least 20 for results/"

@@ -536,6 +536,8 @@ def start_group(device: torch.device, timeout: timedelta) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = {"init_method": f"tcp://127.0.0.1:{free.getsockname()[1]}", "rank": 0, "world_size": 1}
+    if device.type == "cpu":
+        ep.schedule_in_batches()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **where)
 
 

@@ -165,7 +165,7 @@ def redirect_output(folder: Path, rank: int) -> None:
     warnings.showwarning = show_warning
 
 
-def start_group(spec: dict[str, Any], rank: int, folder: Path) -> tuple[Any, Any]:
+def start_group(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) -> tuple[Any, Any]:
     """(this rank's device, the process group or None at world size 1)."""
     import torch
     import torch.distributed as dist
@@ -175,6 +175,8 @@ def start_group(spec: dict[str, Any], rank: int, folder: Path) -> tuple[Any, Any
         torch.cuda.set_device(device)
     if spec["nproc"] == 1:
         return device, None
+    if device.type == "cpu":
+        launcher.schedule_in_batches()
     store = dist.FileStore(str(folder / "store"), spec["nproc"])
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -194,7 +196,7 @@ def execute_cell(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) -
     """Runs the definitions sent along, then the body; returns CPU copies of the names to collect."""
     import torch
 
-    device, group = start_group(spec, rank, folder)
+    device, group = start_group(spec, rank, folder, launcher)
     torch.manual_seed(0)
     names = {name: value for name, value in vars(launcher).items() if not name.startswith("_")}
     scope = names | {
