@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "bc17c2e188a7266b61b6a11306074f9e4b96925a7163d0568d68a3e60b39e3a8"
+SOURCES_SHA256 = "c82307e4b6f4593d31e473d9d096b9a2b7897b87d92d7e5573d4097083b040e0"
 
 
 # ==========================================================================================================
@@ -1974,16 +1974,8 @@ class MLPOnRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: Tensor,
-        w1: Tensor,
-        b1: Any,
-        w2: Tensor,
-        b2: Any,
-        w3: Any,
-        products: Any,
-        activation: Any,
-    ) -> Tensor:
+        ctx: Any, rows: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, w3: Any, products: Any, activation: Any
+    ) -> Tensor:  # fmt: skip
         up = products.times(rows, w1, b1)
         third = None if w3 is None else products.times(rows, w3)
         ctx.leaves = [t.requires_grad_() for t in (up, third) if t is not None]

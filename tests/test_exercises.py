@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT
-from wrong_answers import WRONG, cells_tagged, changed_by_rule, source_of, split_solution
+from wrong_answers import WRONG, cells_tagged, source_of, split_solution
 
 from ep_launcher import launcher
 from tools import exercises
@@ -27,11 +27,11 @@ def test_every_exercise_has_a_check_a_solution_and_wrong_answers(name):
     for cell in solutions:
         definitions, check = split_solution(source_of(cell))
         assert check.startswith("check_")
-        wrong = [definitions.replace(old, new) for old, new in WRONG.get(cell["id"], [])]
+        wrong = [definitions.replace(old, new) for old, new in WRONG[cell["id"]]]
         assert definitions not in wrong, (
             f"{cell['id']}: tests/wrong_answers.py changes a text that is not there"
         )
-        assert len(set(wrong or changed_by_rule(definitions))) >= 2, cell["id"]
+        assert len(set(wrong)) >= 2, cell["id"]
 
 
 def test_every_list_of_wrong_answers_is_of_a_solution():

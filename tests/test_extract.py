@@ -301,7 +301,7 @@ def without(cell, *keys):
     return {key: value for key, value in cell.items() if key not in keys}
 
 
-LONG = "X = [\n" + "    0,\n" * 59 + "]\n"
+LONG = "X = [\n" + "    0,\n" * 39 + "]\n"
 BAD_CELLS = {
     "syntax": (one("x = 1\ny = = 2"), "#culprit:2: syntax error: "),
     "syntax, and a cell that needs it": (
@@ -339,7 +339,7 @@ BAD_CELLS = {
     "reserved function": (one("def describe_frames(): ..."), "#culprit:1: `describe_frames` is a name that"),
     "too long": (
         one(LONG),
-        "#culprit:1: 61 lines of code, docstrings and comments not counted, and 60 is the",
+        "#culprit:1: 41 lines of code, docstrings and comments not counted, and 40 is the",
     ),
     "no code": (one("# only words"), "#culprit:1: an exported cell without code"),
     "marker": (one("# %% a.ipynb #b\nX = 1"), "#culprit:1: this line reads like a cell marker"),

@@ -48,7 +48,7 @@ EXPORTED_TAGS = ("theory", "all_to_all", "experts", "training", "performance", "
 OTHER_ROLES = ("setup", "seed", "parameters", "demo", "check", "launch", "plot", "exercise", "solution")
 ROLE_TAGS = EXPORTED_TAGS + OTHER_ROLES
 SIDE_TAGS = ("raises-exception", "hide-input")
-MAX_CODE_LINES = 60
+MAX_CODE_LINES = 40
 OLDEST_PYTHON = (3, 11)  # the book's cells must run on it, whatever Python stitches them
 
 # What parse and compile raise on text that is not a program; the last four on absurdly deep or large text.
