@@ -11,6 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `make test &`; the tests interrupt themselves
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def torchrun(world_size: int, *command: str, timeout: float = 120) -> subprocess.CompletedProcess:
     """Runs a script on world_size CPU ranks; on time-out ends all of them and fails the test."""
