@@ -28,7 +28,7 @@ help: ## list the targets
 	.venv/bin/python -m pip install --disable-pip-version-check -q -r requirements-browser.txt
 	@touch $@
 
-train: launcher ## train the seed's model with torchrun (ARGS="--steps 500")
+train: launcher ## train the default model with torchrun (ARGS="--steps 500")
 	@$(PY) tools/launch.py $(ARGS)
 
 launcher: $(ENV) ## stitch notebooks/ into ep_launcher/launcher.py, if it is stale

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -88,6 +89,24 @@ def test_the_site_refuses_a_page_that_fetches_something():
     assert not foreign_addresses(
         '<a href="https://x.org">x</a><img src="images/a.svg"><script src="index.js">'
     )
+
+
+def test_a_figure_with_other_parameters_leaves_the_books_alone(tmp_path, monkeypatch):
+    """papermill puts its parameters into a cell of their own, which the kernel then runs as any other."""
+    import matplotlib.pyplot as plt
+
+    from tools import figures
+
+    cells = ["", "ranks = 4"]
+    monkeypatch.setattr(figures, "IMAGES", tmp_path / "images")
+    monkeypatch.setattr(figures, "get_ipython", lambda: SimpleNamespace(user_ns={"In": cells}))
+    fig = plt.figure()
+    figures.save_figure(fig, "a.svg")
+    cells.append("# Parameters\nranks = 2\n")
+    figures.save_figure(fig, "b.svg")
+    plt.close(fig)
+    made = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.svg"))
+    assert made == ["build/images/b.svg", "images/a.svg"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

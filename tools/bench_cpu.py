@@ -142,11 +142,9 @@ def large_variants(comm: ep.Communicator) -> dict[str, Callable[[], object]]:
 
     (_, gather), (layer, exact) = make_step("all_gather"), make_step("all_to_all")
     exact()
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
     return {
         "all_gather": gather,
         "all_to_all": exact,
-        "all_to_all and AdamW": lambda: (exact(), optimizer.step()),
         "products": products_alone(layer, comm),
     }
 

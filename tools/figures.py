@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+from IPython import get_ipython
 from IPython.display import HTML
 from matplotlib.animation import Animation
 from matplotlib.axes import Axes
@@ -66,10 +67,21 @@ def draw_box(
             color="white" if is_dark else INK)  # fmt: skip
 
 
+def has_other_parameters() -> bool:
+    """Whether papermill has put parameters into the notebook that runs here."""
+    shell = get_ipython()
+    cells = shell.user_ns.get("In", []) if shell else []
+    return any(cell.startswith("# Parameters\n") for cell in cells)
+
+
 def save_figure(fig: Figure, name: str) -> None:
-    """Writes the figure to images/NAME (SVG): the same figure gives the same bytes, without a date."""
-    IMAGES.mkdir(exist_ok=True)
-    fig.savefig(IMAGES / name, metadata={"Date": None, "Creator": None})
+    """Writes the figure to images/NAME (SVG): the same figure gives the same bytes, without a date.
+
+    To build/images/NAME where the notebook runs with other parameters: then it is not the book's figure.
+    """
+    folder = IMAGES.parent / "build" / "images" if has_other_parameters() else IMAGES
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / name, metadata={"Date": None, "Creator": None})
 
 
 def fewer_colors(frame: re.Match[str]) -> str:

@@ -342,6 +342,8 @@ class RankOutput:
         step = re.match(r"\[step (\d+)\]", line) if rank == 0 else None
         if step:
             self.bar.reach(int(step[1]))
+        elif rank == 0 and (end := re.match(r"task loss \S+ after (\d+) steps", line)):
+            self.bar.reach(int(end[1]))
         if not self.quiet:
             self.bar.print(line if rank == 0 else f"rank {rank}: {line}", sys.stdout)
 
