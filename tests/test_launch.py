@@ -1,12 +1,15 @@
 """tools/launch.py: one line for bad input, no process left behind, errors that name their cell, %%ranks."""
 
 import contextlib
+import fcntl
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -168,6 +171,37 @@ def test_launch_streams_and_returns_the_summary(tmp_path, capfd, monkeypatch):
     assert summary["config"]["summary"] is None
     assert "[step 00020]" in (tmp_path / "run" / "ranks" / "rank0.out").read_text()
     assert_gone(str(tmp_path), within_s=0)
+
+
+def test_a_terminal_shows_a_bar_that_reaches_its_end(tmp_path):
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    command = [
+        sys.executable,
+        "tools/launch.py",
+        "--nproc",
+        "2",
+        "--steps",
+        "25",
+        "--log-interval",
+        "10",
+        *SMALL_FLAGS,
+    ]
+    process = subprocess.Popen(
+        [*command, "--log-dir", str(tmp_path / "run")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+    )
+    os.close(theirs)
+    out, shown = process.communicate(timeout=90)[0], b""
+    with contextlib.suppress(OSError):  # that is how the other side of a terminal ends
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    assert process.returncode == 0 and "task loss" in out
+    assert re.findall(r"(\d+)/25 ", shown.decode(errors="replace"))[-1] == "25", shown[-500:]
 
 
 def broken_launcher(folder: Path) -> Path:
