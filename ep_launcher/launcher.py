@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "c82307e4b6f4593d31e473d9d096b9a2b7897b87d92d7e5573d4097083b040e0"
+SOURCES_SHA256 = "73e19195befee27d8009e5766beefec5a51ef97c30d12f52b31047699089002d"
 
 
 # ==========================================================================================================
@@ -3012,6 +3012,8 @@ def check_routing(options: "RoutingOptions", config: MoEConfig) -> None:
             f"top_k is {config.top_k}, and {options.topk_groups} group(s) hold {within_reach} experts; "
             "raise --topk-groups"
         )
+    if options.topk_groups < groups and config.option(CapacityOptions).overflow == "reroute":
+        raise ValueError("reroute may lead a choice out of its token's groups; take --overflow drop")
     if options.normalize_topk and config.top_k == 1:
         raise ValueError(
             "normalize_topk makes a single weight 1, and teaches the router nothing; raise --top-k"

@@ -360,6 +360,7 @@ def test_all_choices_are_documented_flags_and_bad_ones_one_line():
 @pytest.mark.parametrize("argv, words", [
     (["--num-groups", "3"], "16 experts do not make 3 equal groups"), (["--num-groups", "0"], "num_groups is 0"),
     (["--topk-groups", "2"], "topk_groups is 2, above the 1 group"),
+    (["--num-groups", "4", "--capacity-factor", "1", "--overflow", "reroute"], "out of its token's groups; take"),
     (["--num-groups", "8", "--top-k", "3"], "top_k is 3, and 1 group"),
     (["--normalize-topk", "--top-k", "1"], "teaches the router nothing"), (["--z-alpha", "-1"], "z_alpha is -1"),
     (["--bias-speed", "nan"], "bias_speed is nan"), (["--sequence-alpha", "inf"], "sequence_alpha is inf"),
