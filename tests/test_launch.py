@@ -371,6 +371,33 @@ def test_ranks_sends_definitions_along(shell, capsys):
         run_cell(shell, "%%ranks 1 --with nowhere\npass")
 
 
+LATE = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+from ep_launcher import launcher
+from tools import rank_worker
+rank, honest = int(os.environ["RANK"]), dist.init_process_group
+def late(*args, **kwargs):
+    honest(*args, **kwargs)
+    if rank == 0:
+        time.sleep(1)
+        (folder / "connected").touch()
+folder, dist.init_process_group = Path({folder!r}), late
+rank_worker.start_group({{"device": "cpu", "nproc": 2, "group_timeout_s": 30}}, rank, folder, launcher)
+sys.stdout.write(f"rank {{rank}} starts: {{(folder / 'connected').exists()}}\\n")
+"""
+
+
+def test_no_rank_starts_the_cell_before_all_are_connected(tmp_path):
+    """One that dies at once would break what the others still do, and they would report it as theirs."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE.format(root=str(ROOT), folder=str(tmp_path)))
+    done = torchrun(2, str(script))
+    assert done.stdout.count("starts: True") == 2, done.stdout + done.stderr[-1000:]
+
+
 @pytest.mark.parametrize(
     ("line", "body", "says"),
     [
