@@ -118,8 +118,10 @@ def first_cause(lines: list[str]) -> str:
 def run_on_ranks(kind: str, answer: type, comm: Communicator, store: str) -> None:
     """What each rank does: the trace, then the parity suite. NotYet, or the answer's own error."""
     trace = {"dispatcher": trace_dispatcher, "experts": trace_experts, "overflow": trace_overflow}[kind]
-    trace(answer, comm, Meeting(comm, store))
-    run_parity(kind, answer, comm, Meeting(comm, store, "parity"))
+    # One store for both meetings: a FileStore takes its file away when all have ended, perhaps under a new one's feet.
+    file = dist.FileStore(store, comm.size)
+    trace(answer, comm, Meeting(comm, dist.PrefixStore("trace", file)))
+    run_parity(kind, answer, comm, Meeting(comm, dist.PrefixStore("parity", file)))
 
 
 def load_parity() -> ModuleType:
@@ -175,9 +177,8 @@ def with_choices_of(
 class Meeting:
     """Where ranks meet between two phases, through a file: a rank that hangs in a collective cannot hold it up."""
 
-    def __init__(self, comm: Communicator, store: str | None = None, prefix: str = "trace") -> None:
-        self.comm, self.prefix, self.number = comm, prefix, 0
-        self.store = dist.PrefixStore(prefix, dist.FileStore(store, comm.size)) if store else None
+    def __init__(self, comm: Communicator, store: dist.Store | None = None) -> None:
+        self.comm, self.store, self.number = comm, store, 0
 
     def exchange(self, said: Any, what: str) -> list[Any]:
         """Everybody's `said`, by rank. NotYet, which names the missing ranks, where one does not come."""
