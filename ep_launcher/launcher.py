@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "73e19195befee27d8009e5766beefec5a51ef97c30d12f52b31047699089002d"
+SOURCES_SHA256 = "85c1928eb6e34176969e65dfc83d7596f68f046f88e703775429703168358626"
 
 
 # ==========================================================================================================
@@ -3000,7 +3000,7 @@ def added_loss(options: "RoutingOptions", routing: Routing, config: MoEConfig, c
 
 # %% notebooks/09_balance.ipynb #check-routing
 def check_routing(options: "RoutingOptions", config: MoEConfig) -> None:
-    """ValueError where the groups do not fit config's experts, or normalising would leave the router untaught."""
+    """ValueError where groups do not fit experts or overflow, or normalising would leave the router untaught."""
     groups = options.num_groups
     if config.num_experts % groups:
         raise ValueError(
