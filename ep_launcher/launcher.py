@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "85c1928eb6e34176969e65dfc83d7596f68f046f88e703775429703168358626"
+SOURCES_SHA256 = "8321f87537b21edcc70338097f346d0b2ee2a46e955529b0242f245af151395f"
 
 
 # ==========================================================================================================
@@ -37,12 +37,14 @@ SOURCES_SHA256 = "85c1928eb6e34176969e65dfc83d7596f68f046f88e7037754297031683586
 import argparse
 import contextlib
 import ctypes
+import difflib
 import functools
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import signal
 import statistics
 import sys
@@ -59,7 +61,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.autograd.function import once_differentiable
 
 
 # %% notebooks/01_parallelism.ipynb #registry
@@ -69,6 +71,8 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "experts": {},
     "balance": {},
     "activation": {},
+    "overflow": {},
+    "model": {},
     "task": {},
     "step": {},
 }
@@ -79,14 +83,17 @@ G = TypeVar("G")
 def register(kind: str, name: str) -> Callable[[G], G]:
     """Decorator: makes an implementation choosable by name, in the config and as the flag `--KIND NAME`.
 
-    kind: a key of REGISTRIES, or a new one. Raises ValueError where the name is taken.
+    One that is defined again under the same qualified name replaces the old one: cells are there to be run again.
+    ValueError where kind is no key of REGISTRIES, or another implementation has the name.
     """
-    registered = REGISTRIES.setdefault(kind, {})
+    if kind not in REGISTRIES:
+        raise ValueError(f"there is no kind {kind!r}; take one of {', '.join(REGISTRIES)}")
 
     def add(implementation: G) -> G:
-        if name in registered:
-            raise ValueError(f"{kind} {name!r} is registered already; choose another name")
-        registered[name] = implementation
+        kept = REGISTRIES[kind].get(name, implementation)
+        if kept.__qualname__ != implementation.__qualname__:
+            raise ValueError(f"{kind} {name!r} is registered already, as {kept.__qualname__}; choose another name")
+        REGISTRIES[kind][name] = implementation
         return implementation
 
     return add
@@ -94,8 +101,49 @@ def register(kind: str, name: str) -> Callable[[G], G]:
 
 def option_group(group: type[G]) -> type[G]:
     """Decorator: every field of this frozen dataclass becomes a flag; its docstring's `field: text` is the help."""
-    OPTION_GROUPS.append(group)
+    kept = [other for other in OPTION_GROUPS if other.__qualname__ != group.__qualname__]
+    OPTION_GROUPS[:] = [*kept, group]
     return group
+
+
+# %% notebooks/01_parallelism.ipynb #options
+class Options:
+    """What the option groups of later chapters inherit: the hooks by which they take part. Each does nothing here.
+
+    TypeError where a subclass has a public method that is no hook: a misspelt one would never be called.
+    """
+
+    def __init_subclass__(cls) -> None:
+        for name, value in vars(cls).items():
+            if callable(value) and not name.startswith("_") and not hasattr(Options, name):
+                known = ", ".join(hook for hook in vars(Options) if not hook.startswith("_"))
+                raise TypeError(f"{cls.__name__}.{name} is no hook; take one of {known}")
+
+    def check(self, config: Any) -> None:
+        """ValueError where these options and the config do not fit together."""
+
+    def for_run(self, run: Any) -> "Options":
+        """These options, fitted to a run of the launcher."""
+        return self
+
+    def limit_choice(self, keys: Tensor, config: Any) -> Tensor:
+        """In the router, before the choice: keys [T, E] -> [T, E]."""
+        return keys
+
+    def scale_weights(self, weights: Tensor) -> Tensor:
+        """In the router, after the choice: topk_weights [T, K] -> [T, K]."""
+        return weights
+
+    def added_loss(self, routing: Any, config: Any, batch: Any) -> Tensor:
+        """In the layer, while it trains: this rank's share of a further loss, 0-dim."""
+        return routing.probs.new_zeros(())
+
+    def after_routing(self, routing: Any, config: Any, batch: Any) -> Any:
+        """In the layer, between router and dispatcher: Routing -> Routing."""
+        return routing
+
+    def show(self, log: Any, step: int, layer: Any) -> None:
+        """In the launcher, at every log interval, once for each layer. Collective."""
 
 
 # %% notebooks/01_parallelism.ipynb #config
@@ -111,38 +159,45 @@ class MoEConfig:
     top_k: experts K that each token visits
     hidden_dim: width D of a token
     ffn_dim: width F inside an expert
-    max_num_tokens: most tokens that one rank may bring to a forward pass
+    max_num_tokens: most tokens that one rank may bring to a forward pass; None sets no limit
+    num_shared_experts: experts that every token visits besides, a copy on every rank
     router: how a token chooses its experts
     dispatcher: how rows travel to their experts and back; auto takes the fastest for the device
     experts: how the local experts are computed; auto takes the fastest for the device
     balance: what keeps the experts' load even
     activation: the nonlinearity inside an expert
-    dtype: of parameters and optimiser: float32, float64 or bfloat16
+    dtype: of the experts: float32, float64 or bfloat16; the router has float32 or wider
     """
 
     num_experts: int = 16
     top_k: int = 2
     hidden_dim: int = 256
     ffn_dim: int = 1024
-    max_num_tokens: int = 128
+    max_num_tokens: int | None = field(default=None, metadata={"default": 128})  # 128 in the launcher
+    num_shared_experts: int = 0
     router: str = "softmax"
     dispatcher: str = "auto"
     experts: str = "auto"
     balance: str = "aux"
     activation: str = "gelu"
     dtype: str = "float32"
+    router_bias: bool = field(default=True, metadata={"flag": False})
     extras: tuple = field(default=(), metadata={"flag": False})  # option groups of later chapters
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "top_k", "hidden_dim", "ffn_dim", "max_num_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        least = dict.fromkeys(("num_experts", "top_k", "hidden_dim", "ffn_dim", "max_num_tokens"), 1)
+        for name, smallest in (least | {"num_shared_experts": 0}).items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"{name} is {value}, and must be at least {smallest}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k is {self.top_k}, above the {self.num_experts} experts; lower --top-k")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; take one of {', '.join(DTYPES)}")
-        for check in self.hooks("check"):
-            check(self)
+        for extra in self.extras:
+            if not isinstance(extra, Options):
+                raise ValueError(f"extras has a {type(extra).__name__}, and takes option groups, made from Options")
+            extra.check(self)
 
     def num_local_experts(self, ep_size: int) -> int:
         """Experts L that each of ep_size ranks owns. ValueError where they cannot be shared out evenly."""
@@ -155,34 +210,41 @@ class MoEConfig:
 
     def option(self, group: type[G]) -> G:
         """This config's option group of the given type, or that group's defaults."""
-        return next((extra for extra in self.extras if isinstance(extra, group)), group())
+        named = (extra for extra in self.extras if type(extra).__qualname__ == group.__qualname__)
+        return next(named, group())
 
     def hooks(self, name: str) -> list[Callable]:
-        """The methods of this name of the option groups in extras: how a later chapter takes part in the layer."""
-        return [getattr(extra, name) for extra in self.extras if hasattr(extra, name)]
+        """The option groups' methods of this name, where they are more than the no-op of Options."""
+        own = (extra for extra in self.extras if getattr(type(extra), name) is not getattr(Options, name))
+        return [getattr(extra, name) for extra in own]
 
 
 # %% notebooks/01_parallelism.ipynb #traffic-meter
 class TrafficMeter:
-    """Counts the bytes that one rank hands to `torch.distributed` for other ranks.
+    """Counts what one process hands to `torch.distributed` for other ranks.
 
-    sent: {purpose: bytes by destination, a list of W ints}. A rank's message to itself costs nothing.
+    sent: {purpose: bytes by destination, a list with a place for every rank of the job}. A rank's message to
+    itself costs nothing. num_collectives: how many it has entered, which names the straggler when a run hangs.
     """
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.sent: dict[str, list[int]] = {}
+        self.num_collectives = 0
 
-    def record(self, purpose: str, bytes_by_destination: list[int]) -> None:
-        """Adds one collective's bytes to each destination, the rank's own share left out."""
+    def record(self, purpose: str, bytes_by_destination: list[int], ranks: list[int] | None = None) -> None:
+        """Adds one collective's bytes to each destination, the rank's own share left out.
+
+        ranks: the destinations' numbers in the whole job, where the collective is of a smaller group.
+        """
         totals = self.sent.setdefault(purpose, [0] * self.size)
-        for destination, num_bytes in enumerate(bytes_by_destination):
+        for destination, num_bytes in zip(ranks or range(self.size), bytes_by_destination, strict=True):
             if destination != self.rank:
                 totals[destination] += num_bytes
 
-    def total(self, purpose: str) -> int:
-        """Bytes sent for one purpose so far, to all other ranks together."""
-        return sum(self.sent.get(purpose, ()))
+    def total(self, *purposes: str) -> int:
+        """Bytes sent for these purposes so far, to all other ranks together."""
+        return sum(sum(self.sent.get(purpose, ())) for purpose in purposes)
 
 
 # %% notebooks/01_parallelism.ipynb #collective-error
@@ -192,37 +254,55 @@ class CollectiveError(RuntimeError):
 
 # %% notebooks/01_parallelism.ipynb #communicator
 class Communicator:
-    """The collectives of one expert-parallel group; every byte of rows passes the meter.
+    """The collectives of one group of ranks; every byte of rows passes the meter.
 
-    group: a process group; None is the default group, or a group of one where none was started.
-    rank, size: this rank's number in the group (`ep_rank`) and the number of ranks W (`ep_size`).
-    num_collectives: how many collectives this rank has entered; names the straggler when a run hangs.
-    At size 1 every collective is local and sends nothing.
+    group: a process group; None is the default group, or a group of one where torchrun started no others.
+    rank, size: this rank's number in the group and the number of its ranks W. ranks: their numbers in the job.
+    At size 1 every collective is local and sends nothing. ValueError where torchrun's ranks have not met yet.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, meter: TrafficMeter | None = None) -> None:
         started = dist.is_available() and dist.is_initialized()
+        expected = int(os.environ.get("WORLD_SIZE", 1))
+        if not started and expected > 1:
+            raise ValueError(f"torchrun started {expected} ranks, which have not met; call init_ep() first")
         self.group = group
-        self.rank = dist.get_rank(group) if started else 0
-        self.size = dist.get_world_size(group) if started else 1
-        self.meter = TrafficMeter(self.rank, self.size)
-        self.num_collectives = 0
+        self.ranks = dist.get_process_group_ranks(group or dist.group.WORLD) if started else [0]
+        self.rank, self.size = (dist.get_rank(group) if started else 0), len(self.ranks)
+        self.meter = meter or TrafficMeter(*((dist.get_rank(), dist.get_world_size()) if started else (0, 1)))
+
+    @classmethod
+    def alone(cls, meter: TrafficMeter | None = None) -> "Communicator":
+        """A group of this rank alone, inside a larger job or not. Needs no process group."""
+        comm = cls.__new__(cls)
+        comm.meter = meter or TrafficMeter(0, 1)
+        comm.group, comm.rank, comm.size, comm.ranks = None, 0, 1, [comm.meter.rank]
+        return comm
+
+    def __deepcopy__(self, memo: dict) -> "Communicator":
+        return self  # a copied layer talks to the same ranks
+
+    def __reduce__(self) -> tuple:
+        if self.size > 1:
+            raise TypeError("a process group cannot be saved; save full_state_dict(model, mesh) instead of a layer")
+        return Communicator.alone, ()
 
     @contextlib.contextmanager
     def entering(self) -> Iterator[None]:
         """Counts a collective; a failure inside becomes a CollectiveError that names rank and number."""
-        self.num_collectives += 1
+        self.meter.num_collectives += 1
         try:
             yield
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-            raise CollectiveError(f"rank {self.rank}, collective {self.num_collectives}: {reason}") from error
+            place = f"rank {self.meter.rank}, collective {self.meter.num_collectives}"
+            raise CollectiveError(f"{place}: {reason}") from error
 
     def all_gather(self, x: Tensor, purpose: str) -> Tensor:
         """x [n, ...], the same shape on all ranks -> [W, n, ...]. Sends x to each of W - 1 ranks. No gradient."""
         if self.size == 1:
             return x[None]
-        self.meter.record(purpose, [x.nbytes] * self.size)
+        self.meter.record(purpose, [x.numel() * x.element_size()] * self.size, self.ranks)
         out = x.new_empty(self.size, *x.shape)
         with self.entering():
             dist.all_gather(list(out.unbind(0)), x.contiguous(), group=self.group)
@@ -238,7 +318,7 @@ class Communicator:
         if self.size == 1:
             return x
         row_bytes = x.element_size() * math.prod(x.shape[1:])
-        self.meter.record(purpose, [rows * row_bytes for rows in input_splits])
+        self.meter.record(purpose, [rows * row_bytes for rows in input_splits], self.ranks)
         out = x.new_empty(sum(output_splits), *x.shape[1:])
         with self.entering():
             dist.all_to_all_single(out, x.contiguous(), output_splits, input_splits, group=self.group)
@@ -250,6 +330,84 @@ class Communicator:
             with self.entering():
                 dist.all_reduce(x, group=self.group)
         return x
+
+
+# %% notebooks/01_parallelism.ipynb #choose-device
+def world_from_env() -> tuple[int, int, int, int]:
+    """(rank, world size, local rank, local world size) as torchrun sets them; (0, 1, 0, 1) without it."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    return tuple(int(os.environ.get(name, default)) for name, default in names.items())
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """auto, cpu or cuda -> this rank's device. ValueError where cuda is asked for and there are too few GPUs."""
+    _, _, local_rank, local_world_size = world_from_env()
+    num_gpus = torch.cuda.device_count()
+    if wanted == "cuda" and num_gpus < local_world_size:
+        raise ValueError(
+            f"{local_world_size} ranks on this host want a GPU each, and it has {num_gpus}; "
+            "start fewer, or take --device cpu"
+        )
+    if wanted == "cpu" or num_gpus < local_world_size:
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+# %% notebooks/01_parallelism.ipynb #init-ep
+def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | None:
+    """Joins the process group that torchrun announced: NCCL for GPUs, gloo for CPUs.
+
+    Returns the rendezvous store, through which ranks tell one another where they are; None at world size 1,
+    where no group is needed.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_from_env()[1] == 1:
+        return None
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return dist.PrefixStore("ep_launcher", store)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's groups, over one meter. With ep_size = W, ep and batch are the same and replicas is this rank alone.
+
+    ep: the ranks that share out the experts; batch: all ranks, which share the batch; replicas: the ranks that
+    hold copies of this rank's experts.
+    """
+
+    ep: Communicator
+    batch: Communicator
+    replicas: Communicator
+
+    @property
+    def meter(self) -> TrafficMeter:
+        """What this rank sent, in all its groups, by the destination's number in the job."""
+        return self.batch.meter
+
+
+def init_ep(ep_size: int | None = None, device: str = "auto", timeout_s: float = 600) -> Mesh:
+    """Joins torchrun's group, where that has not been done; alone without torchrun. Then groups of ep_size -> Mesh.
+
+    Ranks r with equal r // ep_size share out the experts; those with equal r % ep_size hold the same ones. None:
+    all ranks share the experts. Collective. ValueError where ep_size does not divide the number of ranks.
+    """
+    if world_from_env()[1] > 1 and not dist.is_initialized():
+        init_distributed(choose_device(device), timeout_s)
+    batch = Communicator()
+    ep_size = batch.size if ep_size is None else ep_size
+    if ep_size < 1 or batch.size % ep_size:
+        raise ValueError(f"ep_size is {ep_size}, and must divide the {batch.size} rank(s)")
+    alone = Communicator.alone(batch.meter)
+    if ep_size in (1, batch.size):
+        return Mesh(*((batch, batch, alone) if ep_size == batch.size else (alone, batch, batch)))
+    ranks = torch.arange(batch.size).view(-1, ep_size)
+    groups = (dist.new_subgroups_by_enumeration(part.tolist())[0] for part in (ranks, ranks.t()))
+    ep, replicas = (Communicator(group, batch.meter) for group in groups)
+    return Mesh(ep, batch, replicas)
 
 
 # %% notebooks/01_parallelism.ipynb #byte-formulas
@@ -264,7 +422,7 @@ def ep_bytes(num_tokens: int, hidden_dim: int, top_k: int, ep_size: int, itemsiz
 def tp_bytes(num_tokens: int, hidden_dim: int, tp_size: int, itemsize: int = 2) -> float:
     """Bytes that one rank sends in a forward pass of a TP layer: one all-reduce of [num_tokens, hidden_dim].
 
-    num_tokens: of the whole TP group. A reduce-scatter, then an all-gather, each (T - 1) / T of the tensor.
+    num_tokens: of the whole TP group. A reduce-scatter, then an all-gather, each (P - 1) / P of the tensor.
     """
     return 2 * itemsize * num_tokens * hidden_dim * (tp_size - 1) / tp_size
 
@@ -282,7 +440,7 @@ def expected_distinct_ranks(num_experts: int, top_k: int, ep_size: int) -> float
 
 
 # %% notebooks/02_all_to_all.ipynb #routing
-@dataclass
+@dataclass(frozen=True)
 class Routing:
     """Where each token goes. topk_ids int64 [T, K]; topk_weights float [T, K]; probs, logits float [T, E].
 
@@ -297,65 +455,119 @@ class Routing:
 
 
 # %% notebooks/02_all_to_all.ipynb #metadata
-EXPERT, SOURCE_RANK, SOURCE_TOKEN, SOURCE_K, IS_PADDING = range(5)  # the columns of a row's metadata
+EXPERT, SOURCE_RANK, SOURCE_TOKEN, IS_PADDING = range(4)  # the columns of a row's metadata
 
 
 def make_metadata(topk_ids: Tensor, rank: int) -> Tensor:
-    """topk_ids [T, K] -> int64 [T * K, 5], a line per choice: which expert it seeks and where it comes from."""
+    """topk_ids [T, K] -> int64 [T * K, 4], a line per choice: which expert it seeks and where it comes from."""
     num_tokens, top_k = topk_ids.shape
-    choice = torch.arange(num_tokens * top_k, device=topk_ids.device)
     expert = topk_ids.reshape(-1)
     source_rank = torch.full_like(expert, rank)
+    source_token = torch.arange(num_tokens, device=topk_ids.device).repeat_interleave(top_k)
     is_padding = (expert < 0).long()  # a choice that is not sent travels as padding
-    return torch.stack([expert, source_rank, choice // top_k, choice % top_k, is_padding], dim=1)
+    return torch.stack([expert, source_rank, source_token, is_padding], dim=1)
 
 
 # %% notebooks/02_all_to_all.ipynb #dispatcher-interface
-class Dispatcher(ABC):
-    """Brings rows to the ranks that own their experts, and the results back. One subclass a chapter."""
+@dataclass(frozen=True)
+class Arrived:
+    """What a dispatcher brought to this rank: rows, and for each row its choices among the local experts.
 
-    def __init__(self, config: MoEConfig, comm: Communicator) -> None:
-        self.config, self.comm = config, comm
-        self.num_local_experts = config.num_local_experts(comm.size)
+    x: [R, D], in any order. topk_ids: int64 [R, J], numbers of LOCAL experts, 0 to L - 1; -1 for none. A row
+    without experts may hold anything. topk_weights: [R, J], float32 or wider. handle: combine's. Where somebody
+    knows them besides: counts_on_host, the rows of each local expert, L ints; rows_per_expert, where all experts get
+    equally many; max_pairs, how many (row, expert) pairs there are at most.
+    """
+
+    x: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    handle: Any = None
+    counts_on_host: list[int] | None = None
+    rows_per_expert: int | None = None
+    max_pairs: int | None = None
+
+
+class Dispatcher(ABC):
+    """Turns a routing over all experts into a routing over the local ones, and brings the results home.
+
+    It moves rows and knows no expert: made of the number of experts and a group of ranks, and of options of its
+    own. Subclasses write begin_dispatch and begin_combine, and the other halves where waiting is worth a cut.
+    """
+
+    needs_capacity = False  # works only under a limit for every expert (chapter 08)
+    counts_on_host = False  # Arrived says how many rows each expert got
+    syncs_host = True  # the host waits for the device
+    records = False  # shapes never depend on the routing, so that a CUDA graph can hold it
+
+    def __init__(self, num_experts: int, comm: Communicator) -> None:
+        self.num_experts, self.comm = num_experts, comm
+        self.num_local_experts = num_experts // comm.size
+
+    @classmethod
+    def for_layer(cls, config: MoEConfig, comm: Communicator) -> "Dispatcher":
+        """Made for a layer, with its own options from the layer's config."""
+        return cls(config.num_experts, comm)
 
     @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
         """How much `auto` likes this implementation for this layer on so many ranks; 0 where it cannot run."""
         return 1
 
-    @abstractmethod
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """x [T, D] -> rows [R, D] sorted by local expert, num_tokens_per_local_expert int64 [L], a handle.
+    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+        """x [T, D], topk_ids int64 [T, K] of all experts, topk_weights [T, K] -> Arrived. All ranks enter."""
+        return self.end_dispatch(self.begin_dispatch(x, topk_ids, topk_weights))
 
-        The handle is opaque; combine takes it. All ranks enter, with or without tokens. Where R is above the sum
-        of the counts, the rows behind belong to choices that are not sent: they hold anything, and nobody reads them.
+    def combine(self, y: Tensor, handle: Any) -> Tensor:
+        """y [R, D], a row for each that arrived -> [T, D]: what came home, added up. All ranks enter."""
+        return self.end_combine(self.begin_combine(y, handle))
+
+    @abstractmethod
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Any:
+        """The first half of dispatch: sends. Arguments as there; the result is end_dispatch's."""
+
+    def end_dispatch(self, pending: Any) -> Arrived:
+        """The second half: waits for what it reads."""
+        return pending
+
+    @abstractmethod
+    def begin_combine(self, y: Tensor, handle: Any) -> Any:
+        """The first half of combine: sends. The result is end_combine's."""
+
+    def end_combine(self, pending: Any) -> Tensor:
+        """The second half."""
+        return pending
+
+    @abstractmethod
+    def predict_bytes(
+        self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
+    ) -> dict[str, Tensor]:
+        """Prediction, from every rank's topk_ids [T, K] alone: {pass: bytes int64 [W, W] from rank i to rank j}.
+
+        The passes are PASSES, which are the meter's purposes too. dtype: of x. No communication.
         """
 
-    @abstractmethod
-    def combine(self, rows: Tensor, handle: Any) -> Tensor:
-        """Experts' results [R, D], in dispatch's order -> y [T, D], each token's weighted sum."""
 
-    def run(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """x [T, D] -> y [T, D]: there, through the experts, and home. Later chapters weave the three together."""
-        rows, num_tokens_per_local_expert, handle = self.dispatch(x, routing)
-        return self.combine(experts(rows, num_tokens_per_local_expert), handle)
+# %% notebooks/02_all_to_all.ipynb #traffic-by-pass
+PASSES = ("dispatch", "combine", "combine backward", "dispatch backward")
 
-    @staticmethod
-    @abstractmethod
-    def rows_sent(topk_ids: list[Tensor], num_local_experts: int) -> tuple[int, int]:
-        """Prediction: rows that dispatch and combine send to other ranks, summed over ranks.
 
-        topk_ids: every rank's [T, K], by rank. The backward pass of each sends the same number again.
-        """
+def bytes_by_pass(there: Tensor, back: Tensor, row: int, rider: int, rider_alone: int) -> dict[str, Tensor]:
+    """Rows int64 [W, W] from rank i to rank j, there and back -> a dispatcher's prediction of bytes.
+
+    row: bytes of a row; rider: of what travels with it there; rider_alone: of what comes back with dispatch's
+    gradient, without a row where x needs none (row is 0 then).
+    """
+    backward = there.t() * rider_alone
+    off_diagonal = 1 - torch.eye(len(there), dtype=torch.int64)
+    parts = there * (row + rider), back * row, back.t() * row, backward
+    return {name: part * off_diagonal for name, part in zip(PASSES, parts, strict=True)}
 
 
 # %% notebooks/02_all_to_all.ipynb #pad-rows
-def pad_rows(rows: Tensor, metadata: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Appends zero rows, marked IS_PADDING, until there are `length`: [n, D], [n, 5] -> [length, D], [length, 5]."""
-    missing = length - rows.shape[0]
-    padding = metadata.new_zeros(missing, 5)
-    padding[:, IS_PADDING] = 1
-    return F.pad(rows, (0, 0, 0, missing)), torch.cat([metadata, padding])
+def pad_rows(rows: Tensor, length: int) -> Tensor:
+    """Appends zero rows until there are `length`: [n, ...] -> [length, ...]."""
+    return torch.cat([rows, rows.new_zeros(length - rows.shape[0], *rows.shape[1:])])
 
 
 # %% notebooks/02_all_to_all.ipynb #all-gather-autograd
@@ -367,70 +579,69 @@ class AllGather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Communicator) -> Tensor:
-        ctx.comm = comm
-        return comm.all_gather(x, "rows")
+    def forward(ctx: Any, x: Tensor, comm: Communicator, purpose: str) -> Tensor:
+        ctx.comm, ctx.purpose = comm, purpose
+        return comm.all_gather(x, purpose)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         size, length = grad.shape[:2]
         splits = [length] * size
-        blocks = ctx.comm.all_to_all(grad.flatten(0, 1), splits, splits, "rows")
-        return blocks.view(grad.shape).sum(0), None
+        blocks = ctx.comm.all_to_all(grad.flatten(0, 1), splits, splits, ctx.purpose + " backward")
+        return blocks.view(grad.shape).sum(0), None, None
 
 
 # %% notebooks/02_all_to_all.ipynb #gather-padded
-def gather_padded(rows: Tensor, metadata: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
-    """Every rank's rows on every rank: [n, D], [n, 5] -> [W * m, D], [W * m, 5], m the longest rank's n.
+def gather_padded(rows: Tensor, metadata: Tensor, comm: Communicator, purpose: str) -> tuple[Tensor, Tensor]:
+    """Every rank's rows on every rank: [n, D], [n, 4] -> [W * m, D], [W * m, 4], m the longest rank's n.
 
-    n may differ from rank to rank, and be 0. One host synchronisation, for m.
+    n may differ from rank to rank, and be 0. Padding is marked IS_PADDING. One host synchronisation, for m.
     """
-    lengths = comm.all_gather(torch.tensor([rows.shape[0]], device=rows.device), "metadata")
-    rows, metadata = pad_rows(rows, metadata, int(lengths.max()))
+    lengths = comm.all_gather(torch.tensor([len(rows)], device=rows.device), "metadata").flatten().tolist()
+    metadata = pad_rows(metadata, max(lengths))
+    metadata[len(rows) :, IS_PADDING] = 1
     all_metadata = comm.all_gather(metadata, "metadata")
-    return AllGather.apply(rows, comm).flatten(0, 1), all_metadata.flatten(0, 1)
+    return AllGather.apply(pad_rows(rows, max(lengths)), comm, purpose).flatten(0, 1), all_metadata.flatten(0, 1)
 
 
 # %% notebooks/02_all_to_all.ipynb #dispatch-all-gather
-@dataclass
+@dataclass(frozen=True)
 class AllGatherHandle:
-    """What combine needs to know: metadata of the kept rows [R, 5], weights [T, K]."""
+    """What combine needs to know: metadata int64 [R, 4] of the kept rows, and this rank's number of tokens T."""
 
     metadata: Tensor
-    topk_weights: Tensor
+    num_tokens: int
 
 
 def dispatch_all_gather(
-    x: Tensor, routing: Routing, num_local_experts: int, comm: Communicator
-) -> tuple[Tensor, Tensor, AllGatherHandle]:
-    """x [T, D] -> rows [R, D] for this rank's experts, sorted by expert, their counts [L], a handle.
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_local_experts: int, comm: Communicator
+) -> Arrived:
+    """x [T, D], topk_ids, topk_weights [T, K] -> Arrived: the rows for this rank's experts, one choice a row.
 
-    Gathers everything and keeps what is for this rank: W times the bytes that are needed.
+    Gathers everything, the weights in a message of their own, and keeps what is for this rank: W times the bytes
+    that are needed.
     """
-    rows = x.repeat_interleave(routing.topk_ids.shape[1], dim=0)
-    rows, metadata = gather_padded(rows, make_metadata(routing.topk_ids, comm.rank), comm)
-    local_expert = metadata[:, EXPERT] - comm.rank * num_local_experts
-    is_mine = (local_expert >= 0) & (local_expert < num_local_experts) & (metadata[:, IS_PADDING] == 0)
+    metadata = make_metadata(topk_ids, comm.rank)
+    rows = x.repeat_interleave(topk_ids.shape[1], dim=0)
+    rows, everyones = gather_padded(rows, metadata, comm, "dispatch")
+    weights, _ = gather_padded(topk_weights.reshape(-1, 1), metadata, comm, "dispatch")
+    local_expert = everyones[:, EXPERT] - comm.rank * num_local_experts
+    is_mine = (local_expert >= 0) & (local_expert < num_local_experts) & (everyones[:, IS_PADDING] == 0)
     mine = is_mine.nonzero().squeeze(1)
-    mine = mine[local_expert[mine].argsort(stable=True)]
-    counts = torch.bincount(local_expert[mine], minlength=num_local_experts)
-    return rows[mine], counts, AllGatherHandle(metadata[mine], routing.topk_weights)
+    handle = AllGatherHandle(everyones[mine], len(x))
+    return Arrived(rows[mine], local_expert[mine, None], weights[mine], handle)
 
 
 # %% notebooks/02_all_to_all.ipynb #combine-all-gather
-def combine_all_gather(rows: Tensor, handle: AllGatherHandle, comm: Communicator) -> Tensor:
-    """Experts' rows [R, D] -> y [T, D]: the weighted sum of each token's rows, in float32 or wider.
-
-    Weights are applied here, at the token's own rank, so the router's gradient never travels.
-    """
-    rows, metadata = gather_padded(rows, handle.metadata, comm)
+def combine_all_gather(y: Tensor, handle: AllGatherHandle, comm: Communicator) -> Tensor:
+    """Experts' weighted results [R, D] -> [T, D]: the sum of each token's rows, in float32 or wider."""
+    rows, metadata = gather_padded(y, handle.metadata, comm, "combine")
     is_mine = (metadata[:, SOURCE_RANK] == comm.rank) & (metadata[:, IS_PADDING] == 0)
     mine = is_mine.nonzero().squeeze(1)
-    token, k = metadata[mine, SOURCE_TOKEN], metadata[mine, SOURCE_K]
-    weights = handle.topk_weights[token, k].unsqueeze(1)
-    weighted = rows[mine].to(weights.dtype) * weights
-    y = weighted.new_zeros(handle.topk_weights.shape[0], rows.shape[1])
-    return y.index_add(0, token, weighted).to(rows.dtype)
+    wide = rows[mine].to(torch.promote_types(y.dtype, torch.float32))
+    total = wide.new_zeros(handle.num_tokens, y.shape[1])
+    return total.index_add(0, metadata[mine, SOURCE_TOKEN], wide).to(y.dtype)
 
 
 # %% notebooks/02_all_to_all.ipynb #all-gather-dispatcher
@@ -438,22 +649,24 @@ def combine_all_gather(rows: Tensor, handle: AllGatherHandle, comm: Communicator
 class AllGatherDispatcher(Dispatcher):
     """The readable dispatcher: every rank gathers every row and keeps its own (chapter 02)."""
 
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, AllGatherHandle]:
-        """See Dispatcher. Sends (W - 1) * max over ranks of T * K rows; three host synchronisations."""
-        return dispatch_all_gather(x, routing, self.num_local_experts, self.comm)
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+        """See Dispatcher. Sends (W - 1) * max over ranks of T * K rows and weights; three host synchronisations."""
+        return dispatch_all_gather(x, topk_ids, topk_weights, self.num_local_experts, self.comm)
 
-    def combine(self, rows: Tensor, handle: AllGatherHandle) -> Tensor:
+    def begin_combine(self, y: Tensor, handle: AllGatherHandle) -> Tensor:
         """See Dispatcher. Sends (W - 1) * max over ranks of R rows; two host synchronisations."""
-        return combine_all_gather(rows, handle, self.comm)
+        return combine_all_gather(y, handle, self.comm)
 
-    @staticmethod
-    def rows_sent(topk_ids: list[Tensor], num_local_experts: int) -> tuple[int, int]:
+    def predict_bytes(
+        self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
+    ) -> dict[str, Tensor]:
         """See Dispatcher: the longest rank's rows, from each rank to each other rank."""
-        size = len(topk_ids)
         ids = torch.cat([ids.reshape(-1).cpu() for ids in topk_ids])
-        received = torch.bincount(ids[ids >= 0] // num_local_experts, minlength=size)
+        received = torch.bincount(ids[ids >= 0] // self.num_local_experts, minlength=len(topk_ids))
         longest = max(ids.numel() for ids in topk_ids)
-        return size * (size - 1) * longest, size * (size - 1) * int(received.max())
+        there, back = (torch.full((len(topk_ids),) * 2, n) for n in (longest, int(received.max())))
+        row, weight = hidden_dim * dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
+        return bytes_by_pass(there, back, row, weight, row * x_needs_grad + weight)
 
 
 # ==========================================================================================================
@@ -465,57 +678,86 @@ class AllGatherDispatcher(Dispatcher):
 def seeded_uniform_(parameter: Tensor, fan_in: int, *seeds: int | str) -> None:
     """Fills parameter in place with uniform(-b, b), b = 1 / sqrt(fan_in), as nn.Linear does.
 
-    The numbers depend on the seeds and the shape alone, not on rank, world size, device or dtype.
+    The numbers depend on the seeds and the shape alone, not on rank, world size, device or dtype. On the meta
+    device it does nothing.
     """
+    if parameter.is_meta:
+        return
     digest = hashlib.sha256(repr(seeds).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     bound = 1 / math.sqrt(fan_in)
     values = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
     with torch.no_grad():
-        parameter.copy_((2 * values - 1) * bound)
+        parameter.copy_(values.mul_(2).sub_(1).mul_(bound))
+
+
+# %% notebooks/03_experts.ipynb #keeps-precision
+class KeepsPrecision(nn.Module):
+    """A module whose floating-point parameters and buffers never get narrower than they were made.
+
+    `.bfloat16()` and `.to(dtype)` around it leave them as they are; `.double()` widens them.
+    """
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        # Every way to convert a module comes through here, and there is no public place that all do.
+        def widen_only(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if moved.dtype.itemsize < t.dtype.itemsize else moved
+
+        return super()._apply(widen_only, recurse)
 
 
 # %% notebooks/03_experts.ipynb #gate-logits
 class GateLogits(torch.autograd.Function):
-    """x [T, D], weight [E, D] -> x weight^T [T, E] in float32 or wider, whatever their dtype.
+    """x [T, D], weight [E, D] in float32 or wider -> x weight^T [T, E], as wide as the weight, whatever x is.
 
-    On a GPU a bfloat16 product adds up in float32 anyway, and this keeps it so; elsewhere both are widened.
-    Backward takes the gradient in x's dtype on a GPU, and returns each gradient in its tensor's own dtype.
+    On a GPU a bfloat16 x is multiplied by two bfloat16 pieces of the weight, its value and what that leaves over,
+    each product added up in float32: 16 bits of the weight count. Backward takes x's dtype there.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if x.is_cuda and x.dtype != wide:
-            return torch.mm(x, weight.t(), out_dtype=wide)
-        return x.to(wide) @ weight.to(wide).t()
+        if not x.is_cuda or x.dtype == weight.dtype:
+            return x.to(weight.dtype) @ weight.t()
+        high = weight.to(x.dtype)
+        low = (weight - high).to(x.dtype)
+        return torch.mm(x, high.t(), out_dtype=weight.dtype) + torch.mm(x, low.t(), out_dtype=weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
         x, weight = ctx.saved_tensors
         x_dtype, weight_dtype = x.dtype, weight.dtype
-        if not x.is_cuda:
-            x, weight = x.to(grad.dtype), weight.to(grad.dtype)
-        grad = grad.to(x.dtype)
+        if x.is_cuda:
+            weight, grad = weight.to(x.dtype), grad.to(x.dtype)
+        else:
+            x = x.to(grad.dtype)
         grad_x = (grad @ weight).to(x_dtype) if ctx.needs_input_grad[0] else None
         return grad_x, (grad.t() @ x).to(weight_dtype)
 
 
 # %% notebooks/03_experts.ipynb #router
 @register("router", "softmax")
-class Router(nn.Module):
+class Router(KeepsPrecision):
     """Scores every expert for every token and picks the top_k best: softmax of one linear layer, the gate.
 
-    Replicated: every rank holds the same gate. The weights are not renormalised over the chosen experts.
+    Replicated: every rank holds the same gate, in float32 or wider. The weights are not renormalised over the
+    chosen experts.
     """
 
-    def __init__(self, config: MoEConfig, seed: int = 0) -> None:
+    def __init__(self, config: MoEConfig, seed: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.gate = nn.Linear(config.hidden_dim, config.num_experts, dtype=DTYPES[config.dtype])
-        seeded_uniform_(self.gate.weight, config.hidden_dim, seed, "gate.weight")
-        seeded_uniform_(self.gate.bias, config.hidden_dim, seed, "gate.bias")
+        self.config, self.seed = config, seed
+        dtype = torch.promote_types(DTYPES[config.dtype], torch.float32)
+        self.gate = nn.utils.skip_init(
+            nn.Linear, config.hidden_dim, config.num_experts, config.router_bias, device=device, dtype=dtype
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws gate.weight and gate.bias anew, in place, from the seed."""
+        for name, parameter in self.gate.named_parameters():
+            seeded_uniform_(parameter, self.config.hidden_dim, self.seed, f"gate.{name}")
 
     def scores(self, logits: Tensor) -> Tensor:
         """The gate's results [T, E] -> [T, E]: how much a token likes an expert."""
@@ -526,7 +768,8 @@ class Router(nn.Module):
 
         Option groups may take part: limit_choice(keys, config) before the choice, scale_weights(weights) after it.
         """
-        logits = GateLogits.apply(x, self.gate.weight) + self.gate.bias  # float32 or wider, whatever x is
+        logits = GateLogits.apply(x, self.gate.weight)  # float32 or wider, whatever x is
+        logits = logits if self.gate.bias is None else logits + self.gate.bias
         probs = self.scores(logits)
         keys = probs.detach() if choice_bias is None else probs.detach() + choice_bias
         for limit_choice in self.config.hooks("limit_choice"):
@@ -541,53 +784,99 @@ class Router(nn.Module):
 # %% notebooks/03_experts.ipynb #activation
 @register("activation", "gelu")
 class GELU:
-    """An expert of two matrices with biases: gelu(x w1 + b1) w2 + b2, as the seed has it."""
+    """An expert of two matrices with biases: gelu(x w1 + b1) w2 + b2, as the original tutorial has it."""
 
     has_bias, is_gated = True, False
 
     @staticmethod
-    def apply(up: Tensor, gate: Tensor | None = None) -> Tensor:
-        """up [n, F] -> [n, F]."""
-        return F.gelu(up)
+    def apply(gate: Tensor, up: Tensor | None = None) -> Tensor:
+        """gate [n, F] = x w1 + b1 -> [n, F]."""
+        return F.gelu(gate)
+
+    @staticmethod
+    def gradient(grad: Tensor, gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, None]:
+        """The result's gradient [n, F], and apply's arguments -> their gradients, written down and not traced."""
+        return torch.ops.aten.gelu_backward(grad, gate), None
 
 
 # %% notebooks/03_experts.ipynb #experts-parameters
 class Experts(nn.Module):
     """The L experts that this rank owns, stacked: w1 [L, D, F], b1 [L, F], w2 [L, F, D], b2 [L, D].
 
-    Gated activations add w3 [L, D, F]; those without biases leave b1 and b2 None. An expert's numbers come
-    from its global number and the seed, so they do not depend on which rank owns it.
+    Gated activations add w3 [L, D, F], and b3 [L, F] where they have biases; what an activation has not is None.
+    An expert's numbers come from its global number and the seed, so they do not depend on which rank owns it.
+    w1 is what the field calls the gate projection, w3 the up projection, w2 the down projection.
     """
 
-    rows_per_expert: int | None = None  # set by the layer where every expert gets equally many rows
-
-    def __init__(self, config: MoEConfig, comm: Communicator, seed: int = 0) -> None:
+    def __init__(
+        self, config: MoEConfig, comm: Communicator, seed: int, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
-        num_local, d, f = config.num_local_experts(comm.size), config.hidden_dim, config.ffn_dim
-        self.first_expert = comm.rank * num_local
+        self.config, self.seed = config, seed
+        self.num_local, d, f = config.num_local_experts(comm.size), config.hidden_dim, config.ffn_dim
+        self.first_expert = comm.rank * self.num_local
         self.activation = REGISTRIES["activation"][config.activation]
-        shapes = {"w1": (d, f), "w2": (f, d)}
-        if self.activation.is_gated:
-            shapes["w3"] = (d, f)
-        if self.activation.has_bias:
-            shapes |= {"b1": (f,), "b2": (d,)}
-        for name in ("w1", "b1", "w2", "b2", "w3"):
-            self.register_parameter(name, None)
-            if name in shapes:
-                stacked = nn.Parameter(torch.empty(num_local, *shapes[name], dtype=DTYPES[config.dtype]))
-                for local, parameter in enumerate(stacked):
-                    fan_in = f if name in ("w2", "b2") else d
-                    seeded_uniform_(parameter, fan_in, seed, "expert", self.first_expert + local, name)
-                self.register_parameter(name, stacked)
+        gated, bias = self.activation.is_gated, self.activation.has_bias
+        self.fan_in = {"w1": d, "b1": d, "w2": f, "b2": f, "w3": d, "b3": d}
+        shapes = {"w1": (d, f), "b1": bias and (f,), "w2": (f, d), "b2": bias and (d,)}
+        shapes |= {"w3": gated and (d, f), "b3": gated and bias and (f,)}
+        for name, shape in shapes.items():
+            stacked = torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device) if shape else None
+            self.register_parameter(name, None if stacked is None else nn.Parameter(stacked))
+        self.own_range = f"{self.first_expert}-{self.first_expert + self.num_local - 1}"
+        if comm.size > 1:
+            self.register_state_dict_post_hook(save_own_names)
+            self.register_load_state_dict_pre_hook(load_own_names)
+        self.reset_parameters()
 
-    def forward_tokens(self, x: Tensor, routing: Any) -> Tensor | None:
-        """x [T, D] -> y [T, D] on one rank, where an implementation does the whole way at once; else None."""
-        return None
+    def reset_parameters(self) -> None:
+        """Draws every expert's numbers anew, in place, from the seed and its global number."""
+        for name, parameter in self.named_parameters():
+            for local, own in enumerate(parameter.unbind(0)):
+                seeded_uniform_(own, self.fan_in[name], self.seed, "expert", self.first_expert + local, name)
+
+    def in_dtype(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """w1, b1, w2, b2, w3, b3 in this dtype: as they are, or converted where autocast computes in another."""
+        parameters = (self.w1, self.b1, self.w2, self.b2, self.w3, self.b3)
+        return [None if p is None else p.to(dtype) for p in parameters]
+
+    def forward(self, arrived: Arrived) -> Tensor:
+        """Arrived -> y [R, D]: for every row the weighted sum over its local experts."""
+        raise TypeError(f"{type(self).__name__} does not say how it computes")
+
+    def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
+        """Whether forward, with at most num_rows rows, waits for a number from the device."""
+        return True
 
     @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
         """How much `auto` likes this implementation for this layer on so many ranks; 0 where it cannot run."""
         return 1
+
+
+# %% notebooks/03_experts.ipynb #name-shares
+def rename_own(experts: Experts, state: dict, prefix: str, is_saved: bool) -> None:
+    """Renames this rank's stacked parameters in a state dict: w1 <-> w1.8-15, the numbers of its experts."""
+    for name, _ in experts.named_parameters():
+        short, long = prefix + name, f"{prefix}{name}.{experts.own_range}"
+        old, new = (short, long) if is_saved else (long, short)
+        if old in state:
+            state[new] = state.pop(old)
+
+
+def save_own_names(experts: Experts, state: dict, prefix: str, metadata: dict) -> None:
+    """A state dict says whose weights it holds, so that ranks never overwrite one another's in one checkpoint."""
+    rename_own(experts, state, prefix, is_saved=True)
+
+
+def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> None:
+    """Another rank's weights are an error, which says what to do."""
+    if f"{prefix}w1.{experts.own_range}" not in state:
+        rest[-1].append(
+            f"this rank holds experts {experts.own_range}, and the state others; take a full_state_dict, and "
+            "load_full_state_dict(model, state, mesh)"
+        )
+    rename_own(experts, state, prefix, is_saved=False)
 
 
 # %% notebooks/03_experts.ipynb #experts-loop
@@ -595,27 +884,23 @@ class Experts(nn.Module):
 class LoopExperts(Experts):
     """One expert after the other: two matrix products each, 4 * R * D * F operations a forward pass in all."""
 
-    def forward(self, rows: Tensor, num_tokens_per_local_expert: Tensor) -> Tensor:
-        """rows [R, D] sorted by expert, counts int64 [L] -> [R, D]. One host synchronisation, for the counts,
-        and none where rows_per_expert says them beforehand.
+    def forward(self, arrived: Arrived) -> Tensor:
+        """See Experts. A host synchronisation an expert, for the numbers of its rows.
 
         An expert without rows runs on an empty block, so that its gradient is zero and not missing.
         """
-        fixed = self.rows_per_expert
-        splits = num_tokens_per_local_expert.tolist() if fixed is None else [fixed] * self.w1.shape[0]
-        counted, rest = rows.split([sum(splits), rows.shape[0] - sum(splits)])
-        blocks = counted.split(splits)
-        num_local = len(blocks)
-        w1, b1, w2, b2, w3 = (
-            (None,) * num_local if p is None else p.unbind(0)
-            for p in (self.w1, self.b1, self.w2, self.b2, self.w3)
+        x, topk_weights = arrived.x, arrived.topk_weights
+        w1, b1, w2, b2, w3, b3 = (
+            [None] * self.num_local if p is None else p.unbind(0) for p in self.in_dtype(x.dtype)
         )
-        results = []
-        for e, block in enumerate(blocks):
-            gate = None if w3[e] is None else block @ w3[e]
-            hidden = self.activation.apply(affine(block, w1[e], b1[e]), gate)
-            results.append(affine(hidden, w2[e], b2[e]))
-        return torch.cat([*results, rest])
+        y = topk_weights.new_zeros(x.shape)  # float32 or wider
+        for e in range(self.num_local):
+            row, j = (arrived.topk_ids == e).nonzero(as_tuple=True)
+            block = x[row]
+            up = None if w3[e] is None else affine(block, w3[e], b3[e])
+            hidden = self.activation.apply(affine(block, w1[e], b1[e]), up)
+            y = y.index_add(0, row, affine(hidden, w2[e], b2[e]) * topk_weights[row, j, None])
+        return y.to(x.dtype)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -623,26 +908,53 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
+# %% notebooks/03_experts.ipynb #shared-experts
+class SharedExperts(nn.Module):
+    """Experts that every token visits, with weight 1, a copy on every rank (DeepSeekMoE, section 3.2).
+
+    N of them side by side are one expert N times as wide: w1 [D, N * F], w2 [N * F, D], and as in Experts.
+    """
+
+    def __init__(self, config: MoEConfig, seed: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        wide = replace(config, num_experts=1, top_k=1, ffn_dim=config.num_shared_experts * config.ffn_dim, extras=())
+        self.expert = Experts(wide, Communicator.alone(), seed=f"{seed} shared", device=device)
+
+    def reset_parameters(self) -> None:
+        """Draws the numbers anew, in place, from the seed."""
+        self.expert.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, D]. 4 * T * D * N * F operations, 6 if gated; nothing is sent."""
+        w1, b1, w2, b2, w3, b3 = (None if p is None else p[0] for p in self.expert.in_dtype(x.dtype))
+        up = None if w3 is None else affine(x, w3, b3)
+        return affine(self.expert.activation.apply(affine(x, w1, b1), up), w2, b2)
+
+
 # %% notebooks/03_experts.ipynb #count-choices
 def count_choices(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """topk_ids int64 [T, K] -> float32 [E]: how often each expert was chosen; -1 counts nowhere. No host sync."""
+    """topk_ids int64 [T, K] -> int64 [E]: how often each expert was chosen; -1 counts nowhere. No host sync."""
     ids = topk_ids.reshape(-1)
-    counts = torch.zeros(num_experts, device=ids.device)
-    return counts.scatter_add_(0, ids.clamp(min=0), (ids >= 0).to(counts.dtype))
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, ids.clamp(min=0), (ids >= 0).long())
 
 
 # %% notebooks/03_experts.ipynb #no-balance
-class Balance(nn.Module):
+class Balance(KeepsPrecision):
     """What keeps the experts' load even; forward takes a Routing and returns this rank's share of a loss.
 
-    choice_bias [E], where there is one, is added to the scores for the choice alone (chapter 09).
+    batch: the ranks that share the batch, over which losses and loads are counted. choice_bias [E], where there is
+    one, is added to the scores for the choice alone (chapter 09).
     """
 
     choice_bias: Tensor | None = None
 
-    def __init__(self, config: MoEConfig, comm: Communicator) -> None:
+    def __init__(self, config: MoEConfig, batch: Communicator, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.config, self.comm = config, comm
+        self.config, self.batch = config, batch
+
+    def count(self, routing: Routing) -> None:
+        """Called once for every training forward, and not again where the forward is recomputed."""
 
     def after_step(self) -> None:
         """Called on every rank after every update of the parameters."""
@@ -675,18 +987,21 @@ class SwitchAuxLoss(Balance):
         if num_experts == 1:
             return probs.new_zeros(())
         counts = count_choices(routing.topk_ids, num_experts)
-        totals = self.comm.all_reduce(torch.cat([counts, counts.new_full((1,), num_tokens)])).to(probs.dtype)
+        totals = self.batch.all_reduce(torch.cat([counts, counts.new_full((1,), num_tokens)])).to(probs.dtype)
         global_tokens = totals[-1].clamp(min=1)
         load = totals[:-1] / (global_tokens * top_k)
         return num_experts * (load * probs.sum(0)).sum() / global_tokens
 
 
 # %% notebooks/03_experts.ipynb #pick
-def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int = 1) -> Any:
-    """The implementation that the config names, or for `auto` the one that likes config, device and ranks best.
+class CannotRun(ValueError):
+    """A kind of implementation that was named, and cannot run here; the message says which can."""
 
-    One that cannot run there is replaced by the best that can, with a line on stderr that says so.
-    ValueError for a name that nobody registered.
+
+def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int = 1) -> str:
+    """The name of the implementation that the config names, or for `auto` of the one that likes it best.
+
+    ValueError for a name that nobody registered; CannotRun for one that cannot on this device and so many ranks.
     """
     device = torch.device(device)
     name, registered = getattr(config, kind), REGISTRIES[kind]
@@ -694,12 +1009,10 @@ def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int 
         raise ValueError(f"{kind} is {name!r}; take one of auto, {', '.join(sorted(registered))}")
     liking = {other: kept.preference(config, device, ep_size) for other, kept in registered.items()}
     best = max(liking, key=liking.get)
-    if name != "auto" and liking[name] > 0:
-        return registered[name]
-    if name != "auto":
+    if name != "auto" and liking[name] <= 0:
         where = f"in {config.dtype} on {ep_size} {device.type} rank{'s' * (ep_size > 1)}"
-        say_once(f"{kind} {name} cannot run {where}: taking {best}")
-    return registered[best]
+        raise CannotRun(f"{kind} {name} cannot run {where}; take auto (here: {best})")
+    return best if name == "auto" else name
 
 
 @functools.cache
@@ -711,78 +1024,275 @@ def say_once(line: str) -> None:
 
 # %% notebooks/03_experts.ipynb #check-tokens
 def check_tokens(x: Tensor, config: MoEConfig) -> None:
-    """ValueError where x [T, D] is not what the layer was made for."""
-    if x.dim() != 2 or x.shape[1] != config.hidden_dim:
-        raise ValueError(f"tokens have shape {list(x.shape)}; the layer wants [T, {config.hidden_dim}]")
-    if x.shape[0] > config.max_num_tokens:
-        raise ValueError(f"{x.shape[0]} tokens on one rank, above max_num_tokens {config.max_num_tokens}")
+    """ValueError where x [..., D] is not what the layer was made for."""
+    if x.dim() < 2 or x.shape[-1] != config.hidden_dim:
+        raise ValueError(f"tokens have shape {list(x.shape)}; the layer wants [..., {config.hidden_dim}]")
+    num_tokens, limit = math.prod(x.shape[:-1]), config.max_num_tokens
+    if limit is not None and num_tokens > limit:
+        raise ValueError(f"{num_tokens} tokens on one rank, above max_num_tokens {limit}")
+
+
+def is_recomputing() -> bool:
+    """Whether this forward runs inside a backward, as `torch.utils.checkpoint` has it run again."""
+    # torch's own checkpoint asks the same way; there is no public one. A compiled forward is never run again so.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+
+
+# %% notebooks/03_experts.ipynb #aux-shares
+class AuxShares(list):
+    """The aux losses of a layer's training forwards that nobody has asked for yet. Copies start empty."""
+
+    limit = 1024
+
+    def add(self, share: Tensor) -> None:
+        """RuntimeError where they pile up, each with its graph: somebody forgot them."""
+        if len(self) >= self.limit:
+            raise RuntimeError(
+                f"{len(self)} forwards, and nobody took their aux loss; add aux_alpha * aux_loss(model) to the "
+                "loss, call after_step(model) after each update, or take balance='none'"
+            )
+        self.append(share)
+
+    def __deepcopy__(self, memo: dict) -> "AuxShares":
+        return AuxShares()
+
+    def __reduce__(self) -> tuple:
+        return AuxShares, ()
 
 
 # %% notebooks/03_experts.ipynb #ep-moe
 class EPMoE(nn.Module):
-    """A mixture-of-experts layer over the ranks of one expert-parallel group.
+    """A mixture-of-experts layer whose experts are shared out over the ranks of mesh.ep.
 
-    Gradients follow one rule: every rank's loss is its share of the global loss. Then an expert's gradient,
-    fed by all ranks' rows, is complete as it is, and a replicated parameter's is the sum over ranks
-    (`all_reduce_gradients`). Nothing is divided by W anywhere.
+    Gradients follow one rule: every rank's loss is its share of the global loss, and a parameter's gradient is
+    the sum over the ranks that hold a copy of it (`sync_gradients`). Nothing is divided by W anywhere.
+    seed: of the parameters; no default, since layers of one seed are equal. mesh: where None, init_ep().
     """
 
     def __init__(
         self,
         config: MoEConfig,
-        comm: Communicator | None = None,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
+        mesh: Mesh | None = None,
+        *,
+        seed: int,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.comm = config, comm or Communicator()
-        self.router = REGISTRIES["router"][config.router](config, seed)
-        self.balance = REGISTRIES["balance"][config.balance](config, self.comm)
-        self.dispatcher = pick("dispatcher", config, device, self.comm.size)(config, self.comm)
-        self.experts = pick("experts", config, device, self.comm.size)(config, self.comm, seed)
-        self.experts.rows_per_expert = getattr(self.dispatcher, "rows_per_expert", None)
-        self.topk_ids: Tensor | None = None  # of the last forward pass, for whoever watches the load
-        self.probs: Tensor | None = None
-        self.to(device)
+        self.config, self.mesh = config, mesh or init_ep()
+        device = torch.get_default_device() if device is None else torch.device(device)
+        run_on = choose_device() if device.type == "meta" else device
+        self.took = {kind: pick(kind, config, run_on, self.mesh.ep.size) for kind in ("dispatcher", "experts")}
+        dispatcher, experts = (REGISTRIES[kind][name] for kind, name in self.took.items())
+        self.router = REGISTRIES["router"][config.router](config, seed, device)
+        self.balance = REGISTRIES["balance"][config.balance](config, self.mesh.batch, device)
+        self.dispatcher = dispatcher.for_layer(config, self.mesh.ep)
+        self.experts = experts(config, self.mesh.ep, seed, device)
+        self.shared = SharedExperts(config, seed, device) if config.num_shared_experts else None
+        self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
+        self.aux_shares, self.recorded_aux = AuxShares(), True
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> (y [T, D], this rank's share of the aux loss; 0 in eval mode).
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, in place, from the seed: after `to_empty` has moved them off the meta device."""
+        for part in (self.router, self.experts, self.balance, self.shared):
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
 
-        T may differ from rank to rank, and be 0. ValueError if T is above max_num_tokens or D is wrong.
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> y [..., D]. What the balance adds to the loss waits for `aux_loss`.
+
+        The number of tokens may differ from rank to rank, and be 0. Under autocast the experts compute in its
+        dtype, and the router in float32 as ever. ValueError where x does not fit the config.
         """
         check_tokens(x, self.config)
-        routing = self.router(x, self.balance.choice_bias)
-        aux = self.balance(routing) if self.training else routing.probs.new_zeros(())
-        for added_loss in self.config.hooks("added_loss") if self.training else ():
-            aux = aux + added_loss(routing, self.config, self.comm)
-        for after_routing in self.config.hooks("after_routing"):
-            routing = after_routing(routing, self.config, self.comm)
-        self.topk_ids, self.probs = routing.topk_ids, routing.probs.detach()
-        return self.dispatcher.run(x, routing, self.experts), aux
+        refuse_wrappers(self)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return self.forward_tokens(x.reshape(-1, x.shape[-1])).view(x.shape)
 
-    def replicated_parameters(self) -> list[nn.Parameter]:
-        """The parameters that every rank holds a copy of: all but the experts'."""
-        local = set(self.experts.parameters())
-        return [p for p in self.parameters() if p not in local]
+    def route(self, x: Tensor) -> Routing:
+        """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
+        routing = self.router(x, self.balance.choice_bias)
+        if self.training:
+            aux = self.balance(routing)
+            for added_loss in self.config.hooks("added_loss"):
+                aux = aux + added_loss(routing, self.config, self.mesh.batch)
+            self.keep_aux(aux, routing)
+        for after_routing in self.config.hooks("after_routing"):
+            routing = after_routing(routing, self.config, self.mesh.batch)
+        self.topk_ids, self.probs = routing.topk_ids, routing.probs.detach()
+        return routing
+
+    def keep_aux(self, aux: Tensor, routing: Routing) -> None:
+        """Keeps this forward's share and counts its load, unless it is a forward run again. RuntimeError under a
+        checkpoint whose first forward had no gradient: the aux loss could not have one."""
+        if not is_recomputing():
+            self.recorded_aux = torch.is_grad_enabled()
+            if self.recorded_aux:
+                self.balance.count(routing)
+                self.aux_shares.add(aux)
+        elif not self.recorded_aux:
+            raise RuntimeError("a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)")
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """x [T, D] -> y [T, D]."""
+        routing = self.route(x)
+        pending = self.dispatcher.begin_dispatch(x, routing.topk_ids, routing.topk_weights)
+        arrived = self.dispatcher.end_dispatch(pending)
+        y = self.dispatcher.combine(self.experts(arrived), arrived.handle)
+        return y if self.shared is None else y + self.shared(x)
+
+
+# %% notebooks/03_experts.ipynb #of-a-model
+def moe_layers(model: nn.Module) -> list[EPMoE]:
+    """The EPMoE layers of a model, in its order."""
+    return [module for module in model.modules() if isinstance(module, EPMoE)]
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """The sum of this rank's shares of all layers' aux losses since the last call, 0-dim; they are forgotten then.
+
+    Of training forwards alone: eval mode adds nothing, recomputation adds nothing.
+    """
+    layers = moe_layers(model)
+    shares = [share for layer in layers for share in layer.aux_shares]
+    for layer in layers:
+        layer.aux_shares.clear()
+    if not shares:
+        return next(model.parameters()).new_zeros((), dtype=torch.float32)
+    return torch.stack([share.to(shares[0].dtype) for share in shares]).sum() if len(shares) > 1 else shares[0]
+
+
+def after_step(model: nn.Module) -> None:
+    """What a balance does once an update, in every layer; aux losses that nobody took are forgotten."""
+    for layer in moe_layers(model):
+        layer.balance.after_step()
+        layer.aux_shares.clear()
+
+
+def share_of_mean(mean: Tensor, num_tokens: int, mesh: Mesh) -> Tensor:
+    """A mean over this rank's num_tokens tokens -> its share of the mean over all ranks' tokens.
+
+    The shares of all ranks add up to that mean, and so do their gradients; a rank without tokens has 0, and still
+    a graph to go back through. One all-reduce of one number. Collective.
+    """
+    total = mesh.batch.all_reduce(torch.tensor(num_tokens, device=mean.device)).clamp(min=1)
+    total = total.to(torch.promote_types(mean.dtype, torch.float32))
+    return (mean if num_tokens else torch.nan_to_num(mean)) * (num_tokens / total)
+
+
+# %% notebooks/03_experts.ipynb #refuse-wrappers
+def refuse_wrappers(layer: EPMoE) -> None:
+    """RuntimeError where DistributedDataParallel is at work: it has made all ranks' experts rank 0's."""
+    wrapper = nn.parallel.DistributedDataParallel
+    # What DDP itself uses to know that a forward is its own; there is no public way to ask.
+    if layer.mesh.ep.size > 1 and wrapper._get_active_ddp_module() is not None:
+        raise RuntimeError(
+            "DistributedDataParallel has overwritten the experts with rank 0's; use the model as it is, "
+            "and call sync_gradients(model, mesh) after backward"
+        )
+
+
+def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The experts' parameters, which mesh.ep shares out. TypeError where FSDP has sharded them once more."""
+    found = [p for layer in moe_layers(model) for p in layer.experts.parameters()]
+    if any(type(p) is not nn.Parameter for p in found):
+        kind = next(type(p).__name__ for p in found if type(p) is not nn.Parameter)
+        raise TypeError(
+            f"the experts' parameters are {kind}s; leave them out: fully_shard(..., ignored_params=set of them)"
+        )
+    return found
 
 
 # %% notebooks/03_experts.ipynb #all-reduce-gradients
-def all_reduce_gradients(parameters: list[nn.Parameter], comm: Communicator, *extra: Tensor) -> None:
-    """Sums the gradients of replicated parameters over the ranks, in place, in one message.
-
-    extra: further tensors (losses, say) that ride along and are summed in place as well.
-    A parameter without a gradient counts as zeros on the wire. Accumulates in float32 or wider.
-    """
-    if comm.size == 1:
+def sum_over(comm: Communicator, tensors: list[Tensor]) -> None:
+    """Sums tensors of any shapes over the ranks, in place, in one message, in float32 or wider."""
+    if comm.size == 1 or not tensors:
         return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    tensors = [parameter.grad for parameter in parameters] + list(extra)
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    wide = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
     bucket = comm.all_reduce(torch.cat([t.reshape(-1).to(wide) for t in tensors]))
     for tensor, summed in zip(tensors, bucket.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(summed.view_as(tensor))
+
+
+def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
+    """Sums every gradient over the ranks that hold a copy of its parameter: experts' over mesh.replicas, all
+    others over mesh.batch. Once an update, after the last micro-batch's backward. Collective.
+
+    extra: further tensors (losses, say) that ride along and are summed over the batch, in place. A parameter
+    without a gradient counts as zeros. RuntimeError where gradients have been summed already: set them to None
+    (`optimizer.zero_grad()`) before the next backward.
+    """
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise RuntimeError("the model is in DistributedDataParallel, which overwrites experts; take it out")
+    local = {id(p): p for p in expert_parameters(model) if p.requires_grad}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in local]
+    for parameter in [*local.values(), *others]:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if getattr(parameter.grad, "is_summed", False):
+            raise RuntimeError("these gradients are summed over the ranks already; zero_grad() before the backward")
+        parameter.grad.is_summed = True
+    sum_over(mesh.batch, [p.grad for p in others] + list(extra))
+    sum_over(mesh.replicas, [p.grad for p in local.values()])
+
+
+# %% notebooks/03_experts.ipynb #full-state
+def owners(model: nn.Module) -> dict[int, Experts]:
+    """{id of a parameter that mesh.ep shares out: the Experts that hold it}."""
+    expert_parameters(model)  # refuses what FSDP has sharded
+    return {id(p): layer.experts for layer in moe_layers(model) for p in layer.experts.parameters()}
+
+
+def full_state_dict(model: nn.Module, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """What world size 1 holds, whatever this one is: {name: tensor}, copies, the same on every rank. Collective.
+
+    With an optimizer also {"optimizer": {parameter's name: its state}}. Sends each rank's experts to all of mesh.ep.
+    """
+    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
+
+    def gather(p: Tensor | None, tensor: Tensor) -> Tensor:
+        is_stacked = id(p) in owner and tensor.shape == p.shape
+        tensor = tensor.detach()
+        return (mesh.ep.all_gather(tensor, "state").flatten(0, 1) if is_stacked else tensor).clone()
+
+    state = {}
+    for long, tensor in model.state_dict().items():
+        name = re.sub(r"(\.[wb]\d)\.\d+-\d+$", r"\1", long)
+        state[name] = gather(named.get(name), tensor)
+    if optimizer is not None:
+        kept = {name: optimizer.state[p] for name, p in named.items() if p in optimizer.state}
+        state["optimizer"] = {
+            name: {key: gather(named[name], value) for key, value in values.items()} for name, values in kept.items()
+        }
+    return state
+
+
+def load_full_state_dict(
+    model: nn.Module, state: dict, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Loads what full_state_dict gave, at any world size: every rank takes its own experts' part.
+
+    RuntimeError where names, shapes or the number of experts differ from the model's, as load_state_dict has it.
+    """
+    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
+
+    def own(name: str, tensor: Tensor) -> Tensor:
+        experts = owner.get(id(named.get(name)))
+        if experts is None or tensor.shape[1:] != named[name].shape[1:] or len(tensor) != experts.config.num_experts:
+            return tensor  # where it does not fit, load_state_dict says so
+        return tensor[experts.first_expert : experts.first_expert + experts.num_local]
+
+    def own_name(name: str) -> str:
+        experts = owner.get(id(named.get(name)))
+        return name if experts is None or mesh.ep.size == 1 else f"{name}.{experts.own_range}"
+
+    state = dict(state)
+    moments = state.pop("optimizer", {})
+    model.load_state_dict({own_name(name): own(name, tensor) for name, tensor in state.items()})
+    for name, kept in moments.items() if optimizer is not None else ():
+        optimizer.state[named[name]] = {key: own(name, value).clone() for key, value in kept.items()}
 
 
 # %% notebooks/03_experts.ipynb #dense-reference
@@ -799,13 +1309,13 @@ def dense_moe(
     topk_ids [T, K]: use these choices instead of the router's own (in low precision, or where -1 leaves some out).
     Returns y [T, D] and Switch's aux loss. 4 * T * E * D * F operations.
     """
-    gate = F.linear(x, parameters["router.gate.weight"], parameters["router.gate.bias"])
+    gate = F.linear(x, parameters["router.gate.weight"], parameters.get("router.gate.bias"))
     probs = gate.softmax(dim=-1)
     topk_ids = probs.topk(top_k).indices if topk_ids is None else topk_ids
     chosen = F.one_hot(topk_ids + 1, probs.shape[1] + 1)[..., 1:].sum(1).to(probs.dtype)
-    w1, b1, w2, b2, w3 = (parameters.get(f"experts.{name}") for name in ("w1", "b1", "w2", "b2", "w3"))
+    w1, b1, w2, b2, w3, b3 = (parameters.get(f"experts.{n}") for n in ("w1", "b1", "w2", "b2", "w3", "b3"))
     first = torch.einsum("td,edf->etf", x, w1) + (0 if b1 is None else b1[:, None])
-    third = None if w3 is None else torch.einsum("td,edf->etf", x, w3)
+    third = None if w3 is None else torch.einsum("td,edf->etf", x, w3) + (0 if b3 is None else b3[:, None])
     hidden = REGISTRIES["activation"][activation].apply(first, third)
     every = torch.einsum("etf,efd->etd", hidden, w2) + (0 if b2 is None else b2[:, None])
     y = torch.einsum("te,etd->td", probs * chosen, every)
@@ -834,11 +1344,19 @@ def shard_sizes(num_tokens: int, world_size: int) -> list[int]:
     return [num_tokens // world_size + (rank < num_tokens % world_size) for rank in range(world_size)]
 
 
+def mean_squared_error(y: Tensor, target: Tensor, num_global_tokens: int) -> Tensor:
+    """y, target [T, D] -> this rank's share of the mean over the global batch, float32 or wider; 0 without tokens."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    squared_error = (y.to(wide) - target.to(wide)).square().sum()
+    return squared_error / max(1, num_global_tokens * y.shape[1])
+
+
 @register("task", "linear")
 class TokenStream:
     """Endless batches x ~ N(0, 1) with their targets x teacher^T: the global batch, drawn alike on every rank.
 
-    The numbers depend on the seed and the kind of device, not on the number of ranks.
+    The numbers depend on the seed and the kind of device, not on the number of ranks. A task has next(), which
+    draws a batch, and loss(model, batch), this rank's share of the global loss.
     """
 
     def __init__(
@@ -846,19 +1364,31 @@ class TokenStream:
         config: MoEConfig,
         seed: int,
         num_tokens: int,
-        comm: Communicator,
+        batch: Communicator,
         device: torch.device | str = "cpu",
     ) -> None:
         self.teacher = make_teacher(config, seed).to(device)
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.num_tokens, self.comm = num_tokens, comm
+        self.num_tokens, self.batch = num_tokens, batch
 
     def next(self) -> tuple[Tensor, Tensor]:
         """This rank's share of the next global batch: x [T, D], target [T, D]."""
         shape = (self.num_tokens, self.teacher.shape[0])
         x = torch.randn(shape, generator=self.generator, device=self.generator.device)
-        x = x.tensor_split(self.comm.size)[self.comm.rank].to(self.teacher.dtype)
+        x = x.tensor_split(self.batch.size)[self.batch.rank].to(self.teacher.dtype)
         return x, F.linear(x, self.teacher)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The mean squared error over the global batch, as a share: the ranks' shares add up to it."""
+        x, target = batch
+        return mean_squared_error(model(x), target, self.num_tokens)
+
+
+# %% notebooks/04_training.ipynb #layer-model
+@register("model", "layer")
+def make_layer(config: MoEConfig, mesh: Mesh, seed: int, device: torch.device | str | None = None) -> EPMoE:
+    """The smallest model: one layer. A model is any module with any number of EPMoE layers in it."""
+    return EPMoE(config, mesh, seed=seed, device=device)
 
 
 # %% notebooks/04_training.ipynb #training-options
@@ -870,6 +1400,7 @@ class TrainingOptions:
     steps: optimiser steps
     lr: AdamW's learning rate
     aux_alpha: weight of the aux loss in the total loss
+    max_grad_norm: gradients are scaled down to this norm where theirs is larger (default: never)
     log_interval: steps between two log lines
     seed: of parameters, teacher and tokens
     tokens: tokens a step over all ranks, shared out as evenly as possible (default: 32 a rank)
@@ -877,13 +1408,16 @@ class TrainingOptions:
     log_dir: for TensorBoard and the text log (default: a new folder in ep_launcher/runs; TB_LOGDIR overrides)
     summary: write the run's summary to this JSON file
     timeout_s: seconds that a rank waits for another before the run ends with an error
-    task: what is learned: where the tokens and their targets come from
+    model: what is trained: which modules stand around the layer
+    task: what is learned: where the batches come from, and their loss
     step: how a training step runs; auto takes the fastest that can run there
+    plugin: a Python file that is run first; what it registers can be named by the other flags
     """
 
     steps: int = 2000
     lr: float = 5e-4
     aux_alpha: float = 1e-2
+    max_grad_norm: float | None = None
     log_interval: int = 100
     seed: int = 0
     tokens: int | None = None
@@ -891,81 +1425,69 @@ class TrainingOptions:
     log_dir: str | None = None
     summary: str | None = None
     timeout_s: float = 60
+    model: str = "layer"
     task: str = "linear"
     step: str = "auto"
+    plugin: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in {"steps": 1, "log_interval": 1, "tokens": 0, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, and must be at least {least}")
-        for name in ("lr", "timeout_s"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, and must be positive and finite")
+        for name in ("lr", "timeout_s", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}, and must be positive and finite")
         if not 0 <= self.aux_alpha < math.inf:
             raise ValueError(f"aux_alpha is {self.aux_alpha}, and must be finite and not below 0")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device is {self.device!r}; take auto, cpu or cuda")
 
 
+# %% notebooks/04_training.ipynb #clip-grad-norm
+def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
+    """Scales all gradients down to max_norm together, where theirs is larger -> the norm before, 0-dim, the same
+    on every rank: each expert counts on its rank, everything else once. After sync_gradients. No host sync; one
+    all-reduce of one number over mesh.ep.
+    """
+    local = {id(p) for p in expert_parameters(model)}
+    squares = {True: [], False: []}
+    for p in model.parameters():
+        if p.grad is not None:
+            wide = torch.promote_types(p.grad.dtype, torch.float32)
+            squares[id(p) in local].append(torch.linalg.vector_norm(p.grad, dtype=wide).square())
+    here, everywhere = (torch.stack(part).sum() if part else None for part in squares.values())
+    if here is None and everywhere is None:
+        return torch.zeros(())
+    total = mesh.ep.all_reduce(here.clone()) if here is not None else 0
+    norm = (total + (0 if everywhere is None else everywhere)).sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.mul_(scale.to(p.grad.dtype))
+    return norm
+
+
 # %% notebooks/04_training.ipynb #train-step
 def train_step(
-    model: EPMoE, x: Tensor, target: Tensor, num_global_tokens: int, options: TrainingOptions
+    model: nn.Module, mesh: Mesh, task: Any, batches: list[Any], options: TrainingOptions
 ) -> Tensor:
-    """Forward, loss, backward, gradients summed over ranks; the update is the caller's.
+    """Forward and backward of each micro-batch, then gradients summed over ranks, once; the update is the caller's.
 
-    x, target: this rank's [T, D]. The task loss is the mean squared error over the global batch.
-    Returns float32 or wider [2]: task and aux loss of the global batch, before the update, on every rank.
+    Returns float32 or wider [2]: task and aux loss before the update, summed over ranks and micro-batches.
     """
-    y, aux = model(x)
-    wide = torch.promote_types(y.dtype, torch.float32)
-    squared_error = (y.to(wide) - target.to(wide)).square().sum()
-    task = squared_error / max(1, num_global_tokens * x.shape[1])
-    (task + options.aux_alpha * aux).backward()
-    losses = torch.stack([task, aux.to(wide)]).detach()
-    all_reduce_gradients(model.replicated_parameters(), model.comm, losses)
-    return losses
-
-
-# %% notebooks/04_training.ipynb #choose-device
-def world_from_env() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size) as torchrun sets them; (0, 1, 0, 1) without it."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    return tuple(int(os.environ.get(name, default)) for name, default in names.items())
-
-
-def choose_device(wanted: str) -> torch.device:
-    """auto, cpu or cuda -> this rank's device. ValueError where cuda is asked for and there are too few GPUs."""
-    _, _, local_rank, local_world_size = world_from_env()
-    num_gpus = torch.cuda.device_count()
-    if wanted == "cuda" and num_gpus < local_world_size:
-        raise ValueError(
-            f"{local_world_size} ranks on this host want a GPU each, and it has {num_gpus}; "
-            "start fewer, or take --device cpu"
-        )
-    if wanted == "cpu" or num_gpus < local_world_size:
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank)
-
-
-# %% notebooks/04_training.ipynb #init-distributed
-def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | None:
-    """Joins the process group that torchrun announced: NCCL for GPUs, gloo for CPUs.
-
-    Returns the rendezvous store, through which ranks tell one another where they are; None at world size 1,
-    where no group is needed.
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_from_env()[1] == 1:
-        return None
-    if device.type == "cpu":
-        schedule_in_batches()
-    timeout = timedelta(seconds=timeout_s)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return dist.PrefixStore("ep_launcher", store)
+    losses = []
+    for batch in batches:
+        task_loss = task.loss(model, batch)
+        aux = aux_loss(model)
+        (task_loss + options.aux_alpha * aux).backward()
+        losses.append(torch.stack([task_loss, aux.to(task_loss.dtype)]).detach())
+    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
+    sync_gradients(model, mesh, total)
+    if options.max_grad_norm is not None:
+        clip_grad_norm_(model, options.max_grad_norm, mesh)
+    return total
 
 
 # %% notebooks/04_training.ipynb #stragglers
@@ -989,8 +1511,8 @@ class Heartbeat:
     A background thread writes `steps collectives` to the store, also while the main thread waits.
     """
 
-    def __init__(self, store: dist.Store | None, comm: Communicator) -> None:
-        self.store, self.comm, self.step = store, comm, 0
+    def __init__(self, store: dist.Store | None, meter: TrafficMeter) -> None:
+        self.store, self.meter, self.step = store, meter, 0
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
         if store is not None:
@@ -999,7 +1521,7 @@ class Heartbeat:
 
     def beat(self) -> None:
         """Writes this rank's position."""
-        self.store.set(f"position/{self.comm.rank}", f"{self.step} {self.comm.num_collectives}")
+        self.store.set(f"position/{self.meter.rank}", f"{self.step} {self.meter.num_collectives}")
 
     def run(self) -> None:
         """The thread: beats until stopped, or until the store is gone."""
@@ -1016,7 +1538,7 @@ class Heartbeat:
     def stragglers(self) -> str:
         """One line on the ranks that entered fewer collectives than the others. Waits 1.2 s for their beats."""
         time.sleep(1.2)
-        keys = [f"position/{rank}" for rank in range(self.comm.size)]
+        keys = [f"position/{rank}" for rank in range(self.meter.size)]
         if not all(self.store.check([key]) for key in keys):
             return "not every rank has started"
         return describe_positions([tuple(map(int, self.store.get(key).split())) for key in keys])
@@ -1079,6 +1601,7 @@ class RunLog:
         except OSError as error:
             raise ValueError(f"cannot write logs to {log_dir} ({error.strerror}); set --log-dir") from None
         from torch.utils.tensorboard import SummaryWriter  # a second's import that only rank 0 needs
+        from tqdm import tqdm  # whoever imports the layer alone needs neither
 
         self.writer = SummaryWriter(str(log_dir), purge_step=0)
         self.bar = tqdm(total=num_steps, unit="step", disable=None, dynamic_ncols=True)
@@ -1086,7 +1609,7 @@ class RunLog:
     def write(self, line: str) -> None:
         """A line on the screen and in train.log."""
         if self.writer:
-            tqdm.write(line)
+            self.bar.write(line)
             sys.stdout.flush()
             self.text.write(line + "\n")
 
@@ -1106,61 +1629,70 @@ class RunLog:
 
 # %% notebooks/04_training.ipynb #load-history
 class LoadHistory:
-    """Choices per expert, one row a log interval, over all ranks: what TensorBoard shows and the summary sums."""
+    """Choices per layer and expert, one entry a log interval, over all ranks: TensorBoard shows it, the summary sums it."""
 
-    def __init__(self, num_experts: int, device: torch.device | str = "cpu") -> None:
-        self.interval = torch.zeros(num_experts + 1, device=device)  # the last one counts choices not sent
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device | str = "cpu") -> None:
+        # int64: float32 stops counting at 2^24. The last column counts choices not sent.
+        self.interval = torch.zeros(num_layers, num_experts + 1, dtype=torch.int64, device=device)
         self.rows: list[Tensor] = []
 
-    def add(self, topk_ids: Tensor) -> None:
-        """Counts one step's choices [T, K] of this rank. No synchronisation."""
-        place = topk_ids.reshape(-1) % len(self.interval)  # -1, a choice not sent, becomes the last
-        self.interval.scatter_add_(0, place, torch.ones_like(place, dtype=self.interval.dtype))
+    def add(self, layer: int, topk_ids: Tensor) -> None:
+        """Counts one step's choices [T, K] of this rank in a layer. No synchronisation."""
+        place = topk_ids.reshape(-1) % self.interval.shape[1]  # -1, a choice not sent, becomes the last
+        self.interval[layer].scatter_add_(0, place, torch.ones_like(place))
 
-    def end_interval(self, comm: Communicator) -> None:
-        """Sums the interval over the ranks and begins the next. One all-reduce of E + 1 numbers."""
-        self.rows.append(comm.all_reduce(self.interval.clone()).cpu())
+    def end_interval(self, batch: Communicator) -> None:
+        """Sums the interval over the ranks and begins the next. One all-reduce of E + 1 numbers a layer."""
+        self.rows.append(batch.all_reduce(self.interval.clone()).cpu())
         self.interval.zero_()
 
     def newest(self, least_choices: int = 6400) -> tuple[float, float]:
-        """(largest load over mean load, fraction of choices not sent) in the newest intervals that hold
-        least_choices together, or in all intervals where there are fewer. 0 where there is nothing."""
+        """(largest load over mean load of any layer, fraction of choices not sent) in the newest intervals that hold
+        least_choices a layer together, or in all intervals where there are fewer. 0 where there is nothing."""
         total = torch.zeros_like(self.rows[-1])
         for row in reversed(self.rows):
             total += row
-            if total.sum() >= least_choices:
+            if total.sum() >= least_choices * len(total):
                 break
-        load, lost = total[:-1], total[-1]
-        max_over_mean = load.max() / load.mean() if load.sum() > 0 else lost * 0
+        load, lost = total[:, :-1].double(), total[:, -1].sum()
+        max_over_mean = (load.amax(1) / load.mean(1).clamp(min=1e-9)).max()
         return float(max_over_mean), float(lost / total.sum().clamp(min=1))
 
     def image(self) -> Tensor:
-        """float32 [1, E, intervals] in 0 to 1: each interval's load as a column, its largest expert white."""
-        history = torch.stack(self.rows, dim=1)[:-1]
+        """float32 [1, layers * E, intervals] in 0 to 1: each interval's load as a column, its largest expert white."""
+        history = torch.stack([row[:, :-1].flatten() for row in self.rows], dim=1).float()
         return (history / history.amax(dim=0).clamp(min=1))[None]
 
     def show(self, log: RunLog, step: int) -> None:
         """The last interval as histogram, all of them as an image."""
         if log.writer:
-            load = self.rows[-1][:-1]
-            log.writer.add_histogram("load/per_expert", load / load.mean().clamp(min=1), step)
+            load = self.rows[-1][:, :-1].double()
+            log.writer.add_histogram("load/per_expert", load / load.mean(1, keepdim=True).clamp(min=1), step)
             log.writer.add_image("load/over_time", self.image(), step)
 
 
 # %% notebooks/04_training.ipynb #step-bytes
-def predicted_bytes(model: EPMoE) -> int:
-    """Bytes of rows that one training step sends over all ranks, from the last step's topk_ids alone.
+def every_ranks_ids(topk_ids: Tensor, comm: Communicator) -> list[Tensor]:
+    """topk_ids int64 [T, K] -> every rank's, by rank, on the CPU. Collective; under the meter's name `metadata`."""
+    lengths = comm.all_gather(torch.tensor([len(topk_ids)], device=topk_ids.device), "metadata").flatten().tolist()
+    padded = F.pad(topk_ids, (0, 0, 0, max(lengths) - len(topk_ids)))
+    gathered = comm.all_gather(padded, "metadata").cpu()
+    return [block[:length] for block, length in zip(gathered, lengths, strict=True)]
 
-    Dispatch forward, combine forward and backward; tokens need no gradient here, so dispatch has no backward.
-    A collective call: every rank enters. It moves 8 * T * K bytes a rank, under the meter's name `metadata`.
+
+def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, int]:
+    """Bytes that the last step's forward and backward send over all ranks, by pass, from topk_ids alone.
+
+    Summed over the layers. x_needs_grad: of the first layer, whose tokens are a batch's as a rule; what comes to the
+    others was computed. Collective: every rank enters.
     """
-    config, comm, ids = model.config, model.comm, model.topk_ids
-    lengths = comm.all_gather(torch.tensor([len(ids)], device=ids.device), "metadata").flatten().tolist()
-    padded = F.pad(ids, (0, 0, 0, max(lengths) - len(ids)))
-    gathered = comm.all_gather(padded, "metadata")
-    every = [block[:length] for block, length in zip(gathered, lengths, strict=True)]
-    dispatched, combined = model.dispatcher.rows_sent(every, config.num_local_experts(comm.size))
-    return (dispatched + 2 * combined) * config.hidden_dim * DTYPES[config.dtype].itemsize
+    totals = dict.fromkeys(PASSES, 0)
+    for number, layer in enumerate(moe_layers(model)):
+        ids, config = every_ranks_ids(layer.topk_ids, layer.mesh.ep), layer.config
+        arguments = ids, config.hidden_dim, DTYPES[config.dtype], x_needs_grad or number > 0
+        for name, sent in layer.dispatcher.predict_bytes(*arguments).items():
+            totals[name] += sum_over_ranks(int(sent[layer.mesh.ep.rank].sum()), layer.mesh.batch, layer.topk_ids.device)
+    return totals
 
 
 def sum_over_ranks(value: int, comm: Communicator, device: torch.device | str = "cpu") -> int:
@@ -1173,7 +1705,7 @@ class NonFiniteLoss(RuntimeError):
     """The loss is NaN or infinite; every rank raises it at the same step."""
 
 
-def check_finite(losses: Tensor, step: int, comm: Communicator) -> None:
+def check_finite(losses: Tensor, step: int) -> None:
     """NonFiniteLoss where the global losses [2] are not finite. They are sums over ranks, so all ranks agree."""
     if not losses.isfinite().all():
         task, aux = losses.tolist()
@@ -1189,20 +1721,19 @@ class Run:
 
     config: MoEConfig
     options: TrainingOptions
-    comm: Communicator
+    mesh: Mesh
     device: torch.device
     heartbeat: Heartbeat
     log: RunLog
 
     def __post_init__(self) -> None:
-        """Later chapters' option groups that have a method for_run(run) fit themselves to this run."""
-        extras = (extra.for_run(self) if hasattr(extra, "for_run") else extra for extra in self.config.extras)
-        self.config = replace(self.config, extras=tuple(extras))
+        """Later chapters' option groups fit themselves to this run."""
+        self.config = replace(self.config, extras=tuple(extra.for_run(self) for extra in self.config.extras))
 
     @property
     def num_global_tokens(self) -> int:
         """Tokens a step over all ranks."""
-        return 32 * self.comm.size if self.options.tokens is None else self.options.tokens
+        return 32 * self.mesh.batch.size if self.options.tokens is None else self.options.tokens
 
 
 # %% notebooks/04_training.ipynb #log-losses
@@ -1218,29 +1749,30 @@ def log_losses(run: Run, step: int, task: float, aux: float, seconds: float) -> 
 class Record:
     """Watches a run: losses, time, load, bytes. Reads the device only at log intervals, on a GPU."""
 
-    def __init__(self, run: Run, model: EPMoE) -> None:
-        self.run, self.model, self.comm = run, model, run.comm
+    def __init__(self, run: Run, model: nn.Module) -> None:
+        self.run, self.model, self.layers = run, model, moe_layers(model)
         self.timer = StepTimer(run.device)
-        self.history = LoadHistory(run.config.num_experts, run.device)
+        self.history = LoadHistory(len(self.layers), run.config.num_experts, run.device)
         self.tail: list[Tensor] = []  # losses of the last 5% of steps
         self.logged: list[tuple[float, float]] = []  # (task, aux) at every log interval
         self.interval_start = time.perf_counter()
         self.bytes_before = 0
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self) -> None:
         """Reads the meter; a step's bytes are the difference."""
         self.timer.mark()
-        self.bytes_before = self.comm.meter.total("rows")
+        self.bytes_before = self.run.mesh.meter.total(*PASSES)
 
     def end_step(self, step: int, losses: Tensor) -> None:
         """Takes the global losses [2] of this step, logs them where it is time, stops at NaN."""
         options = self.run.options
         is_logged = step % options.log_interval == 0
         if is_logged or self.run.device.type == "cpu":
-            check_finite(losses, step, self.comm)
+            check_finite(losses, step)
         if step >= options.steps - max(1, options.steps // 20):
             self.tail.append(losses)
-        self.history.add(self.model.topk_ids)
+        for number, layer in enumerate(self.layers):
+            self.history.add(number, layer.topk_ids)
         if is_logged:
             self.end_interval(step, losses)
         if self.run.log.bar:
@@ -1253,22 +1785,23 @@ class Record:
         now = time.perf_counter()
         seconds, self.interval_start = now - self.interval_start, now
         log_losses(self.run, step, task, aux, seconds)
-        self.history.end_interval(self.comm)
+        self.history.end_interval(self.run.mesh.batch)
         self.history.show(self.run.log, step)
         for show in self.run.config.hooks("show"):
-            show(self.run.log, step, self.model)
+            for layer in self.layers:
+                show(self.run.log, step, layer)
 
 
 # %% notebooks/04_training.ipynb #measured-summary
 def measured_summary(record: Record) -> dict[str, Any]:
     """The measured part of the summary. Collective: every rank enters."""
-    run, comm = record.run, record.comm
+    run, batch, meter = record.run, record.run.mesh.batch, record.run.mesh.meter
     record.timer.mark()
-    sent = comm.meter.total("rows") - record.bytes_before
-    metadata = comm.meter.total("metadata") // run.options.steps
-    record.history.end_interval(comm)
+    sent = meter.total(*PASSES) - record.bytes_before
+    metadata = meter.total("metadata") // run.options.steps
+    record.history.end_interval(batch)
     tail = torch.stack(record.tail)
-    check_finite(tail.sum(0), run.options.steps - 1, comm)
+    check_finite(tail.sum(0), run.options.steps - 1)
     max_load_over_mean, dropped_fraction = record.history.newest()
     return {
         "task_loss": [task for task, _ in record.logged],
@@ -1276,10 +1809,10 @@ def measured_summary(record: Record) -> dict[str, Any]:
         "aux_loss": float(tail[:, 1].mean()),
         "ms_per_step": record.timer.median_ms(),
         "bytes_sent_per_step": {
-            "predicted": predicted_bytes(record.model),
-            "counted": sum_over_ranks(sent, comm, run.device),
+            "predicted": sum(predicted_bytes(record.model).values()),
+            "counted": sum_over_ranks(sent, batch, run.device),
         },
-        "metadata_bytes_per_step": sum_over_ranks(metadata, comm, run.device),
+        "metadata_bytes_per_step": sum_over_ranks(metadata, batch, run.device),
         "dropped_fraction": dropped_fraction,
         "max_load_over_mean": max_load_over_mean,
     }
@@ -1290,58 +1823,58 @@ def measured_summary(record: Record) -> dict[str, Any]:
 class EagerStep:
     """One training step, operation by operation: draw, forward, backward, one all-reduce, update."""
 
-    def __init__(self, run: Run, model: EPMoE, stream: TokenStream, optimizer: torch.optim.Optimizer) -> None:
-        self.run, self.model, self.stream, self.optimizer = run, model, stream, optimizer
+    def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.run, self.model, self.task, self.optimizer = run, model, task, optimizer
 
     @staticmethod
-    def preference(run: Run, model: EPMoE) -> int:
+    def preference(run: Run, model: nn.Module) -> float:
         """How much `auto` likes this kind of step for this run; 0 where it cannot run."""
         return 1
 
     def __call__(self) -> Tensor:
         """One step -> the global losses [2] before its update."""
-        x, target = self.stream.next()
         self.optimizer.zero_grad()
-        losses = train_step(self.model, x, target, self.run.num_global_tokens, self.run.options)
+        losses = train_step(self.model, self.run.mesh, self.task, [self.task.next()], self.run.options)
         self.optimizer.step()
-        self.model.balance.after_step()
+        after_step(self.model)
         return losses
 
 
 # %% notebooks/04_training.ipynb #pick-step
-def pick_step(run: Run, model: EPMoE) -> Any:
-    """The kind of step that --step names, or the one that likes this run best; one that cannot run is replaced."""
-    kinds = REGISTRIES["step"]
+def pick_step(run: Run, model: nn.Module) -> str:
+    """The name of the kind of step that --step names, or of the one that likes this run best. CannotRun for one
+    that cannot run here."""
+    kinds, name = REGISTRIES["step"], run.options.step
     best = max(kinds, key=lambda name: kinds[name].preference(run, model))
-    name = best if run.options.step == "auto" else run.options.step
-    if not kinds[name].preference(run, model):
-        where = f"world size {run.comm.size}, {run.device.type}"
-        say_once(f"step {name} cannot run here ({where}): taking {best}")
-        name = best
-    return kinds[name]
+    if name != "auto" and kinds[name].preference(run, model) <= 0:
+        took = ", ".join(f"{kind} {taken}" for kind, taken in moe_layers(model)[0].took.items())
+        where = f"{run.mesh.batch.size} {run.device.type} rank(s), {took}"
+        raise CannotRun(f"step {name} cannot run here ({where}); take auto (here: {best})")
+    return best if name == "auto" else name
 
 
 # %% notebooks/04_training.ipynb #train
 def train(run: Run) -> dict[str, Any]:
-    """Trains the layer on the run's task -> the measured part of the summary. Collective.
+    """Trains the run's model on its task -> the measured part of the summary. Collective.
 
     Every step: draw, forward, backward, one all-reduce, update. NonFiniteLoss where the loss breaks.
     """
-    options, comm, device = run.options, run.comm, run.device
-    model = EPMoE(run.config, comm, options.seed, device)
-    task = REGISTRIES["task"][options.task]
-    stream = task(run.config, options.seed, run.num_global_tokens, comm, device)
-    step_kind = pick_step(run, model)
+    options, mesh, device = run.options, run.mesh, run.device
+    model = REGISTRIES["model"][options.model](run.config, mesh, options.seed, device)
+    make_task = REGISTRIES["task"][options.task]
+    task = make_task(run.config, options.seed, run.num_global_tokens, mesh.batch, device)
+    took = moe_layers(model)[0].took | {"step": pick_step(run, model)}
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.lr, fused=True, capturable=device.type == "cuda"
     )
-    advance = step_kind(run, model, stream, optimizer)
+    advance = REGISTRIES["step"][took["step"]](run, model, task, optimizer)
+    run.log.write(", ".join(f"{kind} {name}" for kind, name in took.items()) + f", world size {mesh.batch.size}")
     record = Record(run, model)
     for step in range(options.steps):
         run.heartbeat.step = step
-        record.begin_step(step)
+        record.begin_step()
         record.end_step(step, advance())
-    return measured_summary(record)
+    return measured_summary(record) | {"took": took}
 
 
 # %% notebooks/04_training.ipynb #flags
@@ -1352,10 +1885,13 @@ def field_help(group: type) -> dict[str, str]:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are ValueErrors."""
+    """An ArgumentParser whose complaints are ValueErrors, with the flag that was meant where one is near."""
 
     def error(self, message: str) -> None:
-        raise ValueError(f"{message}; --help lists the flags")
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        raise ValueError(f"{message}; {hint}")
 
 
 # %% notebooks/04_training.ipynb #make-parser
@@ -1381,18 +1917,39 @@ def make_parser() -> FlagParser:
         for f in fields(group):
             if not f.metadata.get("flag", True):
                 continue
-            default = "" if f.default is None else f" (default: {f.default})"
-            text = (texts.get(f.name, "") + default).replace("%", "%%")
+            default = f.metadata.get("default", f.default)
+            shown = "" if default is None else f" (default: {default})"
+            text = (texts.get(f.name, "") + shown).replace("%", "%%")
             settings = flag_settings(f.name, f.type, f.default)
-            flags.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **settings)
+            flags.add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **settings)
     return parser
 
 
 # %% notebooks/04_training.ipynb #parse-flags
+def load_plugin(argv: list[str] | None) -> None:
+    """Runs the file that --plugin names, before the flags are read: it may register what they name.
+
+    It imports this program as `ep_launcher.launcher`, whose registries are the running ones. ValueError where the
+    file cannot be read.
+    """
+    parser = FlagParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugin")
+    path = parser.parse_known_args(argv)[0].plugin
+    if path is None:
+        return
+    sys.modules["ep_launcher.launcher"] = sys.modules[register.__module__]
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the plugin {path} ({error}); --plugin names a Python file") from None
+    exec(compile(source, str(path), "exec", dont_inherit=True), {"__name__": "plugin", "__file__": str(path)})
+
+
 def parse_flags(argv: list[str] | None = None) -> tuple[MoEConfig, TrainingOptions]:
     """Command line -> config, with later chapters' groups as extras, and training options. ValueError if bad."""
+    load_plugin(argv)
     values = vars(make_parser().parse_args(argv))
-    groups = {}  # by name: a notebook that runs a group's cell again makes a second class of that name
+    groups = {}
     for group in OPTION_GROUPS:
         names = [f.name for f in fields(group) if f.metadata.get("flag", True)]
         groups[group.__name__] = group(**{name: values[name] for name in names})
@@ -1414,7 +1971,10 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
         )
     if options.summary and not os.access(Path(options.summary).resolve().parent, os.W_OK):
         raise ValueError(f"cannot write the summary to {options.summary}; make its folder first")
-    return choose_device(options.device)
+    device = choose_device(options.device)
+    for kind in ("dispatcher", "experts"):
+        pick(kind, config, device, world_size)
+    return device
 
 
 # %% notebooks/04_training.ipynb #refuse
@@ -1448,14 +2008,14 @@ def relative_to_root(path: str | Path) -> str:
 def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> None:
     """The summary as JSON, where --summary asks for it; rank 0 only. Written aside, then renamed."""
     options = run.options
-    if not options.summary or run.comm.rank != 0:
+    if not options.summary or run.mesh.batch.rank != 0:
         return
     flags = asdict(run.config) | asdict(options)
     for extra in flags.pop("extras"):
         flags |= extra
     flags |= {"log_dir": relative_to_root(log_dir), "summary": relative_to_root(options.summary)}
     summary = (
-        {"world_size": run.comm.size, "steps": options.steps}
+        {"world_size": run.mesh.batch.size, "steps": options.steps}
         | measured
         | {
             "config": flags,
@@ -1502,11 +2062,14 @@ def schedule_in_batches() -> None:
 
 # %% notebooks/04_training.ipynb #report-failure
 def report_failure(run: Run, error: Exception) -> int:
-    """Prints one line on one rank, says who stayed behind where a collective failed, and returns 1."""
+    """Prints one line on one rank, says in which cell a collective failed and who stayed behind, and returns 1."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if run.heartbeat.first_to_report():
-        where = f" ({run.heartbeat.stragglers()})" if isinstance(error, CollectiveError) else ""
-        print(f"error: {error}{where}", file=sys.stderr, flush=True)
+        line = str(error)
+        if isinstance(error, CollectiveError):
+            locate = getattr(sys.excepthook, "locate", lambda error: "")  # a stitched program's hook knows its cells
+            line += f"{locate(error)} ({run.heartbeat.stragglers()})"
+        print(f"error: {line}", file=sys.stderr, flush=True)
     else:
         time.sleep(5)  # torchrun ends every rank when the first one leaves: let the reporting rank finish
     return 1
@@ -1525,19 +2088,23 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
         log = RunLog(log_dir, options.steps, rank)
     except ValueError as error:
         return refuse(str(error))
+    if device.type == "cpu":
+        schedule_in_batches()
     store = init_distributed(device, options.timeout_s)
-    comm = Communicator()
-    run = Run(config, options, comm, device, Heartbeat(store, comm), log)
+    mesh = init_ep()
+    run = Run(config, options, mesh, device, Heartbeat(store, mesh.meter), log)
     signal.signal(signal.SIGTERM, interrupt)
     try:
         measured = train(run)
         write_summary(run, measured, log_dir)
         log.write(
-            f"task loss {measured['final_task_loss']:.6f} after {options.steps} steps on {comm.size} "
+            f"task loss {measured['final_task_loss']:.6f} after {options.steps} steps on {mesh.batch.size} "
             f"{device.type} rank(s), {measured['ms_per_step']:.2f} ms a step"
         )
         log.write(f"logs in {relative_to_root(log_dir)}; to look at them: make tensorboard")
         return 0
+    except CannotRun as error:
+        return refuse(str(error))
     except (CollectiveError, NonFiniteLoss) as error:
         return report_failure(run, error)
     except KeyboardInterrupt:
@@ -1600,21 +2167,31 @@ def uses_kernels(x: Tensor) -> bool:
 
 
 # %% notebooks/06_grouped_experts.ipynb #sort-choices
-@dataclass
+@dataclass(frozen=True)
 class RowOrder:
     """Which row each choice becomes when rows are sorted by expert; the map between tokens and rows.
 
-    row_of_choice int64 [T, K]: -1 for a choice that is not sent. choice_of_row int64 [R], R = T * K: rows behind
-    the last one sent hold choices that are not. counts int64 [E]: rows an expert. Nothing here reaches the host.
+    row_of_choice int64 [T, K]: -1 for a choice that is not sent. choice_of_row int64 [R]: rows behind the last one
+    sent hold choices that are not, or -1. counts int64 [E]: rows an expert. has_gaps: rows of choice -1 must hold
+    zeros. Nothing here reaches the host.
     """
 
     row_of_choice: Tensor
     choice_of_row: Tensor
     counts: Tensor
+    has_gaps: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What autograd has to keep of it."""
+        return self.row_of_choice, self.choice_of_row, self.counts
 
 
-def order_rows(topk_ids: Tensor, num_experts: int) -> RowOrder:
-    """topk_ids int64 [T, K], -1 where a choice is not sent -> RowOrder, stable: ties by (token, k). No host sync."""
+def order_rows(topk_ids: Tensor, num_experts: int, max_pairs: int | None = None) -> RowOrder:
+    """topk_ids int64 [T, K], -1 where a choice is not sent -> RowOrder, stable: ties by (token, k). No host sync.
+
+    max_pairs: so many choices are sent at most, and R; by default R is T * K.
+    """
     expert = topk_ids.reshape(-1)
     expert = torch.where(expert < 0, num_experts, expert)
     # A radix sort's passes grow with the bytes of its keys.
@@ -1624,25 +2201,27 @@ def order_rows(topk_ids: Tensor, num_experts: int) -> RowOrder:
     row_of_choice = torch.empty_like(choice_of_row)
     row_of_choice[choice_of_row] = torch.arange(len(expert), device=expert.device)
     row_of_choice = torch.where(topk_ids < 0, -1, row_of_choice.view(topk_ids.shape))
-    return RowOrder(row_of_choice, choice_of_row, counts)
+    return RowOrder(row_of_choice, choice_of_row[:max_pairs], counts)
 
 
 # %% notebooks/06_grouped_experts.ipynb #copy-rows-kernel
 @kernel
-def copy_to_rows_kernel(x, row_of_choice, rows, num_columns, TOP_K: constexpr, BLOCK: constexpr):
+def copy_to_rows_kernel(
+    x, row_of_choice, rows, num_columns, x_stride, rows_stride, TOP_K: constexpr, BLOCK: constexpr
+):
     """Program (t, block): reads a piece of token t once and writes it to each of its rows."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    piece = tl.load(x + token * num_columns + column, mask=column < num_columns, other=0.0)
+    piece = tl.load(x + token * x_stride + column, mask=column < num_columns, other=0.0)
     for k in tl.static_range(TOP_K):
         row = tl.load(row_of_choice + token * TOP_K + k)
-        tl.store(rows + row * num_columns + column, piece, mask=(column < num_columns) & (row >= 0))
+        tl.store(rows + row * rows_stride + column, piece, mask=(column < num_columns) & (row >= 0))
 
 
 # %% notebooks/06_grouped_experts.ipynb #sum-rows-kernel
 @kernel
 def sum_rows_kernel(
-    a, b, row_of_choice, y, num_columns, HAS_B: constexpr, TOP_K: constexpr, BLOCK: constexpr
+    a, b, row_of_choice, y, num_columns, a_stride, HAS_B: constexpr, TOP_K: constexpr, BLOCK: constexpr
 ):
     """Program (t, block): adds up a piece of token t's rows (of two tensors) in float32, and writes it once."""
     token = tl.program_id(0).to(tl.int64)
@@ -1651,9 +2230,9 @@ def sum_rows_kernel(
     for k in tl.static_range(TOP_K):
         row = tl.load(row_of_choice + token * TOP_K + k)
         is_read = (column < num_columns) & (row >= 0)
-        total += tl.load(a + row * num_columns + column, mask=is_read, other=0.0).to(tl.float32)
+        total += tl.load(a + row * a_stride + column, mask=is_read, other=0.0).to(tl.float32)
         if HAS_B:
-            total += tl.load(b + row * num_columns + column, mask=is_read, other=0.0).to(tl.float32)
+            total += tl.load(b + row * a_stride + column, mask=is_read, other=0.0).to(tl.float32)
     tl.store(y + token * num_columns + column, total.to(y.dtype.element_ty), mask=column < num_columns)
 
 
@@ -1665,36 +2244,48 @@ def column_block(num_columns: int, limit: int = 1024) -> int:
     return min(limit, divisor if divisor >= 128 else whole)
 
 
-def copy_to_rows(x: Tensor, order: RowOrder) -> Tensor:
-    """x [T, D] -> [R, D]: row r is the token of its choice. Rows of choices not sent hold anything."""
-    (num_tokens, top_k), d = order.row_of_choice.shape, x.shape[1]
+def copy_to_rows(x: Tensor, order: RowOrder, out: Tensor | None = None) -> Tensor:
+    """x [T, D] -> [R, D]: row r is the token of its choice. Rows of choices not sent hold anything, or zeros where
+    the order has gaps. x and out may be the first columns of wider tensors."""
+    (num_tokens, top_k), d, num_rows = order.row_of_choice.shape, x.shape[1], len(order.choice_of_row)
     if not uses_kernels(x):
-        return x[order.choice_of_row // top_k]
-    rows = x.new_empty(num_tokens * top_k, d)
+        rows = x[order.choice_of_row.clamp(min=0) // top_k] if num_tokens else x.new_zeros(num_rows, d)
+        rows = torch.where((order.choice_of_row < 0)[:, None], 0, rows) if order.has_gaps else rows
+        return rows if out is None else out.copy_(rows)
+    if out is None:
+        out = (x.new_zeros if order.has_gaps else x.new_empty)(num_rows, d)
     block = column_block(d, 2048)
     if num_tokens:
+        x = x if x.stride(1) == 1 else x.contiguous()
         grid = (num_tokens, triton.cdiv(d, block))
-        copy_to_rows_kernel[grid](x.contiguous(), order.row_of_choice, rows, d, top_k, block, num_warps=4)
-    return rows
+        copy_to_rows_kernel[grid](
+            x, order.row_of_choice, out, d, x.stride(0), out.stride(0), top_k, block, num_warps=4
+        )  # fmt: skip
+    return out
 
 
 # %% notebooks/06_grouped_experts.ipynb #sum-rows
 def sum_rows(a: Tensor, order: RowOrder, b: Tensor | None = None) -> Tensor:
-    """a [R, D] (+ b [R, D]) -> [T, D]: the sum of each token's rows, in float32 or wider; no atomics."""
+    """a [R, D] (+ b [R, D]) -> [T, D]: the sum of each token's rows, in float32 or wider; no atomics.
+
+    a may be the first columns of a wider tensor; b is laid out alike.
+    """
     (num_tokens, top_k), d = order.row_of_choice.shape, a.shape[1]
     if not uses_kernels(a):
         wide = torch.promote_types(a.dtype, torch.float32)
         rows = a.to(wide) if b is None else a.to(wide) + b.to(wide)
-        is_sent = (order.row_of_choice >= 0).unsqueeze(2)
-        picked = rows[order.row_of_choice.clamp(min=0)] if len(rows) else rows.new_zeros(num_tokens, top_k, d)
-        return torch.where(is_sent, picked, 0).sum(1).to(a.dtype)
+        row = order.row_of_choice
+        if not len(rows) or not num_tokens:
+            return a.new_zeros(num_tokens, d)
+        is_sent = (row >= 0).to(wide)
+        return F.embedding_bag(row.clamp(min=0), rows, mode="sum", per_sample_weights=is_sent).to(a.dtype)
     y = a.new_empty(num_tokens, d)
     block = column_block(d, 1024)
     if num_tokens:
         grid = (num_tokens, triton.cdiv(d, block))
         other = a if b is None else b
         sum_rows_kernel[grid](
-            a, other, order.row_of_choice, y, d, b is not None, top_k, block, num_warps=4
+            a, other, order.row_of_choice, y, d, a.stride(0), b is not None, top_k, block, num_warps=4
         )  # fmt: skip
     return y
 
@@ -1705,12 +2296,13 @@ class Permute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: RowOrder) -> Tensor:
-        ctx.order = order
+        ctx.save_for_backward(*order.tensors)
         return copy_to_rows(x, order)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return sum_rows(grad.contiguous(), ctx.order), None
+        return sum_rows(grad.contiguous(), RowOrder(*ctx.saved_tensors)), None
 
 
 class Unpermute(torch.autograd.Function):
@@ -1718,63 +2310,58 @@ class Unpermute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: RowOrder) -> Tensor:
-        ctx.order = order
+        ctx.save_for_backward(*order.tensors)
         return sum_rows(rows, order)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return copy_to_rows(grad.contiguous(), ctx.order), None
+        return copy_to_rows(grad.contiguous(), RowOrder(*ctx.saved_tensors)), None
 
 
 # %% notebooks/06_grouped_experts.ipynb #weights-of-rows
-class WeightsOfRows(torch.autograd.Function):
-    """topk_weights [T, K] -> [R]: the weight of each row's choice, 0 for a choice not sent.
+def weights_of_rows(topk_weights: Tensor, order: RowOrder) -> Tensor:
+    """topk_weights [T, K] -> [R]: the weight of each row's choice, 0 for a choice not sent."""
+    sent = torch.where(order.row_of_choice < 0, 0, topk_weights).reshape(-1)
+    if not len(sent):
+        return sent.new_zeros(len(order.choice_of_row))
+    weights = sent[order.choice_of_row.clamp(min=0)]
+    return torch.where(order.choice_of_row < 0, 0, weights) if order.has_gaps else weights
 
-    Every row has one choice, so backward is a look-up too, where autograd's own would sort and add.
-    """
 
-    @staticmethod
-    def forward(ctx: Any, topk_weights: Tensor, order: RowOrder) -> Tensor:
-        ctx.order = order
-        sent = torch.where(order.row_of_choice < 0, 0, topk_weights)
-        return sent.reshape(-1)[order.choice_of_row]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        row = ctx.order.row_of_choice
-        return torch.where(row < 0, 0, grad[row.clamp(min=0)]), None
+def weights_of_choices(weights: Tensor, order: RowOrder) -> Tensor:
+    """The way back, [R] -> [T, K]: what each choice's row has, 0 for a choice not sent. Every row has one choice, so
+    it is a look-up too."""
+    row = order.row_of_choice
+    return torch.where(row < 0, 0, weights[row.clamp(min=0)]) if len(weights) else weights.new_zeros(row.shape)
 
 
 # %% notebooks/06_grouped_experts.ipynb #local-dispatcher
 @register("dispatcher", "local")
 class LocalDispatcher(Dispatcher):
-    """One rank: nothing travels. A sort by expert, one copy there, one sum back; no host synchronisation."""
+    """One rank: nothing travels, and what arrives is what was there."""
+
+    syncs_host, records = False, True
 
     @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
         """Runs on one rank alone."""
         return 50 if ep_size == 1 else 0
 
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """See Dispatcher. R is T * K whatever the choices, so that no number has to reach the host."""
-        order = order_rows(routing.topk_ids, self.config.num_experts)
-        weights = WeightsOfRows.apply(routing.topk_weights, order)
-        return Permute.apply(x, order), order.counts, (order, weights)
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+        """See Dispatcher."""
+        return Arrived(x, topk_ids, topk_weights)
 
-    def combine(self, rows: Tensor, handle: Any) -> Tensor:
-        """See Dispatcher. The weights are applied in float32 or wider."""
-        order, weights = handle
-        return Unpermute.apply(rows.to(weights.dtype) * weights.unsqueeze(1), order).to(rows.dtype)
+    def begin_combine(self, y: Tensor, handle: None) -> Tensor:
+        """See Dispatcher."""
+        return y
 
-    def run(self, x: Tensor, routing: Routing, experts: Any) -> Tensor:
-        """See Dispatcher: the experts' own way for tokens where they have one."""
-        y = experts.forward_tokens(x, routing)
-        return super().run(x, routing, experts) if y is None else y
-
-    @staticmethod
-    def rows_sent(topk_ids: list[Tensor], num_local_experts: int) -> tuple[int, int]:
+    def predict_bytes(
+        self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
+    ) -> dict[str, Tensor]:
         """See Dispatcher: nothing."""
-        return 0, 0
+        nothing = torch.zeros(1, 1, dtype=torch.int64)
+        return bytes_by_pass(nothing, nothing, 0, 0, 0)
 
 
 # %% notebooks/06_grouped_experts.ipynb #swiglu
@@ -1785,34 +2372,41 @@ class SwiGLU:
     has_bias, is_gated = False, True
 
     @staticmethod
-    def apply(up: Tensor, gate: Tensor | None = None) -> Tensor:
-        """up [n, F] = x w1, gate [n, F] = x w3 -> [n, F]."""
-        return F.silu(up) * gate
+    def apply(gate: Tensor, up: Tensor | None = None) -> Tensor:
+        """gate [n, F] = x w1, up [n, F] = x w3 -> [n, F]."""
+        return F.silu(gate) * up
+
+    @staticmethod
+    def gradient(grad: Tensor, gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The result's gradient [n, F], and apply's arguments -> their gradients."""
+        s = gate.sigmoid()
+        silu = gate * s
+        return grad * up * (s + silu * (1 - s)), grad * silu
 
 
 # %% notebooks/06_grouped_experts.ipynb #swiglu-kernel
 @kernel
-def swiglu_kernel(up, third, weights, num_rows, hidden, num_columns, ROWS: constexpr, BLOCK: constexpr):
-    """Program (rows, block): hidden = silu(up) * third * weight, in float32; zeros behind the last row sent."""
+def swiglu_kernel(gate, up, weights, num_rows, hidden, num_columns, ROWS: constexpr, BLOCK: constexpr):
+    """Program (rows, block): hidden = silu(gate) * up * weight, in float32; nothing behind the last row sent."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     last = tl.load(num_rows)
     at = row[:, None] * num_columns + column[None, :]
     is_read = (row < last)[:, None] & (column < num_columns)[None, :]
+    g = tl.load(gate + at, mask=is_read, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
-    v = tl.load(third + at, mask=is_read, other=0.0).to(tl.float32)
     w = tl.load(weights + row, mask=row < last, other=0.0).to(tl.float32)
-    value = u * tl.sigmoid(u) * v * w[:, None]
+    value = g * tl.sigmoid(g) * u * w[:, None]
     tl.store(hidden + at, value.to(hidden.dtype.element_ty), mask=is_read)
 
 
 # %% notebooks/06_grouped_experts.ipynb #swiglu-backward-kernel
 @kernel
 def swiglu_backward_kernel(
-    grad, up, third, weights, num_rows, grad_weights, COLUMNS: constexpr, ROWS: constexpr, BLOCK: constexpr
+    grad, gate, up, weights, num_rows, grad_weights, COLUMNS: constexpr, ROWS: constexpr, BLOCK: constexpr
 ):
-    """Program (rows): in place, up and third become their gradients, and grad becomes hidden; a weight's
-    gradient is the sum of grad * silu(up) * third over its row."""
+    """Program (rows): in place, gate and up become their gradients, and grad becomes hidden; a weight's
+    gradient is the sum of grad * silu(gate) * up over its row."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     last = tl.load(num_rows)
     is_row = row < last
@@ -1822,15 +2416,15 @@ def swiglu_backward_kernel(
         column = start + tl.arange(0, BLOCK)
         at = row[:, None] * COLUMNS + column[None, :]
         is_read = is_row[:, None] & (column < COLUMNS)[None, :]
-        g = tl.load(grad + at, mask=is_read, other=0.0).to(tl.float32)
+        d = tl.load(grad + at, mask=is_read, other=0.0).to(tl.float32)
+        g = tl.load(gate + at, mask=is_read, other=0.0).to(tl.float32)
         u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
-        v = tl.load(third + at, mask=is_read, other=0.0).to(tl.float32)
-        s = tl.sigmoid(u)
-        silu = u * s
-        total += g * silu * v
-        tl.store(up + at, (g * w * v * (s + silu * (1 - s))).to(up.dtype.element_ty), mask=is_read)
-        tl.store(third + at, (g * w * silu).to(third.dtype.element_ty), mask=is_read)
-        tl.store(grad + at, (silu * v * w).to(grad.dtype.element_ty), mask=is_read)
+        s = tl.sigmoid(g)
+        silu = g * s
+        total += d * silu * u
+        tl.store(gate + at, (d * w * u * (s + silu * (1 - s))).to(gate.dtype.element_ty), mask=is_read)
+        tl.store(up + at, (d * w * silu).to(up.dtype.element_ty), mask=is_read)
+        tl.store(grad + at, (silu * u * w).to(grad.dtype.element_ty), mask=is_read)
     tl.store(grad_weights + row, tl.sum(total, axis=1), mask=is_row)
 
 
@@ -1842,43 +2436,47 @@ def swiglu_tiles(num_rows: int, num_columns: int) -> tuple[int, int, int]:
     return rows, block, -(-num_rows // rows)
 
 
-def weighted_swiglu(up: Tensor, third: Tensor, weights: Tensor, num_rows: Tensor) -> Tensor:
-    """up, third [R, F], weights [R], num_rows int64 [] on the device -> silu(up) * third * weight, [R, F]."""
-    if not uses_kernels(up):
-        return (F.silu(up.to(weights.dtype)) * third * weights.unsqueeze(1)).to(up.dtype)
-    hidden = torch.empty_like(up)
-    if len(up):
-        rows, block, programs = swiglu_tiles(*up.shape)
-        grid = (programs, -(-up.shape[1] // block))
-        swiglu_kernel[grid](up, third, weights, num_rows, hidden, up.shape[1], rows, block, num_warps=4)
+def weighted_activation(
+    activation: Any, gate: Tensor, up: Tensor | None, weights: Tensor, num_rows: Tensor
+) -> Tensor:
+    """gate (and up) [R, F], weights [R], num_rows int64 [] on the device -> activation * weight, [R, F].
+
+    One kernel for SwiGLU on a GPU; the same in PyTorch for the others and elsewhere.
+    """
+    if not (activation is SwiGLU and uses_kernels(gate)):
+        return (activation.apply(gate, up).to(weights.dtype) * weights.unsqueeze(1)).to(gate.dtype)
+    hidden = torch.empty_like(gate)
+    if len(gate):
+        rows, block, programs = swiglu_tiles(*gate.shape)
+        grid = (programs, -(-gate.shape[1] // block))
+        swiglu_kernel[grid](gate, up, weights, num_rows, hidden, gate.shape[1], rows, block, num_warps=4)
     return hidden
 
 
 # %% notebooks/06_grouped_experts.ipynb #weighted-swiglu-backward
-def weighted_swiglu_backward_(
-    grad: Tensor, up: Tensor, third: Tensor, weights: Tensor, num_rows: Tensor
+def weighted_activation_backward_(
+    activation: Any, grad: Tensor, gate: Tensor, up: Tensor | None, weights: Tensor, num_rows: Tensor
 ) -> Tensor:
-    """In place: up and third [R, F] become their gradients, grad [R, F] becomes the hidden rows.
+    """In place: gate and up [R, F] become their gradients, grad [R, F] becomes the weighted hidden rows.
 
     Returns the gradient of weights [R], 0 behind the last row sent. Reads and writes each of the three once.
     """
     grad_weights = torch.zeros_like(weights)
-    if uses_kernels(up):
-        if len(up):
-            rows, block, programs = swiglu_tiles(*up.shape)
+    if activation is SwiGLU and uses_kernels(gate):
+        if len(gate):
+            rows, block, programs = swiglu_tiles(*gate.shape)
             swiglu_backward_kernel[(programs,)](
-                grad, up, third, weights, num_rows, grad_weights, up.shape[1], rows, block, num_warps=4
+                grad, gate, up, weights, num_rows, grad_weights, gate.shape[1], rows, block, num_warps=4
             )
         return grad_weights
-    g, u, v, w = grad.to(weights.dtype), up.to(weights.dtype), third.to(weights.dtype), weights.unsqueeze(1)
-    s = u.sigmoid()
-    silu = u * s
-    is_sent = torch.arange(len(up), device=up.device) < num_rows
-    grad_weights += torch.where(is_sent, (g * silu * v).sum(1), 0)
-    # All three before any is overwritten:
-    new = g * w * v * (s + silu * (1 - s)), g * w * silu, silu * v * w
-    for tensor, values in zip((up, third, grad), new, strict=True):
-        tensor.copy_(values)
+    hidden, w = activation.apply(gate, up), weights.unsqueeze(1)
+    is_sent = torch.arange(len(gate), device=gate.device) < num_rows
+    grad_weights += torch.where(is_sent, (grad.to(w.dtype) * hidden).sum(1), 0)
+    grad_gate, grad_up = activation.gradient((grad.to(w.dtype) * w).to(grad.dtype), gate, up)
+    grad.copy_(hidden.to(w.dtype) * w)
+    gate.copy_(grad_gate)
+    if up is not None:
+        up.copy_(grad_up)
     return grad_weights
 
 
@@ -1886,11 +2484,11 @@ def weighted_swiglu_backward_(
 class BlockProducts:
     """Products of an expert's rows with its weights, one call an expert, each into its place in the result.
 
-    Needs the counts on the host: one synchronisation on a GPU, nothing on a CPU.
+    Needs the counts on the host: one synchronisation on a GPU where nobody has brought them, nothing on a CPU.
     """
 
-    def __init__(self, counts: Tensor, num_rows: int) -> None:
-        self.splits = counts.tolist()
+    def __init__(self, counts: Tensor, num_rows: int, counts_on_host: list[int] | None = None) -> None:
+        self.splits = counts.tolist() if counts_on_host is None else counts_on_host
         self.num_counted = sum(self.splits)
 
     def blocks(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -1932,9 +2530,9 @@ class GroupedProducts:
     No host synchronisation. Rows must be multiples of 16 bytes; dtypes as `grouped_mm` has them on the device.
     """
 
-    def __init__(self, counts: Tensor, num_rows: int) -> None:
+    def __init__(self, counts: Tensor, num_rows: int, counts_on_host: list[int] | None = None) -> None:
         self.counts, self.num_rows = counts, num_rows
-        self.offsets = counts.cumsum(0).to(torch.int32)
+        self.offsets = counts.cumsum(0, dtype=torch.int32)
 
     @functools.cached_property
     def membership(self) -> Tensor:
@@ -1966,92 +2564,71 @@ class GroupedProducts:
 
 
 # %% notebooks/06_grouped_experts.ipynb #mlp-rows
-class MLPOnRows(torch.autograd.Function):
-    """rows [R, D] sorted by expert -> [R, D]: first product, activation, second product, backward by hand.
+class ExpertsOnTokens(torch.autograd.Function):
+    """x [R, D], topk_weights [R, J] -> y [R, D]: the experts' whole way, backward by hand, for every activation.
 
-    The activation's own derivative is autograd's. Weight gradients are written once, in place.
+    Copy to rows, products, weighted activation, product, sum of rows. Since the weight is applied before the last
+    product, which is linear, its gradient needs no result of an expert. Kept for backward: gate and up, 2 * F numbers
+    a row (F without up), and x, which is somebody else's; the sorted rows are copied again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, w3: Any, products: Any, activation: Any
+        ctx: Any, x: Tensor, topk_weights: Tensor, w1: Tensor, b1: Any, w2: Tensor, w3: Any, b3: Any,
+        order: RowOrder, products: Any, activation: Any,
     ) -> Tensor:  # fmt: skip
-        up = products.times(rows, w1, b1)
-        third = None if w3 is None else products.times(rows, w3)
-        ctx.leaves = [t.requires_grad_() for t in (up, third) if t is not None]
-        with torch.enable_grad():
-            ctx.hidden = activation.apply(*ctx.leaves)
-        ctx.products, ctx.has_bias = products, b1 is not None
-        ctx.save_for_backward(rows, w1, w2, w3)
-        return products.times(ctx.hidden.detach(), w2, b2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        if ctx.hidden is None:
-            raise RuntimeError("a second backward through MLPOnRows: the first one used its hidden rows up")
-        rows, w1, w2, w3 = ctx.saved_tensors
-        products, grad = ctx.products, grad.contiguous()
-        grad_w2 = products.weight_gradient(ctx.hidden.detach(), grad)
-        grad_hidden = products.times(grad, w2.transpose(1, 2))
-        grad_b2 = products.bias_gradient(grad) if ctx.has_bias else None
-        grad_up, *grad_third = torch.autograd.grad(ctx.hidden, ctx.leaves, grad_hidden)
-        ctx.hidden = ctx.leaves = None
-        grad_b1 = products.bias_gradient(grad_up) if ctx.has_bias else None
-        grad_w1, grad_w3, grad_rows = products.weight_gradient(rows, grad_up), None, None
-        if ctx.needs_input_grad[0]:
-            grad_rows = products.times(grad_up, w1.transpose(1, 2))
-        if w3 is not None:
-            grad_w3 = products.weight_gradient(rows, grad_third[0])
-            if ctx.needs_input_grad[0]:
-                rest = products.add_times(grad_rows, grad_third[0], w3.transpose(1, 2))
-                grad_rows = grad_rows if rest is None else grad_rows.add_(rest)
-        return grad_rows, grad_w1, grad_b1, grad_w2, grad_b2, grad_w3, None, None
-
-
-# %% notebooks/06_grouped_experts.ipynb #swiglu-tokens
-class SwiGLUOnTokens(torch.autograd.Function):
-    """x [T, D], weights of rows [R] -> y [T, D]: the whole way of tokens on one rank, SwiGLU experts without biases.
-
-    Copy to rows, two products, weighted SwiGLU, one product, sum of rows. Since the weight is applied before the
-    last product, its gradient needs no result of an expert: rows, up and third are all that is kept, R * (D + 2 F).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weights: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        w3: Tensor,
-        order: RowOrder,
-        products: Any,
-    ) -> Tensor:
-        rows = copy_to_rows(x, order)
-        up, third = products.times(rows, w1), products.times(rows, w3)
-        num_rows = order.counts.sum()
-        hidden = weighted_swiglu(up, third, weights, num_rows)
-        ctx.kept, ctx.order, ctx.products = (up, third, num_rows), order, products
-        ctx.save_for_backward(rows, weights, w1, w2, w3)
+        rows, weights = copy_to_rows(x, order), weights_of_rows(topk_weights, order)
+        gate = products.times(rows, w1, b1)
+        up = None if w3 is None else products.times(rows, w3, b3)
+        hidden = weighted_activation(activation, gate, up, weights, order.counts.sum())
+        ctx.kind, ctx.on_host, ctx.activation = type(products), getattr(products, "splits", None), activation
+        ctx.has_b1, ctx.has_b3, ctx.used = b1 is not None, b3 is not None, False
+        ctx.save_for_backward(x, weights, gate, up, w1, w2, w3, *order.tensors)
         return sum_rows(products.times(hidden, w2), order)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        if ctx.kept is None:
-            raise RuntimeError("a second backward through SwiGLUOnTokens: the first one used its rows up")
-        (rows, weights, w1, w2, w3), (up, third, num_rows) = ctx.saved_tensors, ctx.kept
-        ctx.kept, products, order = None, ctx.products, ctx.order
+        if ctx.used:
+            raise RuntimeError(
+                "a second backward: blocks and grouped write gradients over what they kept; take experts bmm or loop"
+            )
+        ctx.used = True
+        x, weights, gate, up, w1, w2, w3, *order = ctx.saved_tensors
+        order = RowOrder(*order)
+        products = ctx.kind(order.counts, len(order.choice_of_row), ctx.on_host)
         grad_rows = copy_to_rows(grad.contiguous(), order)
         hidden = products.times(grad_rows, w2.transpose(1, 2))  # its gradient, at first
-        grad_weights = weighted_swiglu_backward_(hidden, up, third, weights, num_rows)
+        num_rows = order.counts.sum()
+        grad_weights = weighted_activation_backward_(ctx.activation, hidden, gate, up, weights, num_rows)
         grad_w2 = products.weight_gradient(hidden, grad_rows)
         del hidden, grad_rows
-        grad_w1, grad_w3 = products.weight_gradient(rows, up), products.weight_gradient(rows, third)
-        grad_x = None
+        rows = copy_to_rows(x, order)
+        grad_w1, grad_w3, grad_x = products.weight_gradient(rows, gate), None, None
+        grad_b1 = products.bias_gradient(gate) if ctx.has_b1 else None
+        grad_b3 = products.bias_gradient(up) if ctx.has_b3 else None
+        if up is not None:
+            grad_w3 = products.weight_gradient(rows, up)
+        del rows
         if ctx.needs_input_grad[0]:
-            first = products.times(up, w1.transpose(1, 2))
-            grad_x = sum_rows(first, order, products.add_times(first, third, w3.transpose(1, 2)))
-        return grad_x, grad_weights, grad_w1, grad_w2, grad_w3, None, None
+            first, rest = products.times(gate, w1.transpose(1, 2)), None
+            if up is not None:
+                rest = products.add_times(first, up, w3.transpose(1, 2))
+            grad_x = sum_rows(first, order, rest)
+        grad_topk = weights_of_choices(grad_weights, order)
+        return grad_x, grad_topk, grad_w1, grad_b1, grad_w2, grad_w3, grad_b3, None, None, None
+
+
+# %% notebooks/06_grouped_experts.ipynb #output-bias
+def spread_weights(arrived: Arrived, num_local_experts: int) -> Tensor:
+    """The weights [R, J] as a matrix over all local experts [R, L], 0 where a row does not visit one."""
+    ids, weights = arrived.topk_ids, torch.where(arrived.topk_ids < 0, 0, arrived.topk_weights)
+    return weights.new_zeros(len(ids), num_local_experts).scatter_add(1, ids.clamp(min=0), weights)
+
+
+def add_output_bias(y: Tensor, arrived: Arrived, b2: Tensor | None) -> Tensor:
+    """y [R, D] + the weighted sum of each row's output biases, b2 [L, D]."""
+    return y if b2 is None else torch.addmm(y, spread_weights(arrived, len(b2)).to(y.dtype), b2)
 
 
 # %% notebooks/06_grouped_experts.ipynb #fused-experts
@@ -2060,20 +2637,15 @@ class FusedExperts(Experts):
 
     products: Any = None
 
-    def forward(self, rows: Tensor, num_tokens_per_local_expert: Tensor) -> Tensor:
-        """rows [R, D] sorted by expert, counts int64 [L] -> [R, D]."""
-        products = self.products(num_tokens_per_local_expert, rows.shape[0])
-        w1, b1, w2, b2, w3 = self.w1, self.b1, self.w2, self.b2, self.w3
-        return MLPOnRows.apply(rows, w1, b1, w2, b2, w3, products, self.activation)
-
-    def forward_tokens(self, x: Tensor, routing: Routing) -> Tensor | None:
-        """x [T, D] -> y [T, D] for SwiGLU; None for other activations."""
-        if self.activation is not SwiGLU:
-            return None
-        order = order_rows(routing.topk_ids, self.w1.shape[0])
-        weights = WeightsOfRows.apply(routing.topk_weights, order)
-        products = self.products(order.counts, routing.topk_ids.numel())
-        return SwiGLUOnTokens.apply(x, weights, self.w1, self.w2, self.w3, order, products)
+    def forward(self, arrived: Arrived) -> Tensor:
+        """See Experts. A second backward is refused: the first one writes over what was kept."""
+        w1, b1, w2, b2, w3, b3 = self.in_dtype(arrived.x.dtype)
+        order = order_rows(arrived.topk_ids, self.num_local, arrived.max_pairs)
+        products = self.products(order.counts, len(order.choice_of_row), arrived.counts_on_host)
+        y = ExpertsOnTokens.apply(
+            arrived.x, arrived.topk_weights, w1, b1, w2, w3, b3, order, products, self.activation
+        )
+        return add_output_bias(y, arrived, b2)
 
 
 # %% notebooks/06_grouped_experts.ipynb #grouped-experts
@@ -2083,8 +2655,12 @@ class GroupedExperts(FusedExperts):
 
     products = GroupedProducts
 
+    def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
+        """See Experts: never."""
+        return False
+
     @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
         """bfloat16 on a GPU; float32 and bfloat16 on a CPU; rows must be multiples of 16 bytes."""
         dtype = DTYPES[config.dtype]
         is_aligned = all(n * dtype.itemsize % 16 == 0 for n in (config.hidden_dim, config.ffn_dim))
@@ -2097,12 +2673,16 @@ class GroupedExperts(FusedExperts):
 
 @register("experts", "blocks")
 class BlockExperts(FusedExperts):
-    """One product an expert, into one buffer for all; the counts come to the host."""
+    """One product an expert, into one buffer for all; the counts come to the host, if they are not there."""
 
     products = BlockProducts
 
+    def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
+        """See Experts: unless all experts get equally many rows."""
+        return rows_per_expert is None
+
     @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
         """Runs everywhere; the first choice on a CPU, where the host has the counts anyway."""
         return 40 if device.type == "cpu" else 30
 
@@ -2129,53 +2709,58 @@ def batched_affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class BmmExperts(Experts):
     """All experts in one batched product, every expert's rows padded to one length."""
 
-    largest_fixed = (
-        8192  # rows with padding, up to which padding is fixed and the host need not know the counts
-    )
+    largest_fixed = 8192  # rows with padding, up to which padding is fixed and the host need not know the counts
 
     @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
         """Best for a few tokens on a GPU, where starting a kernel costs more than its arithmetic."""
-        is_small = config.max_num_tokens * config.num_experts <= BmmExperts.largest_fixed
-        return 70 if device.type == "cuda" and ep_size == 1 and is_small else 3
+        limit = config.max_num_tokens
+        is_small = limit is not None and limit * config.num_experts <= BmmExperts.largest_fixed
+        return 70 if device.type == "cuda" and is_small else 3
+
+    def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
+        """See Experts: where padding every expert to all rows is too much."""
+        return rows_per_expert is None and num_rows * self.num_local > self.largest_fixed
 
     def hidden(self, padded: Tensor) -> Tensor:
         """padded [L, C, D] -> [L, C, F]: first product and activation; 2 * L * C * D * F operations, 4 if gated."""
-        third = None if self.w3 is None else padded @ self.w3
-        return self.activation.apply(batched_affine(padded, self.w1, self.b1), third)
+        w1, b1, _, _, w3, b3 = self.in_dtype(padded.dtype)
+        up = None if w3 is None else batched_affine(padded, w3, b3)
+        return self.activation.apply(batched_affine(padded, w1, b1), up)
 
-    def forward(self, rows: Tensor, num_tokens_per_local_expert: Tensor) -> Tensor:
-        """rows [R, D] sorted by expert -> [R, D]. One host sync where padding every expert to R rows is too much,
-        and neither padding nor sync where a dispatcher brings every expert equally many rows (chapter 08)."""
-        num_local, (num_rows, d) = self.w1.shape[0], rows.shape
-        if self.rows_per_expert is not None:
-            equal = rows.reshape(num_local, self.rows_per_expert, d)
-            return batched_affine(self.hidden(equal), self.w2, self.b2).flatten(0, 1)
-        capacity = num_rows
-        if num_local * num_rows > self.largest_fixed:
-            capacity = int(num_tokens_per_local_expert.max())
-        slot = pad_slots(num_tokens_per_local_expert, num_rows, capacity)
-        padded = rows.new_zeros(num_local * capacity + 1, d).index_copy(0, slot, rows)[:-1]
-        results = batched_affine(self.hidden(padded.view(num_local, capacity, d)), self.w2, self.b2)
-        return F.pad(results.reshape(-1, d), (0, 0, 0, 1))[slot]
+    def forward(self, arrived: Arrived) -> Tensor:
+        """See Experts. Every expert for every row, where those are few; one host sync where they are not, and the
+        dispatcher does not bring every expert equally many."""
+        b2 = self.in_dtype(arrived.x.dtype)[3]
+        is_equal = arrived.rows_per_expert is not None
+        if is_equal or len(arrived.x) * self.num_local > self.largest_fixed:
+            return add_output_bias(self.padded(arrived), arrived, b2)
+        return add_output_bias(self.every_expert(arrived), arrived, b2)
 
-    def forward_tokens(self, x: Tensor, routing: Routing) -> Tensor | None:
-        """x [T, D] -> y [T, D], every expert for every token, where that is few rows; no sort, no copy to rows.
+    def every_expert(self, arrived: Arrived) -> Tensor:
+        """y [R, D] without b2: no sort, no copy to rows.
 
         The weights, 0 for experts that were not chosen, go onto the hidden numbers: then the second product and the
-        sum over experts are one product, [T, E * F] times [E * F, D].
+        sum over experts are one product, [R, L * F] times [L * F, D].
         """
-        num_experts, num_tokens = self.w1.shape[0], x.shape[0]
-        if num_experts * num_tokens > self.largest_fixed:
-            return None
-        weights = torch.where(routing.topk_ids < 0, 0, routing.topk_weights)
-        spread = weights.new_zeros(num_tokens, num_experts).scatter_add(
-            1, routing.topk_ids.clamp(min=0), weights
-        )
-        hidden = self.hidden(x.expand(num_experts, *x.shape)).transpose(0, 1)
-        weighted = (hidden.to(spread.dtype) * spread.unsqueeze(2)).to(x.dtype).flatten(1)
-        y = weighted @ self.w2.flatten(0, 1)
-        return y if self.b2 is None else torch.addmm(y, spread.to(x.dtype), self.b2)
+        x, w2 = arrived.x, self.in_dtype(arrived.x.dtype)[2]
+        spread = spread_weights(arrived, self.num_local)
+        hidden = self.hidden(x.expand(self.num_local, *x.shape)).transpose(0, 1)
+        return (hidden.to(spread.dtype) * spread.unsqueeze(2)).to(x.dtype).flatten(1) @ w2.flatten(0, 1)
+
+    def padded(self, arrived: Arrived) -> Tensor:
+        """y [R, D] without b2: each expert's rows in a block of one length, with their weights."""
+        order = order_rows(arrived.topk_ids, self.num_local, arrived.max_pairs)
+        rows = Permute.apply(arrived.x, order)
+        num_rows, capacity = len(rows), arrived.rows_per_expert or max(1, int(order.counts.max()))
+        slot = pad_slots(order.counts, num_rows, capacity)
+        blocks = rows.new_zeros(self.num_local * capacity + 1, rows.shape[1]).index_copy(0, slot, rows)[:-1]
+        weights = arrived.topk_weights.reshape(-1)[order.choice_of_row]
+        weights = weights.new_zeros(self.num_local * capacity + 1).index_copy(0, slot, weights)[:-1]
+        hidden = self.hidden(blocks.view(self.num_local, capacity, -1))
+        weighted = (hidden.to(weights.dtype) * weights.view(self.num_local, capacity, 1)).to(rows.dtype)
+        results = torch.bmm(weighted, self.in_dtype(rows.dtype)[2]).flatten(0, 1)
+        return Unpermute.apply(F.pad(results, (0, 0, 0, 1))[slot], order)
 
 
 # %% notebooks/06_grouped_experts.ipynb #graph-step
@@ -2183,30 +2768,30 @@ class BmmExperts(Experts):
 class GraphStep:
     """A training step recorded once as a CUDA graph and played back: one launch in place of a hundred.
 
-    Legal where nothing in the step asks the host: one rank on a GPU, with `local` and `grouped` or `bmm`. The
-    numbers are those of the eager step, bit for bit. Memory of the recorded step stays taken.
+    Legal where nothing in the step asks the host: dispatchers that record, experts that do not ask. The numbers are
+    those of the eager step, bit for bit. Memory of the recorded step stays taken.
     """
 
-    def __init__(self, run: Run, model: EPMoE, stream: TokenStream, optimizer: torch.optim.Optimizer) -> None:
-        self.eager = REGISTRIES["step"]["eager"](run, model, stream, optimizer)
-        self.graph, self.losses, self.model, self.topk_ids = torch.cuda.CUDAGraph(), None, model, None
+    def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.eager = REGISTRIES["step"]["eager"](run, model, task, optimizer)
+        self.graph, self.losses, self.model = torch.cuda.CUDAGraph(), None, model
+        self.meter, self.sent = run.mesh.meter, {}
 
     @staticmethod
-    def preference(run: Run, model: EPMoE) -> int:
-        """Runs on one GPU rank whose experts ask nothing of the host."""
-        if (
-            run.device.type != "cuda"
-            or run.comm.size > 1
-            or not isinstance(model.dispatcher, LocalDispatcher)
-        ):
-            return 0
-        rows = run.num_global_tokens * run.config.num_experts
-        is_fixed = isinstance(model.experts, BmmExperts) and rows <= BmmExperts.largest_fixed
-        return 10 if is_fixed or isinstance(model.experts, GroupedExperts) else 0
+    def preference(run: Run, model: nn.Module) -> float:
+        """Runs on GPUs where no layer of the model asks anything of the host."""
+        tokens = shard_sizes(run.num_global_tokens, run.mesh.batch.size)
+        even = run.mesh.batch.size == 1 or tokens[0] == tokens[-1]
+        fixed = all(
+            layer.dispatcher.records
+            and not layer.experts.asks_host(tokens[0], getattr(layer.dispatcher, "rows_per_expert", None))
+            for layer in moe_layers(model)
+        )
+        return 10 if run.device.type == "cuda" and fixed and even else 0
 
     def record(self) -> None:
-        """Warms up on a side stream, takes everything back, and records one step."""
-        eager, generator = self.eager, self.eager.stream.generator
+        """Warms up on a side stream, takes everything back, and records one step, with the bytes that it sends."""
+        eager, generator = self.eager, self.eager.task.generator
         before = {name: t.clone() for name, t in self.model.state_dict().items()}, generator.get_state()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -2222,32 +2807,36 @@ class GraphStep:
                     tensor.zero_()
         generator.set_state(before[1])
         self.graph.register_generator_state(generator)
+        self.meter.sent.clear()
         with torch.cuda.graph(self.graph):
             self.losses = eager()
+        self.sent = {purpose: list(sent) for purpose, sent in self.meter.sent.items()}
+        self.meter.sent.clear()
 
     def __call__(self) -> Tensor:
-        """One step -> the global losses [2] before its update."""
+        """One step -> the global losses [2] before its update. The meter counts what the recording sent, anew."""
         if self.losses is None:
             self.record()
         self.graph.replay()
+        for purpose, sent in self.sent.items():
+            self.meter.record(purpose, sent)
         return self.losses.clone()
 
 
 # %% notebooks/06_grouped_experts.ipynb #compiled-step
 @register("step", "compiled")
 class CompiledStep(GraphStep):
-    """The recorded step of a compiled layer: torch.compile fuses the small operations before the recording.
+    """The recorded step of a compiled model: torch.compile fuses the small operations before the recording.
 
     Costs some ten seconds at the first step, and the last bits: the compiler adds up in another order. Never auto's.
     """
 
-    def __init__(self, run: Run, model: EPMoE, stream: TokenStream, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(run, model, stream, optimizer)
+    def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(run, model, task, optimizer)
         self.eager.model = torch.compile(model)
-        self.eager.model.balance = model.balance
 
     @staticmethod
-    def preference(run: Run, model: EPMoE) -> int:
+    def preference(run: Run, model: nn.Module) -> float:
         """Where a step can be recorded; less than the recorded one, which starts at once."""
         return min(1, GraphStep.preference(run, model))
 
@@ -2255,59 +2844,6 @@ class CompiledStep(GraphStep):
 # ==========================================================================================================
 # performance: notebooks/07_exact_all_to_all.ipynb
 # ==========================================================================================================
-
-
-# %% notebooks/07_exact_all_to_all.ipynb #all-to-all-autograd
-class AllToAll(torch.autograd.Function):
-    """rows [n, D], blocks by destination -> [m, D], blocks by source; backward is the exchange turned round.
-
-    input_splits[j]: rows for rank j; output_splits[i]: rows from rank i. Every rank must enter backward: rows
-    have to require a gradient on all ranks or on none. Sends D * itemsize bytes a row that leaves, each way.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, comm: Communicator, input_splits: list[int], output_splits: list[int]
-    ) -> Tensor:
-        ctx.comm, ctx.splits = comm, (output_splits, input_splits)
-        return comm.all_to_all(rows, input_splits, output_splits, "rows")
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return ctx.comm.all_to_all(grad, *ctx.splits, "rows"), None, None, None
-
-
-# %% notebooks/07_exact_all_to_all.ipynb #block-shifts
-def block_shifts(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """counts int64 [A, B] -> lengths, shifts int64 [2, A * B]: how to reorder blocks from (a, b) to (b, a), and back.
-
-    A row of the reordered ones is found `shift` places further on; all rows of a block share one. No host sync.
-    """
-    lengths = torch.stack([counts.t().reshape(-1), counts.reshape(-1)])
-    starts = lengths.cumsum(1) - lengths
-    there, back = starts[0].view(counts.shape[::-1]).t(), starts[1].view(counts.shape).t()
-    return lengths, torch.stack([back.reshape(-1), there.reshape(-1)]) - starts
-
-
-def block_indices(lengths: Tensor, shifts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """block_shifts' results and the number of rows R -> index int64 [R] and its inverse. No host sync."""
-    shift = shifts.reshape(-1).repeat_interleave(lengths.reshape(-1), output_size=2 * num_rows)
-    index, inverse = shift.view(2, num_rows) + torch.arange(num_rows, device=shift.device)
-    return index, inverse
-
-
-# %% notebooks/07_exact_all_to_all.ipynb #reorder
-class Reorder(torch.autograd.Function):
-    """rows [R, D], index int64 [R] and its inverse -> rows[index]; backward reads by the inverse, and adds nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.inverse = inverse
-        return rows.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return grad.index_select(0, ctx.inverse), None, None
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #seal-counts
@@ -2373,21 +2909,42 @@ def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-# %% notebooks/07_exact_all_to_all.ipynb #exchange-plan
-@dataclass
-class ExchangePlan:
-    """One layer's exchange, as this rank sees it: what it sends, what it gets, and in which order it computes.
+# %% notebooks/07_exact_all_to_all.ipynb #pack-rows
+def rider_columns(hidden_dim: int, dtype: torch.dtype, num_weights: int = 1) -> int:
+    """Columns behind a row of hidden_dim in which its weights ride: as many as make the row a multiple of 16 bytes,
+    which kernels read at a time."""
+    needed = num_weights * torch.promote_types(dtype, torch.float32).itemsize
+    padding = -(hidden_dim * dtype.itemsize + needed) % 16
+    return (needed + padding) // dtype.itemsize
 
-    input_splits, output_splits: rows to and from each rank; counts int64 [L], and on the host, counts_on_host;
-    by_expert, by_source int64 [R]: received rows sorted by local expert, and back.
+
+def set_riders(packed: Tensor, hidden_dim: int, weights: Tensor) -> None:
+    """Writes weights [n] or [n, J], bit by bit, behind the first hidden_dim columns of packed [n, D + C]."""
+    wide = torch.promote_types(packed.dtype, torch.float32)
+    bits = weights.to(wide).reshape(len(packed), -1).contiguous().view(packed.dtype)
+    packed[:, hidden_dim : hidden_dim + bits.shape[1]] = bits
+
+
+def get_riders(packed: Tensor, hidden_dim: int, num_weights: int = 1) -> Tensor:
+    """The weights [n, J] behind the first hidden_dim columns, float32 or wider."""
+    wide = torch.promote_types(packed.dtype, torch.float32)
+    last = hidden_dim + num_weights * wide.itemsize // packed.element_size()
+    return packed[:, hidden_dim:last].contiguous().view(wide)
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #exchange-plan
+@dataclass(frozen=True)
+class ExchangePlan:
+    """One layer's exchange, as this rank sees it: what it sends and what it gets.
+
+    input_splits, output_splits: rows to and from each rank, W ints each; topk_ids int64 [R, 1]: the local experts of
+    the rows that arrive, by source and expert; counts_on_host: rows of each local expert, L ints.
     """
 
     input_splits: list[int]
     output_splits: list[int]
-    counts: Tensor
-    counts_on_host: Tensor
-    by_expert: Tensor
-    by_source: Tensor
+    topk_ids: Tensor
+    counts_on_host: list[int]
 
 
 def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[], ExchangePlan]:
@@ -2399,98 +2956,140 @@ def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[],
     sent = seal_counts(counts.view(comm.size, -1), row_bytes)
     received = comm.all_to_all(sent, [1] * comm.size, [1] * comm.size, "metadata")
     wait = copy_to_host(torch.stack([sent, received]))
-    blocks = block_shifts(received[:, :-3])
+    num_local = len(counts) // comm.size
+    experts = torch.arange(num_local, device=counts.device).repeat(comm.size)
 
+    @functools.cache
     def plan() -> ExchangePlan:
         lines = wait()
         check_seals(lines, row_bytes, comm.rank)
         input_splits, output_splits = lines[..., -3].tolist()
-        indices = block_indices(*blocks, sum(output_splits))
-        on_host = lines[1, :, :-3].sum(0)
-        counts = received[:, :-3].sum(0) if received.is_cuda else on_host
-        return ExchangePlan(input_splits, output_splits, counts, on_host, *indices)
+        ids = experts.repeat_interleave(received[:, :num_local].reshape(-1), output_size=sum(output_splits))
+        return ExchangePlan(input_splits, output_splits, ids[:, None], lines[1, :, :num_local].sum(0).tolist())
 
     return plan
 
 
-# %% notebooks/07_exact_all_to_all.ipynb #weighted-sum
-class WeightedSum(torch.autograd.Function):
-    """rows [n, D] in the order of an exchange, topk_weights [T, K] -> y [T, D], each token's weighted sum.
+# %% notebooks/07_exact_all_to_all.ipynb #send-rows
+class SendRows(torch.autograd.Function):
+    """x [T, D], topk_weights [T, K] -> rows [R, D] and weights [R, 1] that arrive here, each weight behind its row.
 
-    In float32 or wider, rounded once. n is the number of choices sent; others add nothing. No host sync.
+    One message each way. Backward brings home the gradients of rows and weights; of weights alone where x needs none.
+    Every rank must enter backward: x has to require a gradient on all ranks or on none. No host synchronisation but
+    plan's own.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, topk_weights: Tensor, order: RowOrder) -> Tensor:
-        ctx.order = order
-        ctx.save_for_backward(rows, topk_weights)
-        if not len(rows):
-            return rows.new_zeros(len(topk_weights), rows.shape[1])
-        weights = torch.where(order.row_of_choice < 0, 0, topk_weights)
-        picked = order.row_of_choice.clamp(min=0)
-        bag = F.embedding_bag(picked, rows.to(weights.dtype), mode="sum", per_sample_weights=weights)
-        return bag.to(rows.dtype)
+    def forward(
+        ctx: Any, x: Tensor, topk_weights: Tensor, order: RowOrder, plan: Callable, comm: Communicator
+    ) -> tuple[Tensor, Tensor]:
+        d = x.shape[1]
+        packed = x.new_zeros if order.has_gaps else x.new_empty
+        packed = packed(len(order.choice_of_row), d + rider_columns(d, x.dtype))
+        copy_to_rows(x, order, packed[:, :d])
+        set_riders(packed, d, weights_of_rows(topk_weights, order))
+        sent, received = plan().input_splits, plan().output_splits
+        arrived = comm.all_to_all(packed[: sum(sent)], sent, received, "dispatch")  # behind: choices not sent
+        ctx.comm, ctx.splits, ctx.d = comm, (received, sent), d
+        ctx.save_for_backward(*order.tensors)
+        rows, weights = arrived[:, :d], get_riders(arrived, d)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(rows)
+        ctx.set_materialize_grads(False)
+        return rows, weights
 
     @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor) -> tuple:
+        order, d = RowOrder(*ctx.saved_tensors), ctx.d
+        if not ctx.needs_input_grad[0]:
+            home = ctx.comm.all_to_all(grad_weights, *ctx.splits, "dispatch backward")
+            return None, weights_of_choices(home[:, 0], order), None, None, None
+        packed = grad_rows.new_empty(len(grad_rows), d + rider_columns(d, grad_rows.dtype))
+        packed[:, :d] = grad_rows
+        set_riders(packed, d, grad_weights)
+        home = ctx.comm.all_to_all(packed, *ctx.splits, "dispatch backward")
+        grad_topk = weights_of_choices(get_riders(home, d)[:, 0], order)
+        return sum_rows(home[:, :d], order), grad_topk, None, None, None
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #return-rows
+class ReturnRows(torch.autograd.Function):
+    """y [R, D], weighted results in the order of arrival -> [T, D], the sum of each token's, in float32 or wider.
+
+    One message each way; no host synchronisation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: RowOrder, plan: ExchangePlan, comm: Communicator) -> Tensor:
+        ctx.comm, ctx.plan = comm, plan
+        ctx.save_for_backward(*order.tensors)
+        return sum_rows(comm.all_to_all(y, plan.output_splits, plan.input_splits, "combine"), order)
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        rows, topk_weights = ctx.saved_tensors
-        choice = ctx.order.choice_of_row[: len(rows)]
-        spread = grad.index_select(0, choice // topk_weights.shape[1]).to(topk_weights.dtype)
-        grad_weights = topk_weights.new_zeros(topk_weights.shape)
-        grad_weights.view(-1)[choice] = (spread * rows).sum(1)
-        return (spread * topk_weights.reshape(-1)[choice].unsqueeze(1)).to(rows.dtype), grad_weights, None
+        plan, order = ctx.plan, RowOrder(*ctx.saved_tensors, has_gaps=True)
+        rows = copy_to_rows(grad.contiguous(), order)[: sum(plan.input_splits)]
+        return ctx.comm.all_to_all(rows, plan.input_splits, plan.output_splits, "combine backward"), None, None, None
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #all-to-all-dispatcher
+@dataclass(frozen=True)
+class RowsHandle:
+    """What combine needs to know: which row each choice became, and the splits of the exchange."""
+
+    order: RowOrder
+    plan: ExchangePlan
+
+
 @register("dispatcher", "all_to_all")
-class AllToAllDispatcher(LocalDispatcher):
+class AllToAllDispatcher(Dispatcher):
     """Sends each rank exactly the rows that its experts need: counts first, then the rows (chapter 07).
 
-    Ids and weights never travel: rows arrive in the order of the counts, and weights are applied at home.
-    On one rank it is LocalDispatcher.
+    Ids never travel: rows arrive in the order of the counts, each with its weight.
     """
 
+    counts_on_host = True
+    rows_per_expert: int | None = None
+
     @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> int:
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
         """Runs everywhere; the best so far on more than one rank."""
         return 40 if ep_size > 1 else 1
 
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
+    def plan(self, topk_ids: Tensor, row_bytes: int) -> tuple[RowOrder, Callable[[], ExchangePlan]]:
+        """topk_ids [T, K] -> which row each choice becomes, and a function that waits for the exchange's splits."""
+        order = order_rows(topk_ids, self.num_experts)
+        return order, announce(order.counts, row_bytes, self.comm)
+
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
         """See Dispatcher. Sends the rows that leave, once; one host synchronisation, while rows are permuted."""
-        if self.comm.size == 1:
-            return super().dispatch(x, routing)
-        order = order_rows(routing.topk_ids, self.config.num_experts)
-        plan = announce(order.counts, x.shape[1] * x.element_size(), self.comm)
-        rows = Permute.apply(x, order)
+        d = x.shape[1]
+        order, plan = self.plan(topk_ids, (d + rider_columns(d, x.dtype)) * x.element_size())
+        rows, weights = SendRows.apply(x, topk_weights, order, plan, self.comm)
         plan = plan()
-        rows = rows[: sum(plan.input_splits)]  # behind them are choices that are not sent
-        rows = AllToAll.apply(rows, self.comm, plan.input_splits, plan.output_splits)
-        rows = Reorder.apply(rows, plan.by_expert, plan.by_source)
-        return rows, plan.counts, (plan, order, routing.topk_weights)
+        handle = RowsHandle(order, plan)
+        return Arrived(rows, plan.topk_ids, weights, handle, plan.counts_on_host, self.rows_per_expert)
 
-    def combine(self, rows: Tensor, handle: Any) -> Tensor:
+    def begin_combine(self, y: Tensor, handle: RowsHandle) -> Tensor:
         """See Dispatcher. Sends the results of the rows that came; no host synchronisation."""
-        if self.comm.size == 1:
-            return super().combine(rows, handle)
-        plan, order, topk_weights = handle
-        rows = Reorder.apply(rows, plan.by_source, plan.by_expert)
-        rows = AllToAll.apply(rows, self.comm, plan.output_splits, plan.input_splits)
-        return WeightedSum.apply(rows, topk_weights, order)
+        return ReturnRows.apply(y, handle.order, handle.plan, self.comm)
 
-    def run(self, x: Tensor, routing: Routing, experts: Any) -> Tensor:
-        """See Dispatcher. Experts that read the counts on the host get them there."""
-        if self.comm.size == 1:
-            return super().run(x, routing, experts)
-        rows, counts, handle = self.dispatch(x, routing)
-        reads_on_host = isinstance(experts, (BlockExperts, LoopExperts))
-        return self.combine(experts(rows, handle[0].counts_on_host if reads_on_host else counts), handle)
+    def rows_between(self, topk_ids: list[Tensor]) -> Tensor:
+        """Every rank's topk_ids -> rows int64 [W, W] that rank i sends to rank j: its choices that live there."""
+        size = len(topk_ids)
+        owners = [ids[ids >= 0].cpu() // self.num_local_experts for ids in topk_ids]
+        return torch.stack([torch.bincount(owner, minlength=size) for owner in owners])
 
-    @staticmethod
-    def rows_sent(topk_ids: list[Tensor], num_local_experts: int) -> tuple[int, int]:
-        """See Dispatcher: the choices that live elsewhere."""
-        owners = [torch.where(ids < 0, rank, ids // num_local_experts) for rank, ids in enumerate(topk_ids)]
-        away = sum(int((owner != rank).sum()) for rank, owner in enumerate(owners))
-        return away, away
+    def predict_bytes(
+        self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
+    ) -> dict[str, Tensor]:
+        """See Dispatcher: the choices that live elsewhere, each with its weight."""
+        rows, row = self.rows_between(topk_ids), hidden_dim * dtype.itemsize
+        rider = rider_columns(hidden_dim, dtype) * dtype.itemsize
+        alone = torch.promote_types(dtype, torch.float32).itemsize
+        return bytes_by_pass(rows, rows, row, rider, row + rider if x_needs_grad else alone)
 
 
 # ==========================================================================================================
@@ -2557,7 +3156,7 @@ def reroute_overflow(topk_ids: Tensor, probs: Tensor, capacity: int | Tensor, dr
     """
     num_experts = probs.shape[1]
     placed = drop_overflow(topk_ids, probs, capacity, drop_order)
-    room = capacity - count_choices(placed, num_experts).long()
+    room = capacity - count_choices(placed, num_experts)
     chosen = torch.where(topk_ids < 0, num_experts, topk_ids)  # a choice that was never sent hides no expert
     others = F.pad(probs, (0, 1)).scatter(1, chosen, -math.inf)[:, :num_experts]
     scores, next_best = others.sort(dim=1, descending=True, stable=True)
@@ -2576,7 +3175,7 @@ def reroute_overflow(topk_ids: Tensor, probs: Tensor, capacity: int | Tensor, dr
 # %% notebooks/08_capacity.ipynb #capacity-options
 @option_group
 @dataclass(frozen=True)
-class CapacityOptions:
+class CapacityOptions(Options):
     """How many rows an expert takes. ValueError where a setting makes no sense, or would do nothing.
 
     capacity_factor: rows that an expert takes, as a multiple of the mean; unset, it takes all (dropless)
@@ -2610,12 +3209,12 @@ class CapacityOptions:
 
     def for_run(self, run: Run) -> "CapacityOptions":
         """These options, with the share of the run's tokens that a rank's capacity is counted for."""
-        share = -(-run.num_global_tokens // run.comm.size)
+        share = -(-run.num_global_tokens // run.mesh.batch.size)
         return self if self.capacity_factor is None else replace(self, capacity_share=share)
 
-    def after_routing(self, routing: Routing, config: MoEConfig, comm: Communicator) -> Routing:
+    def after_routing(self, routing: Routing, config: MoEConfig, batch: Communicator) -> Routing:
         """The layer's hook: the routing with the choices that are left. See limit_load."""
-        return routing if self.capacity_factor is None else limit_load(routing, config, comm)
+        return routing if self.capacity_factor is None else limit_load(routing, config, batch)
 
 
 # %% notebooks/08_capacity.ipynb #local-capacity
@@ -2624,16 +3223,18 @@ def local_capacity(
 ) -> int | Tensor:
     """Rows that an expert takes from this rank: the capacity of share = ceil(all ranks' tokens / W) tokens.
 
-    An int where the share is known beforehand: in a run, and on one rank. Otherwise a 0-dim tensor, for which the
-    ranks add up their num_tokens: one all-reduce of one number, no host synchronisation.
+    An int where the share is known beforehand: in a run, and on one rank. Otherwise the ranks add up their num_tokens,
+    one all-reduce of one number, and it is a 0-dim tensor, or an int that came to the host where max_num_tokens is
+    None.
     """
     options = config.option(CapacityOptions)
     share = num_tokens if comm.size == 1 else options.capacity_share
-    if share is not None:
-        return expert_capacity(share, config, options.capacity_factor)
-    total = comm.all_reduce(torch.full((), num_tokens, device=device))
-    share = (total + comm.size - 1) // comm.size
-    return capacity_table(config, device).take(share)  # [share] would fetch the number to the host
+    if share is None:
+        total = comm.all_reduce(torch.full((), num_tokens, device=device))
+        share = (total + comm.size - 1) // comm.size
+        if config.max_num_tokens is not None:
+            return capacity_table(config, device).take(share)  # [share] would fetch the number to the host
+    return expert_capacity(int(share), config, options.capacity_factor)
 
 
 @functools.cache
@@ -2665,7 +3266,7 @@ def gather_choices(routing: Routing, comm: Communicator) -> tuple[Tensor, Tensor
 
 
 # %% notebooks/08_capacity.ipynb #limit-load
-def limit_load(routing: Routing, config: MoEConfig, comm: Communicator) -> Routing:
+def limit_load(routing: Routing, config: MoEConfig, batch: Communicator) -> Routing:
     """The routing with the choices that its experts have room for; the others are -1, or went elsewhere.
 
     A dropped choice has the weight 0, and so has its gradient; the kept ones' weights stay as they are. Costs
@@ -2674,16 +3275,16 @@ def limit_load(routing: Routing, config: MoEConfig, comm: Communicator) -> Routi
     options = config.option(CapacityOptions)
     overflow, order = REGISTRIES["overflow"][options.overflow], options.drop_order
     if options.capacity_scope == "global":
-        topk_ids, probs, mine = gather_choices(routing, comm)
+        topk_ids, probs, mine = gather_choices(routing, batch)
         capacity = expert_capacity(len(topk_ids), config, options.capacity_factor)
         topk_ids = overflow(topk_ids, probs, capacity, order)[mine]
     else:
-        capacity = local_capacity(len(routing.topk_ids), config, comm, routing.topk_ids.device)
+        capacity = local_capacity(len(routing.topk_ids), config, batch, routing.topk_ids.device)
         topk_ids = overflow(routing.topk_ids, routing.probs.detach(), capacity, order)
     weights = routing.topk_weights
     if options.overflow != "drop":
         weights = torch.where(topk_ids == routing.topk_ids, weights, moved_weights(routing, topk_ids))
-    return Routing(topk_ids, weights.masked_fill(topk_ids < 0, 0.0), routing.probs)
+    return replace(routing, topk_ids=topk_ids, topk_weights=weights.masked_fill(topk_ids < 0, 0.0))
 
 
 def moved_weights(routing: Routing, topk_ids: Tensor) -> Tensor:
@@ -2705,104 +3306,70 @@ def block_capacity(config: MoEConfig) -> int:
             "dispatcher capacity has buffers of a fixed size, which need a limit on each rank; "
             "set --capacity-factor, and leave --capacity-scope local"
         )
+    if config.max_num_tokens is None:
+        raise ValueError("dispatcher capacity has buffers of a fixed size; set max_num_tokens")
     share = config.max_num_tokens if options.capacity_share is None else options.capacity_share
     capacity = expert_capacity(share, config, options.capacity_factor)
     return max(1, min(capacity, config.max_num_tokens))  # a token comes to an expert once at most
 
 
-# %% notebooks/08_capacity.ipynb #exchange-blocks
-class ExchangeBlocks(torch.autograd.Function):
-    """rows [W * n, D], n rows for each rank -> [W * n, D], n rows from each rank; backward sends them back.
-
-    Sends n * D * itemsize bytes to each other rank, in each direction. Nothing has to be counted first. Every
-    rank must enter backward: the input has to require a gradient on all ranks or on none.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, comm: Communicator) -> Tensor:
-        ctx.comm, ctx.splits = comm, [len(rows) // comm.size] * comm.size
-        return comm.all_to_all(rows, ctx.splits, ctx.splits, "rows")
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.comm.all_to_all(grad, ctx.splits, ctx.splits, "rows"), None
-
-
 # %% notebooks/08_capacity.ipynb #block-slots
-def block_slots(topk_ids: Tensor, num_experts: int, capacity: int) -> Tensor:
-    """topk_ids [T, K] -> int64 [T * K]: each choice's line in a buffer of num_experts blocks of `capacity` lines.
+def order_in_blocks(topk_ids: Tensor, num_experts: int, capacity: int) -> RowOrder:
+    """topk_ids [T, K] -> RowOrder of a buffer of num_experts blocks, each of `capacity` rows. No host sync.
 
-    Choices fill their expert's block in the order of the tokens. One that is not sent, or finds the block full,
-    gets the line after the last.
+    Choices fill their expert's block in the order of the tokens. One that is not sent, or finds the block full, has
+    no row; rows that nobody fills are gaps, and hold zeros.
     """
-    expert = topk_ids.flatten()
+    expert, num_rows = topk_ids.flatten(), num_experts * capacity
     places = claim_places(expert, None, num_experts)
     is_sent = (expert >= 0) & (places < capacity)
-    return torch.where(is_sent, expert * capacity + places, num_experts * capacity)
-
-
-def pack_blocks(x: Tensor, slots: Tensor, num_lines: int) -> Tensor:
-    """x [T, D], slots [T * K] -> [num_lines, D]: every choice's row on its line, zeros elsewhere."""
-    rows = x[:, None].expand(-1, len(slots) // max(1, len(x)), -1).flatten(0, 1)
-    return x.new_zeros(num_lines + 1, x.shape[1]).index_copy(0, slots, rows)[:num_lines]
-
-
-def unpack_blocks(lines: Tensor, slots: Tensor, topk_weights: Tensor) -> Tensor:
-    """lines [n, D], slots [T * K], weights [T, K] -> y [T, D]: each token's weighted sum, in float32 or wider."""
-    rows = F.pad(lines, (0, 0, 0, 1)).index_select(0, slots)
-    rows = rows.view(*topk_weights.shape, lines.shape[1]).to(topk_weights.dtype)
-    return (rows * topk_weights.unsqueeze(2)).sum(1).to(lines.dtype)
+    row = torch.where(is_sent, expert * capacity + places, num_rows)
+    choice = torch.arange(len(row), device=row.device)
+    choice_of_row = torch.full((num_rows + 1,), -1, device=row.device).scatter(0, row, choice)[:num_rows]
+    counts = torch.full((num_experts,), capacity, device=row.device)
+    row_of_choice = torch.where(is_sent, row, -1).view(topk_ids.shape)
+    return RowOrder(row_of_choice, choice_of_row, counts, has_gaps=True)
 
 
 # %% notebooks/08_capacity.ipynb #capacity-dispatcher
-@dataclass
-class BlockHandle:
-    """What combine needs to know: each choice's line in the buffer [T * K], weights [T, K]."""
-
-    slots: Tensor
-    topk_weights: Tensor
-
-
 @register("dispatcher", "capacity")
-class CapacityDispatcher(Dispatcher):
+class CapacityDispatcher(AllToAllDispatcher):
     """Buffers of a fixed size: each rank sends each expert C rows, whatever the routing (chapter 08).
 
-    Needs a capacity in local scope (ValueError without). The experts see all lines, empty ones as zeros: W * C
-    rows an expert. Nobody reads what they make of an empty line, so no gradient comes back to it.
+    Needs a capacity in local scope. The experts see all rows, empty ones as zeros of weight 0: W * C rows an expert.
+    Nobody reads what they make of an empty row, so no gradient comes back to it. No host synchronisation.
     """
 
-    needs_capacity = True
+    needs_capacity, syncs_host, records = True, False, True
 
-    def __init__(self, config: MoEConfig, comm: Communicator) -> None:
-        super().__init__(config, comm)
-        self.capacity = block_capacity(config)
-        self.rows_per_expert = comm.size * self.capacity
+    def __init__(self, num_experts: int, comm: Communicator, capacity: int) -> None:
+        super().__init__(num_experts, comm)
+        self.capacity, num_local = capacity, self.num_local_experts
+        self.rows_per_expert = comm.size * capacity
+        self.splits = [num_local * capacity] * comm.size
+        self.on_host = [self.rows_per_expert] * num_local
+
+    @classmethod
+    def for_layer(cls, config: MoEConfig, comm: Communicator) -> "CapacityDispatcher":
+        """See Dispatcher. ValueError where nothing limits what a rank sends."""
+        return cls(config.num_experts, comm, block_capacity(config))
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
         """Less than any other dispatcher's: `auto` does not take what wants a capacity."""
         return 0.5
 
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, BlockHandle]:
-        """See Dispatcher; R is L * W * C. Sends (W - 1) * L * C rows; no host synchronisation."""
-        num_local, size = self.num_local_experts, self.comm.size
-        slots = block_slots(routing.topk_ids, num_local * size, self.capacity)
-        lines = pack_blocks(x, slots, num_local * size * self.capacity)
-        received = ExchangeBlocks.apply(lines, self.comm).view(size, num_local, self.capacity, -1)
-        counts = torch.full((num_local,), self.rows_per_expert, device=x.device)
-        return received.transpose(0, 1).flatten(0, 2), counts, BlockHandle(slots, routing.topk_weights)
+    def plan(self, topk_ids: Tensor, row_bytes: int) -> tuple[RowOrder, Callable[[], ExchangePlan]]:
+        """See AllToAllDispatcher. Everything but the order of the rows is known beforehand: nothing is announced."""
+        order = order_in_blocks(topk_ids, self.num_experts, self.capacity)
+        experts = torch.arange(self.num_local_experts, device=topk_ids.device)
+        ids = experts.repeat_interleave(self.capacity, output_size=self.splits[0]).repeat(self.comm.size)
+        plan = ExchangePlan(self.splits, self.splits, ids[:, None], self.on_host)
+        return order, lambda: plan
 
-    def combine(self, rows: Tensor, handle: BlockHandle) -> Tensor:
-        """See Dispatcher. Sends (W - 1) * L * C rows; no host synchronisation."""
-        blocks = rows.view(self.num_local_experts, self.comm.size, self.capacity, -1)
-        lines = ExchangeBlocks.apply(blocks.transpose(0, 1).flatten(0, 2), self.comm)
-        return unpack_blocks(lines, handle.slots, handle.topk_weights)
-
-    def rows_sent(self, topk_ids: list[Tensor], num_local_experts: int) -> tuple[int, int]:
-        """See Dispatcher: the buffers' lines, whatever topk_ids says."""
-        size = len(topk_ids)
-        rows = size * (size - 1) * num_local_experts * self.capacity
-        return rows, rows
+    def rows_between(self, topk_ids: list[Tensor]) -> Tensor:
+        """See AllToAllDispatcher: the buffers' rows, whatever topk_ids says."""
+        return torch.full((self.comm.size,) * 2, self.splits[0])
 
 
 # ==========================================================================================================
@@ -2813,7 +3380,7 @@ class CapacityDispatcher(Dispatcher):
 # %% notebooks/09_balance.ipynb #cluster-options
 @option_group
 @dataclass(frozen=True)
-class ClusterOptions:
+class ClusterOptions(Options):
     """The task of clusters. ValueError where a number makes no sense.
 
     num_clusters: clusters of `--task clusters`, each with a teacher of its own
@@ -2865,7 +3432,7 @@ class ClusterStream:
         config: MoEConfig,
         seed: int,
         num_tokens: int,
-        comm: Communicator,
+        batch: Communicator,
         device: torch.device | str = "cpu",
     ) -> None:
         self.centres, self.teachers = (part.to(device) for part in make_clusters(config, seed))
@@ -2873,7 +3440,7 @@ class ClusterStream:
         self.is_sorted = options.sort_tokens
         self.limits = zipf_probabilities(options.num_clusters, options.zipf).cumsum(0)[:-1].to(device)
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.num_tokens, self.comm = num_tokens, comm
+        self.num_tokens, self.batch = num_tokens, batch
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """This rank's share of the next global batch: clusters int64 [T], x [T, D]. No synchronisation."""
@@ -2881,7 +3448,7 @@ class ClusterStream:
         u = torch.rand(self.num_tokens, dtype=torch.float64, **where)
         noise = torch.randn(self.num_tokens, self.centres.shape[1], **where)
         u = u.sort().values if self.is_sorted else u
-        u, noise = (part.tensor_split(self.comm.size)[self.comm.rank] for part in (u, noise))
+        u, noise = (part.tensor_split(self.batch.size)[self.batch.rank] for part in (u, noise))
         clusters = torch.searchsorted(self.limits, u)
         return clusters, (self.centres[clusters] + noise.to(self.centres.dtype)) / math.sqrt(2)
 
@@ -2889,6 +3456,11 @@ class ClusterStream:
         """This rank's share of the next global batch: x [T, D], target [T, D]."""
         clusters, x = self.draw()
         return x, torch.bmm(self.teachers[clusters], x.unsqueeze(2)).squeeze(2)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """As TokenStream.loss."""
+        x, target = batch
+        return mean_squared_error(model(x), target, self.num_tokens)
 
 
 # %% notebooks/09_balance.ipynb #aux-local
@@ -2908,7 +3480,7 @@ class LocalAuxLoss(Balance):
         own_load = count_choices(routing.topk_ids, num_experts).to(probs.dtype) / max(
             1, routing.topk_ids.numel()
         )
-        return num_experts * (own_load * probs.sum(0)).sum() / count_global_tokens(routing, self.comm)
+        return num_experts * (own_load * probs.sum(0)).sum() / count_global_tokens(routing, self.batch)
 
 
 def count_global_tokens(routing: Routing, comm: Communicator) -> Tensor:
@@ -3031,17 +3603,17 @@ def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
     return total / num_tokens.clamp(min=1)
 
 
-def show_routing(log: RunLog, step: int, model: EPMoE) -> None:
+def show_routing(log: RunLog, step: int, layer: EPMoE) -> None:
     """TensorBoard's routing/entropy and, where there is one, the bias as histogram routing/bias. Collective."""
-    log.scalars(step, routing__entropy=float(mean_entropy(model.probs, model.comm)))
-    if log.writer and model.balance.choice_bias is not None:
-        log.writer.add_histogram("routing/bias", model.balance.choice_bias, step)
+    log.scalars(step, routing__entropy=float(mean_entropy(layer.probs, layer.mesh.batch)))
+    if log.writer and layer.balance.choice_bias is not None:
+        log.writer.add_histogram("routing/bias", layer.balance.choice_bias, step)
 
 
 # %% notebooks/09_balance.ipynb #routing-options
 @option_group
 @dataclass(frozen=True)
-class RoutingOptions:
+class RoutingOptions(Options):
     """How the routers choose and what is added to the balance's loss. ValueError where the numbers do not fit.
 
     normalize_topk: divide the weights of a token's chosen experts by their sum
@@ -3085,13 +3657,13 @@ class RoutingOptions:
         """The router's hook after the choice: [T, K] -> [T, K]."""
         return normalize_weights(weights) if self.normalize_topk else weights
 
-    def added_loss(self, routing: Routing, config: MoEConfig, comm: Communicator) -> Tensor:
+    def added_loss(self, routing: Routing, config: MoEConfig, batch: Communicator) -> Tensor:
         """The layer's hook: this rank's share of z_alpha * z-loss + sequence_alpha * sequence-wise loss."""
-        return added_loss(self, routing, config, comm)
+        return added_loss(self, routing, config, batch)
 
-    def show(self, log: RunLog, step: int, model: EPMoE) -> None:
+    def show(self, log: RunLog, step: int, layer: EPMoE) -> None:
         """The record's hook, at every log interval."""
-        show_routing(log, step, model)
+        show_routing(log, step, layer)
 
 
 # %% notebooks/09_balance.ipynb #bias-balance
@@ -3103,11 +3675,17 @@ class BiasBalance(Balance):
     counts. The loss is 0. One all-reduce of E numbers a step, no host synchronisation.
     """
 
-    def __init__(self, config: MoEConfig, comm: Communicator) -> None:
-        super().__init__(config, comm)
+    def __init__(self, config: MoEConfig, batch: Communicator, device: torch.device | str | None = None) -> None:
+        super().__init__(config, batch)
         self.speed = config.option(RoutingOptions).bias_speed
-        self.register_buffer("bias", torch.zeros(config.num_experts))
-        self.register_buffer("load", torch.zeros(config.num_experts), persistent=False)
+        self.register_buffer("bias", torch.zeros(config.num_experts, device=device))
+        load = torch.zeros(config.num_experts, dtype=torch.int64, device=device)
+        self.register_buffer("load", load, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """No bias, and nothing counted."""
+        self.bias.zero_()
+        self.load.zero_()
 
     @property
     def choice_bias(self) -> Tensor:
@@ -3115,16 +3693,17 @@ class BiasBalance(Balance):
         return self.bias
 
     def forward(self, routing: Routing) -> Tensor:
-        """Counts this rank's choices, of all forward passes of a step -> a zero."""
-        self.load += count_choices(routing.topk_ids, len(self.load))
+        """A zero."""
         return routing.probs.new_zeros(())
+
+    def count(self, routing: Routing) -> None:
+        """Adds this rank's choices, of all micro-batches of a step."""
+        self.load += count_choices(routing.topk_ids, len(self.load))
 
     def after_step(self) -> None:
         """bias_e += speed * sign(mean load - load_e), and counting begins anew. In place, for CUDA graphs."""
-        load = self.comm.all_reduce(self.load)
-        self.bias += self.speed * torch.sign(
-            load.sum() - len(load) * load
-        )  # whole numbers: exact on any rank
+        load = self.batch.all_reduce(self.load)
+        self.bias += self.speed * torch.sign(load.sum() - len(load) * load)  # whole numbers: exact on any rank
         load.zero_()
 
 
@@ -3187,6 +3766,7 @@ def describe_frames(exception: BaseException, path: str, markers: list[tuple[int
 def install_traceback_hook() -> None:
     """Let an uncaught exception name the notebook, cell and line it came from, and last of all the rank."""
     import os
+    import re
     import sys
 
     path = install_traceback_hook.__code__.co_filename
@@ -3200,6 +3780,13 @@ def install_traceback_hook() -> None:
         sys.stderr.write(f"{report}error: rank {os.environ.get('RANK', '0')}: {summary}\n")
         sys.stderr.flush()
 
+    def locate(exception: BaseException) -> str:
+        report = describe_frames(exception, path, markers)[0]
+        cells = re.findall(r"in (\w+) \((notebooks/[^)]+)\)", report)
+        inner = [cell for name, cell in cells if name not in ("entering", "all_gather", "all_to_all", "all_reduce")]
+        return f" ({inner[-1]})" if inner else ""
+
+    hook.locate = locate  # for a program that catches an exception and still wants to say where it came from
     sys.excepthook = hook
 
 

@@ -48,7 +48,7 @@ EXPORTED_TAGS = ("theory", "all_to_all", "experts", "training", "performance", "
 OTHER_ROLES = ("setup", "seed", "parameters", "demo", "check", "launch", "plot", "exercise", "solution")
 ROLE_TAGS = EXPORTED_TAGS + OTHER_ROLES
 SIDE_TAGS = ("raises-exception", "hide-input")
-MAX_CODE_LINES = 40
+MAX_CODE_LINES, MAX_CLASS_LINES = 40, 60  # of a cell, and of a cell that is one class
 OLDEST_PYTHON = (3, 11)  # the book's cells must run on it, whatever Python stitches them
 
 # What parse and compile raise on text that is not a program; the last four on absurdly deep or large text.
@@ -127,6 +127,7 @@ def describe_frames(exception: BaseException, path: str, markers: list[tuple[int
 def install_traceback_hook() -> None:
     """Let an uncaught exception name the notebook, cell and line it came from, and last of all the rank."""
     import os
+    import re
     import sys
 
     path = install_traceback_hook.__code__.co_filename
@@ -140,6 +141,13 @@ def install_traceback_hook() -> None:
         sys.stderr.write(f"{report}error: rank {os.environ.get('RANK', '0')}: {summary}\n")
         sys.stderr.flush()
 
+    def locate(exception: BaseException) -> str:
+        report = describe_frames(exception, path, markers)[0]
+        cells = re.findall(r"in (\w+) \((notebooks/[^)]+)\)", report)
+        inner = [cell for name, cell in cells if name not in ("entering", "all_gather", "all_to_all", "all_reduce")]
+        return f" ({inner[-1]})" if inner else ""
+
+    hook.locate = locate  # for a program that catches an exception and still wants to say where it came from
     sys.excepthook = hook
 
 
@@ -971,9 +979,28 @@ def _check_exported(e: Exported, classes: set[str], problems: Problems) -> None:
         problems.add(e.cell, 1, "an exported cell without code; delete it, or make it markdown")
     if e.tag in EXPORTED_TAGS:
         count = _code_lines(e.cell.text, e.tree)
-        if count > MAX_CODE_LINES:
-            what = f"{count} lines of code, docstrings and comments not counted, and {MAX_CODE_LINES} is the most"
+        limit = MAX_CLASS_LINES if any(isinstance(node, ast.ClassDef) for node in e.tree.body) else MAX_CODE_LINES
+        if count > limit:
+            what = f"{count} lines of code, docstrings and comments not counted, and {limit} is the most"
             problems.add(e.cell, 1, f"{what}; split the cell")
+
+
+def _check_registrations(exported: Sequence[Exported], problems: Problems) -> None:
+    """Refuses `@register("KIND", ...)` where KIND is no key of the book's literal REGISTRIES."""
+    known: set[str] = set()
+    for e in exported:
+        for node in e.tree.body:
+            target = node.target if isinstance(node, ast.AnnAssign) else None
+            if isinstance(target, ast.Name) and target.id == "REGISTRIES" and isinstance(node.value, ast.Dict):
+                known = {key.value for key in node.value.keys if isinstance(key, ast.Constant)}
+    for e in exported if known else ():
+        for node in e.tree.body:
+            for call in getattr(node, "decorator_list", ()):
+                is_register = isinstance(call, ast.Call) and _dotted(call.func) == "register" and call.args
+                kind = call.args[0].value if is_register and isinstance(call.args[0], ast.Constant) else None
+                if kind is not None and kind not in known:
+                    what = f"there is no kind {kind!r} to register; take one of {', '.join(sorted(known))}"
+                    problems.add(e.cell, call.lineno, what)
 
 
 def _own_bindings(e: Exported) -> list[Binding]:
@@ -1157,6 +1184,7 @@ def stitch_book(notebooks: Sequence[Notebook], tags: Sequence[str]) -> tuple[str
     problems.lines += unread.lines
     _refuse_reserved(wanted, problems)
     _check_duplicates(book, problems)
+    _check_registrations(book, problems)
     _check_seed(notebooks, book, problems)
     if not is_launcher:
         _check_duplicates(wanted, problems)
