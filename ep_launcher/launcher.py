@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "8321f87537b21edcc70338097f346d0b2ee2a46e955529b0242f245af151395f"
+SOURCES_SHA256 = "7a5480d5dd033fce5566273a5b2a619d9fdf0d1d18663da59719840679354c55"
 
 
 # ==========================================================================================================
@@ -2919,9 +2919,9 @@ def rider_columns(hidden_dim: int, dtype: torch.dtype, num_weights: int = 1) -> 
 
 
 def set_riders(packed: Tensor, hidden_dim: int, weights: Tensor) -> None:
-    """Writes weights [n] or [n, J], bit by bit, behind the first hidden_dim columns of packed [n, D + C]."""
+    """Writes weights [n, J], bit by bit, behind the first hidden_dim columns of packed [n, D + C]."""
     wide = torch.promote_types(packed.dtype, torch.float32)
-    bits = weights.to(wide).reshape(len(packed), -1).contiguous().view(packed.dtype)
+    bits = torch.empty(weights.shape, dtype=wide, device=packed.device).copy_(weights).view(packed.dtype)
     packed[:, hidden_dim : hidden_dim + bits.shape[1]] = bits
 
 
@@ -2987,7 +2987,7 @@ class SendRows(torch.autograd.Function):
         packed = x.new_zeros if order.has_gaps else x.new_empty
         packed = packed(len(order.choice_of_row), d + rider_columns(d, x.dtype))
         copy_to_rows(x, order, packed[:, :d])
-        set_riders(packed, d, weights_of_rows(topk_weights, order))
+        set_riders(packed, d, weights_of_rows(topk_weights, order)[:, None])
         sent, received = plan().input_splits, plan().output_splits
         arrived = comm.all_to_all(packed[: sum(sent)], sent, received, "dispatch")  # behind: choices not sent
         ctx.comm, ctx.splits, ctx.d = comm, (received, sent), d
@@ -3089,7 +3089,7 @@ class AllToAllDispatcher(Dispatcher):
         rows, row = self.rows_between(topk_ids), hidden_dim * dtype.itemsize
         rider = rider_columns(hidden_dim, dtype) * dtype.itemsize
         alone = torch.promote_types(dtype, torch.float32).itemsize
-        return bytes_by_pass(rows, rows, row, rider, row + rider if x_needs_grad else alone)
+        return bytes_by_pass(rows, rows.t(), row, rider, row + rider if x_needs_grad else alone)
 
 
 # ==========================================================================================================
