@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "7a5480d5dd033fce5566273a5b2a619d9fdf0d1d18663da59719840679354c55"
+SOURCES_SHA256 = "553786445c93b8643aca35d2781a74ec2aeb2f50ed7a59d756f836627fc14546"
 
 
 # ==========================================================================================================
@@ -552,15 +552,14 @@ class Dispatcher(ABC):
 PASSES = ("dispatch", "combine", "combine backward", "dispatch backward")
 
 
-def bytes_by_pass(there: Tensor, back: Tensor, row: int, rider: int, rider_alone: int) -> dict[str, Tensor]:
+def bytes_by_pass(there: Tensor, back: Tensor, row: int, rider: int, returned: int) -> dict[str, Tensor]:
     """Rows int64 [W, W] from rank i to rank j, there and back -> a dispatcher's prediction of bytes.
 
-    row: bytes of a row; rider: of what travels with it there; rider_alone: of what comes back with dispatch's
-    gradient, without a row where x needs none (row is 0 then).
+    row: bytes of a row; rider: of what travels with it there; returned: of what comes home for each of them in
+    dispatch's backward.
     """
-    backward = there.t() * rider_alone
     off_diagonal = 1 - torch.eye(len(there), dtype=torch.int64)
-    parts = there * (row + rider), back * row, back.t() * row, backward
+    parts = there * (row + rider), back * row, back.t() * row, there.t() * returned
     return {name: part * off_diagonal for name, part in zip(PASSES, parts, strict=True)}
 
 
@@ -721,8 +720,9 @@ class GateLogits(torch.autograd.Function):
         if not x.is_cuda or x.dtype == weight.dtype:
             return x.to(weight.dtype) @ weight.t()
         high = weight.to(x.dtype)
-        low = (weight - high).to(x.dtype)
-        return torch.mm(x, high.t(), out_dtype=weight.dtype) + torch.mm(x, low.t(), out_dtype=weight.dtype)
+        pieces = torch.cat([high, (weight - high).to(x.dtype)])
+        both = torch.mm(x, pieces.t(), out_dtype=weight.dtype)
+        return both[:, : len(weight)] + both[:, len(weight) :]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -1106,8 +1106,9 @@ class EPMoE(nn.Module):
         check_tokens(x, self.config)
         refuse_wrappers(self)
         kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(kind))
+        if not torch.is_autocast_enabled(kind):
+            return self.forward_tokens(x.reshape(-1, x.shape[-1])).view(x.shape)
+        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
             return self.forward_tokens(x.reshape(-1, x.shape[-1])).view(x.shape)
 
@@ -2580,10 +2581,11 @@ class ExpertsOnTokens(torch.autograd.Function):
         rows, weights = copy_to_rows(x, order), weights_of_rows(topk_weights, order)
         gate = products.times(rows, w1, b1)
         up = None if w3 is None else products.times(rows, w3, b3)
-        hidden = weighted_activation(activation, gate, up, weights, order.counts.sum())
+        num_rows = order.counts.sum()
+        hidden = weighted_activation(activation, gate, up, weights, num_rows)
         ctx.kind, ctx.on_host, ctx.activation = type(products), getattr(products, "splits", None), activation
         ctx.has_b1, ctx.has_b3, ctx.used = b1 is not None, b3 is not None, False
-        ctx.save_for_backward(x, weights, gate, up, w1, w2, w3, *order.tensors)
+        ctx.save_for_backward(x, weights, gate, up, w1, w2, w3, num_rows, *order.tensors)
         return sum_rows(products.times(hidden, w2), order)
 
     @staticmethod
@@ -2594,12 +2596,11 @@ class ExpertsOnTokens(torch.autograd.Function):
                 "a second backward: blocks and grouped write gradients over what they kept; take experts bmm or loop"
             )
         ctx.used = True
-        x, weights, gate, up, w1, w2, w3, *order = ctx.saved_tensors
+        x, weights, gate, up, w1, w2, w3, num_rows, *order = ctx.saved_tensors
         order = RowOrder(*order)
         products = ctx.kind(order.counts, len(order.choice_of_row), ctx.on_host)
         grad_rows = copy_to_rows(grad.contiguous(), order)
         hidden = products.times(grad_rows, w2.transpose(1, 2))  # its gradient, at first
-        num_rows = order.counts.sum()
         grad_weights = weighted_activation_backward_(ctx.activation, hidden, gate, up, weights, num_rows)
         grad_w2 = products.weight_gradient(hidden, grad_rows)
         del hidden, grad_rows
@@ -2731,36 +2732,38 @@ class BmmExperts(Experts):
     def forward(self, arrived: Arrived) -> Tensor:
         """See Experts. Every expert for every row, where those are few; one host sync where they are not, and the
         dispatcher does not bring every expert equally many."""
-        b2 = self.in_dtype(arrived.x.dtype)[3]
         is_equal = arrived.rows_per_expert is not None
         if is_equal or len(arrived.x) * self.num_local > self.largest_fixed:
-            return add_output_bias(self.padded(arrived), arrived, b2)
-        return add_output_bias(self.every_expert(arrived), arrived, b2)
+            return add_output_bias(self.padded(arrived), arrived, self.in_dtype(arrived.x.dtype)[3])
+        return self.every_expert(arrived)
 
     def every_expert(self, arrived: Arrived) -> Tensor:
-        """y [R, D] without b2: no sort, no copy to rows.
+        """y [R, D]: no sort, no copy to rows.
 
         The weights, 0 for experts that were not chosen, go onto the hidden numbers: then the second product and the
         sum over experts are one product, [R, L * F] times [L * F, D].
         """
-        x, w2 = arrived.x, self.in_dtype(arrived.x.dtype)[2]
+        x, (_, _, w2, b2, _, _) = arrived.x, self.in_dtype(arrived.x.dtype)
         spread = spread_weights(arrived, self.num_local)
         hidden = self.hidden(x.expand(self.num_local, *x.shape)).transpose(0, 1)
-        return (hidden.to(spread.dtype) * spread.unsqueeze(2)).to(x.dtype).flatten(1) @ w2.flatten(0, 1)
+        y = (hidden.to(spread.dtype) * spread.unsqueeze(2)).to(x.dtype).flatten(1) @ w2.flatten(0, 1)
+        return y if b2 is None else torch.addmm(y, spread.to(x.dtype), b2)
 
     def padded(self, arrived: Arrived) -> Tensor:
-        """y [R, D] without b2: each expert's rows in a block of one length, with their weights."""
+        """y [R, D], without output biases: each expert's rows in a block of one length, with their weights."""
         order = order_rows(arrived.topk_ids, self.num_local, arrived.max_pairs)
         rows = Permute.apply(arrived.x, order)
-        num_rows, capacity = len(rows), arrived.rows_per_expert or max(1, int(order.counts.max()))
-        slot = pad_slots(order.counts, num_rows, capacity)
-        blocks = rows.new_zeros(self.num_local * capacity + 1, rows.shape[1]).index_copy(0, slot, rows)[:-1]
-        weights = arrived.topk_weights.reshape(-1)[order.choice_of_row]
-        weights = weights.new_zeros(self.num_local * capacity + 1).index_copy(0, slot, weights)[:-1]
-        hidden = self.hidden(blocks.view(self.num_local, capacity, -1))
+        weights = arrived.topk_weights.reshape(-1).gather(0, order.choice_of_row)[:, None]
+        capacity, slot = arrived.rows_per_expert, None
+        if capacity is None:  # else the sorted rows are blocks already
+            capacity = max(1, int(order.counts.max()))
+            slot = pad_slots(order.counts, len(rows), capacity)
+            size = self.num_local * capacity + 1
+            rows, weights = (t.new_zeros(size, t.shape[1]).index_copy(0, slot, t)[:-1] for t in (rows, weights))
+        hidden = self.hidden(rows.view(self.num_local, capacity, -1))
         weighted = (hidden.to(weights.dtype) * weights.view(self.num_local, capacity, 1)).to(rows.dtype)
         results = torch.bmm(weighted, self.in_dtype(rows.dtype)[2]).flatten(0, 1)
-        return Unpermute.apply(F.pad(results, (0, 0, 0, 1))[slot], order)
+        return Unpermute.apply(results if slot is None else F.pad(results, (0, 0, 0, 1))[slot], order)
 
 
 # %% notebooks/06_grouped_experts.ipynb #graph-step
@@ -2974,9 +2977,9 @@ def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[],
 class SendRows(torch.autograd.Function):
     """x [T, D], topk_weights [T, K] -> rows [R, D] and weights [R, 1] that arrive here, each weight behind its row.
 
-    One message each way. Backward brings home the gradients of rows and weights; of weights alone where x needs none.
-    Every rank must enter backward: x has to require a gradient on all ranks or on none. No host synchronisation but
-    plan's own.
+    One message there. Backward brings the gradients of rows and of weights home, a message each: behind the rows they
+    would have to be copied, and a first layer's x needs no gradient at all. Every rank must enter backward: x has to
+    require a gradient on all ranks or on none. No host synchronisation but plan's own.
     """
 
     @staticmethod
@@ -2990,7 +2993,7 @@ class SendRows(torch.autograd.Function):
         set_riders(packed, d, weights_of_rows(topk_weights, order)[:, None])
         sent, received = plan().input_splits, plan().output_splits
         arrived = comm.all_to_all(packed[: sum(sent)], sent, received, "dispatch")  # behind: choices not sent
-        ctx.comm, ctx.splits, ctx.d = comm, (received, sent), d
+        ctx.comm, ctx.splits = comm, (received, sent)
         ctx.save_for_backward(*order.tensors)
         rows, weights = arrived[:, :d], get_riders(arrived, d)
         if not ctx.needs_input_grad[0]:
@@ -3001,16 +3004,11 @@ class SendRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor) -> tuple:
-        order, d = RowOrder(*ctx.saved_tensors), ctx.d
-        if not ctx.needs_input_grad[0]:
-            home = ctx.comm.all_to_all(grad_weights, *ctx.splits, "dispatch backward")
-            return None, weights_of_choices(home[:, 0], order), None, None, None
-        packed = grad_rows.new_empty(len(grad_rows), d + rider_columns(d, grad_rows.dtype))
-        packed[:, :d] = grad_rows
-        set_riders(packed, d, grad_weights)
-        home = ctx.comm.all_to_all(packed, *ctx.splits, "dispatch backward")
-        grad_topk = weights_of_choices(get_riders(home, d)[:, 0], order)
-        return sum_rows(home[:, :d], order), grad_topk, None, None, None
+        order, grad_x = RowOrder(*ctx.saved_tensors), None
+        if ctx.needs_input_grad[0]:
+            grad_x = sum_rows(ctx.comm.all_to_all(grad_rows, *ctx.splits, "dispatch backward"), order)
+        home = ctx.comm.all_to_all(grad_weights, *ctx.splits, "dispatch backward")
+        return grad_x, weights_of_choices(home[:, 0], order), None, None, None
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #return-rows
@@ -3022,14 +3020,14 @@ class ReturnRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: RowOrder, plan: ExchangePlan, comm: Communicator) -> Tensor:
-        ctx.comm, ctx.plan = comm, plan
+        ctx.comm, ctx.plan, ctx.has_gaps = comm, plan, order.has_gaps
         ctx.save_for_backward(*order.tensors)
         return sum_rows(comm.all_to_all(y, plan.output_splits, plan.input_splits, "combine"), order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        plan, order = ctx.plan, RowOrder(*ctx.saved_tensors, has_gaps=True)
+        plan, order = ctx.plan, RowOrder(*ctx.saved_tensors, ctx.has_gaps)
         rows = copy_to_rows(grad.contiguous(), order)[: sum(plan.input_splits)]
         return ctx.comm.all_to_all(rows, plan.input_splits, plan.output_splits, "combine backward"), None, None, None
 
@@ -3088,8 +3086,8 @@ class AllToAllDispatcher(Dispatcher):
         """See Dispatcher: the choices that live elsewhere, each with its weight."""
         rows, row = self.rows_between(topk_ids), hidden_dim * dtype.itemsize
         rider = rider_columns(hidden_dim, dtype) * dtype.itemsize
-        alone = torch.promote_types(dtype, torch.float32).itemsize
-        return bytes_by_pass(rows, rows.t(), row, rider, row + rider if x_needs_grad else alone)
+        weight = torch.promote_types(dtype, torch.float32).itemsize
+        return bytes_by_pass(rows, rows.t(), row, rider, row * x_needs_grad + weight)
 
 
 # ==========================================================================================================
