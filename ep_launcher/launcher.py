@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "553786445c93b8643aca35d2781a74ec2aeb2f50ed7a59d756f836627fc14546"
+SOURCES_SHA256 = "cb6963e75392cc553c92fbb5ee4611e39aa90d64ed42ea37990ceea2196aaae8"
 
 
 # ==========================================================================================================
@@ -749,6 +749,7 @@ class Router(KeepsPrecision):
         super().__init__()
         self.config, self.seed = config, seed
         dtype = torch.promote_types(DTYPES[config.dtype], torch.float32)
+        device = torch.get_default_device() if device is None else device  # skip_init leaves None's on meta
         self.gate = nn.utils.skip_init(
             nn.Linear, config.hidden_dim, config.num_experts, config.router_bias, device=device, dtype=dtype
         )
@@ -1004,6 +1005,7 @@ def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int 
     ValueError for a name that nobody registered; CannotRun for one that cannot on this device and so many ranks.
     """
     device = torch.device(device)
+    device = choose_device() if device.type == "meta" else device  # where it will be, one supposes
     name, registered = getattr(config, kind), REGISTRIES[kind]
     if name != "auto" and name not in registered:
         raise ValueError(f"{kind} is {name!r}; take one of auto, {', '.join(sorted(registered))}")
@@ -1030,6 +1032,11 @@ def check_tokens(x: Tensor, config: MoEConfig) -> None:
     num_tokens, limit = math.prod(x.shape[:-1]), config.max_num_tokens
     if limit is not None and num_tokens > limit:
         raise ValueError(f"{num_tokens} tokens on one rank, above max_num_tokens {limit}")
+
+
+def kept_from_compiler(function: Callable, ep_size: int) -> Callable:
+    """The function; on several ranks one that torch.compile leaves alone, since ranks must enter collectives alike."""
+    return function if ep_size == 1 else torch.compiler.disable(function)
 
 
 def is_recomputing() -> bool:
@@ -1080,8 +1087,7 @@ class EPMoE(nn.Module):
         super().__init__()
         self.config, self.mesh = config, mesh or init_ep()
         device = torch.get_default_device() if device is None else torch.device(device)
-        run_on = choose_device() if device.type == "meta" else device
-        self.took = {kind: pick(kind, config, run_on, self.mesh.ep.size) for kind in ("dispatcher", "experts")}
+        self.took = {kind: pick(kind, config, device, self.mesh.ep.size) for kind in ("dispatcher", "experts")}
         dispatcher, experts = (REGISTRIES[kind][name] for kind, name in self.took.items())
         self.router = REGISTRIES["router"][config.router](config, seed, device)
         self.balance = REGISTRIES["balance"][config.balance](config, self.mesh.batch, device)
@@ -1090,6 +1096,7 @@ class EPMoE(nn.Module):
         self.shared = SharedExperts(config, seed, device) if config.num_shared_experts else None
         self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
         self.aux_shares, self.recorded_aux = AuxShares(), True
+        self.run = kept_from_compiler(type(self).forward_tokens, self.mesh.ep.size)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, in place, from the seed: after `to_empty` has moved them off the meta device."""
@@ -1107,10 +1114,10 @@ class EPMoE(nn.Module):
         refuse_wrappers(self)
         kind = x.device.type
         if not torch.is_autocast_enabled(kind):
-            return self.forward_tokens(x.reshape(-1, x.shape[-1])).view(x.shape)
+            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
         x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            return self.forward_tokens(x.reshape(-1, x.shape[-1])).view(x.shape)
+            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
 
     def route(self, x: Tensor) -> Routing:
         """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
@@ -3020,16 +3027,17 @@ class ReturnRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: RowOrder, plan: ExchangePlan, comm: Communicator) -> Tensor:
-        ctx.comm, ctx.plan, ctx.has_gaps = comm, plan, order.has_gaps
+        ctx.comm, ctx.has_gaps = comm, order.has_gaps
+        ctx.splits = plan.input_splits, plan.output_splits  # not the plan, whose ids would stay in memory
         ctx.save_for_backward(*order.tensors)
         return sum_rows(comm.all_to_all(y, plan.output_splits, plan.input_splits, "combine"), order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        plan, order = ctx.plan, RowOrder(*ctx.saved_tensors, ctx.has_gaps)
-        rows = copy_to_rows(grad.contiguous(), order)[: sum(plan.input_splits)]
-        return ctx.comm.all_to_all(rows, plan.input_splits, plan.output_splits, "combine backward"), None, None, None
+        order = RowOrder(*ctx.saved_tensors, ctx.has_gaps)
+        rows = copy_to_rows(grad.contiguous(), order)[: sum(ctx.splits[0])]
+        return ctx.comm.all_to_all(rows, *ctx.splits, "combine backward"), None, None, None
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #all-to-all-dispatcher
