@@ -29,9 +29,10 @@ WRONG = {
     ],
     "solution-flag": [("* 5", "* 3"), ("[[2, 3]] * 2", "[[2, 3]] * 5")],
     "solution-once": [
-        ("(is_mine & (metadata[:, IS_PADDING] == 0))", "is_mine"),
-        ("mine = mine[local_expert[mine].argsort(stable=True)]", "pass"),
-        ("metadata[mine], routing.topk_weights)", "metadata[mine], routing.topk_weights.flip(1))"),
+        ("everyones[:, IS_PADDING, None] == 0", "everyones[:, EXPERT, None] >= -1"),
+        ("local.masked_fill(~is_mine, -1)", "ids.masked_fill(~is_mine, -1)"),
+        ("weights[mine], AllGather", "weights[mine].flip(1), AllGather"),
+        ("(owners == rank).any(dim=1)", "(owners == rank)"),
     ],
     "solution-topk": [("logit - max(logits)", "logit"), ("-probs[e]", "probs[e]")],
     "solution-switch": [("1.35", "0.45"), ("[0.75, 0.0, 0.25]", "[0.5, 0.2, 0.3]")],

@@ -10,10 +10,13 @@ thread or GPU is in use; that takes the time of one import, not of one per rank.
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import contextlib
 import ctypes
 import dataclasses
 import faulthandler
+import inspect
 import io
 import json
 import linecache
@@ -27,6 +30,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +38,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL_FILE = "%%ranks cell"  # the file name in tracebacks of a cell's body
+CELL_MODULE = "ranks_cell"  # where a cell's classes live
 GRACE_S = 1.0  # what the other ranks get, to fail or end by themselves, once one rank has failed
 
 
@@ -192,15 +197,28 @@ def start_group(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) ->
     return device, dist.group.WORLD
 
 
+def run_source(source: str, filename: str, scope: dict[str, Any]) -> None:
+    """Runs a cell's source, an await outside a function included; its lines show up in tracebacks."""
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    # dont_inherit: this file's own `from __future__ import annotations` is none of the cell's.
+    code = compile(source, filename, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    if code.co_flags & inspect.CO_COROUTINE:
+        asyncio.run(eval(code, scope))
+    else:
+        exec(code, scope)
+
+
 def execute_cell(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) -> dict[str, Any]:
     """Runs the definitions sent along, then the body; returns CPU copies of the names to collect."""
     import torch
 
     device, group = start_group(spec, rank, folder, launcher)
     torch.manual_seed(0)
-    names = {name: value for name, value in vars(launcher).items() if not name.startswith("_")}
-    scope = names | {
-        "__name__": "ranks_cell",
+    module = types.ModuleType(CELL_MODULE)
+    sys.modules[CELL_MODULE] = module  # dataclasses look for the module of a class
+    scope = vars(module)
+    scope |= {name: value for name, value in vars(launcher).items() if not name.startswith("_")}
+    scope |= {
         "rank": rank,
         "world_size": spec["nproc"],
         "device": device,
@@ -208,11 +226,8 @@ def execute_cell(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) -
         "comm": launcher.Communicator(group),
     }
     for filename, source in spec["sent"].items():
-        linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-        exec(compile(source, filename, "exec"), scope)
-    body = "\n" + spec["body"]  # the magic's own line is line 1 of the cell
-    linecache.cache[CELL_FILE] = (len(body), None, body.splitlines(True), CELL_FILE)
-    exec(compile(body, CELL_FILE, "exec"), scope)
+        run_source(source, filename, scope)
+    run_source("\n" + spec["body"], CELL_FILE, scope)  # the magic's own line is line 1 of the cell
     missing = [name for name in spec["collect"] if name not in scope]
     if missing:
         raise NameError(f"the cell does not define `{missing[0]}`, which --collect names")
@@ -248,6 +263,9 @@ def run_rank(
     failure = None
     try:
         collected = execute_cell(spec, rank, folder, launcher)
+        sys.modules.pop(
+            CELL_MODULE, None
+        )  # the kernel has no such module: what needs it cannot be sent there
         try:
             torch.save(collected, folder / f"rank{rank}.pt")
         except Exception as error:

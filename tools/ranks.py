@@ -125,10 +125,15 @@ class Definitions:
     def __init__(self, namespace: dict[str, Any], provided: set[str]) -> None:
         self.provided = provided | set(dir(builtins))
         history = [source for source in namespace.get("In", ()) if isinstance(source, str)]
-        cells = [(f"kernel cell {number}", source) for number, source in enumerate(history)][::-1]
+        executed = [(f"kernel cell {number}", source) for number, source in enumerate(history)]
+        kept = []
         for path in book_notebooks(ROOT):
             notebook = read_notebook(path, f"notebooks/{path.name}")
-            cells += [(cell.label, cell.text) for cell in notebook.cells if "seed" in cell.tags]
+            kept += [(cell.label, cell.text) for cell in notebook.cells if "seed" in cell.tags]
+        self.order = [
+            label for label, _ in kept + executed
+        ]  # a class may inherit from one of an earlier cell
+        cells = executed[::-1] + kept
         self.cells = [(label, source, tree) for label, source in cells if (tree := parse_quietly(source))]
 
     def statement(self, name: str) -> tuple[str, str, ast.Module, ast.stmt] | None:
@@ -158,7 +163,10 @@ class Definitions:
                 raise RanksError([f"%%ranks: --with {name}: no executed cell and no seed cell defines it"])
             label, source, tree, statement = found
             lines = chosen.setdefault(label, (source, set()))[1]
-            pending = [statement]
+            future = [
+                part for part in tree.body if isinstance(part, ast.ImportFrom) and part.module == "__future__"
+            ]
+            pending = [statement, *future]
             while pending:
                 part = pending.pop()
                 first = min([part.lineno, *(d.lineno for d in getattr(part, "decorator_list", ()))])
@@ -170,9 +178,8 @@ class Definitions:
                 pending += here
                 local = set().union(*(bound_names(other) for other in here))
                 wanted += sorted(used - local - self.provided)
-        order = {label: number for number, (label, _, _) in enumerate(self.cells)}
         sent = {}
-        for label in sorted(chosen, key=order.__getitem__):
+        for label in sorted(chosen, key=self.order.index):
             source, lines = chosen[label]
             kept = [text if number in lines else "" for number, text in enumerate(source.split("\n"), 1)]
             sent[label] = "\n".join(kept) + "\n"
