@@ -1,4 +1,4 @@
-"""Balance and routers on real ranks: parity with a dense float64 reference, world-size invariance, the bias's state.
+"""Balance and routers on real ranks and meshes: parity with a dense float64 reference, invariance, the bias's state.
 
     torchrun --standalone --nproc_per_node=2 tests/balance_ranks.py parity --output build/balance.json
     torchrun --standalone --nproc_per_node=4 tests/balance_ranks.py curves --output build/curves.json
@@ -19,22 +19,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from parity import LIMITS, alone, cases, gather_uneven, parameter_errors, relative_error
-from torch import Tensor
+from parity import LIMITS, cases, gather_uneven, parameter_errors, relative_error
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ep_launcher import launcher as ep  # noqa: E402
 
-ALPHA, Z_ALPHA, SEQUENCE_ALPHA, LENGTH = (
-    0.3,
-    0.2,
-    0.5,
-    4,
-)  # large, so that a wrong loss shows in every gradient
+ALPHA, Z_ALPHA, SEQUENCE_ALPHA = 0.3, 0.2, 0.5  # large, so that a wrong loss shows in every gradient
+LENGTH = 4
 SIZES = {"num_experts": 8, "top_k": 2, "hidden_dim": 16, "ffn_dim": 32}
 CURVE_SIZES = SIZES | {"ffn_dim": 16, "dtype": "float64"}
 FEW_CASES = ("even", "uneven", "rank_without_tokens")
 VARIANTS = list(product(("softmax", "sigmoid"), ("none", "aux", "aux_local", "bias"), (False, True), (1, 4)))
+
+
+def mesh_of(batch: ep.Communicator) -> ep.Mesh:
+    """The mesh on which all ranks of a group share the experts."""
+    return ep.Mesh(batch, batch, ep.Communicator.alone(batch.meter))
 
 
 def choose(keys: Tensor, top_k: int, num_groups: int, topk_groups: int) -> Tensor:
@@ -90,8 +92,9 @@ def reference(
     return y, loss + options.z_alpha * z, ids
 
 
-def run_case(case: dict, config: ep.MoEConfig, comm: ep.Communicator, device: torch.device) -> dict:
+def run_case(case: dict, config: ep.MoEConfig, mesh: ep.Mesh, device: torch.device) -> dict:
     """One case on all ranks -> this rank's errors."""
+    comm, ep_group = mesh.batch, mesh.ep
     dtype, low = ep.DTYPES[config.dtype], config.dtype == "bfloat16"
     sizes = [case["tokens"][rank % len(case["tokens"])] for rank in range(comm.size)]
     generator = torch.Generator().manual_seed(17)
@@ -101,7 +104,7 @@ def run_case(case: dict, config: ep.MoEConfig, comm: ep.Communicator, device: to
     bias = 0.3 * torch.randn(num_experts, generator=generator).to(device)
     mine = slice(sum(sizes[: comm.rank]), sum(sizes[: comm.rank + 1]))
 
-    def make_layer(among: ep.Communicator) -> ep.EPMoE:
+    def make_layer(among: ep.Mesh) -> ep.EPMoE:
         layer = ep.EPMoE(config, among, seed=3, device=device)
         with torch.no_grad():
             if case["bias"] is not None:
@@ -111,16 +114,18 @@ def run_case(case: dict, config: ep.MoEConfig, comm: ep.Communicator, device: to
                 layer.balance.bias.copy_(bias)
         return layer
 
-    layer = make_layer(comm)
+    layer = make_layer(mesh)
     x = x_all[mine].clone().requires_grad_()
-    before = comm.meter.total("rows")
-    y, aux = layer(x)
+    before = {name: mesh.meter.total(name) for name in ep.PASSES}
+    y = layer(x)
+    aux = ep.aux_loss(layer)
     ((y.double() - target[mine]).square().sum() / max(1, total) + ALPHA * aux.double()).backward()
     aux_total = aux.detach().clone()
-    ep.all_reduce_gradients(layer.replicated_parameters(), comm, aux_total)
-    counted = int(comm.all_reduce(torch.tensor([comm.meter.total("rows") - before], device=device)))
+    ep.sync_gradients(layer, mesh, aux_total)
+    counted = torch.tensor([mesh.meter.total(name) - before[name] for name in ep.PASSES], device=device)
+    counted = comm.all_reduce(counted).tolist()
 
-    whole = make_layer(alone())
+    whole = make_layer(mesh_of(ep.Communicator.alone()))
     parameters = {name: p.detach().double().requires_grad_() for name, p in whole.named_parameters()}
     x_ref = x_all.double().requires_grad_()
     topk_ids = gather_uneven(layer.topk_ids, comm)
@@ -131,19 +136,22 @@ def run_case(case: dict, config: ep.MoEConfig, comm: ep.Communicator, device: to
     )  # fmt: skip
     ((y_ref - target).square().sum() / max(1, total) + ALPHA * aux_ref).backward()
 
-    num_local = num_experts // comm.size
-    own = slice(comm.rank * num_local, (comm.rank + 1) * num_local)
+    num_local = num_experts // ep_group.size
+    own = slice(ep_group.rank * num_local, (ep_group.rank + 1) * num_local)
     errors = {
         "topk_ids": float((topk_ids.sort(1).values != ids_ref.sort(1).values).sum()),
         "y": relative_error(y.detach(), y_ref[mine]),
         "aux": relative_error(aux_total, aux_ref),
         "x.grad": relative_error(x.grad, x_ref.grad[mine]),
     } | parameter_errors(layer, parameters, own)
-    by_rank = list(topk_ids.split(sizes)) if comm.size > 1 else [layer.topk_ids]
-    predicted = 2 * sum(layer.dispatcher.rows_sent(by_rank, num_local)) * d * dtype.itemsize
-    errors["bytes"] = float(abs(predicted - counted))
-    if comm.size > 1 and total and not counted:
+    predicted = list(ep.predicted_bytes(layer, x_needs_grad=True).values())
+    errors["bytes"] = float(sum(abs(p - c) for p, c in zip(predicted, counted, strict=True)))
+    is_free = config.option(ep.RoutingOptions).num_groups == 1  # groups may keep every token at home
+    if ep_group.size > 1 and total and is_free and not sum(counted):
         errors["bytes"] = float("inf")
+    made = torch.bincount(topk_ids.flatten(), minlength=num_experts)
+    if config.balance == "bias":  # every choice, once
+        errors["counted"] = float((comm.all_reduce(layer.balance.load.clone()) - made).abs().sum())
     load = torch.bincount(topk_ids.flatten().cpu(), minlength=num_experts)
     return {"errors": errors, "rows_received": int(load[own].sum())}
 
@@ -159,27 +167,26 @@ def make_config(
             sequence_alpha=SEQUENCE_ALPHA, sequence_length=LENGTH,
         )  # fmt: skip
         extras = [options]
-        if hasattr(ep.REGISTRIES["dispatcher"].get(more.get("dispatcher")), "needs_capacity"):
-            extras.append(
-                ep.CapacityOptions(capacity_factor=float(sizes["num_experts"]))
-            )  # room for everything
+        if getattr(ep.REGISTRIES["dispatcher"].get(more.get("dispatcher")), "needs_capacity", False):
+            more["max_num_tokens"] = 16
+            extras.append(ep.CapacityOptions(float(sizes["num_experts"])))  # room for everything
         return ep.MoEConfig(**sizes, router=router, balance=balance, extras=tuple(extras), **more)
     except ValueError:
         return None
 
 
 def parity(
-    comm: ep.Communicator, device: torch.device, dtypes: list[str], only: list[str] | None = None
+    mesh: ep.Mesh, device: torch.device, dtypes: list[str], only: list[str] | None = None
 ) -> list[dict]:
     """Every variant: in float64 on every case, in the other dtypes on few; every dispatcher on `uneven`."""
-    results = []
+    comm, results = mesh.batch, []
     for (router, balance, normalize, groups), dtype in product(VARIANTS, dtypes):
         for name, case in cases(comm.size).items():
             if name not in (only or cases(comm.size)) or (dtype != "float64" and name not in FEW_CASES):
                 continue
             fit = [
                 kind for kind, kept in ep.REGISTRIES["dispatcher"].items()
-                if kept.preference(ep.MoEConfig(dtype=dtype), device, comm.size) > 0
+                if kept.preference(ep.MoEConfig(dtype=dtype), device, mesh.ep.size) > 0
             ] if name == "uneven" else ["auto"]  # fmt: skip
             for dispatcher in fit:
                 config = make_config(
@@ -187,15 +194,16 @@ def parity(
                 )
                 if config is None:
                     continue
-                facts = [run_case(case, config, comm, device)]
+                facts = [run_case(case, config, mesh, device)]
                 if comm.size > 1:
                     gathered: list = [None] * comm.size
                     dist.all_gather_object(gathered, facts[0])
                     facts = gathered
                 results.append(
                     {
-                        "case": name, "router": router, "balance": balance, "normalize": normalize,
-                        "groups": groups, "dtype": dtype, "dispatcher": dispatcher, "limit": LIMITS[dtype],
+                        "case": name, "mesh": f"{comm.size // mesh.ep.size} x {mesh.ep.size}",
+                        "router": router, "balance": balance, "normalize": normalize, "groups": groups,
+                        "dtype": dtype, "dispatcher": dispatcher, "limit": LIMITS[dtype],
                         "errors": {q: max(f["errors"][q] for f in facts) for q in facts[0]["errors"]},
                         "rows_received": [f["rows_received"] for f in facts],
                         "experts_without_rows": case["experts_without_rows"],
@@ -218,29 +226,47 @@ def curve_methods(num_tokens: int, world_size: int) -> dict[str, dict]:
                 "bias_speed": 0.01, "normalize_topk": True, "num_groups": 4, "topk_groups": 2,
             },
         },
+        "bias and all losses, recomputed": {
+            "balance": "bias", "router": "sigmoid", "recomputed": True,
+            "options": every | {
+                "bias_speed": 0.01, "normalize_topk": True, "num_groups": 4, "topk_groups": 2,
+            },
+        },
         "sequences of a fourth": {"balance": "none", "options": {"sequence_alpha": 1.0, "sequence_length": length}},
     }  # fmt: skip
+
+
+class Recomputed(nn.Module):
+    """A layer under activation checkpointing."""
+
+    def __init__(self, layer: ep.EPMoE) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layer, x, use_reentrant=False)
 
 
 class Training:
     """A layer, its optimiser and its stream; step by step."""
 
-    def __init__(self, method: dict, comm: ep.Communicator, num_tokens: int, sort_tokens: bool) -> None:
+    def __init__(self, method: dict, mesh: ep.Mesh, num_tokens: int, sort_tokens: bool) -> None:
         changes = dict(method)
+        is_recomputed = changes.pop("recomputed", False)
         extras = (ep.RoutingOptions(**changes.pop("options")), ep.ClusterOptions(8, 1.5, sort_tokens))
         config = ep.MoEConfig(**CURVE_SIZES, **changes, extras=extras)
-        self.model, self.num_tokens = ep.EPMoE(config, comm, seed=1), num_tokens
-        self.stream = ep.ClusterStream(config, 1, num_tokens, comm)
+        self.layer, self.mesh = ep.EPMoE(config, mesh, seed=1), mesh
+        self.model = Recomputed(self.layer) if is_recomputed else self.layer
+        self.stream = ep.ClusterStream(config, 1, num_tokens, mesh.batch)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-3)
         self.options = ep.TrainingOptions(aux_alpha=0.1)
 
     def step(self) -> list[float]:
         """One step -> its global task and aux loss."""
-        x, target = self.stream.next()
         self.optimizer.zero_grad()
-        losses = ep.train_step(self.model, x, target, self.num_tokens, self.options)
+        losses = ep.train_step(self.model, self.mesh, self.stream, [self.stream.next()], self.options)
         self.optimizer.step()
-        self.model.balance.after_step()
+        ep.after_step(self.model)
         return losses.tolist()
 
     def state(self) -> dict:
@@ -258,22 +284,25 @@ class Training:
 
 
 def curves(world_size: int, rank: int, steps: int) -> list[dict]:
-    """Curves on groups of 1, 2 and 4 ranks, every rank with its own topics, 64 tokens a step and 3; all biases."""
-    found = []
+    """Curves on groups of 1, 2 and 4 ranks and on a 2 x 2 mesh, every rank with its own topics, 64 tokens a step
+    and 3; all biases."""
+    found, meshes = [], {"2 x 2": ep.init_ep(2)}
     for size in (1, 2, 4):
         group = dist.new_group(range(size), timeout=timedelta(seconds=60))
-        if rank >= size:
-            continue
-        comm = ep.Communicator(group)
+        if rank < size:
+            meshes[str(size)] = mesh_of(ep.Communicator(group))
+    for size, mesh in meshes.items():
         for num_tokens, names in ((64, None), (3, ("aux and all losses", "bias and all losses"))):
             for name, method in curve_methods(num_tokens, world_size).items():
                 if names and name not in names:
                     continue
-                training = Training(method, comm, num_tokens, sort_tokens=True)
+                training = Training(method, mesh, num_tokens, sort_tokens=True)
                 curve = [training.step() for _ in range(steps if num_tokens == 64 else steps // 4)]
-                bias = training.model.balance.choice_bias
-                biases: list = [None] * size
-                dist.all_gather_object(biases, None if bias is None else bias.tolist(), group=group)
+                bias = training.layer.balance.choice_bias
+                biases: list = [None] * mesh.batch.size
+                dist.all_gather_object(
+                    biases, None if bias is None else bias.tolist(), group=mesh.batch.group
+                )
                 found.append(
                     {
                         "size": size, "tokens": num_tokens, "method": name, "curve": curve, "biases": biases,
@@ -282,20 +311,21 @@ def curves(world_size: int, rank: int, steps: int) -> list[dict]:
     return found
 
 
-def resume(comm: ep.Communicator, folder: Path, steps: int) -> dict:
+def resume(mesh: ep.Mesh, folder: Path, steps: int) -> dict:
     """A run of `steps`, and one that stops half-way, is saved, built anew, loaded, and goes on."""
+    comm = mesh.batch
     method = curve_methods(64, comm.size)["bias and all losses"]
-    through = Training(method, comm, 64, False)
+    through = Training(method, mesh, 64, False)
     whole = [through.step() for _ in range(steps)]
-    stopped = Training(method, comm, 64, False)
+    stopped = Training(method, mesh, 64, False)
     halves = [stopped.step() for _ in range(steps // 2)]
     path = folder / f"resume-{comm.rank}-of-{comm.size}.pt"
     torch.save(stopped.state(), path)
-    again = Training(method, comm, 64, False)
+    again = Training(method, mesh, 64, False)
     again.load(torch.load(path, weights_only=True))
     halves += [again.step() for _ in range(steps - steps // 2)]
     first, second = through.model.state_dict(), again.model.state_dict()
-    forgetful = Training(method, comm, 64, False)
+    forgetful = Training(method, mesh, 64, False)
     state = torch.load(path, weights_only=True)
     state["model"]["balance.bias"].zero_()
     forgetful.load(state)
@@ -319,17 +349,18 @@ def graph(device: torch.device) -> dict:
         normalize_topk=True, num_groups=4, topk_groups=2, z_alpha=0.1, sequence_alpha=0.1, sequence_length=8
     )
     config = ep.MoEConfig(**SIZES, router="sigmoid", balance="bias", extras=(options,))
-    comm, x = ep.Communicator(), torch.zeros(32, SIZES["hidden_dim"], device=device)
+    comm, x = ep.Communicator.alone(), torch.zeros(32, SIZES["hidden_dim"], device=device)
     batches = torch.randn(5, *x.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    router = ep.SigmoidRouter(config).to(device)
+    router = ep.SigmoidRouter(config, 0, device)
 
     def step(balance: ep.BiasBalance) -> Tensor:
         routing = router(x, balance.choice_bias)
         loss = balance(routing) + options.added_loss(routing, config, comm)
+        balance.count(routing)
         balance.after_step()
         return loss
 
-    eager, graphed = (ep.BiasBalance(config, comm).to(device) for _ in range(2))
+    eager, graphed = (ep.BiasBalance(config, comm, device) for _ in range(2))
     step(eager)  # libraries start here
     eager.bias.zero_()
     torch.cuda.synchronize()
@@ -376,7 +407,10 @@ def main() -> int:
         dist.init_process_group(backend, timeout=timedelta(seconds=60))
     failed = []
     if args.what == "parity":
-        found = parity(ep.Communicator(), device, args.dtypes, args.cases)
+        found = parity(ep.init_ep(), device, args.dtypes, args.cases)
+        if world_size == 4:
+            few = [case for case in FEW_CASES if case in (args.cases or FEW_CASES)]
+            found += parity(ep.init_ep(2), device, [d for d in args.dtypes if d == "float64"], few)
         failed = [r for r in found if not max(r["errors"].values()) <= r["limit"]]
     elif args.what == "curves":
         found = curves(world_size, rank, args.steps)
@@ -385,7 +419,7 @@ def main() -> int:
         failed = [] if found["same_bias"] and found["same_loss"] and any(found["bias"]) else [None]
         print(found)
     else:
-        found = resume(ep.Communicator(), Path(args.output).resolve().parent, args.steps)
+        found = resume(ep.init_ep(), Path(args.output).resolve().parent, args.steps)
     if rank == 0:
         Path(args.output).write_text(json.dumps(found) + "\n")
         for r in failed[:20] if args.what == "parity" else ():

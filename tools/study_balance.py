@@ -87,8 +87,8 @@ def make_config(method: dict[str, Any]) -> tuple[ep.MoEConfig, float]:
 
 
 def max_over_mean(loads: Tensor) -> float:
-    """loads [steps, E] -> the largest expert's choices over the mean."""
-    total = loads.sum(0)
+    """loads int64 [steps, E] -> the largest expert's choices over the mean."""
+    total = loads.sum(0).double()
     return float(total.max() / total.mean())
 
 
@@ -99,7 +99,7 @@ def loss_with_capacity(model: ep.EPMoE, stream: Any, num_batches: int = 20) -> f
     model.config = ep.replace(whole, extras=(*whole.extras, limit))
     with torch.no_grad():
         pairs = [stream.next() for _ in range(num_batches)]
-        losses = [(model(x)[0] - target).square().mean() for x, target in pairs]
+        losses = [(model(x) - target).square().mean() for x, target in pairs]
     model.config = whole
     return float(torch.stack(losses).mean())
 
@@ -107,16 +107,16 @@ def loss_with_capacity(model: ep.EPMoE, stream: Any, num_batches: int = 20) -> f
 def train(method: dict[str, Any], seed: int, steps: int, lr: float) -> dict[str, Any]:
     """One run -> what is kept of it."""
     config, alpha = make_config(method)
-    comm, options = ep.Communicator(), ep.TrainingOptions(aux_alpha=alpha, lr=lr, tokens=NUM_TOKENS)
-    model, stream = ep.EPMoE(config, comm, seed), ep.ClusterStream(config, seed, NUM_TOKENS, comm)
+    mesh, options = ep.init_ep(), ep.TrainingOptions(aux_alpha=alpha, lr=lr, tokens=NUM_TOKENS)
+    model, stream = ep.EPMoE(config, mesh, seed=seed), ep.ClusterStream(config, seed, NUM_TOKENS, mesh.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     losses, loads, biases = [], [], []
     for _ in range(steps):
-        x, target = stream.next()
+        batch = stream.next()
         optimizer.zero_grad()
-        losses.append(ep.train_step(model, x, target, NUM_TOKENS, options)[0])
+        losses.append(ep.train_step(model, mesh, stream, [batch], options)[0])
         optimizer.step()
-        model.balance.after_step()
+        ep.after_step(model)
         loads.append(ep.count_choices(model.topk_ids, config.num_experts))
         if model.balance.choice_bias is not None:
             biases.append(model.balance.choice_bias.clone())
@@ -125,7 +125,7 @@ def train(method: dict[str, Any], seed: int, steps: int, lr: float) -> dict[str,
     newest = -(-LEAST_CHOICES // (NUM_TOKENS * config.top_k))
     every = max(1, steps // 40)
     with torch.no_grad():
-        z_loss = ep.z_loss_sum(model.router(x).logits) / len(x)
+        z_loss = ep.z_loss_sum(model.router(batch[0]).logits) / NUM_TOKENS
     over = (loads[-tail:] - capacity()).clamp(min=0).sum() / loads[-tail:].sum()
     kept = {
         "seed": seed,
@@ -133,7 +133,7 @@ def train(method: dict[str, Any], seed: int, steps: int, lr: float) -> dict[str,
         "max_over_mean": max_over_mean(loads[-newest:]),
         "max_over_mean_tail": max_over_mean(loads[-tail:]),
         "dropped_fraction": float(over),
-        "entropy": float(ep.mean_entropy(model.probs, comm)),
+        "entropy": float(ep.mean_entropy(model.probs, mesh.batch)),
         "z_loss": float(z_loss),
         "task_loss_with_capacity": loss_with_capacity(model, stream),
     }
