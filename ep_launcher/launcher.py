@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "cb6963e75392cc553c92fbb5ee4611e39aa90d64ed42ea37990ceea2196aaae8"
+SOURCES_SHA256 = "18d41edf9ff0e715496861a655f1837e96da7eb90fe36f28de4c949932c525f7"
 
 
 # ==========================================================================================================
@@ -1113,7 +1113,7 @@ class EPMoE(nn.Module):
         check_tokens(x, self.config)
         refuse_wrappers(self)
         kind = x.device.type
-        if not torch.is_autocast_enabled(kind):
+        if x.is_meta or not torch.is_autocast_enabled(kind):
             return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
         x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):

@@ -40,8 +40,8 @@ WRONG = {
         ("num_experts // ep_size * expert", "num_experts * expert"),
         ("(hidden_dim + 1)", "hidden_dim"),
     ],
-    "solution-sparing": [(" or [0]", ""), ("b2[e]) for", "b2[0]) for")],
-    "solution-clip": [(".sqrt()", ""), ("comm.all_reduce(", "(")],
+    "solution-sparing": [(" or [0]", ""), ("w2[e], b2[e]", "w2[e], b2[0]")],
+    "solution-largest": [(".abs()", ""), ("places[comm.rank] = own", "places[:] = own")],
     "solution-mean": [("mean_loss * num_tokens", "mean_loss"), (".clamp(min=1)", "")],
     "solution-alpha": [("aux_alpha=aux_alpha", "aux_alpha=0.0"), ("steps=300", "steps=20")],
     "solution-message": [

@@ -147,7 +147,9 @@ def install_traceback_hook() -> None:
         inner = [cell for name, cell in cells if name not in ("entering", "all_gather", "all_to_all", "all_reduce")]
         return f" ({inner[-1]})" if inner else ""
 
-    hook.locate = locate  # for a program that catches an exception and still wants to say where it came from
+    # For a program that catches an exception and still wants to say where it came from. Not on the hook: joining a
+    # process group wraps sys.excepthook.
+    install_traceback_hook.locate = locate
     sys.excepthook = hook
 
 
