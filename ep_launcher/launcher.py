@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "18d41edf9ff0e715496861a655f1837e96da7eb90fe36f28de4c949932c525f7"
+SOURCES_SHA256 = "b2952d886f4fc0fd05e6f8d9371cf755b5ad6f5ea0fe63a731157dc9abb10520"
 
 
 # ==========================================================================================================
@@ -1017,13 +1017,6 @@ def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int 
     return best if name == "auto" else name
 
 
-@functools.cache
-def say_once(line: str) -> None:
-    """The line on stderr, the first time only, and on rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
-
-
 # %% notebooks/03_experts.ipynb #check-tokens
 def check_tokens(x: Tensor, config: MoEConfig) -> None:
     """ValueError where x [..., D] is not what the layer was made for."""
@@ -1453,6 +1446,27 @@ class TrainingOptions:
             raise ValueError(f"device is {self.device!r}; take auto, cpu or cuda")
 
 
+# %% notebooks/04_training.ipynb #train-step
+def train_step(
+    model: nn.Module, mesh: Mesh, task: Any, batches: list[Any], options: TrainingOptions
+) -> Tensor:
+    """Forward and backward of each micro-batch, then gradients summed over ranks, once; the update is the caller's.
+
+    Returns float32 or wider [2]: task and aux loss before the update, summed over ranks and micro-batches.
+    """
+    losses = []
+    for batch in batches:
+        task_loss = task.loss(model, batch)
+        aux = aux_loss(model)
+        (task_loss + options.aux_alpha * aux).backward()
+        losses.append(torch.stack([task_loss, aux.to(task_loss.dtype)]).detach())
+    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
+    sync_gradients(model, mesh, total)
+    if options.max_grad_norm is not None:
+        clip_grad_norm_(model, options.max_grad_norm, mesh)
+    return total
+
+
 # %% notebooks/04_training.ipynb #clip-grad-norm
 def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
     """Scales all gradients down to max_norm together, where theirs is larger -> the norm before, 0-dim, the same
@@ -1475,27 +1489,6 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
         if p.grad is not None:
             p.grad.mul_(scale.to(p.grad.dtype))
     return norm
-
-
-# %% notebooks/04_training.ipynb #train-step
-def train_step(
-    model: nn.Module, mesh: Mesh, task: Any, batches: list[Any], options: TrainingOptions
-) -> Tensor:
-    """Forward and backward of each micro-batch, then gradients summed over ranks, once; the update is the caller's.
-
-    Returns float32 or wider [2]: task and aux loss before the update, summed over ranks and micro-batches.
-    """
-    losses = []
-    for batch in batches:
-        task_loss = task.loss(model, batch)
-        aux = aux_loss(model)
-        (task_loss + options.aux_alpha * aux).backward()
-        losses.append(torch.stack([task_loss, aux.to(task_loss.dtype)]).detach())
-    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
-    sync_gradients(model, mesh, total)
-    if options.max_grad_norm is not None:
-        clip_grad_norm_(model, options.max_grad_norm, mesh)
-    return total
 
 
 # %% notebooks/04_training.ipynb #stragglers
@@ -1972,7 +1965,7 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     config.num_local_experts(world_size)
     num_tokens = 32 * world_size if options.tokens is None else options.tokens
     share = shard_sizes(num_tokens, world_size)[0]
-    if share > config.max_num_tokens:
+    if config.max_num_tokens is not None and share > config.max_num_tokens:
         raise ValueError(
             f"{num_tokens} tokens over {world_size} ranks are up to {share} a rank, above max_num_tokens "
             f"{config.max_num_tokens}; lower --tokens or raise --max-num-tokens"
@@ -2075,7 +2068,8 @@ def report_failure(run: Run, error: Exception) -> int:
     if run.heartbeat.first_to_report():
         line = str(error)
         if isinstance(error, CollectiveError):
-            locate = getattr(sys.excepthook, "locate", lambda error: "")  # a stitched program's hook knows its cells
+            stitched = globals().get("install_traceback_hook")  # a stitched program knows its cells
+            locate = getattr(stitched, "locate", lambda error: "")
             line += f"{locate(error)} ({run.heartbeat.stragglers()})"
         print(f"error: {line}", file=sys.stderr, flush=True)
     else:
@@ -3792,7 +3786,9 @@ def install_traceback_hook() -> None:
         inner = [cell for name, cell in cells if name not in ("entering", "all_gather", "all_to_all", "all_reduce")]
         return f" ({inner[-1]})" if inner else ""
 
-    hook.locate = locate  # for a program that catches an exception and still wants to say where it came from
+    # For a program that catches an exception and still wants to say where it came from. Not on the hook: joining a
+    # process group wraps sys.excepthook.
+    install_traceback_hook.locate = locate
     sys.excepthook = hook
 
 
