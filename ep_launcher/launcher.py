@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "b2952d886f4fc0fd05e6f8d9371cf755b5ad6f5ea0fe63a731157dc9abb10520"
+SOURCES_SHA256 = "24293e19f7883166792cbb3de2eeab5ba750f74f7c755d28a076a8586571432b"
 
 
 # ==========================================================================================================
@@ -553,7 +553,7 @@ PASSES = ("dispatch", "combine", "combine backward", "dispatch backward")
 
 
 def bytes_by_pass(there: Tensor, back: Tensor, row: int, rider: int, returned: int) -> dict[str, Tensor]:
-    """Rows int64 [W, W] from rank i to rank j, there and back -> a dispatcher's prediction of bytes.
+    """Rows int64 [W, W] from rank i to rank j, there in dispatch and back in combine -> a prediction of bytes.
 
     row: bytes of a row; rider: of what travels with it there; returned: of what comes home for each of them in
     dispatch's backward.
@@ -1196,14 +1196,14 @@ def refuse_wrappers(layer: EPMoE) -> None:
 
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The experts' parameters, which mesh.ep shares out. TypeError where FSDP has sharded them once more."""
-    found = [p for layer in moe_layers(model) for p in layer.experts.parameters()]
-    if any(type(p) is not nn.Parameter for p in found):
-        kind = next(type(p).__name__ for p in found if type(p) is not nn.Parameter)
-        raise TypeError(
-            f"the experts' parameters are {kind}s; leave them out: fully_shard(..., ignored_params=set of them)"
-        )
-    return found
+    """The experts' parameters, which mesh.ep shares out. TypeError where FSDP has sharded a model's parameters."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):
+            raise TypeError(
+                f"{name} is a DTensor, which fully_shard has made of it; take the model as it is: "
+                "init_ep(ep_size) and sync_gradients have data parallelism"
+            )
+    return [p for layer in moe_layers(model) for p in layer.experts.parameters()]
 
 
 # %% notebooks/03_experts.ipynb #all-reduce-gradients
@@ -1943,7 +1943,10 @@ def load_plugin(argv: list[str] | None) -> None:
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the plugin {path} ({error}); --plugin names a Python file") from None
-    exec(compile(source, str(path), "exec", dont_inherit=True), {"__name__": "plugin", "__file__": str(path)})
+    sys.path.append(str(LAUNCHER_DIR.parent))  # for `from ep_launcher import ...`
+    plugin = sys.modules["plugin"] = type(sys)("plugin")  # where dataclasses look their module up
+    plugin.__file__ = str(path)
+    exec(compile(source, str(path), "exec", dont_inherit=True), vars(plugin))
 
 
 def parse_flags(argv: list[str] | None = None) -> tuple[MoEConfig, TrainingOptions]:
@@ -2913,29 +2916,6 @@ def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-# %% notebooks/07_exact_all_to_all.ipynb #pack-rows
-def rider_columns(hidden_dim: int, dtype: torch.dtype, num_weights: int = 1) -> int:
-    """Columns behind a row of hidden_dim in which its weights ride: as many as make the row a multiple of 16 bytes,
-    which kernels read at a time."""
-    needed = num_weights * torch.promote_types(dtype, torch.float32).itemsize
-    padding = -(hidden_dim * dtype.itemsize + needed) % 16
-    return (needed + padding) // dtype.itemsize
-
-
-def set_riders(packed: Tensor, hidden_dim: int, weights: Tensor) -> None:
-    """Writes weights [n, J], bit by bit, behind the first hidden_dim columns of packed [n, D + C]."""
-    wide = torch.promote_types(packed.dtype, torch.float32)
-    bits = torch.empty(weights.shape, dtype=wide, device=packed.device).copy_(weights).view(packed.dtype)
-    packed[:, hidden_dim : hidden_dim + bits.shape[1]] = bits
-
-
-def get_riders(packed: Tensor, hidden_dim: int, num_weights: int = 1) -> Tensor:
-    """The weights [n, J] behind the first hidden_dim columns, float32 or wider."""
-    wide = torch.promote_types(packed.dtype, torch.float32)
-    last = hidden_dim + num_weights * wide.itemsize // packed.element_size()
-    return packed[:, hidden_dim:last].contiguous().view(wide)
-
-
 # %% notebooks/07_exact_all_to_all.ipynb #exchange-plan
 @dataclass(frozen=True)
 class ExchangePlan:
@@ -2972,6 +2952,29 @@ def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[],
         return ExchangePlan(input_splits, output_splits, ids[:, None], lines[1, :, :num_local].sum(0).tolist())
 
     return plan
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #pack-rows
+def rider_columns(hidden_dim: int, dtype: torch.dtype, num_weights: int = 1) -> int:
+    """Columns behind a row of hidden_dim in which its weights ride: as many as make the row a multiple of 16 bytes,
+    which kernels read at a time."""
+    needed = num_weights * torch.promote_types(dtype, torch.float32).itemsize
+    padding = -(hidden_dim * dtype.itemsize + needed) % 16
+    return (needed + padding) // dtype.itemsize
+
+
+def set_riders(packed: Tensor, hidden_dim: int, weights: Tensor) -> None:
+    """Writes weights [n, J], bit by bit, behind the first hidden_dim columns of packed [n, D + C]."""
+    wide = torch.promote_types(packed.dtype, torch.float32)
+    bits = torch.empty(weights.shape, dtype=wide, device=packed.device).copy_(weights).view(packed.dtype)
+    packed[:, hidden_dim : hidden_dim + bits.shape[1]] = bits
+
+
+def get_riders(packed: Tensor, hidden_dim: int, num_weights: int = 1) -> Tensor:
+    """The weights [n, J] behind the first hidden_dim columns, float32 or wider."""
+    wide = torch.promote_types(packed.dtype, torch.float32)
+    last = hidden_dim + num_weights * wide.itemsize // packed.element_size()
+    return packed[:, hidden_dim:last].contiguous().view(wide)
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #send-rows
