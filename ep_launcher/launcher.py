@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "24293e19f7883166792cbb3de2eeab5ba750f74f7c755d28a076a8586571432b"
+SOURCES_SHA256 = "d93480cba26247027a80d141aabfa92928bd21a7b8ec9ff9251311897b89dda3"
 
 
 # ==========================================================================================================
@@ -1045,7 +1045,9 @@ class AuxShares(list):
     limit = 1024
 
     def add(self, share: Tensor) -> None:
-        """RuntimeError where they pile up, each with its graph: somebody forgot them."""
+        """RuntimeError where they pile up, each with its graph: somebody forgot them. Without graphs they are added up."""
+        if len(self) >= self.limit and not any(kept.requires_grad for kept in self):
+            self[:] = [torch.stack(list(self)).sum()]
         if len(self) >= self.limit:
             raise RuntimeError(
                 f"{len(self)} forwards, and nobody took their aux loss; add aux_alpha * aux_loss(model) to the "
@@ -1233,7 +1235,7 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if getattr(parameter.grad, "is_summed", False):
-            raise RuntimeError("these gradients are summed over the ranks already; zero_grad() before the backward")
+            raise RuntimeError("gradients are summed over the ranks already; set them to None before the next backward")
         parameter.grad.is_summed = True
     sum_over(mesh.batch, [p.grad for p in others] + list(extra))
     sum_over(mesh.replicas, [p.grad for p in local.values()])
@@ -2384,9 +2386,7 @@ class SwiGLU:
     @staticmethod
     def gradient(grad: Tensor, gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The result's gradient [n, F], and apply's arguments -> their gradients."""
-        s = gate.sigmoid()
-        silu = gate * s
-        return grad * up * (s + silu * (1 - s)), grad * silu
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
 # %% notebooks/06_grouped_experts.ipynb #swiglu-kernel
@@ -2441,6 +2441,12 @@ def swiglu_tiles(num_rows: int, num_columns: int) -> tuple[int, int, int]:
     return rows, block, -(-num_rows // rows)
 
 
+def scale_rows(rows: Tensor, weights: Tensor) -> Tensor:
+    """rows [R, F] times weights [R], float32 or wider: in place where the dtypes agree, rounded once elsewhere."""
+    wide = weights.unsqueeze(1)
+    return rows.mul_(wide) if rows.dtype == weights.dtype else (rows.to(weights.dtype) * wide).to(rows.dtype)
+
+
 def weighted_activation(
     activation: Any, gate: Tensor, up: Tensor | None, weights: Tensor, num_rows: Tensor
 ) -> Tensor:
@@ -2449,7 +2455,7 @@ def weighted_activation(
     One kernel for SwiGLU on a GPU; the same in PyTorch for the others and elsewhere.
     """
     if not (activation is SwiGLU and uses_kernels(gate)):
-        return (activation.apply(gate, up).to(weights.dtype) * weights.unsqueeze(1)).to(gate.dtype)
+        return scale_rows(activation.apply(gate, up), weights)
     hidden = torch.empty_like(gate)
     if len(gate):
         rows, block, programs = swiglu_tiles(*gate.shape)
@@ -2461,10 +2467,11 @@ def weighted_activation(
 # %% notebooks/06_grouped_experts.ipynb #weighted-swiglu-backward
 def weighted_activation_backward_(
     activation: Any, grad: Tensor, gate: Tensor, up: Tensor | None, weights: Tensor, num_rows: Tensor
-) -> Tensor:
-    """In place: gate and up [R, F] become their gradients, grad [R, F] becomes the weighted hidden rows.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """grad [R, F] of the weighted hidden rows -> these rows, the gradients of gate and up, and of weights [R].
 
-    Returns the gradient of weights [R], 0 behind the last row sent. Reads and writes each of the three once.
+    Uses up grad, gate and up: the kernel writes over all three, and reads and writes each once. The gradient of
+    weights is 0 behind the last row sent.
     """
     grad_weights = torch.zeros_like(weights)
     if activation is SwiGLU and uses_kernels(gate):
@@ -2473,16 +2480,12 @@ def weighted_activation_backward_(
             swiglu_backward_kernel[(programs,)](
                 grad, gate, up, weights, num_rows, grad_weights, gate.shape[1], rows, block, num_warps=4
             )
-        return grad_weights
-    hidden, w = activation.apply(gate, up), weights.unsqueeze(1)
+        return grad, gate, up, grad_weights
+    hidden = activation.apply(gate, up)
     is_sent = torch.arange(len(gate), device=gate.device) < num_rows
-    grad_weights += torch.where(is_sent, (grad.to(w.dtype) * hidden).sum(1), 0)
-    grad_gate, grad_up = activation.gradient((grad.to(w.dtype) * w).to(grad.dtype), gate, up)
-    grad.copy_(hidden.to(w.dtype) * w)
-    gate.copy_(grad_gate)
-    if up is not None:
-        up.copy_(grad_up)
-    return grad_weights
+    dots = torch.linalg.vecdot(grad.to(weights.dtype), hidden.to(weights.dtype))
+    grads = activation.gradient(scale_rows(grad, weights), gate, up)
+    return scale_rows(hidden, weights), *grads, torch.where(is_sent, dots, 0)
 
 
 # %% notebooks/06_grouped_experts.ipynb #products
@@ -2605,7 +2608,9 @@ class ExpertsOnTokens(torch.autograd.Function):
         products = ctx.kind(order.counts, len(order.choice_of_row), ctx.on_host)
         grad_rows = copy_to_rows(grad.contiguous(), order)
         hidden = products.times(grad_rows, w2.transpose(1, 2))  # its gradient, at first
-        grad_weights = weighted_activation_backward_(ctx.activation, hidden, gate, up, weights, num_rows)
+        hidden, gate, up, grad_weights = weighted_activation_backward_(
+            ctx.activation, hidden, gate, up, weights, num_rows
+        )  # from here on, gate and up are their gradients
         grad_w2 = products.weight_gradient(hidden, grad_rows)
         del hidden, grad_rows
         rows = copy_to_rows(x, order)

@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 def main(args: argparse.Namespace) -> None:
-    mesh, device, dtype = ep.init_ep(args.ep_size), ep.launcher.choose_device(), getattr(torch, args.dtype)
+    mesh, device, dtype = ep.init_ep(args.ep_size), ep.choose_device(), getattr(torch, args.dtype)
     config = ep.MoEConfig(8, top_k=2, hidden_dim=WIDTH, ffn_dim=64, activation="swiglu", dtype=args.dtype)
     torch.manual_seed(0)  # whatever is not an expert begins alike on every rank
     blocks = [Block(config, mesh, seed) for seed in range(NUM_LAYERS)]  # each layer has a seed of its own

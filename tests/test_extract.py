@@ -302,6 +302,17 @@ def without(cell, *keys):
 
 
 LONG = "X = [\n" + "    0,\n" * 39 + "]\n"
+
+
+def class_of(lines):
+    """A class of so many lines of code, with a docstring and comments that do not count."""
+    head = 'class C:\n    """Words.\n\n    More words.\n    """\n\n    # why\n'
+    return head + "".join(f"    x{n} = {n}\n" for n in range(lines - 1))
+
+
+KINDS = code(
+    "kinds", "theory", "REGISTRIES: dict = {'router': {}, 'step': {}}\n\n\ndef register(kind, name): ..."
+)
 BAD_CELLS = {
     "syntax": (one("x = 1\ny = = 2"), "#culprit:2: syntax error: "),
     "syntax, and a cell that needs it": (
@@ -340,6 +351,14 @@ BAD_CELLS = {
     "too long": (
         one(LONG),
         "#culprit:1: 41 lines of code, docstrings and comments not counted, and 40 is the",
+    ),
+    "too long a class": (
+        one(class_of(61)),
+        "#culprit:1: 61 lines of code, docstrings and comments not counted, and 60 is the most; split the cell",
+    ),
+    "unknown kind": (
+        chapter(KINDS, code("culprit", "theory", "@register('routers', 'fast')\nclass Fast:\n    pass")),
+        "#culprit:1: there is no kind 'routers' to register; take one of router, step",
     ),
     "no code": (one("# only words"), "#culprit:1: an exported cell without code"),
     "marker": (one("# %% a.ipynb #b\nX = 1"), "#culprit:1: this line reads like a cell marker"),
@@ -448,6 +467,18 @@ def test_refuses_cell(name, book, run):
         assert err.startswith("notebooks/03_bad.ipynb") and expected in err and "; " in err, err
     assert launcher.read_bytes() == before
     assert [p.name for p in launcher.parent.iterdir()] == ["launcher.py"]
+
+
+@pytest.mark.parametrize("source", [LONG.replace("    0,\n", "", 1), class_of(60)], ids=["values", "class"])
+def test_a_cell_may_be_as_long_as_the_limit(source, book, run):
+    write_book(book, **{"03_long": one(source)})
+    assert run()[0] == 0
+
+
+def test_known_kinds_and_other_functions_are_stitched(book, run):
+    known = "@register('router', 'fast')\nclass Fast:\n    pass"
+    write_book(book, **{"03_kinds": chapter(KINDS, code("fast", "theory", known))})
+    assert run()[0] == 0
 
 
 def test_refuses_import_from_a_later_chapter(book, run):

@@ -14,7 +14,7 @@ def suite(build):
     """(what it printed, what it wrote) on two ranks."""
     folder = build / "suite"
     shutil.rmtree(folder, ignore_errors=True)
-    flags = ["--device", "cpu", "--small", "--output", str(folder)]
+    flags = ["--device", "cpu", "--small", "--output", str(folder), "--before", "ep_launcher/launcher.py"]
     done = torchrun(2, "tools/gpu_suite.py", *flags, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout, json.loads((folder / "cpu_x2_suite.json").read_text())
@@ -37,7 +37,7 @@ def test_parity_and_invariance_hold_what_they_promise(suite):
     results = parts["parity"]["results"]
     assert {r["dtype"] for r in results} == {"float32", "bfloat16"}
     assert {"all_gather", "all_to_all"} <= {r["dispatcher"] for r in results}
-    assert all(max(r["errors"].values()) <= r["limit"] for r in results)
+    assert all(max(r["errors"].values()) <= r["limit"] and r["bytes_agree"] for r in results)
     invariance = parts["invariance"]
     assert invariance["sizes"] == [1, 2]
     names = set(invariance["task_loss"])
@@ -50,10 +50,10 @@ def test_bandwidth_counts_the_bytes_that_leave(suite):
     part = suite[1]["parts"]["bandwidth"]
     sent, choices, row = part["mean_bytes_that_leave"], part["tokens"] * part["top_k"], 2 * part["hidden_dim"]
     assert sent["plain gloo all-to-all"] == choices * row / 2
-    assert sent["all_gather, dispatch"] == choices * row  # everything to the one other rank
-    assert 0 < sent["all_to_all, dispatch"] < choices * row
-    for way in ("dispatch", "combine"):
-        assert sent[f"plain glue, {way}"] == sent[f"all_to_all, {way}"]
+    assert sent["all_gather, dispatch"] == choices * (row + 4)  # everything to the one other rank, with its weight
+    assert 0 < sent["all_to_all, combine"] < choices * row
+    assert sent["plain glue, dispatch"] == sent["plain glue, combine"] == sent["all_to_all, combine"]
+    assert sent["all_to_all, dispatch"] > sent["all_to_all, combine"]  # weights ride
     for name, samples in part["samples_ms"].items():
         assert min(samples) > 0
         assert part["gb_per_s"][name] == pytest.approx(sent[name] / part["median_ms"][name] / 1e6)
@@ -62,19 +62,21 @@ def test_bandwidth_counts_the_bytes_that_leave(suite):
 def test_layers_and_seed_measure_ours_beside_others(suite):
     parts = suite[1]["parts"]
     for size in parts["layers"]["sizes"].values():
-        assert set(size["median_ms"]) == {
-            "ours, all_to_all + grouped",
-            "ours, all_to_all + blocks",
-            "plain glue",
-        }
+        kinds = {f"{who}, all_to_all + {experts}" for who in ("ours", "before") for experts in ("grouped", "blocks")}
+        assert set(size["median_ms"]) == kinds | {"plain glue"}
         assert all(max(e.values()) < 2e-2 for e in size["errors"].values())
         assert {"y", "x", "w1", "w2", "w3"} == set(size["errors"]["plain glue"])
-    assert set(parts["seed"]["median_ms"]) == {"seed", "ours", "all_gather + loop"}
+        kept = size["memory"]["ours, all_to_all + grouped"]["saved_gb"]
+        assert size["predicted_kept_gb"] < kept < 2 * size["predicted_kept_gb"]  # small: ids weigh much
+    ours = {"ours", "all_gather + loop", "capacity"}
+    theirs = {"before", "before, all_gather + loop", "before, capacity"}
+    assert set(parts["seed"]["median_ms"]) == {"seed"} | ours | theirs
     assert parts["seed"]["run"]["bytes_sent_per_step"]["counted"] > 0
+    assert len(suite[1]["before_sha256"]) == 64
 
 
 def test_what_is_broken_is_said_and_the_next_part_runs(build):
-    """A copy whose results stay in the experts' order on their way home, and which has no notebooks to extract."""
+    """A copy whose results come home in the wrong order, and which has no notebooks to extract."""
     broken = build / "broken_suite"
     shutil.rmtree(broken, ignore_errors=True)
     for folder in ("ep_launcher", "tests", "tools"):
@@ -82,9 +84,9 @@ def test_what_is_broken_is_said_and_the_next_part_runs(build):
     for name in ("tests/parity.py", *(f"tools/{p.name}" for p in (ROOT / "tools").glob("*.py"))):
         shutil.copy(ROOT / name, broken / name)
     source = (ROOT / "ep_launcher/launcher.py").read_text()
-    right = "        rows = Reorder.apply(rows, plan.by_source, plan.by_expert)\n"
+    right = '"combine"), order)'
     assert source.count(right) == 1
-    (broken / "ep_launcher/launcher.py").write_text(source.replace(right, ""))
+    (broken / "ep_launcher/launcher.py").write_text(source.replace(right, '"combine").flip(0), order)'))
     flags = ["--device", "cpu", "--small", "--output", str(broken / "results")]
     flags += ["--parts", "seed", "bandwidth", "layers"]
     done = torchrun(2, str(broken / "tools/gpu_suite.py"), *flags, timeout=180)

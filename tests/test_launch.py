@@ -24,6 +24,7 @@ from tools import launch as launching
 from tools.launch import LaunchError, launch
 from tools.ranks import ByRank, RanksError
 
+WORKER = str(ROOT / "tools" / "rank_worker.py")  # of this checkout: others may run beside it
 SMALL = {"hidden_dim": 16, "ffn_dim": 16, "device": "cpu"}
 SMALL_FLAGS = ["--hidden-dim", "16", "--ffn-dim", "16", "--device", "cpu"]
 
@@ -75,6 +76,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--topk", "2"], "launcher.py has no flag --topk; did you mean --top-k?"),
         (["--steps", "many"], "--steps: invalid int value: 'many'"),
         (["--dispatcher", "pigeon"], "invalid choice: 'pigeon'"),
+        (["--plugin", "nowhere.py"], "cannot read the plugin nowhere.py"),
         (["--nproc", "0"], "0 processes"),
         (["--nproc", "x"], "invalid int value: 'x'"),
         (["--nnodes", "2"], "--rdzv-endpoint"),
@@ -164,8 +166,10 @@ def test_launch_streams_and_returns_the_summary(tmp_path, capfd, monkeypatch):
     assert first.startswith(
         f"torchrun --standalone --nproc_per_node=2 ep_launcher/launcher.py {flags} --log-dir"
     )
-    assert [line[:12] for line in lines[:3]] == ["[step 00000]", "[step 00010]", "[step 00020]"]
-    assert "task loss" in lines[3] and "logs in" in lines[4]
+    took = ", ".join(f"{kind} {name}" for kind, name in summary["took"].items())
+    assert lines[0] == f"{took}, world size 2"  # what auto took
+    assert [line[:12] for line in lines[1:4]] == ["[step 00000]", "[step 00010]", "[step 00020]"]
+    assert "task loss" in lines[4] and "logs in" in lines[5]
     assert err == ""  # no bar off a terminal, nothing of torchrun's own
     assert summary["world_size"] == 2 and summary["steps"] == 21 and len(summary["task_loss"]) == 3
     assert summary["config"]["summary"] is None
@@ -207,10 +211,10 @@ def test_a_terminal_shows_a_bar_that_reaches_its_end(tmp_path):
 def broken_launcher(folder: Path) -> Path:
     """The launcher with a rank that raises in a cell of chapter 04."""
     text = (ROOT / "ep_launcher" / "launcher.py").read_text()
-    line = "        record.begin_step(step)\n"
+    line = "        record.begin_step()\n"
     assert text.count(line) == 1
     path = folder / "broken_launcher.py"
-    path.write_text(text.replace(line, f"{line.rstrip()}; comm.rank == 1 and step == 3 and [][step]\n"))
+    path.write_text(text.replace(line, f"{line.rstrip()}; mesh.batch.rank == 1 and step == 3 and [][step]\n"))
     return path
 
 
@@ -303,6 +307,8 @@ def test_signals(tmp_path):
         code, _, err = runs["rank_stopped"].finish()
         assert code != 0 and len(error_lines(err)) == 1 and "Traceback" not in err
         assert re.search(r"rank 1 stayed behind at step \d+, after \d+ collectives", err)
+        cell = r"rank 0, collective \d+: .+ \(notebooks/\d\d_\w+\.ipynb #[a-z-]+:\d+\) \(rank 1 stayed"
+        assert re.search(cell, err), "the collective that failed does not name its cell"
         assert_gone(str(tmp_path / "rank_stopped"), within_s=0)
     finally:
         for run in runs.values():
@@ -421,7 +427,7 @@ def test_ranks_names_what_failed(shell, line, body, says, capsys):
         run_cell(shell, f"%%ranks {line} --device cpu\n{body}")
     assert len(caught.value.lines) == 1 and re.fullmatch(says, caught.value.lines[0])
     assert "Traceback" not in capsys.readouterr().out
-    assert_gone("rank_worker.py", within_s=0)
+    assert_gone(WORKER, within_s=0)
 
 
 def test_ranks_refuses_and_expects(shell, capsys):
@@ -460,7 +466,7 @@ def test_interrupting_ranks_ends_them(shell, tmp_path):
         run_cell(
             shell, f"%%ranks 2\nPath({str(tmp_path / 'started')!r}).touch()\nimport time; time.sleep(60)"
         )
-    assert_gone("rank_worker.py", within_s=5)
+    assert_gone(WORKER, within_s=5)
     thread.join()
 
 
@@ -477,4 +483,4 @@ def test_no_rank_outlives_a_killed_kernel(killed, tmp_path):
     for process in [psutil.Process(kernel.pid), *workers[: len(killed) > 6]]:
         process.kill()
     kernel.wait()
-    assert_gone("rank_worker.py", within_s=5)
+    assert_gone(WORKER, within_s=5)

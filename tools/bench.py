@@ -2,13 +2,15 @@
 
     python tools/bench.py step            a training step at the seed's sizes, two gloo ranks: ours and the seed's
     python tools/bench.py step --device cuda --ranks 1
+    python tools/bench.py step --before build/before.py   beside another commit's launcher.py (tools/before.py)
 
 Every round times each variant once, in turn, so that a slow minute of the machine hits all alike. A result holds
 the hardware's model, versions, the command and all samples; compare medians of one file, never two files.
 """
 
 import argparse
-import importlib.util
+import contextlib
+import gc
 import json
 import os
 import statistics
@@ -17,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +30,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
+from tools import before  # noqa: E402
 
 
 def extract_seed() -> None:
@@ -38,31 +42,7 @@ def extract_seed() -> None:
 
 def load_seed() -> ModuleType:
     """build/seed.py as a module, by its path: other packages are named `build` too."""
-    spec = importlib.util.spec_from_file_location("ep_seed", ROOT / "build" / "seed.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def our_step(
-    config: ep.MoEConfig, comm: ep.Communicator, device: torch.device, kind: str = "eager"
-) -> Callable[[], None]:
-    """A training step of the launcher: draw, forward, backward, all-reduce, check, AdamW."""
-    options = ep.TrainingOptions()
-    log = ep.RunLog(ROOT / "build", 1, rank=1)  # a rank that writes nothing
-    run = ep.Run(config, options, comm, device, ep.Heartbeat(None, comm), log)
-    model = ep.EPMoE(config, comm, device=device)
-    stream = ep.TokenStream(config, 0, run.num_global_tokens, comm, device)
-    on_gpu = device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True, capturable=on_gpu)
-    advance = ep.REGISTRIES["step"][kind](run, model, stream, optimizer)
-
-    def step() -> None:
-        losses = advance()
-        if device.type == "cpu":
-            ep.check_finite(losses, 0, comm)
-
-    return step
+    return before.load(ROOT / "build" / "seed.py", "ep_seed")
 
 
 def seed_step(config: ep.MoEConfig, comm: ep.Communicator, device: torch.device) -> Callable[[], None]:
@@ -77,21 +57,23 @@ def seed_step(config: ep.MoEConfig, comm: ep.Communicator, device: torch.device)
     return step
 
 
-def step_variants(comm: ep.Communicator, device: torch.device) -> dict[str, Callable[[], None]]:
+def step_variants(
+    device: torch.device, launchers: dict[str, before.Launcher]
+) -> dict[str, Callable[[], object]]:
     """{name: one step} at the seed's sizes: 16 experts, top-2, hidden 256, 32 tokens a rank."""
-    seed = seed_step(ep.MoEConfig(), comm, device)
+    seed = seed_step(ep.MoEConfig(), ep.Communicator(), device)
     variants = {"seed": seed} if device.type == "cuda" else {"seed": seed, "seed in batches": seed}
-    dispatchers = ep.REGISTRIES["dispatcher"].items()
-    for dispatcher in sorted(name for name, kind in dispatchers if not hasattr(kind, "needs_capacity")):
-        for experts in sorted(ep.REGISTRIES["experts"]):
-            config = ep.MoEConfig(dispatcher=dispatcher, experts=experts)
-            kinds = ep.REGISTRIES["dispatcher"][dispatcher], ep.REGISTRIES["experts"][experts]
-            if all(kind.preference(config, device, comm.size) > 0 for kind in kinds):
-                variants[f"{dispatcher}+{experts}"] = our_step(config, comm, device)
-    if device.type == "cuda" and comm.size == 1:
-        config = ep.MoEConfig(dispatcher="local", experts="bmm")
-        for kind in ("graph", "compiled"):
-            variants[f"local+bmm, {kind}"] = our_step(config, comm, device, kind)
+    kinds = product(*(sorted(ep.REGISTRIES[kind]) for kind in ("dispatcher", "experts")))
+    wanted = [(*names, "eager") for names in kinds if names[0] != "capacity"]
+    if device.type == "cuda":
+        wanted += [("local", "bmm", "graph"), ("local", "bmm", "compiled"), ("capacity", "bmm", "graph")]
+    for prefix, launcher in launchers.items():
+        for dispatcher, experts, step in wanted:
+            flags = ["--dispatcher", dispatcher, "--experts", experts, "--step", step]
+            flags += ["--capacity-factor", "8"] if dispatcher == "capacity" else []
+            with contextlib.suppress(ValueError):  # what cannot run here
+                name = f"{prefix}{dispatcher}+{experts}" + (f", {step}" if step != "eager" else "")
+                variants[name] = launcher.step(flags, device)
     return variants
 
 
@@ -157,18 +139,18 @@ def write_result(
     model = ep.device_model(device)
     medians = {name: statistics.median(values) for name, values in samples.items()}
     command = f"python tools/bench.py {what} --ranks {args.ranks} --device {device.type} "
-    command += f"--rounds {args.rounds} --steps {args.steps}"
+    command += f"--rounds {args.rounds} --steps {args.steps}" + (" --before FILE" if args.before else "")
     result = {
         "what": what, "device": model, "num_cores": os.cpu_count(), "ranks": args.ranks,
         "torch": torch.__version__, "python": sys.version.split()[0], "command": command,
         "steps_per_sample": args.steps, "median_ms": medians, "samples_ms": samples,
-    }  # fmt: skip
+    } | before.before_facts(args)  # fmt: skip
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{device_slug(device)}_{what}.json").write_text(json.dumps(result, indent=1) + "\n")
     baseline = "seed" if "seed" in medians else max(medians, key=medians.get)
     for name, median in sorted(medians.items(), key=lambda item: item[1]):
-        print(f"{name:24} {median:8.3f} ms   {medians[baseline] / median:5.2f} x the speed of {baseline}")
+        print(f"{name:32} {median:8.3f} ms   {medians[baseline] / median:5.2f} x the speed of {baseline}")
 
 
 def work(args: argparse.Namespace) -> None:
@@ -180,9 +162,12 @@ def work(args: argparse.Namespace) -> None:
     if ep.world_from_env()[1] > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=120))
     comm = ep.Communicator()
-    samples = measure(WHAT[args.what](comm, device), args.rounds, args.steps, comm, device)
+    variants = WHAT[args.what](device, before.launchers(args))
+    samples = measure(variants, args.rounds, args.steps, comm, device)
     if comm.rank == 0:
         write_result(args.what, samples, args, device)
+    del variants
+    gc.collect()  # recorded steps hold the group's messages
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -212,6 +197,7 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=20, help="steps in a sample")
     parser.add_argument("--output", default=str(ROOT / "results"), help="folder for the result")
+    before.add_flag(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

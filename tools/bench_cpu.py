@@ -2,6 +2,7 @@
 
     python tools/bench_cpu.py                    into results/cpu_exchange.json
     python tools/bench_cpu.py --rounds 40 --what small
+    python tools/bench_cpu.py --before build/before.py   beside another commit's launcher.py (tools/before.py)
 
 small: a training step at the seed's sizes, 16 experts, top-2, hidden 256, 32 tokens a rank: the seed's algorithm
 (build/seed.py), chapter 03's layer and chapter 07's; and of the last the parts. large: forward and backward of a layer
@@ -28,13 +29,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
-from tools.bench import (  # noqa: E402
-    as_scheduled,
-    our_step,
-    run_again_on_ranks,
-    schedule_threads,
-    seed_step,
-)
+from tools import before  # noqa: E402
+from tools.bench import as_scheduled, run_again_on_ranks, schedule_threads, seed_step  # noqa: E402
 
 LARGE = {"num_experts": 16, "top_k": 2, "hidden_dim": 512, "ffn_dim": 2048, "max_num_tokens": 2048}
 SQUARE = 2048  # rows and columns of the product that shows the machine's rate: 2 * SQUARE^3 operations
@@ -67,15 +63,16 @@ class Stopwatch:
         return spent
 
 
-def watch_parts(watch: Stopwatch) -> None:
+def watch_parts(watch: Stopwatch, launchers: dict[str, before.Launcher]) -> None:
     """Lets the products, the messages and the optimiser of every layer made from now on run under the watch.
 
     Messages hold the wait for the other rank.
     """
-    for method in ("times", "weight_gradient"):
-        setattr(ep.BlockProducts, method, watch.wrap("products", getattr(ep.BlockProducts, method)))
-    for method in ("all_to_all", "all_reduce", "all_gather"):
-        setattr(ep.Communicator, method, watch.wrap("messages", getattr(ep.Communicator, method)))
+    for module in [launcher.ep for launcher in launchers.values()]:
+        for method in ("times", "weight_gradient"):
+            setattr(module.BlockProducts, method, watch.wrap("products", getattr(module.BlockProducts, method)))
+        for method in ("all_to_all", "all_reduce", "all_gather"):
+            setattr(module.Communicator, method, watch.wrap("messages", getattr(module.Communicator, method)))
     torch.optim.AdamW.step = watch.wrap("optimiser", torch.optim.AdamW.step)
 
 
@@ -91,14 +88,15 @@ def machine_rates() -> dict[str, Callable[[], object]]:
     }
 
 
-def small_variants(comm: ep.Communicator) -> dict[str, Callable[[], object]]:
+def small_variants(launchers: dict[str, before.Launcher]) -> dict[str, Callable[[], object]]:
     """{name: one training step} at the seed's sizes."""
     device = torch.device("cpu")
-    seed = seed_step(ep.MoEConfig(), comm, device)
+    seed = seed_step(ep.MoEConfig(), ep.Communicator(), device)
     variants = {"seed": seed, "seed in batches": seed}
-    for dispatcher, experts in (("all_gather", "loop"), ("all_gather", "blocks"), ("all_to_all", "blocks")):
-        config = ep.MoEConfig(dispatcher=dispatcher, experts=experts)
-        variants[f"{dispatcher}+{experts}"] = our_step(config, comm, device)
+    for prefix, launcher in launchers.items():
+        for dispatcher, experts in (("all_gather", "loop"), ("all_gather", "blocks"), ("all_to_all", "blocks")):
+            flags = ["--dispatcher", dispatcher, "--experts", experts]
+            variants[f"{prefix}{dispatcher}+{experts}"] = launcher.step(flags, device)
     return variants
 
 
@@ -123,30 +121,31 @@ def products_alone(layer: ep.EPMoE, comm: ep.Communicator) -> Callable[[], None]
     return step
 
 
-def large_variants(comm: ep.Communicator) -> dict[str, Callable[[], object]]:
+def large_variants(launchers: dict[str, before.Launcher]) -> dict[str, Callable[[], object]]:
     """{name: one step} of the larger layer: forward, backward with the input's gradient, the gate's all-reduce."""
 
-    def make_step(dispatcher: str) -> tuple[ep.EPMoE, Callable[[], None]]:
-        layer = ep.EPMoE(ep.MoEConfig(**LARGE, dispatcher=dispatcher), comm)
+    def make_step(launcher: before.Launcher, dispatcher: str) -> tuple[ep.EPMoE, Callable[[], None]]:
+        layer = launcher.layer(ep.MoEConfig(**LARGE, dispatcher=dispatcher), torch.device("cpu"))
         x = torch.randn(LARGE["max_num_tokens"], LARGE["hidden_dim"], requires_grad=True)
         grad = torch.randn_like(x) / x.numel()
 
         def step() -> None:
             layer.zero_grad()
             x.grad = None
-            y, aux = layer(x)
+            y, aux = launcher.forward(layer, x)
             torch.autograd.backward([y, aux], [grad, torch.full_like(aux, 0.01)])
-            ep.all_reduce_gradients(layer.replicated_parameters(), comm)
+            launcher.sync(layer)
 
         return layer, step
 
-    (_, gather), (layer, exact) = make_step("all_gather"), make_step("all_to_all")
-    exact()
-    return {
-        "all_gather": gather,
-        "all_to_all": exact,
-        "products": products_alone(layer, comm),
+    found = {
+        prefix + dispatcher: make_step(launcher, dispatcher)
+        for prefix, launcher in launchers.items()
+        for dispatcher in ("all_gather", "all_to_all")
     }
+    layer, exact = found["all_to_all"]
+    exact()
+    return {name: step for name, (_, step) in found.items()} | {"products": products_alone(layer, launchers[""].batch)}
 
 
 def loop_cpu_ms() -> float:
@@ -230,8 +229,9 @@ def work(args: argparse.Namespace) -> None:
     """One rank's part."""
     ep.keep_freed_memory()  # as the launcher does
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    comm, watch, result = ep.Communicator(), Stopwatch(), {}
-    watch_parts(watch)
+    launchers, watch, result = before.launchers(args), Stopwatch(), {}
+    comm = launchers[""].batch
+    watch_parts(watch, launchers)
     if "messages" in args.what and hasattr(os, "SCHED_BATCH"):  # a policy of Linux
         result["messages"] = measure_messages(args.rounds, comm)
     for what in [what for what in args.what if what != "messages"]:
@@ -239,7 +239,7 @@ def work(args: argparse.Namespace) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(comm.rank)
             result[what] = summarise(
-                measure(make(comm), args.rounds, steps, comm, watch)
+                measure(make(launchers), args.rounds, steps, comm, watch)
                 | measure(machine_rates(), args.rounds, 1, comm, watch)
             )
     if comm.rank == 0:
@@ -252,9 +252,10 @@ def write_result(result: dict, args: argparse.Namespace) -> None:
     facts = {
         "what": "exchange", "device": ep.device_model(torch.device("cpu")), "num_cores": os.cpu_count(),
         "ranks": args.ranks, "torch": torch.__version__, "python": sys.version.split()[0],
-        "command": f"python tools/bench_cpu.py --rounds {args.rounds} --steps {args.steps}",
+        "command": f"python tools/bench_cpu.py --rounds {args.rounds} --steps {args.steps}"
+        + " --before FILE" * bool(args.before),
         "square": SQUARE, "stream": STREAM, "large_config": LARGE,
-    }  # fmt: skip
+    } | before.before_facts(args)  # fmt: skip
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cpu_exchange.json").write_text(json.dumps(facts | result, indent=1) + "\n")
@@ -281,6 +282,7 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=10, help="steps in a sample, of the small ones")
     parser.add_argument("--output", default=str(ROOT / "results"), help="folder for the result")
+    before.add_flag(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

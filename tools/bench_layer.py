@@ -2,11 +2,12 @@
 
     python tools/bench_layer.py                     all sizes, into results/<device>_layer.json
     python tools/bench_layer.py --sizes qwen --rounds 20 --no-compile
+    python tools/bench_layer.py --before build/before.py   beside another commit's launcher.py (tools/before.py)
 
 Every variant gets the same tokens and weights in bfloat16, random. From routing to unpermute, x and all parameters
 with gradients. Variants alternate within each round; a sample is several passes between CUDA events, back to back, as
 the layers of a model follow one another. Before anything is timed, every variant is held against a float32 reference
-that makes the same choices.
+that makes the same choices. Memory is what a forward pass keeps for its backward, and the peak of both.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
+from tools import before  # noqa: E402
 
 SIZES = {  # tokens, then the layer
     "mixtral": (8192, {"hidden_dim": 4096, "ffn_dim": 14336, "num_experts": 8, "top_k": 2}),
@@ -40,27 +42,33 @@ def fill(parameter: Tensor, fan_in: int, *seeds: Any) -> None:
 
 
 def make_layer(
-    config: ep.MoEConfig, comm: ep.Communicator | None = None, device: torch.device | str = "cuda"
+    launcher: before.Launcher, num_tokens: int, shape: dict, dispatcher: str, device: torch.device
 ) -> ep.EPMoE:
-    """A layer on the GPU; the gate's numbers follow torch's seed, which so has to be the same on all ranks."""
-    kept, ep.seeded_uniform_ = ep.seeded_uniform_, fill
-    try:
-        with torch.device(device):
-            return ep.EPMoE(config, comm, device=device)
-    finally:
-        ep.seeded_uniform_ = kept
+    """A layer of ours in bfloat16, the gate's numbers after torch's seed, which so has to be the same on all ranks.
+
+    The gate has no bias, and weights that bfloat16 holds: the others' gates have no more.
+    """
+    config = ep.MoEConfig(
+        **shape, max_num_tokens=num_tokens, activation="swiglu", dtype="bfloat16", balance="none",
+        router_bias=False, dispatcher=dispatcher, experts="grouped",
+    )  # fmt: skip
+    layer = launcher.layer(config, device, fill)
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(layer.router.gate.weight.bfloat16())
+    return layer
 
 
-def sharing(layer: ep.EPMoE, **changes: Any) -> ep.EPMoE:
-    """Another layer with the same parameters, of other kinds."""
-    small = {"hidden_dim": 8, "ffn_dim": 8}
-    device = layer.router.gate.weight.device
-    other = make_layer(ep.replace(layer.config, **changes, **small), layer.comm, device)
-    other.config = ep.replace(layer.config, **changes)
-    other.router, other.dispatcher.config = layer.router, other.config
-    for name, parameter in layer.experts.named_parameters():
-        setattr(other.experts, name, parameter)
-    return other
+def our_forwards(
+    launchers: dict[str, before.Launcher], layer: ep.EPMoE, label: str = ""
+) -> dict[str, tuple[Callable, list]]:
+    """{name: (x -> y, parameters)}: each launcher's layer with grouped and with blocks, on the weights of `layer`."""
+    found = {}
+    for prefix, launcher in launchers.items():
+        for experts in ("grouped", "blocks"):
+            other = launcher.sharing(layer, experts=experts)
+            forward = lambda x, launcher=launcher, other=other: launcher.forward(other, x)[0]  # noqa: E731
+            found[f"{prefix or 'ours, '}{label}{experts}"] = forward, list(other.parameters())
+    return found
 
 
 def plain_glue(layer: ep.EPMoE, compiled: bool) -> Callable[[Tensor], Tensor]:
@@ -82,8 +90,8 @@ def plain_glue(layer: ep.EPMoE, compiled: bool) -> Callable[[Tensor], Tensor]:
     return torch.compile(forward) if compiled else forward
 
 
-def transformers_block(layer: ep.EPMoE, compiled: bool) -> Callable[[Tensor], Tensor]:
-    """transformers' Mixtral block with its grouped_mm experts, on copies of the layer's weights."""
+def transformers_block(layer: ep.EPMoE, compiled: bool) -> tuple[Callable[[Tensor], Tensor], list]:
+    """transformers' Mixtral block with its grouped_mm experts, on copies of the layer's weights -> see our_forwards."""
     from transformers.models.mixtral.configuration_mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -93,7 +101,7 @@ def transformers_block(layer: ep.EPMoE, compiled: bool) -> Callable[[Tensor], Te
         num_experts_per_tok=c.top_k,
     )  # fmt: skip
     config._experts_implementation = "grouped_mm"
-    with torch.device("cuda"):
+    with layer.experts.w1.device:
         block = MixtralSparseMoeBlock(config).to(torch.bfloat16)
     with torch.no_grad():
         e = layer.experts
@@ -101,12 +109,7 @@ def transformers_block(layer: ep.EPMoE, compiled: bool) -> Callable[[Tensor], Te
         block.experts.down_proj.copy_(e.w2.transpose(1, 2))
         block.gate.weight.copy_(layer.router.gate.weight)
     run = torch.compile(block) if compiled else block
-
-    def forward(x: Tensor) -> Tensor:
-        return run(x.unsqueeze(0)).squeeze(0)
-
-    forward.parameters = list(block.parameters())
-    return forward
+    return lambda x: run(x.unsqueeze(0)).squeeze(0), list(block.parameters())
 
 
 def products_alone(layer: ep.EPMoE, x: Tensor, products: type) -> Callable[[], None]:
@@ -136,8 +139,7 @@ def train_pass(forward: Callable, x: Tensor, grad: Tensor, parameters: list[Tens
         x.grad = None
         for parameter in parameters:
             parameter.grad = None
-        out = forward(x)
-        y = out[0] if isinstance(out, tuple) else out
+        y = forward(x)
         y.backward(grad)
         return y
 
@@ -166,7 +168,7 @@ def reference(layer: ep.EPMoE, x: Tensor, grad: Tensor, divides: bool) -> dict[s
 
     divides: whether a token's weights are divided by their sum, as transformers' Mixtral does.
     """
-    comm = layer.comm
+    comm = layer.mesh.ep
 
     def from_all(t: Tensor) -> Tensor:
         return comm.all_gather(t.detach().contiguous(), "reference").flatten(0, 1)
@@ -174,8 +176,7 @@ def reference(layer: ep.EPMoE, x: Tensor, grad: Tensor, divides: bool) -> dict[s
     with torch.no_grad():
         own_ids = layer.router(x).topk_ids
     wide = x.detach().float().requires_grad_()
-    gate = layer.router.gate.weight.detach().float(), layer.router.gate.bias.detach().float()
-    own_weights = F.linear(wide, *gate).softmax(-1).gather(1, own_ids)
+    own_weights = F.linear(wide, layer.router.gate.weight.detach().float()).softmax(-1).gather(1, own_ids)
     own_weights = own_weights / own_weights.sum(1, keepdim=True) if divides else own_weights
     tokens, ids, weights, grad = (from_all(t) for t in (wide, own_ids, own_weights, grad))
     total, total_weights, y = (torch.zeros_like(t) for t in (tokens, weights, tokens))
@@ -226,14 +227,38 @@ def time_all(variants: dict[str, Callable], rounds: int, passes: int = 4) -> dic
     return samples
 
 
-def memory_gb(run: Callable) -> dict[str, float]:
-    """What a forward pass keeps for its backward, and the peak of both, in GB above what was there before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return {"peak_gb": (torch.cuda.max_memory_allocated() - before) / 1e9}
+def saved_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor]) -> int:
+    """Bytes of the tensors that a forward pass saves for its backward, each storage once; x and parameters do not
+    count, nor does what a function keeps beside save_for_backward."""
+    others = {t.untyped_storage().data_ptr() for t in (x, *parameters)}
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in others:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return t.detach()  # keeps the storage, so that no other gets its address
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward(x)
+    return sum(saved.values())
+
+
+def memory_gb(forward: Callable, run: Callable, x: Tensor, parameters: list[Tensor], hooks: bool) -> dict[str, float]:
+    """What a forward pass keeps for its backward: kept_gb by the allocator, y and x left out, saved_gb by the saved
+    tensors (where hooks). peak_gb: the most that forward and backward take above what was there before."""
+    found = {"saved_gb": saved_bytes(forward, x, parameters) / 1e9} if hooks else {}
+    if x.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before_run = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        found["peak_gb"] = (torch.cuda.max_memory_allocated() - before_run) / 1e9
+        before_run = torch.cuda.memory_allocated()
+        y = forward(x)
+        found["kept_gb"] = (torch.cuda.memory_allocated() - before_run - y.nbytes) / 1e9
+    return found
 
 
 def kernel_times(run: Callable, repeats: int = 5) -> dict[str, float]:
@@ -258,61 +283,59 @@ def cublas_tflop_per_s(n: int = 8192) -> float:
     return 2 * n**3 / statistics.median(samples["product"]) / 1e9
 
 
-def measure(size: str, args: argparse.Namespace) -> dict:
+def measure(
+    size: str, args: argparse.Namespace, launchers: dict[str, before.Launcher], device: torch.device
+) -> dict:
     """One size: check, time, memory, kernels."""
     num_tokens, shape = SIZES[size]
-    config = ep.MoEConfig(
-        **shape, max_num_tokens=num_tokens, activation="swiglu", dtype="bfloat16", balance="none",
-        dispatcher="local", experts="grouped",
-    )  # fmt: skip
     torch.manual_seed(0)
-    layer = make_layer(config)
-    with torch.no_grad():
-        layer.router.gate.bias.zero_()  # the others' gates have none
-    x = torch.randn(num_tokens, config.hidden_dim, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    layer = make_layer(launchers[""], num_tokens, shape, "local", device)
+    own, config = list(layer.parameters()), layer.config
+    x = torch.randn(num_tokens, config.hidden_dim, device=device, dtype=torch.bfloat16).requires_grad_()
     grad = torch.randn_like(x)
-    forwards = {"ours, grouped": layer, "ours, blocks": sharing(layer, experts="blocks")}
-    forwards["plain glue"] = plain_glue(layer, compiled=False)
-    forwards["transformers"] = transformers_block(layer, compiled=False)
-    if args.compile:
-        forwards["compiled glue"] = plain_glue(layer, compiled=True)
-        forwards["transformers, compiled"] = transformers_block(layer, compiled=True)
+    forwards = our_forwards(launchers, layer)
+    others: dict[str, Callable] = {
+        "plain glue": lambda: (plain_glue(layer, compiled=False), own),
+        "transformers": lambda: transformers_block(layer, compiled=False),
+        "compiled glue": lambda: (plain_glue(layer, compiled=True), own),
+        "transformers, compiled": lambda: transformers_block(layer, compiled=True),
+    }
     result: dict = {"tokens": num_tokens, **shape, "errors": {}, "memory": {}, "kernels_ms": {}}
-    passes, named = {}, dict(layer.experts.named_parameters())
-    for name, forward in forwards.items():
+    named = dict(layer.experts.named_parameters())
+    passes = {name: train_pass(forward, x, grad, p) for name, (forward, p) in forwards.items()}
+    for name, make in others.items():
+        if not args.compile and "compiled" in name:
+            continue
         try:
-            passes[name] = train_pass(forward, x, grad, getattr(forward, "parameters", list(layer.parameters()))
-                                      if "transformers" in name else list(layer.parameters()))  # fmt: skip
-            passes[name]()
+            forwards[name] = make()
+            run = train_pass(forwards[name][0], x, grad, forwards[name][1])
+            run()
+            passes[name] = run
         except Exception as error:
             print(f"{size}: {name} left out: {type(error).__name__}: {str(error)[:300]}", flush=True)
-            passes.pop(name, None)
     expected = {divides: reference(layer, x, grad, divides) for divides in (False, True)}
     for name, run in passes.items():
         is_theirs = "transformers" in name
         result["errors"][name] = errors(run, x, {} if is_theirs else named, expected[is_theirs])
     del expected
     for name, run in passes.items():
-        result["memory"][name] = memory_gb(run)
-    timed = passes | {
-        "ours, grouped, recorded": recorded(passes["ours, grouped"]),
-        "products alone, grouped": products_alone(layer, x, ep.GroupedProducts),
-        "products alone, blocks": products_alone(layer, x, ep.BlockProducts),
-    }
+        forward, parameters = forwards[name]
+        result["memory"][name] = memory_gb(forward, run, x, parameters, hooks="compiled" not in name)
+    recorded_too = [name for name in passes if name.endswith(", grouped")]
+    timed = passes | {f"{name}, recorded": recorded(passes[name]) for name in recorded_too}
+    for kind, products in {"grouped": ep.GroupedProducts, "blocks": ep.BlockProducts}.items():
+        timed[f"products alone, {kind}"] = products_alone(layer, x, products)
     result["samples_ms"] = time_all(timed, args.rounds)
     result["median_ms"] = {name: statistics.median(values) for name, values in result["samples_ms"].items()}
-    for name in ("ours, grouped", "ours, blocks"):
+    for name in [name for name in passes if name.split(", ")[0] in ("ours", "before")]:
         result["kernels_ms"][name] = kernel_times(passes[name])
     operations = 6 * num_tokens * config.top_k * 3 * config.hidden_dim * config.ffn_dim
     result["tflop_per_s"] = {name: operations / ms / 1e9 for name, ms in result["median_ms"].items()}
     for name, ms in sorted(result["median_ms"].items(), key=lambda item: item[1]):
         worst = max(result["errors"].get(name, {"": 0.0}).values())
-        peak = result["memory"].get(name, {}).get("peak_gb", 0.0)
+        memory = "".join(f" {what[:-3]} {gb:5.2f}" for what, gb in result["memory"].get(name, {}).items())
         rate = result["tflop_per_s"][name]
-        print(
-            f"{size:9} {name:26} {ms:8.3f} ms {rate:6.0f} TFLOP/s  error {worst:.1e}  peak {peak:5.2f} GB",
-            flush=True,
-        )
+        print(f"{size:9} {name:26} {ms:8.3f} ms {rate:6.0f} TFLOP/s  error {worst:.1e} {memory}", flush=True)
     return result
 
 
@@ -325,6 +348,7 @@ def main() -> int:
         "--rounds", type=int, default=30, help="samples of each variant, at least 20 for results/"
     )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    before.add_flag(parser)
     parser.add_argument("--output", default=str(ROOT / "results"), help="folder for the result")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -334,14 +358,16 @@ def main() -> int:
     result = {
         "what": "layer", "device": model, "torch": torch.__version__, "cuda": torch.version.cuda,
         "triton": ep.triton and ep.triton.__version__, "python": sys.version.split()[0],
-        "command": f"python tools/bench_layer.py --sizes {' '.join(args.sizes)} --rounds {args.rounds}",
+        "command": f"python tools/bench_layer.py --sizes {' '.join(args.sizes)} --rounds {args.rounds}"
+        + " --before FILE" * bool(args.before),
         "cublas_tflop_per_s": cublas_tflop_per_s(), "sizes": {},
-    }  # fmt: skip
+    } | before.before_facts(args)  # fmt: skip
     print(
         f"{model}: {result['cublas_tflop_per_s']:.0f} TFLOP/s in one 8192-cubed bfloat16 product", flush=True
     )
+    launchers, device = before.launchers(args), torch.device("cuda")
     for size in args.sizes:
-        result["sizes"][size] = measure(size, args)
+        result["sizes"][size] = measure(size, args, launchers, device)
         torch.cuda.empty_cache()
         torch.compiler.reset()
         folder = Path(args.output)

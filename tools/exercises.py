@@ -150,6 +150,8 @@ def run_parity(kind: str, answer: type, comm: Communicator, meeting: Meeting) ->
     else:
         names[kind] = "yours"
     for name, case in parity.cases(comm.size).items():
+        if kind == "overflow" and case["micro_batches"] > 1:
+            continue  # the reference takes the choices of a layer's last forward
         config = MoEConfig(
             **parity.BASE | {k: case[k] for k in parity.BASE if k in case}, **names, dtype="float64"
         )
@@ -161,7 +163,7 @@ def run_parity(kind: str, answer: type, comm: Communicator, meeting: Meeting) ->
                     f"rank {comm.rank}: the parity suite's case {name}: {quantity} is off by {error:.1e}"
                 )
         predicted, counted = facts["bytes"]
-        if predicted != counted:
+        if predicted != counted or not facts["bytes_agree"]:
             raise NotYet(f"the parity suite's case {name}: {predicted} bytes predicted, {counted} counted")
 
 

@@ -172,7 +172,7 @@ def place_paths(arguments: list[str]) -> list[str]:
     placed = list(arguments)
     for index, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
-        if flag in ("--log-dir", "--summary"):
+        if flag in ("--log-dir", "--summary", "--plugin"):
             if equals:
                 placed[index] = f"{flag}={shown_path(value)}"
             elif index + 1 < len(arguments):

@@ -34,9 +34,9 @@ def import_with_stand_ins(name: str, own: str, most: int = 40) -> ModuleType:
 
 
 def torchtitan_layer(layer: ep.EPMoE, folder: Path, mesh: torch.distributed.DeviceMesh) -> nn.Module:
-    """torchtitan's MoE over the ranks of a mesh ("ep",), gate shared with `layer`, experts copied to its layout.
+    """torchtitan's MoE over the ranks of a mesh ("ep",), with copies of the layer's weights in its layout.
 
-    folder: where the package lies; ImportError where it does not. Scores are applied after the experts, as ours are.
+    folder: where the package lies; ImportError where it does not. Scores are applied after the experts.
     """
     from torch.distributed.tensor import DTensor, Shard
 
@@ -52,7 +52,7 @@ def torchtitan_layer(layer: ep.EPMoE, folder: Path, mesh: torch.distributed.Devi
     with torch.device("meta"):
         moe = theirs.MoE(options, c.hidden_dim, c.ffn_dim)
     moe.tokens_per_expert = torch.zeros(c.num_experts, device=gate.weight.device)
-    moe.router.gate.weight = gate.weight
+    moe.router.gate.weight = nn.Parameter(gate.weight.detach().to(layer.experts.w1.dtype))
     for name in ("w1", "w2", "w3"):  # theirs are [L, out, in]
         own = getattr(layer.experts, name).detach().transpose(1, 2).contiguous()
         setattr(moe.experts, name, nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)])))
