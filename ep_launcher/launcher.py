@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "d93480cba26247027a80d141aabfa92928bd21a7b8ec9ff9251311897b89dda3"
+SOURCES_SHA256 = "fa91bed6843812c91df94a68e18a3d93da08a8a55c6baaf0290a72df41f70b46"
 
 
 # ==========================================================================================================
@@ -1235,7 +1235,7 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if getattr(parameter.grad, "is_summed", False):
-            raise RuntimeError("gradients are summed over the ranks already; set them to None before the next backward")
+            raise RuntimeError("gradients are summed over the ranks already; zero_grad() before the next backward")
         parameter.grad.is_summed = True
     sum_over(mesh.batch, [p.grad for p in others] + list(extra))
     sum_over(mesh.replicas, [p.grad for p in local.values()])
@@ -3288,6 +3288,8 @@ def limit_load(routing: Routing, config: MoEConfig, batch: Communicator) -> Rout
         topk_ids = overflow(topk_ids, probs, capacity, order)[mine]
     else:
         capacity = local_capacity(len(routing.topk_ids), config, batch, routing.topk_ids.device)
+        if isinstance(capacity, int) and capacity >= len(routing.topk_ids):
+            return routing  # a token comes to an expert once, so none can be full
         topk_ids = overflow(routing.topk_ids, routing.probs.detach(), capacity, order)
     weights = routing.topk_weights
     if options.overflow != "drop":
