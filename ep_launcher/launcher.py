@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "fa91bed6843812c91df94a68e18a3d93da08a8a55c6baaf0290a72df41f70b46"
+SOURCES_SHA256 = "a5416224e760a6fcd45d7c77e4153e4e4a27ae054dca5d3d59ac83304575fdfd"
 
 
 # ==========================================================================================================
@@ -2284,8 +2284,10 @@ def sum_rows(a: Tensor, order: RowOrder, b: Tensor | None = None) -> Tensor:
         row = order.row_of_choice
         if not len(rows) or not num_tokens:
             return a.new_zeros(num_tokens, d)
-        is_sent = (row >= 0).to(wide)
-        return F.embedding_bag(row.clamp(min=0), rows, mode="sum", per_sample_weights=is_sent).to(a.dtype)
+        own = row.amax(1, keepdim=True)  # a choice not sent reads another row of its token, times 0
+        picked, is_sent = torch.where(row < 0, own.clamp(min=0), row), (row >= 0).to(wide)
+        total = F.embedding_bag(picked, rows, mode="sum", per_sample_weights=is_sent)
+        return total.masked_fill_(own < 0, 0).to(a.dtype)
     y = a.new_empty(num_tokens, d)
     block = column_block(d, 1024)
     if num_tokens:
@@ -2979,7 +2981,7 @@ def get_riders(packed: Tensor, hidden_dim: int, num_weights: int = 1) -> Tensor:
     """The weights [n, J] behind the first hidden_dim columns, float32 or wider."""
     wide = torch.promote_types(packed.dtype, torch.float32)
     last = hidden_dim + num_weights * wide.itemsize // packed.element_size()
-    return packed[:, hidden_dim:last].contiguous().view(wide)
+    return packed[:, hidden_dim:last].clone(memory_format=torch.contiguous_format).view(wide)
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #send-rows

@@ -22,7 +22,6 @@ from torch import Tensor  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ep_launcher.launcher import (  # noqa: E402
-    REGISTRIES,
     CapacityOptions,
     Communicator,
     EPMoE,
@@ -30,6 +29,8 @@ from ep_launcher.launcher import (  # noqa: E402
     TokenStream,
     TrainingOptions,
     device_model,
+    init_ep,
+    mean_squared_error,
     pick,
     train_step,
 )
@@ -43,11 +44,21 @@ SIZES = {
 NUM_WARM_UP, NUM_BATCHES = 4, 8
 
 
+class BufferTask:
+    """The loss of whatever lies in a trainer's buffers."""
+
+    @staticmethod
+    def loss(model: EPMoE, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, target = batch
+        return mean_squared_error(model(x), target, len(x))
+
+
 class Trainer:
     """One layer with its optimiser and its input buffers; step() trains on what lies in them."""
 
     def __init__(self, config: MoEConfig) -> None:
-        self.model = EPMoE(config, Communicator(), seed=0, device="cuda")
+        self.mesh = init_ep()
+        self.model = EPMoE(config, self.mesh, seed=0, device="cuda")
         self.options = TrainingOptions()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-4, fused=True, capturable=True)
         self.x = torch.zeros(config.max_num_tokens, config.hidden_dim, device="cuda", dtype=self.dtype)
@@ -57,7 +68,7 @@ class Trainer:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        return next(self.model.experts.parameters()).dtype
 
     def take(self, batch: tuple[Tensor, Tensor]) -> None:
         """Copies a batch into the buffers."""
@@ -66,7 +77,7 @@ class Trainer:
 
     def work(self) -> Tensor:
         """Forward, backward, update -> losses [2]."""
-        losses = train_step(self.model, self.x, self.target, len(self.x), self.options)
+        losses = train_step(self.model, self.mesh, BufferTask, [(self.x, self.target)], self.options)
         self.optimizer.step()
         return losses
 
@@ -199,7 +210,7 @@ def measure(size: str, experts: str, overflow: str, num_steps: int, say: Callabl
     memory = {name: peak_mib(trainers[name], batches[0]) for name in ("dropless", "fixed")}
     samples = time_steps(trainers, batches, rounds=20)
     ms = {name: statistics.median(values) for name, values in samples.items()}
-    name = next(n for n, kind in REGISTRIES["dispatcher"].items() if kind is taken)
+    name = taken
     is_equal = not facts["different_losses"] and not facts["different_tensors"]
     say(
         f"{size:6} {experts:8} {overflow:8} graph = eager: {str(is_equal):5} host syncs: {facts['host_syncs']}; "
@@ -227,8 +238,7 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     results, failed = [], False
     for size in args.sizes:
-        auto = pick("experts", MoEConfig(**SIZES[size]), "cuda", 1)
-        best = next(n for n, kind in REGISTRIES["experts"].items() if kind is auto)
+        best = pick("experts", MoEConfig(**SIZES[size]), "cuda", 1)
         for experts in dict.fromkeys(args.experts or ["loop", best]):
             for overflow in ("drop", "reroute"):
                 try:

@@ -17,14 +17,13 @@ SMALL = {"num_experts": 8, "top_k": 2, "hidden_dim": 64, "ffn_dim": 128}
 )  # fmt: skip
 def test_nothing_asks_the_host(experts, dtype, activation):
     config = ep.MoEConfig(**SMALL, experts=experts, dtype=dtype, activation=activation, dispatcher="local")
-    layer = ep.EPMoE(config, device="cuda")
+    layer = ep.EPMoE(config, seed=0, device="cuda")
     assert type(layer.experts) is ep.REGISTRIES["experts"][experts]
     x = torch.randn(64, 64, device="cuda", dtype=ep.DTYPES[dtype], requires_grad=True)
     for is_watched in (False, True):  # the first time, libraries make their handles
         torch.cuda.set_sync_debug_mode("error" if is_watched else "default")
         try:
-            y, aux = layer(x)
-            (y.float().square().sum() + aux).backward()
+            (layer(x).float().square().sum() + ep.aux_loss(layer)).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert x.grad.isfinite().all()
@@ -32,22 +31,26 @@ def test_nothing_asks_the_host(experts, dtype, activation):
 
 def make_run(config: ep.MoEConfig, steps: int, folder) -> ep.Run:
     """A run on one GPU, by hand."""
-    comm = ep.Communicator()
+    mesh = ep.init_ep()
     options = ep.TrainingOptions(steps=steps, tokens=64, lr=1e-3)
     log = ep.RunLog(folder, steps, rank=1)
-    return ep.Run(config, options, comm, torch.device("cuda"), ep.Heartbeat(None, comm), log)
+    return ep.Run(config, options, mesh, torch.device("cuda"), ep.Heartbeat(None, mesh.meter), log)
 
 
 @pytest.mark.parametrize(
-    ("experts", "dtype", "activation"), [("bmm", "float32", "gelu"), ("grouped", "bfloat16", "swiglu")]
-)
-def test_the_recorded_step_is_the_eager_step(experts, dtype, activation, tmp_path):
-    config = ep.MoEConfig(**SMALL, experts=experts, dtype=dtype, activation=activation, dispatcher="local")
+    ("experts", "dtype", "activation", "dispatcher"),
+    [("bmm", "float32", "gelu", "local"), ("grouped", "bfloat16", "swiglu", "local"),
+     ("bmm", "float32", "gelu", "capacity"), ("blocks", "float32", "swiglu", "capacity")],
+)  # fmt: skip
+def test_the_recorded_step_is_the_eager_step(experts, dtype, activation, dispatcher, tmp_path):
+    extras = (ep.CapacityOptions(1.0),) if dispatcher == "capacity" else ()
+    config = ep.MoEConfig(**SMALL, max_num_tokens=64, experts=experts, dtype=dtype, activation=activation,
+                          dispatcher=dispatcher, extras=extras)  # fmt: skip
     found = {}
     for kind in ("eager", "graph"):
         run = make_run(config, 100, tmp_path)
-        model = ep.EPMoE(config, run.comm, 0, run.device)
-        stream = ep.TokenStream(config, 0, 64, run.comm, run.device)
+        model = ep.EPMoE(run.config, run.mesh, seed=0, device=run.device)
+        stream = ep.TokenStream(config, 0, 64, run.mesh.batch, run.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, capturable=True)
         assert ep.REGISTRIES["step"][kind].preference(run, model) > 0
         advance = ep.REGISTRIES["step"][kind](run, model, stream, optimizer)

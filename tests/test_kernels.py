@@ -68,6 +68,32 @@ def test_copy_to_rows(case, dtype):
 
 @with_kernels
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+def test_rows_may_be_the_first_columns_of_wider_ones(case, dtype):
+    order, num_tokens, top_k, d, _, sent = case
+    x, rows = draw(num_tokens, d + 8, dtype=dtype)[:, :d], draw(num_tokens * top_k, d + 16, dtype=dtype)
+    beside = rows[:, d:].clone()
+    ep.copy_to_rows(x, order, rows[:, :d])
+    assert torch.equal(rows[:sent, :d], twin(ep.copy_to_rows, x, order)[:sent])
+    assert torch.equal(rows[:, d:], beside)
+    torch.testing.assert_close(
+        ep.sum_rows(rows[:, :d], order), twin(ep.sum_rows, rows[:, :d], order), **CLOSE[dtype]
+    )
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+def test_gaps_hold_zeros(case, dtype):
+    _, num_tokens, top_k, d, _, _ = case
+    torch.manual_seed(1)
+    ids = torch.rand(num_tokens, 8).argsort(dim=1)[:, :top_k].to(DEVICE)
+    order = ep.order_in_blocks(ids, 8, max(1, num_tokens // 2))
+    x = draw(num_tokens, d, dtype=dtype)
+    ours, theirs = ep.copy_to_rows(x, order), twin(ep.copy_to_rows, x, order)
+    assert torch.equal(ours, theirs) and not ours[order.choice_of_row < 0].any()
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
 @pytest.mark.parametrize("two", [False, True], ids=["one", "two"])
 def test_sum_rows(case, dtype, two):
     order, num_tokens, top_k, d, _, sent = case
@@ -81,15 +107,16 @@ def test_sum_rows(case, dtype, two):
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
 def test_weighted_swiglu_and_its_backward(case, dtype):
     order, num_tokens, top_k, _, f, sent = case
-    up, third, grad = (draw(num_tokens * top_k, f, dtype=dtype) for _ in range(3))
+    gate, up, grad = (draw(num_tokens * top_k, f, dtype=dtype) for _ in range(3))
     weights, total = torch.rand(num_tokens * top_k, device=DEVICE), order.counts.sum()
-    ours, theirs = (run(ep.weighted_swiglu, up, third, weights, total) for run in (direct, twin))
+    forward = ep.weighted_activation, ep.SwiGLU, gate, up, weights, total
+    ours, theirs = (run(*forward) for run in (direct, twin))
     torch.testing.assert_close(ours[:sent], theirs[:sent], **CLOSE[dtype])
     found = []
     for run in (direct, twin):
-        used = [t.clone() for t in (grad, up, third)]
-        found.append([run(ep.weighted_swiglu_backward_, *used, weights, total), *used])
-    assert not found[0][0][sent:].any()
+        used = [t.clone() for t in (grad, gate, up)]
+        found.append(run(ep.weighted_activation_backward_, ep.SwiGLU, *used, weights, total))
+    assert not found[0][3][sent:].any()
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(
             mine[:sent], other[:sent], atol=CLOSE[dtype]["atol"] * 3, rtol=CLOSE[dtype]["rtol"]
@@ -102,12 +129,12 @@ def direct(function, *arguments):
 
 def test_the_twin_of_the_backward_is_the_derivative():
     torch.manual_seed(0)
-    up, third = (torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    gate, up = (torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weights = torch.rand(6, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(6, 5, dtype=torch.float64)
-    hidden = torch.nn.functional.silu(up) * third * weights[:, None]
-    expected = torch.autograd.grad(hidden, (weights, up, third), grad)
-    used = [t.detach().clone() for t in (grad, up, third)]
-    grad_weights = ep.weighted_swiglu_backward_(*used, weights.detach(), torch.tensor(6))
-    for mine, other in zip([grad_weights, *used[1:], used[0]], [*expected, hidden.detach()], strict=True):
+    hidden = torch.nn.functional.silu(gate) * up * weights[:, None]
+    expected = torch.autograd.grad(hidden, (gate, up, weights), grad)
+    used = [t.detach().clone() for t in (grad, gate, up)]
+    ours = ep.weighted_activation_backward_(ep.SwiGLU, *used, weights.detach(), torch.tensor(6))
+    for mine, other in zip(ours, [hidden.detach(), *expected], strict=True):
         torch.testing.assert_close(mine, other)
