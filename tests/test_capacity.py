@@ -17,7 +17,8 @@ def config(factor: float | None = 1.0, dispatcher: str = "all_gather", **changes
     """A small layer with a capacity; keyword arguments go to the options or the config, wherever they belong."""
     known = {f.name for f in ep.fields(ep.CapacityOptions)}
     options = {name: changes.pop(name) for name in list(changes) if name in known}
-    sizes = {"num_experts": 8, "top_k": 2, "hidden_dim": 16, "ffn_dim": 32, "dtype": "float64"} | changes
+    sizes = {"num_experts": 8, "top_k": 2, "hidden_dim": 16, "ffn_dim": 32, "dtype": "float64"}
+    sizes |= {"max_num_tokens": 128} | changes
     return ep.MoEConfig(
         **sizes, dispatcher=dispatcher, extras=(ep.CapacityOptions(factor, **options),)
     )  # fmt: skip
@@ -121,7 +122,7 @@ def test_dropped_gradients_are_zero_and_the_others_right(overflow, is_scaled):
     probs = routing.probs.requires_grad_()
     scores = probs.gather(1, routing.topk_ids)
     total = scores.sum(1, keepdim=True) if is_scaled else torch.ones(30, 1)
-    routing.topk_weights = scores / total
+    routing = ep.replace(routing, topk_weights=scores / total)
     limited = ep.limit_load(routing, config(0.6, overflow=overflow), ep.Communicator())
     lost, kept = limited.topk_ids < 0, limited.topk_ids == routing.topk_ids
     moved = ~lost & ~kept
@@ -148,9 +149,9 @@ def test_a_dropped_choice_gets_no_gradient_at_all():
 
 
 def test_a_token_without_a_place_returns_zero():
-    layer = ep.EPMoE(config(0.25, "capacity"))
+    layer = ep.EPMoE(config(0.05, "capacity"), seed=0)
     x = torch.randn(32, 16, dtype=torch.float64, requires_grad=True)
-    y, _ = layer(x)
+    y = layer(x)
     y.sum().backward()
     gone = (layer.topk_ids < 0).all(dim=1)
     assert 0 < gone.sum() < 32
@@ -161,9 +162,9 @@ def test_a_token_without_a_place_returns_zero():
 @pytest.mark.parametrize("dispatcher", ["all_gather", "capacity"])
 def test_a_large_factor_changes_nothing(dispatcher):
     x = torch.randn(20, 16, dtype=torch.float64)
-    dropless = ep.EPMoE(ep.replace(config(), extras=()))
-    roomy = ep.EPMoE(config(1000.0, dispatcher))
-    assert torch.allclose(dropless(x)[0], roomy(x)[0], rtol=0, atol=1e-14)
+    dropless = ep.EPMoE(ep.replace(config(), extras=()), seed=0)
+    roomy = ep.EPMoE(config(1000.0, dispatcher), seed=0)
+    assert torch.allclose(dropless(x), roomy(x), rtol=0, atol=1e-14)
     assert torch.equal(dropless.topk_ids, roomy.topk_ids)
 
 
@@ -174,7 +175,8 @@ def test_auto_does_not_take_the_fixed_buffers(monkeypatch):
     for device in ("cpu", "cuda"):
         for size in (1, 2, 8):
             auto = ep.replace(config(), dispatcher="auto")
-            assert not hasattr(ep.pick("dispatcher", auto, device, size), "needs_capacity")
+            name = ep.pick("dispatcher", auto, device, size)
+            assert not ep.REGISTRIES["dispatcher"][name].needs_capacity
 
 
 def test_fixed_buffers_want_a_capacity_on_each_rank():
@@ -183,7 +185,9 @@ def test_fixed_buffers_want_a_capacity_on_each_rank():
             config(dispatcher="capacity", **options)
     bare = ep.MoEConfig(num_experts=8, top_k=2, dispatcher="capacity")
     with pytest.raises(ValueError, match="need a limit on each rank"):
-        ep.EPMoE(bare)
+        ep.EPMoE(bare, seed=0)
+    with pytest.raises(ValueError, match="set max_num_tokens"):
+        config(dispatcher="capacity", max_num_tokens=None)
 
 
 def test_a_layer_alone_keeps_buffers_for_its_largest_batch():
@@ -193,50 +197,64 @@ def test_a_layer_alone_keeps_buffers_for_its_largest_batch():
     assert ep.block_capacity(config(1.0, capacity_share=0)) == 1
 
 
+def test_a_library_layer_without_a_largest_batch_has_a_capacity_too():
+    x = torch.randn(40, 16, dtype=torch.float64)
+    limited, unlimited = (ep.EPMoE(config(0.5, max_num_tokens=n), seed=0) for n in (128, None))
+    assert torch.equal(limited(x), unlimited(x)) and (unlimited.topk_ids < 0).any()
+
+
 def test_buffers_have_one_size_whatever_the_routing():
-    layer = ep.EPMoE(config(1.0, "capacity", capacity_share=40))
+    layer = ep.EPMoE(config(1.0, "capacity", capacity_share=40), seed=0)
     for seed, tokens in ((0, 40), (1, 40), (2, 3), (3, 0)):
         torch.manual_seed(seed)
         x = torch.randn(tokens, 16, dtype=torch.float64)
-        routing = ep.limit_load(layer.router(x), layer.config, layer.comm)
-        rows, counts, handle = layer.dispatcher.dispatch(x, routing)
-        assert rows.shape == (8 * 10, 16) and counts.tolist() == [10] * 8
-        sent = int((routing.topk_ids >= 0).sum())
-        assert int((rows.abs().sum(1) > 0).sum()) == sent
-        assert layer.dispatcher.combine(rows, handle).shape == x.shape
+        routing = ep.limit_load(layer.router(x), layer.config, layer.mesh.batch)
+        arrived = layer.dispatcher.dispatch(x, routing.topk_ids, routing.topk_weights)
+        assert arrived.x.shape == (8 * 10, 16) and arrived.counts_on_host == [10] * 8
+        assert arrived.rows_per_expert == 10
+        assert int((arrived.x.abs().sum(1) > 0).sum()) == int((routing.topk_ids >= 0).sum())
+        assert layer.dispatcher.combine(arrived.x, arrived.handle).shape == x.shape
 
 
 def test_a_choice_beyond_the_block_is_not_sent():
     """The dispatcher by itself, with a routing that nobody limited: nothing lands in another expert's block."""
-    layer = ep.EPMoE(config(1.0, "capacity", capacity_share=8))
+    dispatcher = ep.CapacityDispatcher(8, ep.Communicator(), capacity=2)
     x = torch.randn(8, 16, dtype=torch.float64)
-    ids = torch.tensor([[3, 4]] * 8)
-    rows, _, handle = layer.dispatcher.dispatch(
-        x, ep.Routing(ids, torch.ones(8, 2).double(), torch.zeros(8, 8))
-    )
-    assert torch.equal(rows[6:8], x[:2]) and torch.equal(rows[8:10], x[:2])
-    assert rows[:6].abs().max() == 0 and rows[10:].abs().max() == 0
-    y = layer.dispatcher.combine(rows, handle)
+    arrived = dispatcher.dispatch(x, torch.tensor([[3, 4]] * 8), torch.ones(8, 2, dtype=torch.float64))
+    assert torch.equal(arrived.x[6:8], x[:2]) and torch.equal(arrived.x[8:10], x[:2])
+    assert arrived.x[:6].abs().max() == 0 and arrived.x[10:].abs().max() == 0
+    assert arrived.topk_weights[6:10].tolist() == [[1.0]] * 4 and not arrived.topk_weights[:6].any()
+    y = dispatcher.combine(arrived.x, arrived.handle)
     assert torch.equal(y[:2], 2 * x[:2]) and y[2:].abs().max() == 0
+
+
+def test_a_capacity_that_cannot_overflow_costs_nothing(monkeypatch):
+    """A token comes to an expert once: with room for every token there is nothing to sort."""
+    routing = routed(20, 8, 2, levels=3, seed=0)
+    monkeypatch.setitem(ep.REGISTRIES["overflow"], "drop", None)
+    assert ep.limit_load(routing, config(4.0, capacity_share=20), ep.Communicator()) is routing
+
+
+def test_logits_are_kept():
+    routing = ep.replace(routed(20, 8, 2, levels=3, seed=0), logits=torch.randn(20, 8))
+    assert ep.limit_load(routing, config(0.5), ep.Communicator()).logits is routing.logits
 
 
 @pytest.mark.parametrize("order", ["probs", "position"])
 @pytest.mark.parametrize("overflow", ["drop", "reroute"])
-@pytest.mark.parametrize("experts", ["loop", "bmm"])
+@pytest.mark.parametrize("experts", ["blocks", "bmm"])
 def test_no_value_is_needed_on_the_host(overflow, order, experts):
     """Forward and backward on the meta device, where tensors have shapes and no values."""
-    layer = ep.EPMoE(
-        config(0.8, "capacity", experts=experts, overflow=overflow, drop_order=order), device="meta"
-    )
+    settings = {"experts": experts, "overflow": overflow, "drop_order": order}
+    layer = ep.EPMoE(config(0.8, "capacity", **settings), seed=0, device="meta")
     x = torch.randn(20, 16, dtype=torch.float64, device="meta", requires_grad=True)
-    y, aux = layer(x)
-    (y.sum() + aux).backward()
+    (layer(x).sum() + ep.aux_loss(layer)).backward()
     assert x.grad.shape == (20, 16) and layer.experts.w1.grad.shape == (8, 16, 32)
 
 
 def test_dropless_needs_values_on_the_host():
     """The test above can fail: the all-gather's shapes depend on the routing."""
-    layer = ep.EPMoE(config(0.8, "all_gather"), device="meta")
+    layer = ep.EPMoE(config(0.8, "all_gather"), seed=0, device="meta")
     with pytest.raises((NotImplementedError, RuntimeError)):
         layer(torch.randn(20, 16, dtype=torch.float64, device="meta"))
 
@@ -254,26 +272,25 @@ def test_a_layer_alone_finds_its_share_without_the_host():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("overflow", ["drop", "reroute"])
 def test_the_host_does_not_wait_for_the_gpu(overflow):
-    layer = ep.EPMoE(config(0.8, "capacity", overflow=overflow, dtype="float32"), device="cuda")
+    layer = ep.EPMoE(config(0.8, "capacity", overflow=overflow, dtype="float32"), seed=0, device="cuda")
     x = torch.randn(20, 16, device="cuda", requires_grad=True)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        y, aux = layer(x)
-        (y.sum() + aux).backward()
+        (layer(x).sum() + ep.aux_loss(layer)).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_run_tells_the_share_of_its_tokens():
-    comm = ep.Communicator()
-    comm.size = 4
+    mesh = ep.init_ep()
+    mesh.batch.size = 4
     options = ep.CapacityOptions(1.0)
     for tokens, share in ((9, 3), (8, 2), (0, 0), (None, 32)):
         training = ep.TrainingOptions(tokens=tokens)
-        run = ep.Run(ep.MoEConfig(extras=(options,)), training, comm, torch.device("cpu"), None, None)
+        run = ep.Run(ep.MoEConfig(extras=(options,)), training, mesh, torch.device("cpu"), None, None)
         assert run.config.option(ep.CapacityOptions).capacity_share == share
     run = ep.Run(
-        ep.MoEConfig(extras=(ep.CapacityOptions(),)), training, comm, torch.device("cpu"), None, None
+        ep.MoEConfig(extras=(ep.CapacityOptions(),)), training, mesh, torch.device("cpu"), None, None
     )
     assert run.config.option(ep.CapacityOptions) == ep.CapacityOptions()
 
@@ -389,7 +406,9 @@ def test_the_launcher_counts_bytes_and_losses_of_fixed_buffers(tmp_path):
     # 33 tokens on 2 ranks: a share of 17, and 17 * 2 * 0.5 / 8 = 2.125 rows an expert.
     assert fixed["config"]["capacity_share"] == 17
     rows = 2 * 1 * 4 * 3
-    assert fixed["bytes_sent_per_step"] == {"predicted": 3 * rows * 32 * 8, "counted": 3 * rows * 32 * 8}
+    assert fixed["bytes_sent_per_step"] == dict.fromkeys(
+        ("predicted", "counted"), rows * (3 * 32 * 8 + 16 + 8)  # each row's weight there, its gradient home
+    )
     assert fixed["task_loss"] == pytest.approx(found["all_gather"]["task_loss"], rel=1e-10)
     assert fixed["dropped_fraction"] == found["all_gather"]["dropped_fraction"]
     assert 1 - 2 * 8 * 3 / 66 <= fixed["dropped_fraction"] < 0.5
@@ -399,11 +418,11 @@ def test_the_launcher_counts_bytes_and_losses_of_fixed_buffers(tmp_path):
 @pytest.mark.parametrize("factor, lost", [(0.5, 0.5), (0.75, 0.25), (1.25, 0.0)])
 def test_reroute_loses_what_all_experts_together_cannot_take(tmp_path, factor, lost):
     """Counted by the summary, where a choice of -1 is a dropped one."""
-    comm = ep.Communicator()
+    mesh = ep.init_ep()
     log = ep.RunLog(tmp_path, 40, rank=1)
     training = ep.TrainingOptions(steps=40, tokens=64)
     layer = config(factor, "capacity", overflow="reroute")
-    run = ep.Run(layer, training, comm, torch.device("cpu"), ep.Heartbeat(None, comm), log)
+    run = ep.Run(layer, training, mesh, torch.device("cpu"), ep.Heartbeat(None, mesh.meter), log)
     measured = ep.train(run)
     assert measured["dropped_fraction"] == pytest.approx(lost, abs=1e-6)
     assert measured["max_load_over_mean"] <= factor / (1 - lost) + 1e-6

@@ -51,7 +51,7 @@ WRONG = {
     "solution-command": [("--num-experts 48", "--num-experts 16"), ("--nnodes=3", "--nnodes=2")],
     "solution-splits": [("rows, rows.T", "rows.T, rows"), ("rows, rows.T", "rows, rows")],
     "solution-seal": [("[4, 5, 3]", "[3, 4, 5]"), ("[4, 5, 3]", "[6, 2, 4]")],
-    "solution-bytes": [("(ids >= 0) & ", ""), ("3 * away", "4 * away")],
+    "solution-bytes": [("(ids >= 0) & ", ""), ("3 * hidden_dim", "4 * hidden_dim"), ("+ 16 + 4", "")],
     "solution-sum": [("torch.where(is_sent, picked, 0)", "picked"), (">= 0", "> 0")],
     "solution-pass-bytes": [
         ("2 + 4 + 4 + 4 + 4 + 2", "2 + 2 + 2 + 2 + 2 + 2"),
