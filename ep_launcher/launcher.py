@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "a5416224e760a6fcd45d7c77e4153e4e4a27ae054dca5d3d59ac83304575fdfd"
+SOURCES_SHA256 = "f9b14d38639d6b6debcf4197459187cf6a7a990e8b645cb70cb421c02949bcfa"
 
 
 # ==========================================================================================================
@@ -92,7 +92,9 @@ def register(kind: str, name: str) -> Callable[[G], G]:
     def add(implementation: G) -> G:
         kept = REGISTRIES[kind].get(name, implementation)
         if kept.__qualname__ != implementation.__qualname__:
-            raise ValueError(f"{kind} {name!r} is registered already, as {kept.__qualname__}; choose another name")
+            raise ValueError(
+                f"{kind} {name!r} is registered already, as {kept.__qualname__}; choose another name"
+            )
         REGISTRIES[kind][name] = implementation
         return implementation
 
@@ -196,7 +198,9 @@ class MoEConfig:
             raise ValueError(f"dtype is {self.dtype!r}; take one of {', '.join(DTYPES)}")
         for extra in self.extras:
             if not isinstance(extra, Options):
-                raise ValueError(f"extras has a {type(extra).__name__}, and takes option groups, made from Options")
+                raise ValueError(
+                    f"extras has a {type(extra).__name__}, and takes option groups, made from Options"
+                )
             extra.check(self)
 
     def num_local_experts(self, ep_size: int) -> int:
@@ -284,7 +288,9 @@ class Communicator:
 
     def __reduce__(self) -> tuple:
         if self.size > 1:
-            raise TypeError("a process group cannot be saved; save full_state_dict(model, mesh) instead of a layer")
+            raise TypeError(
+                "a process group cannot be saved; save full_state_dict(model, mesh) instead of a layer"
+            )
         return Communicator.alone, ()
 
     @contextlib.contextmanager
@@ -601,7 +607,9 @@ def gather_padded(rows: Tensor, metadata: Tensor, comm: Communicator, purpose: s
     metadata = pad_rows(metadata, max(lengths))
     metadata[len(rows) :, IS_PADDING] = 1
     all_metadata = comm.all_gather(metadata, "metadata")
-    return AllGather.apply(pad_rows(rows, max(lengths)), comm, purpose).flatten(0, 1), all_metadata.flatten(0, 1)
+    return AllGather.apply(pad_rows(rows, max(lengths)), comm, purpose).flatten(0, 1), all_metadata.flatten(
+        0, 1
+    )
 
 
 # %% notebooks/02_all_to_all.ipynb #dispatch-all-gather
@@ -822,7 +830,11 @@ class Experts(nn.Module):
         shapes = {"w1": (d, f), "b1": bias and (f,), "w2": (f, d), "b2": bias and (d,)}
         shapes |= {"w3": gated and (d, f), "b3": gated and bias and (f,)}
         for name, shape in shapes.items():
-            stacked = torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device) if shape else None
+            stacked = (
+                torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device)
+                if shape
+                else None
+            )
             self.register_parameter(name, None if stacked is None else nn.Parameter(stacked))
         self.own_range = f"{self.first_expert}-{self.first_expert + self.num_local - 1}"
         if comm.size > 1:
@@ -918,7 +930,9 @@ class SharedExperts(nn.Module):
 
     def __init__(self, config: MoEConfig, seed: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        wide = replace(config, num_experts=1, top_k=1, ffn_dim=config.num_shared_experts * config.ffn_dim, extras=())
+        wide = replace(
+            config, num_experts=1, top_k=1, ffn_dim=config.num_shared_experts * config.ffn_dim, extras=()
+        )
         self.expert = Experts(wide, Communicator.alone(), seed=f"{seed} shared", device=device)
 
     def reset_parameters(self) -> None:
@@ -950,7 +964,9 @@ class Balance(KeepsPrecision):
 
     choice_bias: Tensor | None = None
 
-    def __init__(self, config: MoEConfig, batch: Communicator, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, config: MoEConfig, batch: Communicator, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         self.config, self.batch = config, batch
 
@@ -1045,7 +1061,7 @@ class AuxShares(list):
     limit = 1024
 
     def add(self, share: Tensor) -> None:
-        """RuntimeError where they pile up, each with its graph: somebody forgot them. Without graphs they are added up."""
+        """RuntimeError where they pile up, each with its graph: somebody forgot them. Others are added up."""
         if len(self) >= self.limit and not any(kept.requires_grad for kept in self):
             self[:] = [torch.stack(list(self)).sum()]
         if len(self) >= self.limit:
@@ -1060,6 +1076,18 @@ class AuxShares(list):
 
     def __reduce__(self) -> tuple:
         return AuxShares, ()
+
+
+def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
+    """Keeps this forward's share and counts its load, unless it is a forward run again. RuntimeError under a
+    checkpoint whose first forward had no gradient: the aux loss could not have one."""
+    if not is_recomputing():
+        layer.recorded_aux = torch.is_grad_enabled()
+        if layer.recorded_aux:
+            layer.balance.count(routing)
+            layer.aux_shares.add(aux)
+    elif not layer.recorded_aux:
+        raise RuntimeError("a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)")
 
 
 # %% notebooks/03_experts.ipynb #ep-moe
@@ -1082,7 +1110,9 @@ class EPMoE(nn.Module):
         super().__init__()
         self.config, self.mesh = config, mesh or init_ep()
         device = torch.get_default_device() if device is None else torch.device(device)
-        self.took = {kind: pick(kind, config, device, self.mesh.ep.size) for kind in ("dispatcher", "experts")}
+        self.took = {
+            kind: pick(kind, config, device, self.mesh.ep.size) for kind in ("dispatcher", "experts")
+        }
         dispatcher, experts = (REGISTRIES[kind][name] for kind, name in self.took.items())
         self.router = REGISTRIES["router"][config.router](config, seed, device)
         self.balance = REGISTRIES["balance"][config.balance](config, self.mesh.batch, device)
@@ -1121,22 +1151,11 @@ class EPMoE(nn.Module):
             aux = self.balance(routing)
             for added_loss in self.config.hooks("added_loss"):
                 aux = aux + added_loss(routing, self.config, self.mesh.batch)
-            self.keep_aux(aux, routing)
+            keep_share(self, aux, routing)
         for after_routing in self.config.hooks("after_routing"):
             routing = after_routing(routing, self.config, self.mesh.batch)
         self.topk_ids, self.probs = routing.topk_ids, routing.probs.detach()
         return routing
-
-    def keep_aux(self, aux: Tensor, routing: Routing) -> None:
-        """Keeps this forward's share and counts its load, unless it is a forward run again. RuntimeError under a
-        checkpoint whose first forward had no gradient: the aux loss could not have one."""
-        if not is_recomputing():
-            self.recorded_aux = torch.is_grad_enabled()
-            if self.recorded_aux:
-                self.balance.count(routing)
-                self.aux_shares.add(aux)
-        elif not self.recorded_aux:
-            raise RuntimeError("a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)")
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """x [T, D] -> y [T, D]."""
@@ -1164,7 +1183,9 @@ def aux_loss(model: nn.Module) -> Tensor:
         layer.aux_shares.clear()
     if not shares:
         return next(model.parameters()).new_zeros((), dtype=torch.float32)
-    return torch.stack([share.to(shares[0].dtype) for share in shares]).sum() if len(shares) > 1 else shares[0]
+    return (
+        torch.stack([share.to(shares[0].dtype) for share in shares]).sum() if len(shares) > 1 else shares[0]
+    )
 
 
 def after_step(model: nn.Module) -> None:
@@ -1235,7 +1256,9 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if getattr(parameter.grad, "is_summed", False):
-            raise RuntimeError("gradients are summed over the ranks already; zero_grad() before the next backward")
+            raise RuntimeError(
+                "gradients are summed over the ranks already; zero_grad() before the next backward"
+            )
         parameter.grad.is_summed = True
     sum_over(mesh.batch, [p.grad for p in others] + list(extra))
     sum_over(mesh.replicas, [p.grad for p in local.values()])
@@ -1267,11 +1290,13 @@ def full_state_dict(model: nn.Module, mesh: Mesh, optimizer: torch.optim.Optimiz
     if optimizer is not None:
         kept = {name: optimizer.state[p] for name, p in named.items() if p in optimizer.state}
         state["optimizer"] = {
-            name: {key: gather(named[name], value) for key, value in values.items()} for name, values in kept.items()
+            name: {key: gather(named[name], value) for key, value in values.items()}
+            for name, values in kept.items()
         }
     return state
 
 
+# %% notebooks/03_experts.ipynb #load-full-state
 def load_full_state_dict(
     model: nn.Module, state: dict, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
@@ -1283,7 +1308,11 @@ def load_full_state_dict(
 
     def own(name: str, tensor: Tensor) -> Tensor:
         experts = owner.get(id(named.get(name)))
-        if experts is None or tensor.shape[1:] != named[name].shape[1:] or len(tensor) != experts.config.num_experts:
+        if (
+            experts is None
+            or tensor.shape[1:] != named[name].shape[1:]
+            or len(tensor) != experts.config.num_experts
+        ):
             return tensor  # where it does not fit, load_state_dict says so
         return tensor[experts.first_expert : experts.first_expert + experts.num_local]
 
@@ -1632,7 +1661,7 @@ class RunLog:
 
 # %% notebooks/04_training.ipynb #load-history
 class LoadHistory:
-    """Choices per layer and expert, one entry a log interval, over all ranks: TensorBoard shows it, the summary sums it."""
+    """Choices per layer and expert, a row a log interval, over all ranks: for TensorBoard and the summary."""
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device | str = "cpu") -> None:
         # int64: float32 stops counting at 2^24. The last column counts choices not sent.
@@ -1677,7 +1706,9 @@ class LoadHistory:
 # %% notebooks/04_training.ipynb #step-bytes
 def every_ranks_ids(topk_ids: Tensor, comm: Communicator) -> list[Tensor]:
     """topk_ids int64 [T, K] -> every rank's, by rank, on the CPU. Collective; under the meter's name `metadata`."""
-    lengths = comm.all_gather(torch.tensor([len(topk_ids)], device=topk_ids.device), "metadata").flatten().tolist()
+    lengths = (
+        comm.all_gather(torch.tensor([len(topk_ids)], device=topk_ids.device), "metadata").flatten().tolist()
+    )
     padded = F.pad(topk_ids, (0, 0, 0, max(lengths) - len(topk_ids)))
     gathered = comm.all_gather(padded, "metadata").cpu()
     return [block[:length] for block, length in zip(gathered, lengths, strict=True)]
@@ -1694,7 +1725,9 @@ def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, i
         ids, config = every_ranks_ids(layer.topk_ids, layer.mesh.ep), layer.config
         arguments = ids, config.hidden_dim, DTYPES[config.dtype], x_needs_grad or number > 0
         for name, sent in layer.dispatcher.predict_bytes(*arguments).items():
-            totals[name] += sum_over_ranks(int(sent[layer.mesh.ep.rank].sum()), layer.mesh.batch, layer.topk_ids.device)
+            totals[name] += sum_over_ranks(
+                int(sent[layer.mesh.ep.rank].sum()), layer.mesh.batch, layer.topk_ids.device
+            )
     return totals
 
 
@@ -1871,7 +1904,9 @@ def train(run: Run) -> dict[str, Any]:
         model.parameters(), lr=options.lr, fused=True, capturable=device.type == "cuda"
     )
     advance = REGISTRIES["step"][took["step"]](run, model, task, optimizer)
-    run.log.write(", ".join(f"{kind} {name}" for kind, name in took.items()) + f", world size {mesh.batch.size}")
+    run.log.write(
+        ", ".join(f"{kind} {name}" for kind, name in took.items()) + f", world size {mesh.batch.size}"
+    )
     record = Record(run, model)
     for step in range(options.steps):
         run.heartbeat.step = step
@@ -2342,7 +2377,9 @@ def weights_of_choices(weights: Tensor, order: RowOrder) -> Tensor:
     """The way back, [R] -> [T, K]: what each choice's row has, 0 for a choice not sent. Every row has one choice, so
     it is a look-up too."""
     row = order.row_of_choice
-    return torch.where(row < 0, 0, weights[row.clamp(min=0)]) if len(weights) else weights.new_zeros(row.shape)
+    return (
+        torch.where(row < 0, 0, weights[row.clamp(min=0)]) if len(weights) else weights.new_zeros(row.shape)
+    )
 
 
 # %% notebooks/06_grouped_experts.ipynb #local-dispatcher
@@ -2721,7 +2758,9 @@ def batched_affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class BmmExperts(Experts):
     """All experts in one batched product, every expert's rows padded to one length."""
 
-    largest_fixed = 8192  # rows with padding, up to which padding is fixed and the host need not know the counts
+    largest_fixed = (
+        8192  # rows with padding, up to which padding is fixed and the host need not know the counts
+    )
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
@@ -2770,7 +2809,9 @@ class BmmExperts(Experts):
             capacity = max(1, int(order.counts.max()))
             slot = pad_slots(order.counts, len(rows), capacity)
             size = self.num_local * capacity + 1
-            rows, weights = (t.new_zeros(size, t.shape[1]).index_copy(0, slot, t)[:-1] for t in (rows, weights))
+            rows, weights = (
+                t.new_zeros(size, t.shape[1]).index_copy(0, slot, t)[:-1] for t in (rows, weights)
+            )
         hidden = self.hidden(rows.view(self.num_local, capacity, -1))
         weighted = (hidden.to(weights.dtype) * weights.view(self.num_local, capacity, 1)).to(rows.dtype)
         results = torch.bmm(weighted, self.in_dtype(rows.dtype)[2]).flatten(0, 1)
@@ -2956,7 +2997,9 @@ def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[],
         check_seals(lines, row_bytes, comm.rank)
         input_splits, output_splits = lines[..., -3].tolist()
         ids = experts.repeat_interleave(received[:, :num_local].reshape(-1), output_size=sum(output_splits))
-        return ExchangePlan(input_splits, output_splits, ids[:, None], lines[1, :, :num_local].sum(0).tolist())
+        return ExchangePlan(
+            input_splits, output_splits, ids[:, None], lines[1, :, :num_local].sum(0).tolist()
+        )
 
     return plan
 
@@ -3687,7 +3730,9 @@ class BiasBalance(Balance):
     counts. The loss is 0. One all-reduce of E numbers a step, no host synchronisation.
     """
 
-    def __init__(self, config: MoEConfig, batch: Communicator, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, config: MoEConfig, batch: Communicator, device: torch.device | str | None = None
+    ) -> None:
         super().__init__(config, batch)
         self.speed = config.option(RoutingOptions).bias_speed
         self.register_buffer("bias", torch.zeros(config.num_experts, device=device))
@@ -3715,7 +3760,9 @@ class BiasBalance(Balance):
     def after_step(self) -> None:
         """bias_e += speed * sign(mean load - load_e), and counting begins anew. In place, for CUDA graphs."""
         load = self.batch.all_reduce(self.load)
-        self.bias += self.speed * torch.sign(load.sum() - len(load) * load)  # whole numbers: exact on any rank
+        self.bias += self.speed * torch.sign(
+            load.sum() - len(load) * load
+        )  # whole numbers: exact on any rank
         load.zero_()
 
 
@@ -3795,7 +3842,9 @@ def install_traceback_hook() -> None:
     def locate(exception: BaseException) -> str:
         report = describe_frames(exception, path, markers)[0]
         cells = re.findall(r"in (\w+) \((notebooks/[^)]+)\)", report)
-        inner = [cell for name, cell in cells if name not in ("entering", "all_gather", "all_to_all", "all_reduce")]
+        inner = [
+            cell for name, cell in cells if name not in ("entering", "all_gather", "all_to_all", "all_reduce")
+        ]
         return f" ({inner[-1]})" if inner else ""
 
     # For a program that catches an exception and still wants to say where it came from. Not on the hook: joining a

@@ -41,7 +41,6 @@ from ep_launcher.launcher import (  # noqa: E402
     every_ranks_ids,
     init_ep,
     load_plugin,
-    moe_layers,
     schedule_in_batches,
     sync_gradients,
     world_from_env,
@@ -51,7 +50,14 @@ LIMITS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2}
 ALPHA = 0.01
 BASE = {"num_experts": 8, "top_k": 2, "hidden_dim": 32, "ffn_dim": 64}
 # What a case may say besides: how many layers, how many micro-batches, and whether each layer is recomputed.
-PLAIN = {"bias": None, "experts_without_rows": False, "layers": 1, "micro_batches": 1, "checkpoint": False, "ep": 1}
+PLAIN = {
+    "bias": None,
+    "experts_without_rows": False,
+    "layers": 1,
+    "micro_batches": 1,
+    "checkpoint": False,
+    "ep": 1,
+}
 
 
 def cases(world_size: int) -> dict[str, dict]:
@@ -138,7 +144,9 @@ class Stack(nn.Module):
         return x
 
 
-def make_layer(config: MoEConfig, mesh: Mesh, device: torch.device, bias: list | None, seed: int = 3) -> EPMoE:
+def make_layer(
+    config: MoEConfig, mesh: Mesh, device: torch.device, bias: list | None, seed: int = 3
+) -> EPMoE:
     """A layer whose gate leans as the case wants."""
     layer = EPMoE(config, mesh, seed=seed, device=device)
     if bias is not None:
@@ -178,7 +186,9 @@ def dense_reference(layer: EPMoE, x: Tensor, parameters: dict[str, Tensor]) -> t
     low = config.dtype == "bfloat16"
     y, aux = dense_moe(x, parameters, config.top_k, topk_ids if low else None, config.activation)
     if config.num_shared_experts:
-        w1, b1, w2, b2, w3 = (parameters.get(f"shared.expert.{name}") for name in ("w1", "b1", "w2", "b2", "w3"))
+        w1, b1, w2, b2, w3 = (
+            parameters.get(f"shared.expert.{name}") for name in ("w1", "b1", "w2", "b2", "w3")
+        )
         gate, up = x @ w1[0] + (0 if b1 is None else b1[0]), None if w3 is None else x @ w3[0]
         hidden = REGISTRIES["activation"][config.activation].apply(gate, up)
         y = y + hidden @ w2[0] + (0 if b2 is None else b2[0])
@@ -212,7 +222,9 @@ def watch_bytes(model: Stack, mesh: Mesh) -> Callable[[], tuple[list[int], bool]
             counted[name] = torch.tensor([now - then for now, then in pairs])[mesh.ep.ranks]
         for layer, topk_ids in list(runs):
             ids, config = every_ranks_ids(topk_ids, mesh.ep), layer.config
-            for name, sent in layer.dispatcher.predict_bytes(ids, config.hidden_dim, DTYPES[config.dtype]).items():
+            for name, sent in layer.dispatcher.predict_bytes(
+                ids, config.hidden_dim, DTYPES[config.dtype]
+            ).items():
                 predicted[name] += sent[mesh.ep.rank]
         agrees = all(torch.equal(predicted[name], counted[name]) for name in PASSES)
         return [sum(int(t.sum()) for t in which.values()) for which in (predicted, counted)], agrees
@@ -220,7 +232,9 @@ def watch_bytes(model: Stack, mesh: Mesh) -> Callable[[], tuple[list[int], bool]
     return compare
 
 
-def run_case(case: dict, config: MoEConfig, mesh: Mesh, device: torch.device, reference=dense_reference) -> dict:
+def run_case(
+    case: dict, config: MoEConfig, mesh: Mesh, device: torch.device, reference=dense_reference
+) -> dict:
     """One case on all ranks -> this rank's errors and facts."""
     case, dtype, batch = PLAIN | case, DTYPES[config.dtype], mesh.batch
     sizes = [case["tokens"][rank % len(case["tokens"])] for rank in range(batch.size)]
@@ -236,7 +250,10 @@ def run_case(case: dict, config: MoEConfig, mesh: Mesh, device: torch.device, re
     compare_bytes = watch_bytes(model, mesh)
     x = x_all[mine].clone().requires_grad_()
     parts = torch.arange(total, device=device).split(sizes)  # each rank's tokens, cut into micro-batches
-    micro = [torch.cat([p.tensor_split(case["micro_batches"])[m] for p in parts]) for m in range(case["micro_batches"])]
+    micro = [
+        torch.cat([p.tensor_split(case["micro_batches"])[m] for p in parts])
+        for m in range(case["micro_batches"])
+    ]
     ys, aux_total = [], torch.zeros((), dtype=torch.float64, device=device)
     for part, wanted in zip(*(t.tensor_split(case["micro_batches"]) for t in (x, target[mine])), strict=True):
         y = model(part)
@@ -329,7 +346,12 @@ def run_suite(
                     print(name_crash(error, what), file=sys.stderr, flush=True)
                     raise
                 results.append(
-                    {"case": name, **dict(zip(NAMES, kinds, strict=True)), "world_size": size, "device": device.type}
+                    {
+                        "case": name,
+                        **dict(zip(NAMES, kinds, strict=True)),
+                        "world_size": size,
+                        "device": device.type,
+                    }
                     | {"limit": LIMITS[kinds[3]], "experts_without_rows": case["experts_without_rows"]}
                     | collect(facts, mesh.batch)
                 )
@@ -356,7 +378,9 @@ def begin() -> tuple[argparse.Namespace, torch.device]:
     args = parser.parse_args()
     load_plugin(sys.argv[1:])
     if args.dispatcher and args.dispatcher not in REGISTRIES["dispatcher"]:
-        parser.error(f"no dispatcher {args.dispatcher!r}; take one of {', '.join(sorted(REGISTRIES['dispatcher']))}")
+        parser.error(
+            f"no dispatcher {args.dispatcher!r}; take one of {', '.join(sorted(REGISTRIES['dispatcher']))}"
+        )
     device = choose_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -375,7 +399,9 @@ def print_summary(what: str, results: list[dict], failed: list[dict], dtypes: li
         over = f"{quantity} {r['errors'][quantity]:.2e} > {r['limit']:g}"
         wrong = f"bytes predicted {r['bytes'][0]}, counted {r['bytes'][1]}, by pass and destination not equal"
         over = wrong if r["errors"][quantity] <= r["limit"] else over
-        print(f"over the limit: {r['case']} {r['dtype']} {r['dispatcher']} {r['experts']} {r['activation']}: {over}")
+        print(
+            f"over the limit: {r['case']} {r['dtype']} {r['dispatcher']} {r['experts']} {r['activation']}: {over}"
+        )
     worst = {
         d: max((max(r["errors"].values()) for r in results if r["dtype"] == d), default=0.0) for d in dtypes
     }
@@ -395,7 +421,9 @@ def main() -> int:
     if mesh.batch.rank == 0:
         if args.output:
             Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
-        print_summary(f"parity at world size {mesh.batch.size} on {device.type}", results, failed, args.dtypes)
+        print_summary(
+            f"parity at world size {mesh.batch.size} on {device.type}", results, failed, args.dtypes
+        )
     if dist.is_initialized():
         dist.destroy_process_group()
     return 1 if failed or not results else 0

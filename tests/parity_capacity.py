@@ -156,7 +156,9 @@ def kept_choices(mesh: Mesh, device: torch.device) -> dict[str, list]:
             config = MoEConfig(**BASE, dtype="float64", dispatcher="all_gather", extras=(options,))
             layer = make_layer(config, mesh, device, None)
             layer(x.tensor_split(mesh.batch.size)[mesh.batch.rank].to(device))
-            kept[f"{options.overflow} {options.drop_order}"] = gather_uneven(layer.topk_ids, mesh.batch).tolist()
+            kept[f"{options.overflow} {options.drop_order}"] = gather_uneven(
+                layer.topk_ids, mesh.batch
+            ).tolist()
     return kept
 
 
@@ -212,7 +214,9 @@ def main() -> int:
     if mesh.batch.rank == 0:
         if args.output:
             Path(args.output).write_text(json.dumps({"results": results, "kept": kept}) + "\n")
-        print_summary(f"capacity at world size {mesh.batch.size} on {device.type}", results, failed, args.dtypes)
+        print_summary(
+            f"capacity at world size {mesh.batch.size} on {device.type}", results, failed, args.dtypes
+        )
     if dist.is_initialized():
         dist.destroy_process_group()
     return 1 if failed else 0

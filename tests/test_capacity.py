@@ -407,7 +407,8 @@ def test_the_launcher_counts_bytes_and_losses_of_fixed_buffers(tmp_path):
     assert fixed["config"]["capacity_share"] == 17
     rows = 2 * 1 * 4 * 3
     assert fixed["bytes_sent_per_step"] == dict.fromkeys(
-        ("predicted", "counted"), rows * (3 * 32 * 8 + 16 + 8)  # each row's weight there, its gradient home
+        ("predicted", "counted"),
+        rows * (3 * 32 * 8 + 16 + 8),  # each row's weight there, its gradient home
     )
     assert fixed["task_loss"] == pytest.approx(found["all_gather"]["task_loss"], rel=1e-10)
     assert fixed["dropped_fraction"] == found["all_gather"]["dropped_fraction"]

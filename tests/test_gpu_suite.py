@@ -50,7 +50,9 @@ def test_bandwidth_counts_the_bytes_that_leave(suite):
     part = suite[1]["parts"]["bandwidth"]
     sent, choices, row = part["mean_bytes_that_leave"], part["tokens"] * part["top_k"], 2 * part["hidden_dim"]
     assert sent["plain gloo all-to-all"] == choices * row / 2
-    assert sent["all_gather, dispatch"] == choices * (row + 4)  # everything to the one other rank, with its weight
+    assert sent["all_gather, dispatch"] == choices * (
+        row + 4
+    )  # everything to the one other rank, with its weight
     assert 0 < sent["all_to_all, combine"] < choices * row
     assert sent["plain glue, dispatch"] == sent["plain glue, combine"] == sent["all_to_all, combine"]
     assert sent["all_to_all, dispatch"] > sent["all_to_all, combine"]  # weights ride
@@ -62,7 +64,11 @@ def test_bandwidth_counts_the_bytes_that_leave(suite):
 def test_layers_and_seed_measure_ours_beside_others(suite):
     parts = suite[1]["parts"]
     for size in parts["layers"]["sizes"].values():
-        kinds = {f"{who}, all_to_all + {experts}" for who in ("ours", "before") for experts in ("grouped", "blocks")}
+        kinds = {
+            f"{who}, all_to_all + {experts}"
+            for who in ("ours", "before")
+            for experts in ("grouped", "blocks")
+        }
         assert set(size["median_ms"]) == kinds | {"plain glue"}
         assert all(max(e.values()) < 2e-2 for e in size["errors"].values())
         assert {"y", "x", "w1", "w2", "w3"} == set(size["errors"]["plain glue"])

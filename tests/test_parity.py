@@ -75,10 +75,22 @@ def test_the_cases_are_what_they_say(results):
 
 
 BROKEN = {
-    "gradient": ("blocks.view(grad.shape).sum(0)", "blocks.view(grad.shape)[0]", "over the limit: even float64"),
-    "byte": ("there * (row + rider), back * row,", "there * (row + rider + 1), back * row,", "bytes predicted"),
+    "gradient": (
+        "blocks.view(grad.shape).sum(0)",
+        "blocks.view(grad.shape)[0]",
+        "over the limit: even float64",
+    ),
+    "byte": (
+        "there * (row + rider), back * row,",
+        "there * (row + rider + 1), back * row,",
+        "bytes predicted",
+    ),
     "destination": ("bytes_by_pass(rows, rows.t(),", "bytes_by_pass(rows, rows,", "by pass and destination"),
-    "crash": ("home[:, 0], order", "home[:, 1], order", "crashed: rank 0, even float64 all_to_all blocks gelu"),
+    "crash": (
+        "home[:, 0], order",
+        "home[:, 1], order",
+        "crashed: rank 0, even float64 all_to_all blocks gelu",
+    ),
 }
 
 

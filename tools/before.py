@@ -29,7 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def load(path: str | Path, name: str = "ep_before") -> ModuleType:
     """A Python file as a module of the given name."""
     spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    module = sys.modules[name] = importlib.util.module_from_spec(
+        spec
+    )  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 
@@ -116,7 +118,9 @@ class Launcher:
 
         def step() -> Tensor:
             losses = advance()
-            if not on_gpu and not losses.isfinite().all():  # as the launcher does; on a GPU at log intervals alone
+            if (
+                not on_gpu and not losses.isfinite().all()
+            ):  # as the launcher does; on a GPU at log intervals alone
                 raise RuntimeError(f"losses {losses.tolist()}")
             return losses
 
@@ -135,4 +139,6 @@ def launchers(args: argparse.Namespace) -> dict[str, Launcher]:
 
 def before_facts(args: argparse.Namespace) -> dict[str, str]:
     """What a result says about the launcher that --before names."""
-    return {"before_sha256": hashlib.sha256(Path(args.before).read_bytes()).hexdigest()} if args.before else {}
+    return (
+        {"before_sha256": hashlib.sha256(Path(args.before).read_bytes()).hexdigest()} if args.before else {}
+    )

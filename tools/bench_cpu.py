@@ -70,7 +70,9 @@ def watch_parts(watch: Stopwatch, launchers: dict[str, before.Launcher]) -> None
     """
     for module in [launcher.ep for launcher in launchers.values()]:
         for method in ("times", "weight_gradient"):
-            setattr(module.BlockProducts, method, watch.wrap("products", getattr(module.BlockProducts, method)))
+            setattr(
+                module.BlockProducts, method, watch.wrap("products", getattr(module.BlockProducts, method))
+            )
         for method in ("all_to_all", "all_reduce", "all_gather"):
             setattr(module.Communicator, method, watch.wrap("messages", getattr(module.Communicator, method)))
     torch.optim.AdamW.step = watch.wrap("optimiser", torch.optim.AdamW.step)
@@ -94,7 +96,11 @@ def small_variants(launchers: dict[str, before.Launcher]) -> dict[str, Callable[
     seed = seed_step(ep.MoEConfig(), ep.Communicator(), device)
     variants = {"seed": seed, "seed in batches": seed}
     for prefix, launcher in launchers.items():
-        for dispatcher, experts in (("all_gather", "loop"), ("all_gather", "blocks"), ("all_to_all", "blocks")):
+        for dispatcher, experts in (
+            ("all_gather", "loop"),
+            ("all_gather", "blocks"),
+            ("all_to_all", "blocks"),
+        ):
             flags = ["--dispatcher", dispatcher, "--experts", experts]
             variants[f"{prefix}{dispatcher}+{experts}"] = launcher.step(flags, device)
     return variants
@@ -145,7 +151,9 @@ def large_variants(launchers: dict[str, before.Launcher]) -> dict[str, Callable[
     }
     layer, exact = found["all_to_all"]
     exact()
-    return {name: step for name, (_, step) in found.items()} | {"products": products_alone(layer, launchers[""].batch)}
+    return {name: step for name, (_, step) in found.items()} | {
+        "products": products_alone(layer, launchers[""].batch)
+    }
 
 
 def loop_cpu_ms() -> float:

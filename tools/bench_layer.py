@@ -244,7 +244,9 @@ def saved_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: list
     return sum(saved.values())
 
 
-def memory_gb(forward: Callable, run: Callable, x: Tensor, parameters: list[Tensor], hooks: bool) -> dict[str, float]:
+def memory_gb(
+    forward: Callable, run: Callable, x: Tensor, parameters: list[Tensor], hooks: bool
+) -> dict[str, float]:
     """What a forward pass keeps for its backward: kept_gb by the allocator, y and x left out, saved_gb by the saved
     tensors (where hooks). peak_gb: the most that forward and backward take above what was there before."""
     found = {"saved_gb": saved_bytes(forward, x, parameters) / 1e9} if hooks else {}

@@ -144,7 +144,9 @@ def install_traceback_hook() -> None:
     def locate(exception: BaseException) -> str:
         report = describe_frames(exception, path, markers)[0]
         cells = re.findall(r"in (\w+) \((notebooks/[^)]+)\)", report)
-        inner = [cell for name, cell in cells if name not in ("entering", "all_gather", "all_to_all", "all_reduce")]
+        inner = [
+            cell for name, cell in cells if name not in ("entering", "all_gather", "all_to_all", "all_reduce")
+        ]
         return f" ({inner[-1]})" if inner else ""
 
     # For a program that catches an exception and still wants to say where it came from. Not on the hook: joining a
@@ -981,7 +983,9 @@ def _check_exported(e: Exported, classes: set[str], problems: Problems) -> None:
         problems.add(e.cell, 1, "an exported cell without code; delete it, or make it markdown")
     if e.tag in EXPORTED_TAGS:
         count = _code_lines(e.cell.text, e.tree)
-        limit = MAX_CLASS_LINES if any(isinstance(node, ast.ClassDef) for node in e.tree.body) else MAX_CODE_LINES
+        limit = (
+            MAX_CLASS_LINES if any(isinstance(node, ast.ClassDef) for node in e.tree.body) else MAX_CODE_LINES
+        )
         if count > limit:
             what = f"{count} lines of code, docstrings and comments not counted, and {limit} is the most"
             problems.add(e.cell, 1, f"{what}; split the cell")
@@ -993,7 +997,11 @@ def _check_registrations(exported: Sequence[Exported], problems: Problems) -> No
     for e in exported:
         for node in e.tree.body:
             target = node.target if isinstance(node, ast.AnnAssign) else None
-            if isinstance(target, ast.Name) and target.id == "REGISTRIES" and isinstance(node.value, ast.Dict):
+            if (
+                isinstance(target, ast.Name)
+                and target.id == "REGISTRIES"
+                and isinstance(node.value, ast.Dict)
+            ):
                 known = {key.value for key in node.value.keys if isinstance(key, ast.Constant)}
     for e in exported if known else ():
         for node in e.tree.body:

@@ -275,19 +275,27 @@ def run_bandwidth(suite: Suite) -> tuple[dict, str]:
             continue
         sent_before = {way: comm.meter.total(way) for way in ("dispatch", "combine")}
         arrived = kind.dispatch(x, ids, weights)
-        echo = arrived.x * torch.where(arrived.topk_ids < 0, 0, arrived.topk_weights).sum(1, keepdim=True).to(x.dtype)
+        echo = arrived.x * torch.where(arrived.topk_ids < 0, 0, arrived.topk_weights).sum(1, keepdim=True).to(
+            x.dtype
+        )
         y = kind.combine(echo, arrived.handle)
         predicted = kind.predict_bytes(every_ids, d, x.dtype)
         for way, earlier in sent_before.items():
             own = int(predicted[way][comm.rank].sum())
             sent[f"{name}, {way}"] = statistics.mean(suite.gather(own))
-            if name != "plain glue" and comm.meter.total(way) - earlier != own:  # its exchange passes no meter
-                suite.failures.append(f"{name}, {way} sent {comm.meter.total(way) - earlier} bytes, not {own}")
+            if (
+                name != "plain glue" and comm.meter.total(way) - earlier != own
+            ):  # its exchange passes no meter
+                suite.failures.append(
+                    f"{name}, {way} sent {comm.meter.total(way) - earlier} bytes, not {own}"
+                )
         errors[name] = max(suite.gather(float((y.float() - expected).norm() / expected.norm())))
         if not errors[name] <= 2e-2:
             suite.failures.append(f"{name}: tokens came back {errors[name]:.1e} off")
         variants[f"{name}, dispatch"] = lambda kind=kind: kind.dispatch(x, ids, weights)
-        variants[f"{name}, combine"] = lambda kind=kind, y=echo, arrived=arrived: kind.combine(y, arrived.handle)
+        variants[f"{name}, combine"] = lambda kind=kind, y=echo, arrived=arrived: kind.combine(
+            y, arrived.handle
+        )
     outgoing = torch.zeros(num_tokens * config.top_k, d, dtype=torch.bfloat16, device=device)
     incoming = torch.empty_like(outgoing)
     plain = f"plain {dist.get_backend()} all-to-all"
@@ -436,7 +444,9 @@ def run_seed(suite: Suite) -> tuple[dict, str]:
     ms = max(suite.gather(bench.time_ms(ours, 3 if args.small else 50, comm, device)))
     fitting = 60 if args.small else max(100, int(0.4 * (suite.end - begin) * 1e3 / ms))
     steps = min(suite.gather(min(args.steps, fitting)))
-    config, options = ep.parse_flags([*small, "--steps", str(steps), "--log-interval", str(max(1, steps // 10))])
+    config, options = ep.parse_flags(
+        [*small, "--steps", str(steps), "--log-interval", str(max(1, steps // 10))]
+    )
     measured = ep.train(suite.run_by_hand(config, options, suite.launchers[""].mesh))
     bytes_sent = measured["bytes_sent_per_step"]
     if bytes_sent["predicted"] != bytes_sent["counted"]:
@@ -490,7 +500,9 @@ PARTS = {
 def machine(suite: Suite) -> dict[str, Any]:
     """What the numbers were measured with."""
     on_gpu = suite.device.type == "cuda"
-    folders = [i + k for i, a in enumerate(sys.argv) if a in ("--output", "--torchtitan", "--before") for k in (0, 1)]
+    folders = [
+        i + k for i, a in enumerate(sys.argv) if a in ("--output", "--torchtitan", "--before") for k in (0, 1)
+    ]
     arguments = [a for i, a in enumerate(sys.argv) if i and i not in folders]  # where it lies says nothing
     start = f"torchrun --standalone --nproc_per_node={suite.comm.size}" if suite.comm.size > 1 else "python"
     return {
