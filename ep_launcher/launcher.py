@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "f9b14d38639d6b6debcf4197459187cf6a7a990e8b645cb70cb421c02949bcfa"
+SOURCES_SHA256 = "9d9a6a5191c0d81c001bdfd510ffecb1a61f2759c74b9c179787a6b28a4af4f3"
 
 
 # ==========================================================================================================
@@ -2326,6 +2326,7 @@ def sum_rows(a: Tensor, order: RowOrder, b: Tensor | None = None) -> Tensor:
     y = a.new_empty(num_tokens, d)
     block = column_block(d, 1024)
     if num_tokens:
+        a, b = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (a, b))
         grid = (num_tokens, triton.cdiv(d, block))
         other = a if b is None else b
         sum_rows_kernel[grid](
@@ -2794,6 +2795,8 @@ class BmmExperts(Experts):
         sum over experts are one product, [R, L * F] times [L * F, D].
         """
         x, (_, _, w2, b2, _, _) = arrived.x, self.in_dtype(arrived.x.dtype)
+        if arrived.handle is not None:  # a row that travelled, and has no expert here, may hold anything
+            x = x.masked_fill(arrived.topk_ids.amax(1, keepdim=True) < 0, 0)
         spread = spread_weights(arrived, self.num_local)
         hidden = self.hidden(x.expand(self.num_local, *x.shape)).transpose(0, 1)
         y = (hidden.to(spread.dtype) * spread.unsqueeze(2)).to(x.dtype).flatten(1) @ w2.flatten(0, 1)

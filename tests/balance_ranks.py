@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from parity import LIMITS, cases, gather_uneven, parameter_errors, relative_error
+from parity import LIMITS, gather_uneven, parameter_errors, plain_cases, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -181,8 +181,9 @@ def parity(
     """Every variant: in float64 on every case, in the other dtypes on few; every dispatcher on `uneven`."""
     comm, results = mesh.batch, []
     for (router, balance, normalize, groups), dtype in product(VARIANTS, dtypes):
-        for name, case in cases(comm.size).items():
-            if name not in (only or cases(comm.size)) or (dtype != "float64" and name not in FEW_CASES):
+        known = plain_cases(comm.size)
+        for name, case in known.items():
+            if name not in (only or known) or (dtype != "float64" and name not in FEW_CASES):
                 continue
             fit = [
                 kind for kind, kept in ep.REGISTRIES["dispatcher"].items()

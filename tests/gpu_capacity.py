@@ -230,7 +230,7 @@ def main() -> int:
     parser.add_argument("--output", help="JSON with machine, versions, command and all samples")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--experts", nargs="+", help="kinds (default: loop, and what auto takes)")
+    parser.add_argument("--experts", nargs="+", help="kinds (default: blocks, and what auto takes)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: no GPU here; this script needs one", file=sys.stderr)
@@ -239,7 +239,7 @@ def main() -> int:
     results, failed = [], False
     for size in args.sizes:
         best = pick("experts", MoEConfig(**SIZES[size]), "cuda", 1)
-        for experts in dict.fromkeys(args.experts or ["loop", best]):
+        for experts in dict.fromkeys(args.experts or ["blocks", best]):
             for overflow in ("drop", "reroute"):
                 try:
                     results.append(

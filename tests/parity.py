@@ -86,6 +86,12 @@ def cases(world_size: int) -> dict[str, dict]:
     return {name: PLAIN | case for name, case in found.items()}
 
 
+def plain_cases(world_size: int) -> dict[str, dict]:
+    """Those of one layer, one micro-batch and one group, for references that know no more."""
+    found = cases(world_size).items()
+    return {name: case for name, case in found if name not in MODEL_CASES}
+
+
 MODEL_CASES = {"shared_experts", "two_layers", "micro_batches", "checkpoint", "replicas"}
 
 

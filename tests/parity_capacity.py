@@ -23,11 +23,11 @@ from parity import (  # noqa: E402
     BASE,
     LIMITS,
     begin,
-    cases,
     collect,
     gather_uneven,
     make_layer,
     over_the_limit,
+    plain_cases,
     print_summary,
     run_case,
 )
@@ -165,12 +165,7 @@ def kept_choices(mesh: Mesh, device: torch.device) -> dict[str, list]:
 def limited_cases(world_size: int) -> dict[str, dict]:
     """parity's cases. Two experts that lose tokens pull their gate both ways, and in the sum over tokens all digits
     of low precision cancel; so there the gate leans."""
-    found = {
-        name: case
-        for name, case in cases(world_size).items()
-        # the reference takes the choices of one layer's last forward, and computes no shared experts
-        if case["layers"] == case["micro_batches"] == case["ep"] == 1 and "num_shared_experts" not in case
-    }
+    found = plain_cases(world_size)
     found["one_expert_a_rank"]["bias"] = [1.0] + [0.0] * 7
     return found
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from balance_ranks import FEW_CASES, VARIANTS, choose
 from conftest import ROOT, torchrun
-from parity import LIMITS, cases
+from parity import LIMITS, plain_cases
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.checkpoint import checkpoint
 
@@ -73,7 +73,7 @@ def test_parity_left_nothing_out(parity_results):
     on_mesh = {kinds for kinds in every if "float64" in kinds} if world_size == 4 else set()
     assert ran("2 x 2") == on_mesh
     results = [r for r in results if r["mesh"] != "2 x 2"]
-    few = set(cases(world_size)) - {*FEW_CASES, "rank_without_rows"}
+    few = set(plain_cases(world_size)) - {*FEW_CASES, "rank_without_rows"}
     assert len(few) == 5
     for case in few:
         found = {(r["router"], r["balance"]) for r in results if r["case"] == case}

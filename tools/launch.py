@@ -154,7 +154,8 @@ def check_flags(arguments: list[str], script: Path) -> dict[str, Any]:
     if module is None:
         return {}
     try:
-        module.parse_flags(arguments)
+        with contextlib.chdir(ROOT):  # where torchrun starts, and --plugin is looked for
+            module.parse_flags(arguments)
         return vars(module.make_parser().parse_args(arguments))
     except ValueError as error:
         message = str(error)
