@@ -60,6 +60,7 @@ def test_bytes_are_what_topk_ids_predict(results):
         predicted, counted = r["bytes"]
         assert counted == predicted and r["bytes_agree"], r
         is_empty = r["case"] in ("no_tokens_at_all", "checkpoint") or r["dispatcher"] == "local"
+        is_empty |= r["case"] == "replicas" and r["world_size"] == 2  # each rank has all experts
         if r["world_size"] > 1 and not is_empty:
             assert counted > 0, r
         if r["world_size"] == 1:
