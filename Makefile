@@ -42,14 +42,14 @@ build/triton: $(ENV)  # beside the environment, whose torch may want another Tri
 	$(PY) -m pip install --disable-pip-version-check -q --no-deps --target $@ triton==3.6.0 || { rm -rf $@; exit 1; }
 
 test-kernels: $(ENV) build/triton ## run the GPU kernels' tests without a GPU, under Triton's interpreter
-	TRITON_INTERPRET=1 PYTHONPATH=build/triton $(PY) -m pytest tests/test_kernels.py $(ARGS)
+	TRITON_INTERPRET=1 PYTHONPATH=build/triton $(PY) -m pytest tests/fast/test_kernels.py $(ARGS)
 
 test-browser: $(ENV) $(BROWSER_ENV) ## read the book in a browser: every notebook, TensorBoard, the site
 	@command -v $(CHROMIUM) >/dev/null || { echo "error: $(CHROMIUM) is not here: \`apt-get install -y chromium\`," \
 	  "or name one: make test-browser CHROMIUM=/path" >&2; exit 2; }
 	@$(PY) -c "import playwright" 2>/dev/null || { echo "error: $(PY) has no playwright:" \
 	  "\`$(PY) -m pip install -r requirements-browser.txt\` (it needs no browser download)" >&2; exit 2; }
-	CHROMIUM=$(CHROMIUM) $(PY) -m pytest tests_browser $(ARGS)
+	CHROMIUM=$(CHROMIUM) $(PY) -m pytest tests/browser $(ARGS)
 
 notebooks: launcher ## execute every notebook headless, into build/notebooks/
 	@$(PY) tools/notebooks.py $(ARGS)
@@ -58,7 +58,7 @@ site: $(ENV) ## build the book as pages for any browser, into build/site/
 	@$(PY) tools/site.py $(ARGS)
 
 bench: launcher ## measure, into results/ (ARGS="--help" lists what)
-	@$(PY) tools/bench.py $(ARGS)
+	@$(PY) measure/step.py $(ARGS)
 
 lab: launcher ## open the book in JupyterLab, on this machine only, with its token
 	$(PY) -m jupyterlab --ip=127.0.0.1 --notebook-dir=. $(AS_ROOT) $(ARGS)

@@ -1,1 +1,1 @@
-"""The book's tools: stitch, launch, execute, measure."""
+"""What a reader's cells and commands call: stitch, launch, execute, check, draw."""

@@ -161,7 +161,7 @@ def host_flags(number: int, rdzv_id: str = "book") -> list[str]:
 
 
 def start_host(name: str, number: int, arguments: list[str], log: Path) -> Family:
-    """torchrun inside a namespace. It ends when this process does (tools/rank_worker.py)."""
+    """torchrun inside a namespace. It ends when this process does (tools/ranks/worker.py)."""
     environment = os.environ | {
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",

@@ -4,7 +4,7 @@
     summary = launch(nproc=2, steps=300)          in a notebook; any flag of launcher.py as a keyword
 
     %load_ext tools.launch                        then, on top of a cell:
-    %%ranks 4 --collect rows                      runs the cell's body on 4 fresh ranks: tools/ranks.py
+    %%ranks 4 --collect rows                      runs the cell's body on 4 fresh ranks: tools/ranks/
 
     python tools/launch.py [--nproc N] [FLAG...]  in a shell: what `make train` does
 
@@ -43,7 +43,7 @@ if str(ROOT) not in sys.path:  # works uninstalled, from any folder
 from tools.extract import assert_fresh, check_kernel_definitions  # noqa: E402
 
 LAUNCHER = ROOT / "ep_launcher" / "launcher.py"
-WORKER = ROOT / "tools" / "rank_worker.py"
+WORKER = ROOT / "tools" / "ranks" / "worker.py"
 MOST_LINES = 15  # of a failure's message
 STOP_S = 3.0  # what a run gets to stop by itself before it is killed
 FAILED_S = (

@@ -35,7 +35,7 @@ if str(ROOT) not in sys.path:  # works uninstalled, from any folder
 
 from tools.extract import Refused, book_notebooks, read_notebook  # noqa: E402
 from tools.launch import Family, interrupt, shown_path  # noqa: E402
-from tools.rank_worker import end_with_parent  # noqa: E402
+from tools.ranks.worker import end_with_parent  # noqa: E402
 
 DEFAULT_TIMEOUT_S = 300.0
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -1,0 +1,122 @@
+"""The book itself: lint, format, fresh outputs, and every notebook executed headless by papermill."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from support import ROOT
+from wrong_answers import with_wrong_answers
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def run(*command: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["lint", "format"])
+def test_ruff(command):
+    done = run(sys.executable, "-m", "ruff", *command, ".")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_launcher_is_what_the_notebooks_say():
+    done = run(sys.executable, "tools/extract.py", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_outputs_are_of_one_clean_run(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert set(notebook["metadata"]) <= {"kernelspec", "language_info"}
+    counts = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        counts.append(cell["execution_count"])
+        assert set(cell["metadata"]) <= {"tags"}, cell["id"]
+        errors = [output for output in cell["outputs"] if output["output_type"] == "error"]
+        assert not errors or "raises-exception" in cell["metadata"]["tags"], cell["id"]
+        text = json.dumps(cell["outputs"])
+        assert str(ROOT) not in text and "Warning" not in text, cell["id"]
+    assert counts == list(range(1, len(counts) + 1)), "not one run from top to bottom"
+
+
+def test_figures_that_the_texts_show_exist():
+    for page in [*ROOT.glob("*.md")]:
+        for part in page.read_text(encoding="utf-8").split("](")[1:]:
+            target = part.split(")")[0].split("#")[0]
+            if target and not target.startswith("http"):
+                assert (ROOT / target).exists(), f"{page.name} points at {target}"
+
+
+def test_the_readme_has_a_line_for_each_chapter_and_each_target():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [path.name for path in NOTEBOOKS if f"](notebooks/{path.name})" not in text]
+    assert not missing, f"README.md's table of chapters lacks {', '.join(missing)}"
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"train", "test", "lab", "site"} < set(targets)
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", text))
+    assert named <= set(targets), f"README.md names targets that are not there: {named - set(targets)}"
+
+
+def test_the_site_is_built_and_needs_no_network(build):
+    """Every notebook is a page; tools/site.py itself refuses a page that would fetch something or lacks a figure."""
+    done = run(sys.executable, "tools/site.py", "--output", str(build / "site-test"))
+    assert done.returncode == 0, done.stderr
+    for path in NOTEBOOKS:
+        page = (build / "site-test" / f"{path.stem}.html").read_text(encoding="utf-8")
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                assert f'id="{cell["id"]}"' in page, f"{path.stem}.html lacks #{cell['id']}"
+
+
+def test_the_site_refuses_a_page_that_fetches_something():
+    from tools.site import foreign_addresses
+
+    for wrong in (
+        '<script src="https://x.org/a.js">',
+        "<link rel=stylesheet href='//x.org/a.css'>",
+        '<img class="a" src="http://x.org/a.png">',
+        "<style>@import 'https://x.org/a.css';</style>",
+    ):
+        assert len(foreign_addresses(wrong)) == 1, wrong
+    assert not foreign_addresses(
+        '<a href="https://x.org">x</a><img src="images/a.svg"><script src="index.js">'
+    )
+
+
+def test_a_figure_with_other_parameters_leaves_the_books_alone(tmp_path, monkeypatch):
+    """papermill puts its parameters into a cell of their own, which the kernel then runs as any other."""
+    import matplotlib.pyplot as plt
+
+    from tools import figures
+
+    cells = ["", "ranks = 4"]
+    monkeypatch.setattr(figures, "IMAGES", tmp_path / "images")
+    monkeypatch.setattr(figures, "get_ipython", lambda: SimpleNamespace(user_ns={"In": cells}))
+    fig = plt.figure()
+    figures.save_figure(fig, "a.svg")
+    cells.append("# Parameters\nranks = 2\n")
+    figures.save_figure(fig, "b.svg")
+    plt.close(fig)
+    made = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.svg"))
+    assert made == ["build/images/b.svg", "images/a.svg"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_executes(path, build):
+    """Each once, from the root or notebooks/ in turn, into build/, with wrong answers to its exercises behind it."""
+    with_answers = build / "with_wrong_answers" / path.name
+    with_answers.parent.mkdir(exist_ok=True)
+    with_answers.write_text(json.dumps(with_wrong_answers(json.loads(path.read_text("utf-8")))), "utf-8")
+    folder = "notebooks" if NOTEBOOKS.index(path) % 2 else "root"
+    before = run("git", "status", "--porcelain", "notebooks", "images").stdout
+    done = run(sys.executable, "tools/notebooks.py", "--cwd", folder, str(with_answers), timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert run("git", "status", "--porcelain", "notebooks", "images").stdout == before

@@ -1,0 +1,341 @@
+"""The exercises: every one has a check, a solution and wrong answers; and the checks with ranks say what is wrong.
+
+That each check accepts its solution and refuses its wrong answers is tried where the notebooks run: test_book.py.
+"""
+
+import inspect
+import json
+
+import pytest
+import torch
+from support import ROOT
+from wrong_answers import WRONG, cells_tagged, source_of, split_solution
+
+from ep_launcher import launcher
+from tools import exercises
+from tools.exercises import check_dispatcher, check_experts, check_overflow
+from tools.ranks import run_cell_on_ranks
+
+NOTEBOOKS = {
+    path.stem: json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_exercise_has_a_check_a_solution_and_wrong_answers(name):
+    tasks, solutions = (cells_tagged(NOTEBOOKS[name], tag) for tag in ("exercise", "solution"))
+    assert len(solutions) >= len(tasks)
+    for cell in solutions:
+        definitions, check = split_solution(source_of(cell))
+        assert check.startswith("check_")
+        wrong = [definitions.replace(old, new) for old, new in WRONG[cell["id"]]]
+        assert definitions not in wrong, (
+            f"{cell['id']}: tests/book/wrong_answers.py changes a text that is not there"
+        )
+        assert len(set(wrong)) >= 2, cell["id"]
+
+
+def test_every_list_of_wrong_answers_is_of_a_solution():
+    known = {cell["id"] for notebook in NOTEBOOKS.values() for cell in cells_tagged(notebook, "solution")}
+    assert set(WRONG) <= known
+
+
+def answer(name: str, cell_id: str, *changes: tuple[str, str]) -> tuple[type, dict]:
+    """A notebook's solution, changed -> (the class, a namespace as the notebook's kernel would have it)."""
+    source = split_solution(source_of(next(c for c in NOTEBOOKS[name]["cells"] if c["id"] == cell_id)))[0]
+    for old, new in changes:
+        assert old in source
+        source = source.replace(old, new)
+    return made_of(source)
+
+
+def made_of(source: str) -> tuple[type, dict]:
+    """A class's source -> (the class, a namespace as the kernel that executed it would have it)."""
+    scope = {key: value for key, value in vars(launcher).items() if not key.startswith("_")}
+    exec(compile(source, "a cell", "exec", dont_inherit=True), scope)
+    (made,) = (value for key, value in scope.items() if key.startswith("Solved"))
+    return made, {"In": [source]}
+
+
+NO_TOKENS = """topk_weights):
+        if len(x) == 0:
+            none = torch.zeros(0, 4, dtype=torch.int64)
+            return Arrived(x, topk_ids, topk_weights, AllGatherHandle(none, 0))
+"""
+WEIGHTS = "mine], local[mine], weights[mine], "
+HOME = "        return Arrived"
+DISPATCHERS = {  # {the fault: (what stands in the solution, what stands there now, what the verdict must say)}
+    "padding": (
+        "is_real = everyones[:, IS_PADDING, None] == 0",
+        "is_real = True",
+        "rows of nobody",
+        "padding passed for data",
+    ),
+    "the wrong experts": (
+        "local[mine], w",
+        "local[mine].roll(1, 0), w",
+        "topk_ids names other experts",
+        "rank 0",
+    ),
+    "global ids": (
+        "local[mine], w",
+        "ids[mine], w",
+        "topk_ids has [",
+        "local experts are 0 to 1, and -1 is none",
+    ),
+    "no line for each row": ("local[mine], w", "local, w", "Arrived.topk_ids is [", "a line for each row"),
+    "a count that is not true": (
+        "AllGatherHandle(everyones[mine], len(x)))",
+        "AllGatherHandle(everyones[mine], len(x)), [1] * self.num_local_experts)",
+        "counts_on_host is [1, 1, 1, 1]",
+    ),
+    "another rank's rows": (
+        "ids - self.comm.rank * self",
+        "ids - (self.comm.size - 1 - self.comm.rank) * self",
+        "expert 0 got a row of token",
+        "which chose experts [1, ",
+    ),
+    "a choice of -1": (
+        "        lines[:, IS_PADDING] = 0\n",
+        "",
+        "choices of -1: expert",
+        "misses the row of token",
+    ),
+    "lost on the way home": (
+        HOME,
+        "        everyones[:, SOURCE_TOKEN] = everyones[:, SOURCE_TOKEN].roll(1)\n" + HOME,
+        "a row of token 1 came back to token 0",
+    ),
+    "another weight": (
+        WEIGHTS,
+        "mine], local[mine], weights[mine].flip(1), ",
+        "weighs expert",
+        "'s result with the weight of expert",
+    ),
+    "weighed twice": (
+        "    def predict_bytes",
+        "    def begin_combine(self, y, handle):\n"
+        "        return super().begin_combine(y / 2, handle)\n\n    def predict_bytes",
+        "token 0 counts expert",
+        "0.5 times what its weight says",
+    ),
+    "narrow weights": (
+        WEIGHTS,
+        "mine], local[mine], weights[mine].float(), ",
+        "topk_weights is torch.float32",
+    ),
+    "no gradient for the router": (
+        WEIGHTS,
+        "mine], local[mine], weights[mine].detach(), ",
+        "topk_weights got no gradient",
+    ),
+    "no backward": (
+        HOME,
+        "        tokens = tokens.detach()\n" + HOME,
+        "have no gradient to pass on",
+    ),
+    "W times": (
+        HOME,
+        "        if tokens.requires_grad:\n"
+        "            tokens.register_hook(lambda grad: grad * self.comm.size)\n" + HOME,
+        "the gradient of x is 2 times too large, the number of ranks",
+    ),
+    "a wrong prediction": (
+        "row * x_needs_grad + weights)",
+        "row + weights)",
+        "tokens without gradient: predict_bytes says",
+        "bytes for dispatch backward from rank 0 to rank 1, and the meter counted",
+    ),
+    "a purpose of its own": ('self.comm, "metadata")', 'self.comm, "ids")', "bytes went out as 'ids'"),
+    "a rank without tokens skips": (
+        "topk_weights):\n",
+        NO_TOKENS,
+        "uneven, dispatch",
+        "ranks 0, 1 still wait in a collective that rank 2 did not enter",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", DISPATCHERS)
+def test_a_wrong_dispatcher_is_told_what_is_wrong(fault):
+    old, new, *says = DISPATCHERS[fault]
+    made, scope = answer("02_all_to_all", "solution-once", (old, new))
+    verdict = check_dispatcher(made, 3 if "skips" in fault else 2, scope)
+    assert verdict.startswith("not yet: ") and "\n" not in verdict
+    for text in says:
+        assert text in verdict, verdict
+
+
+DEDUP = """
+@dataclass(frozen=True)
+class DedupHandle:
+    token: Tensor
+    splits: "tuple[list[int], list[int]]"
+    num_tokens: int
+
+
+class Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, splits, comm, purpose):
+        ctx.rest = splits[::-1], comm, purpose + " backward"
+        return comm.all_to_all(x, *splits, purpose)
+
+    @staticmethod
+    def backward(ctx, grad):
+        splits, comm, purpose = ctx.rest
+        return comm.all_to_all(grad, *splits, purpose), None, None, None
+
+
+class SolvedDedup(Dispatcher):
+    def wanted(self, topk_ids):
+        owner = topk_ids // self.num_local_experts
+        return torch.stack([(owner == rank).any(dim=1) for rank in range(self.comm.size)])
+
+    def begin_dispatch(self, x, topk_ids, topk_weights):
+        wants = self.wanted(topk_ids)
+        token, counts, ones = wants.nonzero()[:, 1], wants.sum(dim=1), [1] * self.comm.size
+        splits = counts.tolist(), self.comm.all_to_all(counts, ones, ones, "metadata").tolist()
+        rows, weights = (Exchange.apply(t[token], splits, self.comm, "dispatch") for t in (x, topk_weights))
+        ids = self.comm.all_to_all(topk_ids[token], *splits, "metadata") - self.comm.rank * self.num_local_experts
+        ids = ids.masked_fill((ids < 0) | (ids >= self.num_local_experts), -1)
+        return Arrived(rows, ids, weights, DedupHandle(token, splits, len(x)))
+
+    def begin_combine(self, y, handle):
+        home = Exchange.apply(y, handle.splits[::-1], self.comm, "combine")
+        return home.new_zeros(handle.num_tokens, y.shape[1]).index_add(0, handle.token, home)
+
+    def predict_bytes(self, topk_ids, hidden_dim, dtype, x_needs_grad=True):
+        rows = torch.stack([self.wanted(ids).sum(dim=1) for ids in topk_ids])
+        row, weights = hidden_dim * dtype.itemsize, topk_ids[0].shape[1] * max(4, dtype.itemsize)
+        return bytes_by_pass(rows, rows.t(), row, weights, row * x_needs_grad + weights)
+"""
+
+
+def test_a_dispatcher_of_another_kind_is_right():
+    """One row for each rank, several experts a row, a frozen dataclass for a handle."""
+    made, scope = made_of(DEDUP)
+    assert check_dispatcher(made, 4, scope) == "right"
+
+
+def test_rows_without_experts_may_arrive():
+    everything = (
+        ("mine = is_mine.any(dim=1)", "mine = is_real[:, 0]"),
+        ("received = max(", "received = len(owners)  # ("),
+    )
+    made, scope = answer("02_all_to_all", "solution-once", *everything)
+    assert check_dispatcher(made, 2, scope) == "right"
+
+
+BUSY = "ids[ids >= 0].unique().tolist() or [0]"
+EXPERTS = {
+    "forgets the empty rank": (" or [0]", "", "no rows: ", "is not part of the graph"),
+    "runs the empty ones": (BUSY, "range(self.num_local)", "4 matrix products had no rows"),
+    "another expert's weights": ("w1[e], b1[e]", "w1[0], b1[0]", "row 0, of expert 2, is off by"),
+    "another expert's rows": (
+        "(ids == e)",
+        "(ids == 5 - e)",
+        "row 0 is of expert 2, and expert 3 computed it",
+    ),
+    "not weighted": (" * weights[row, j, None]", "", "row 0 is not weighted; the experts apply topk_weights"),
+    "order": (
+        "(0, row, affine",
+        "(0, row.flip(0), affine",
+        "the result of row 5 came back in the place of row 0",
+    ),
+    "two choices only": (
+        "(ids == e)",
+        "(ids[:, :2] == e)",
+        "three experts a row: row",
+        "came out without the result of",
+    ),
+    "no gradient for the router": (
+        "weights[row, j, None]",
+        "weights[row, j, None].detach()",
+        "topk_weights is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", EXPERTS)
+def test_wrong_experts_are_told_what_is_wrong(fault):
+    old, new, *says = EXPERTS[fault]
+    made, scope = answer("03_experts", "solution-sparing", (old, new))
+    verdict = check_experts(made, 2, scope)
+    assert verdict.startswith("not yet: ") and all(text in verdict for text in says), verdict
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_solutions_are_right(ranks):
+    made, scope = answer("02_all_to_all", "solution-once")
+    assert check_dispatcher(made, ranks, scope) == "right"
+    made, scope = answer("03_experts", "solution-sparing")
+    assert check_experts(made, ranks, scope) == "right"
+
+
+def test_the_books_own_dispatchers_are_right():
+    for kind in launcher.REGISTRIES["dispatcher"].values():
+        if kind.preference(launcher.MoEConfig(), torch.device("cpu"), 1) > 0 and not kind.needs_capacity:
+            alone = launcher.Communicator.alone()
+            exercises.trace_dispatcher(kind, alone, exercises.Meeting(alone))
+
+
+def drop_by_position(topk_ids, probs, capacity, drop_order):
+    """A policy, token by token: whoever comes first has a place."""
+    left, room = topk_ids.clone(), [capacity] * probs.shape[1]
+    for token, row in enumerate(topk_ids.tolist()):
+        for k, expert in enumerate(row):
+            if room[expert] > 0:
+                room[expert] -= 1
+            else:
+                left[token, k] = -1
+    return left
+
+
+POLICIES = {
+    "keeps too many": ("room[expert] > 0", "room[expert] >= 0", "has room for"),
+    "drops too many": ("room[expert] > 0", "room[expert] > 1", "which has room for 1 more"),
+    "the same twice": ("left[token, k] = -1", "left[token, k] = row[1 - k]", "twice"),
+    "a float": ("return left", "return left.float()", "must return topk_ids, int64"),
+}
+
+
+@pytest.mark.parametrize("fault", POLICIES)
+def test_a_wrong_capacity_policy_is_told_what_is_wrong(fault):
+    old, new, says = POLICIES[fault]
+    scope: dict = {}
+    exec(inspect.getsource(drop_by_position).replace(old, new), scope)
+    verdict = check_overflow(scope["drop_by_position"])
+    assert verdict.startswith("not yet: ") and says in verdict, verdict
+
+
+@pytest.mark.skipif(not launcher.REGISTRIES.get("overflow"), reason="chapter 08 registers capacity policies")
+def test_a_right_capacity_policy_is_right():
+    assert check_overflow(drop_by_position, 2, {"In": [inspect.getsource(drop_by_position)]}) == "right"
+
+
+CELL = """
+import asyncio
+
+
+@dataclass(frozen=True)
+class Handle(Sent):
+    rows: Tensor
+    splits: "list[int] | None" = None
+
+
+async def later():
+    await asyncio.sleep(0)
+    return Handle(torch.ones(2), [rank])
+
+
+made = await later()
+got = made.splits, made.name, Handle.__module__
+"""
+SENT = ("@dataclass(frozen=True)\nclass Base:\n    pass\n", "class Sent(Base):\n    name = 'sent along'\n")
+
+
+def test_a_cell_on_ranks_may_hold_dataclasses_and_await():
+    collected = run_cell_on_ranks(
+        CELL, 2, collect=["got"], sent=["Sent"], device="cpu", namespace={"In": list(SENT)}
+    )
+    assert collected["got"] == [([rank], "sent along", "ranks_cell") for rank in range(2)]

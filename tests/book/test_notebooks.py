@@ -1,0 +1,282 @@
+"""tools/notebooks.py: what it refuses, how it names a failed cell, what it leaves in a notebook, and what it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from support import ROOT
+from test_launch import assert_gone, wait_until
+
+from tools import notebooks
+
+SETUP = (
+    f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tools.launch import launch\n%load_ext tools.launch"
+)
+
+
+def make_notebook(path: Path, *cells: tuple[str, str, str], **parameters: object) -> Path:
+    """A notebook of (id, tags, source); a parameters cell comes first."""
+    source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    notebook = nbformat.v4.new_notebook()
+    for cell_id, tags, text in [("parameters", "parameters", source), *cells]:
+        kind = nbformat.v4.new_markdown_cell if tags == "text" else nbformat.v4.new_code_cell
+        notebook.cells.append(
+            kind(text, id=cell_id, metadata={} if tags == "text" else {"tags": tags.split()})
+        )
+    nbformat.write(notebook, path)
+    return path
+
+
+def run(*arguments: object) -> int:
+    return notebooks.main([str(argument) for argument in arguments])
+
+
+def one_line(text: str) -> str:
+    """The only line on stderr, which must be ours."""
+    assert text.count("\n") == 1 and text.startswith("error: "), text
+    return text
+
+
+# ------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*arguments: object, **_: object) -> None:
+        raise AssertionError(f"started {arguments}")
+
+    monkeypatch.setattr(notebooks.subprocess, "Popen", start)
+
+
+def test_unknown_parameters_are_refused_before_anything_starts(tmp_path, nothing_starts, capsys):
+    first = make_notebook(tmp_path / "a.ipynb", ranks=2, steps=3)
+    second = make_notebook(tmp_path / "b.ipynb", ranks=2)
+    assert run(first, second, "-p", "steps", "4") == 2
+    assert f"{second} has no parameter steps; it has ranks" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{folder}/missing.ipynb"], "missing.ipynb is not a notebook"),
+        (["{folder}/text.ipynb", "-p", "x", "1"], "text.ipynb: is not JSON"),
+        (["{folder}/a.ipynb", "{folder}/a.ipynb"], "a.ipynb is given twice"),
+        (["{folder}/a.ipynb", "--in-place", "-p", "ranks", "1"], "--in-place refreshes"),
+        (["{folder}/a.ipynb", "--output-dir", "{folder}"], "holds the notebooks themselves"),
+        (["{folder}/a.ipynb", "--timeout", "0"], "--timeout is 0, and must be positive"),
+        (["{folder}/a.ipynb", "--inplace"], "unrecognized arguments: --inplace"),
+        (["{folder}/old.ipynb", "--in-place"], "has a cell without an id of its own"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, says, tmp_path, nothing_starts, capsys):
+    path = make_notebook(tmp_path / "a.ipynb", ranks=2)
+    (tmp_path / "text.ipynb").write_text("no notebook")
+    old = json.loads(path.read_text())
+    del old["cells"][0]["id"]
+    (tmp_path / "old.ipynb").write_text(json.dumps(old))
+    assert run(*(argument.format(folder=tmp_path) for argument in arguments)) == 2
+    assert says in one_line(capsys.readouterr().err)
+
+
+def test_values_of_parameters():
+    given = ["2", "0.5", "true", "None", "[1, 2]", "all_to_all", "'2'"]
+    assert [notebooks.read_value(text) for text in given] == [2, 0.5, True, None, [1, 2], "all_to_all", "2"]
+
+
+# ------------------------------------------------------------------------------------------- running
+
+
+def test_executes_with_parameters_from_any_folder(tmp_path, capsys, monkeypatch):
+    (tmp_path / "books").mkdir()
+    monkeypatch.chdir(tmp_path)
+    cell = ("where", "demo", "import os\nprint(ranks + 1, os.path.basename(os.getcwd()))")
+    path = make_notebook(tmp_path / "books" / "a.ipynb", cell, ranks=2)
+    before = path.read_bytes()
+    assert run("books/a.ipynb", "-p", "ranks", "40", "--output-dir", "out") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{path}: 2 cells, ") and err == ""
+    executed = nbformat.read(tmp_path / "out" / "a.ipynb", 4)
+    assert executed.cells[-1].id == "where" and executed.cells[-1].outputs[0].text == "41 books\n"
+    assert path.read_bytes() == before
+
+
+def test_a_failed_cell_is_named_with_the_ranks_own_error(tmp_path, capsys):
+    broken = "%%ranks 2 --device cpu\nif rank:\n    raise ValueError('no good')"
+    cells = [
+        ("wanted", "demo raises-exception", "1 / 0"),
+        ("setup", "setup", SETUP),
+        ("broken", "demo", broken),
+    ]
+    path = make_notebook(tmp_path / "a.ipynb", *cells, ("after", "demo", "print('never')"))
+    before = path.read_bytes()
+    assert run(path, "--in-place", "--output-dir", tmp_path / "out") == 1
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == f"error: {path} #broken: RanksError: rank 1, line 3 of the cell: ValueError: no good"
+    assert last == f"  executed copy: {tmp_path / 'out' / 'a.ipynb'}"
+    assert path.read_bytes() == before
+    assert "never" not in [joined for joined in (tmp_path / "out" / "a.ipynb").read_text().split('"')]
+    assert_gone(str(tmp_path), within_s=0)
+
+
+def test_the_line_of_a_plain_failure():
+    error = {
+        "ename": "AssertionError",
+        "evalue": "",
+        "traceback": ["\x1b[32m----> \x1b[39m\x1b[32m3\x1b[39m assert x"],
+    }
+    job = notebooks.Job(ROOT / "notebooks/x.ipynb", ROOT / "build/x.ipynb", ROOT, {}, 1)
+    assert notebooks.failure_lines(job, "check", error) == [
+        "error: notebooks/x.ipynb #check: AssertionError", "  line 3 of the cell: assert x",
+        "  executed copy: build/x.ipynb",
+    ]  # fmt: skip
+
+
+def test_a_time_out_leaves_no_process(tmp_path, capsys):
+    # Like a rank: a process in a session of its own, below the kernel.
+    cell = f"""import subprocess, sys, time
+command = [sys.executable, "-c", "import time; time.sleep(600)", {str(tmp_path)!r}]
+subprocess.Popen(command, start_new_session=True)
+open({str(tmp_path / "started")!r}, "w").close()
+time.sleep(600)"""
+    path = make_notebook(tmp_path / "a.ipynb", ("stuck", "demo", cell))
+    assert run(path, "--timeout", "8", "--output-dir", tmp_path / "out") == 1
+    assert (tmp_path / "started").exists()
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == f"error: {path} #stuck: did not end within 8 s; it was ended"
+    assert_gone(str(tmp_path), within_s=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupt_or_a_kill_leaves_no_process(number, tmp_path):
+    cell = f"""launch(2, steps=10**6, log_interval=10, hidden_dim=16, ffn_dim=16, device="cpu",
+       log_dir={str(tmp_path / "run")!r})"""
+    path = make_notebook(tmp_path / "a.ipynb", ("setup", "setup", SETUP), ("train", "launch", cell))
+    program = subprocess.Popen(
+        [sys.executable, "tools/notebooks.py", str(path), "--output-dir", str(tmp_path / "out")],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    log = tmp_path / "run" / "train.log"
+    try:
+        wait_until(lambda: log.exists() and "[step 00010]" in log.read_text())
+    finally:
+        program.send_signal(number)
+    _, err = program.communicate(timeout=30)
+    assert_gone(str(tmp_path), within_s=8)
+    if number == signal.SIGINT:
+        assert program.returncode == 130
+        assert err == "interrupted: every kernel and rank has ended\n"
+
+
+# ------------------------------------------------------------------------------------------- cleaning
+
+
+def test_in_place_leaves_a_clean_notebook(tmp_path, capsys):
+    loud = """import sys
+print("one"); print("two", flush=True)
+print("three"); print("0%\\r100%")
+print("to stderr", file=sys.stderr)
+from IPython.display import display
+display({"text/plain": ""}, raw=True)
+"é" """
+    cells = [("text", "text", "Some *prose*."), ("empty", "demo", ""), ("loud", "demo hide-input", loud)]
+    path = make_notebook(tmp_path / "a.ipynb", *cells, ("wanted", "demo raises-exception", "1 / 0"), ranks=2)
+    stored = json.loads(path.read_text())
+    stored["cells"][3] |= {"execution_count": 17}
+    stored["cells"][3]["metadata"] |= {
+        "execution": {"iopub.execute_input": "2026"},
+        "papermill": {"duration": 1},
+    }
+    stored["metadata"] = {
+        "papermill": {},
+        "language_info": {"name": "python", "version": "3.9"},
+        "title": "T",
+    }
+    path.write_text(json.dumps(stored))
+    path.chmod(0o640)
+    assert run(path, "--in-place", "--output-dir", tmp_path / "out") == 0
+    text = path.read_text("utf-8")
+    assert json.loads(text)["metadata"] == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"}, "title": "T",
+    }  # fmt: skip
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    assert notebook.nbformat_minor == 5 and [cell.id for cell in notebook.cells] == [
+        "parameters", "text", "empty", "loud", "wanted",
+    ]  # fmt: skip
+    assert [cell.get("execution_count") for cell in notebook.cells] == [1, None, None, 2, 3]
+    loud_cell = notebook.cells[3]
+    assert loud_cell.metadata == {"tags": ["demo", "hide-input"]} and "papermill" not in text
+    assert [output.get("text") or output.data["text/plain"] for output in loud_cell.outputs] == [
+        "one\ntwo\nthree\n100%\n", "to stderr\n", "'é'",
+    ]  # fmt: skip
+    assert notebook.cells[4].outputs[0].ename == "ZeroDivisionError"
+    assert (
+        text == json.dumps(json.loads(text), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+        and "é" in text
+    )
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert run(path, "--in-place", "--output-dir", tmp_path / "out") == 0
+    assert path.read_text("utf-8") == text  # nothing changed, so nothing differs
+    assert not list(tmp_path.glob(".*"))
+
+
+def stream(text: str) -> dict:
+    return {"output_type": "stream", "name": "stdout", "text": text.splitlines(keepends=True)}
+
+
+@pytest.mark.parametrize(
+    ("output", "what"),
+    [
+        (stream(f"log in {ROOT}/ep_launcher\n"), "the repository's absolute path"),
+        (stream(f"{Path.home()}/data\n"), "the home folder"),
+        (stream("on my-host: ok\n"), "the host's name"),
+        (
+            {"output_type": "error", "evalue": "", "traceback": ["File \x1b[32m/opt/my-python/lib"]},
+            "the Python",
+        ),
+        ({"output_type": "display_data", "data": {"image/svg+xml": [f"<a>{ROOT}</a>"]}}, "the repository's"),
+    ],
+)
+def test_outputs_that_tell_of_the_machine_are_refused(output, what, monkeypatch):
+    monkeypatch.setattr(notebooks.socket, "gethostname", lambda: "my-host")
+    monkeypatch.setattr(notebooks.sys, "prefix", "/opt/my-python")
+    with pytest.raises(notebooks.Stopped, match=f"x.ipynb #here: its output holds {what}"):
+        notebooks.check_private("x.ipynb", [{"id": "here", "outputs": [output]}])
+
+
+def test_innocent_outputs_pass(monkeypatch):
+    monkeypatch.setattr(notebooks.socket, "gethostname", lambda: "vm")
+    texts = ["the vms, a-vm, ep_launcher/runs/1", f"x{ROOT}", f"sub{Path.home()}", "https://example.org/tmp"]
+    notebooks.check_private("x.ipynb", [{"id": "here", "outputs": [stream(text) for text in texts]}])
+
+
+def test_paths_in_pythons_tracebacks_become_relative():
+    error = {
+        "output_type": "error",
+        "ename": "E",
+        "evalue": "",
+        "traceback": [f"File {ROOT}{os.sep}tools/x.py:1"],
+    }
+    assert notebooks.clean_outputs([error], 1)[0]["traceback"] == ["File tools/x.py:1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("10%\r50%\r100%\ndone\n", "100%\ndone\n"), ("long line\rshort\n", "shortline\n"), ("bar\r   \r\n", "\n"),
+     ("ab\bc\n", "ac\n"), ("plain \n", "plain \n")],
+)  # fmt: skip
+def test_a_bar_leaves_what_a_terminal_would_show(text, shown):
+    assert notebooks.as_terminal(text) == shown
+
+
+def test_a_notebook_saved_meanwhile_is_not_overwritten(tmp_path):
+    path = make_notebook(tmp_path / "a.ipynb", ("x", "demo", "1"))
+    executed = json.loads(path.read_text())
+    with pytest.raises(notebooks.Stopped, match="was changed while it ran"):
+        notebooks.write_in_place(path, path.read_text() + " ", executed)
