@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 
-import model_ranks
+import model_trials
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ def found(world_size: int, build) -> list[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
     for size in [4, 2][: 1 if world_size == 4 else 2]:
         if size not in RUNS:
-            done = torchrun(size, str(ROOT / "tests" / "model_ranks.py"), str(folder), timeout=300)
+            done = torchrun(size, str(ROOT / "tests" / "model_trials.py"), str(folder), timeout=300)
             paths = [folder / f"{size}-{rank}.json" for rank in range(size)]
             RUNS[size] = [json.loads(p.read_text()) if p.exists() else {} for p in paths]
             assert done.returncode == 0, done.stderr[-3000:]
@@ -338,7 +338,7 @@ def test_alone_everything_is_a_no_op():
 
 
 def test_z_loss_meets_capacity():
-    model_ranks.z_loss_and_capacity(ep.init_ep(), None)
+    model_trials.z_loss_and_capacity(ep.init_ep(), None)
 
 
 def test_a_parameter_without_a_gradient_counts_as_zeros():
