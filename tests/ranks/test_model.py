@@ -30,7 +30,7 @@ def found(world_size: int, build) -> list[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
     for size in [4, 2][: 1 if world_size == 4 else 2]:
         if size not in RUNS:
-            done = torchrun(size, str(ROOT / "tests" / "model_trials.py"), str(folder), timeout=300)
+            done = torchrun(size, str(ROOT / "tests" / "ranks" / "model_trials.py"), str(folder), timeout=300)
             paths = [folder / f"{size}-{rank}.json" for rank in range(size)]
             RUNS[size] = [json.loads(p.read_text()) if p.exists() else {} for p in paths]
             assert done.returncode == 0, done.stderr[-3000:]
