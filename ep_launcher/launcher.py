@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "93f602bb90d1e9412b97d9d15b15253b2ec0676ae88cc89a64976bc55de643b3"
+SOURCES_SHA256 = "5e779c74425a0cfd045e156dd7f89eba498d1bacaf0d554014dd66bc1c4bcefa"
 
 
 # ==========================================================================================================
@@ -481,8 +481,9 @@ class Arrived:
 
     x: [R, D], in any order. topk_ids: int64 [R, J], numbers of LOCAL experts, 0 to L - 1; -1 for none. A row
     without experts may hold anything. topk_weights: [R, J], float32 or wider. handle: combine's. Where somebody
-    knows them besides: counts_on_host, the rows of each local expert, L ints; rows_per_expert, where all experts get
-    equally many; max_pairs, how many (row, expert) pairs there are at most.
+    knows them besides: counts_on_host, the rows of each local expert, L ints; rows_per_expert, where rows
+    lie in blocks of one size, one an expert (J = 1, and a row that nobody filled has weight 0); max_pairs, how many
+    (row, expert) pairs there are at most.
     """
 
     x: Tensor
@@ -2812,21 +2813,22 @@ class BmmExperts(Experts):
 
     def padded(self, arrived: Arrived) -> Tensor:
         """y [R, D], without output biases: each expert's rows in a block of one length, with their weights."""
+        if arrived.rows_per_expert is not None:
+            return self.weighted(arrived.x, arrived.topk_weights, arrived.rows_per_expert)
         order = order_rows(arrived.topk_ids, self.num_local, arrived.max_pairs)
         rows = Permute.apply(arrived.x, order)
         weights = arrived.topk_weights.reshape(-1).gather(0, order.choice_of_row)[:, None]
-        capacity, slot = arrived.rows_per_expert, None
-        if capacity is None:  # else the sorted rows are blocks already
-            capacity = max(1, int(order.counts.max()))
-            slot = pad_slots(order.counts, len(rows), capacity)
-            size = self.num_local * capacity + 1
-            rows, weights = (
-                t.new_zeros(size, t.shape[1]).index_copy(0, slot, t)[:-1] for t in (rows, weights)
-            )
+        capacity = max(1, int(order.counts.max()))
+        slot, size = pad_slots(order.counts, len(rows), capacity), self.num_local * capacity + 1
+        rows, weights = (t.new_zeros(size, t.shape[1]).index_copy(0, slot, t)[:-1] for t in (rows, weights))
+        results = self.weighted(rows, weights, capacity)
+        return Unpermute.apply(F.pad(results, (0, 0, 0, 1))[slot], order)
+
+    def weighted(self, rows: Tensor, weights: Tensor, capacity: int) -> Tensor:
+        """rows [L * C, D], C an expert, weights [L * C, 1] -> [L * C, D]: results times weights."""
         hidden = self.hidden(rows.view(self.num_local, capacity, -1))
-        weighted = (hidden.to(weights.dtype) * weights.view(self.num_local, capacity, 1)).to(rows.dtype)
-        results = torch.bmm(weighted, self.in_dtype(rows.dtype)[2]).flatten(0, 1)
-        return Unpermute.apply(results if slot is None else F.pad(results, (0, 0, 0, 1))[slot], order)
+        hidden = hidden.to(weights.dtype) * weights.view(self.num_local, capacity, 1)
+        return torch.bmm(hidden.to(rows.dtype), self.in_dtype(rows.dtype)[2]).flatten(0, 1)
 
 
 # %% notebooks/06_grouped_experts.ipynb #graph-step
@@ -3397,6 +3399,11 @@ def order_in_blocks(topk_ids: Tensor, num_experts: int, capacity: int) -> RowOrd
     return RowOrder(row_of_choice, choice_of_row, counts, has_gaps=True)
 
 
+def swap_blocks(rows: Tensor, first: int, length: int) -> Tensor:
+    """rows [first * second * length, n], in blocks of `length` -> the same blocks with second before first."""
+    return rows.view(first, -1, length, rows.shape[1]).transpose(0, 1).flatten(0, 2)
+
+
 # %% notebooks/08_capacity.ipynb #capacity-dispatcher
 @register("dispatcher", "capacity")
 class CapacityDispatcher(AllToAllDispatcher):
@@ -3428,10 +3435,22 @@ class CapacityDispatcher(AllToAllDispatcher):
     def plan(self, topk_ids: Tensor, row_bytes: int) -> tuple[RowOrder, Callable[[], ExchangePlan]]:
         """See AllToAllDispatcher. Everything but the order of the rows is known beforehand: nothing is announced."""
         order = order_in_blocks(topk_ids, self.num_experts, self.capacity)
-        experts = torch.arange(self.num_local_experts, device=topk_ids.device)
-        ids = experts.repeat_interleave(self.capacity, output_size=self.splits[0]).repeat(self.comm.size)
-        plan = ExchangePlan(self.splits, self.splits, ids[:, None], self.on_host)
+        experts = torch.arange(self.num_local_experts, device=topk_ids.device)[:, None]
+        ids = experts.expand(-1, self.rows_per_expert).reshape(-1, 1)
+        plan = ExchangePlan(self.splits, self.splits, ids, self.on_host)
         return order, lambda: plan
+
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+        """See Dispatcher. One block of rows an expert, whoever sent them."""
+        arrived = super().begin_dispatch(x, topk_ids, topk_weights)
+        rows, weights = (
+            swap_blocks(t, self.comm.size, self.capacity) for t in (arrived.x, arrived.topk_weights)
+        )
+        return replace(arrived, x=rows, topk_weights=weights)
+
+    def begin_combine(self, y: Tensor, handle: RowsHandle) -> Tensor:
+        """See Dispatcher."""
+        return super().begin_combine(swap_blocks(y, self.num_local_experts, self.capacity), handle)
 
     def rows_between(self, topk_ids: list[Tensor]) -> Tensor:
         """See AllToAllDispatcher: the buffers' rows, whatever topk_ids says."""
