@@ -2,7 +2,6 @@
 
 import json
 import math
-import statistics
 from itertools import product
 
 import pytest
