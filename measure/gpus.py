@@ -107,16 +107,13 @@ def run_invariance(recorder: Recorder) -> dict:
     if recorder.comm.rank == 0:
         first = next(iter(curves.values()), first)
         away = {n: max(abs(a - b) for a, b in zip(c, first, strict=True)) for n, c in curves.items()}
-        far = [
-            f"{n} is {value:.1e} off the curve of one rank" for n, value in away.items() if not value <= 1e-10
-        ]
-        recorder.failures += far
+        far = {n: value for n, value in away.items() if not value <= 1e-10}
+        recorder.failures += [f"{n} is {value:.1e} off the curve of one rank" for n, value in far.items()]
         quarter = max(1, len(first) // 4)
         if not recorder.args.small and not sum(first[-quarter:]) < sum(first[:quarter]):
             recorder.failures.append(f"the loss did not fall: {first[0]:.4f} to {first[-1]:.4f}")
-    recorder.say(
-        f"  {len(curves)} curves, {first[0]:.4f} to {first[-1]:.4f}; furthest apart {max(away.values()):.1e}"
-    )
+    apart = max(away.values(), default=0.0)
+    recorder.say(f"  {len(curves)} curves, {first[0]:.4f} to {first[-1]:.4f}; furthest apart {apart:.1e}")
     return {"steps": steps, "sizes": sizes, "furthest": away, "task_loss": curves}
 
 
