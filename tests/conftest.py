@@ -20,8 +20,8 @@ def build() -> Path:
 
 @pytest.fixture(scope="session")
 def seed_module(build: Path):
-    """build/seed.py, freshly extracted: the seed's algorithm with its defects."""
-    from measure import step
+    """build/seed.py, freshly extracted: the original's algorithm with its defects."""
+    from tools import original
 
-    step.extract_seed()
-    return step.load_seed()
+    original.extract()
+    return original.load()
