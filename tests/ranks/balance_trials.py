@@ -397,7 +397,7 @@ FLAGS = ["--task", "clusters", "--num-clusters", "8", "--sort-tokens", "--router
 @trial(1, 2)
 def every_flag(mesh: ep.Mesh, folder: Path) -> dict:
     """A run of the launcher, its log beside the results."""
-    return train(FLAGS, mesh, folder / f"runs{mesh.batch.size}")
+    return train(FLAGS, folder / f"runs{mesh.batch.size}")
 
 
 @trial(1)

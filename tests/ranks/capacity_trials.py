@@ -31,16 +31,16 @@ def one_dispatcher_alone(mesh: ep.Mesh, folder: Path) -> list[str]:
 
 @trial(1, 2, 4)
 def drop(mesh: ep.Mesh, folder: Path) -> dict:
-    return train(["--steps", "100", "--overflow", "drop", *GLOBAL], mesh)
+    return train(["--steps", "100", "--overflow", "drop", *GLOBAL])
 
 
 @trial(1, 4)
 def reroute(mesh: ep.Mesh, folder: Path) -> dict:
-    return train(["--steps", "50", "--overflow", "reroute", *GLOBAL], mesh)
+    return train(["--steps", "50", "--overflow", "reroute", *GLOBAL])
 
 
 @trial(2)
 def fixed_buffers(mesh: ep.Mesh, folder: Path) -> dict:
     """{dispatcher: a run at half of what even load needs}."""
     flags = ["--steps", "60", "--tokens", "33", "--capacity-factor", "0.5", *SMALL]
-    return {d: train(["--dispatcher", d, *flags], mesh) for d in ("all_gather", "capacity")}
+    return {d: train(["--dispatcher", d, *flags]) for d in ("all_gather", "capacity")}

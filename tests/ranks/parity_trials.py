@@ -49,21 +49,15 @@ def run_broken(copy: Path) -> tuple[int, str]:
     return code, printed.getvalue()
 
 
-@trial(2)
-def broken_gradient(mesh: ep.Mesh, folder: Path) -> tuple[int, str]:
-    return run_broken(folder.parent / "broken" / "gradient")
+def add_broken(what: str) -> None:
+    """The trial `broken_WHAT`."""
+
+    def run(mesh: ep.Mesh, folder: Path) -> tuple[int, str]:
+        return run_broken(folder.parent / "broken" / what)
+
+    run.__name__ = f"broken_{what}"
+    trial(2)(run)
 
 
-@trial(2)
-def broken_byte(mesh: ep.Mesh, folder: Path) -> tuple[int, str]:
-    return run_broken(folder.parent / "broken" / "byte")
-
-
-@trial(2)
-def broken_destination(mesh: ep.Mesh, folder: Path) -> tuple[int, str]:
-    return run_broken(folder.parent / "broken" / "destination")
-
-
-@trial(2)
-def broken_crash(mesh: ep.Mesh, folder: Path) -> tuple[int, str]:
-    return run_broken(folder.parent / "broken" / "crash")
+for what in BROKEN:
+    add_broken(what)

@@ -1,6 +1,7 @@
 """The launcher on several ranks: world-size invariance, learning, summary, bytes, TensorBoard, NaN, a plugin."""
 
 import json
+import math
 import os
 
 import pytest
@@ -149,3 +150,13 @@ def test_local_at_two_ranks_is_one_line(tmp_path):
     assert "dispatcher local cannot run in float32 on 2 cpu ranks; take auto (here: all_to_all)" in lines[0]
     assert 'launcher.py", line' not in done.stderr  # no traceback of a rank
     assert not (tmp_path / "logs").exists()
+
+
+def test_seed_aux_loss_has_the_faults_that_the_book_names(seed_module):
+    torch.manual_seed(0)
+    small, large = torch.randn(32, 8).softmax(1), torch.randn(3200, 8).softmax(1)
+    values = [seed_module.seed_aux_loss(p, p.topk(2).indices).item() for p in (small, large)]
+    assert values[1] > values[0] + 0.05  # the same distribution, a larger batch
+    assert math.isnan(
+        seed_module.seed_aux_loss(torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int64)).item()
+    )

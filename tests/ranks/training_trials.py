@@ -12,18 +12,18 @@ CURVE = ["--dtype", "float64", "--steps", "200", "--log-interval", "1", "--hidde
 
 @trial(1, 2, 4)
 def even(mesh: ep.Mesh, folder: Path) -> dict:
-    return train([*CURVE, "--tokens", "64"], mesh)
+    return train([*CURVE, "--tokens", "64"])
 
 
 @trial(1, 2, 4)
 def uneven_clipped_with_a_bias(mesh: ep.Mesh, folder: Path) -> dict:
     flags = ["--tokens", "9", "--max-grad-norm", "0.05", "--balance", "bias", "--bias-speed", "0.01"]
-    return train([*CURVE, *flags], mesh)
+    return train([*CURVE, *flags])
 
 
 @trial(2)
 def a_rank_without_tokens(mesh: ep.Mesh, folder: Path) -> dict:
-    return train(["--tokens", "1", "--steps", "5", "--hidden-dim", "32", "--ffn-dim", "32"], mesh)
+    return train(["--tokens", "1", "--steps", "5", "--hidden-dim", "32", "--ffn-dim", "32"])
 
 
 PLUGIN = """

@@ -61,10 +61,10 @@ def trials_of(module: str) -> list[tuple[str, int]]:
     return [(name, -negative) for _, negative, name in sorted(pairs, key=lambda pair: pair[:2])]
 
 
-def train(argv: list[str], mesh: ep.Mesh, log_dir: Path | None = None) -> dict[str, Any]:
-    """What the launcher measures with these flags, on a mesh that is there; log_dir: for TensorBoard, on rank 0."""
+def train(argv: list[str], log_dir: Path | None = None) -> dict[str, Any]:
+    """What the launcher measures with these flags, on the trial's ranks; log_dir: for TensorBoard, on rank 0."""
     config, options = ep.parse_flags([*argv, "--device", "cpu"])
-    device = ep.check_run(config, options)
+    device, mesh = ep.check_run(config, options), ep.init_ep()
     log = ep.RunLog(log_dir, options.steps, 1 if log_dir is None else mesh.batch.rank)
     run = ep.Run(config, options, mesh, device, ep.Heartbeat(None, mesh.meter), log)
     measured = ep.train(run)
