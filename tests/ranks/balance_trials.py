@@ -326,7 +326,7 @@ class Training:
         self.stream.generator.set_state(state["generator"])
 
 
-STEPS = 60
+STEPS = 40
 
 
 @trial(4, limit_s=300)

@@ -177,11 +177,12 @@ def limited_cases(world_size: int) -> dict[str, dict]:
     return found
 
 
-def cases_of(number: int, dtype: str, names: list[str]) -> list[str]:
-    """The cases of a dispatcher's number-th kind of experts: the first has all, the others those that differ for them.
-    The choices are the same for all; in low precision only what rounding may change runs."""
-    few = LOW_PRECISION if number == 0 else SPARSE
-    return [name for name in names if (number == 0 and dtype == "float64") or name in few]
+def cases_of(is_first: bool, dtype: str, names: list[str]) -> list[str]:
+    """The cases of a kind, the choices being the same for all: the first without fixed buffers and the first with them
+    run all, the others those that differ for them; low precision runs what rounding may change."""
+    if is_first:
+        return [name for name in names if dtype == "float64" or name in LOW_PRECISION]
+    return [name for name in names if name in (SPARSE if dtype == "float64" else SPARSE[:1])]
 
 
 def run_all(
@@ -191,10 +192,12 @@ def run_all(
     results, comm = [], mesh.batch
     known = limited_cases(comm.size)
     for policy, dtype in product(policies(), dtypes):
-        seen: dict[str, int] = {}
+        seen: set[bool] = set()
         for dispatcher, experts in kinds(policy["capacity_scope"], device, comm.size, dtype, only):
-            number = seen[dispatcher] = seen.get(dispatcher, -1) + 1
-            for name in cases_of(number, dtype, names or list(known)):
+            is_fixed = REGISTRIES["dispatcher"][dispatcher].needs_capacity
+            is_first = is_fixed not in seen
+            seen.add(is_fixed)
+            for name in cases_of(is_first, dtype, names or list(known)):
                 case = known[name]
                 sizes = [case["tokens"][rank % len(case["tokens"])] for rank in range(comm.size)]
                 # A run tells the share; a layer alone finds it out. Both are tried.

@@ -67,6 +67,4 @@ def plugin(mesh: ep.Mesh, folder: Path) -> dict:
     path = folder / f"plugin-{mesh.batch.rank}.py"
     path.write_text(PLUGIN)
     flags = f"--plugin {path} --experts mine --task scaled --model two --scale 1e-3".split()
-    return train(
-        [*flags, "--steps", "5", "--hidden-dim", "16", "--ffn-dim", "16", "--log-interval", "1"], mesh
-    )
+    return train([*flags, "--steps", "5", "--hidden-dim", "16", "--ffn-dim", "16", "--log-interval", "1"])
