@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,26 @@ from support import ROOT
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `make test &`; the tests interrupt themselves
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+FOLDERS = ("fast", "ranks", "book")  # a test's folder is its mark
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in FOLDERS:
+            item.add_marker(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_processes(request, monkeypatch) -> None:
+    """A fast test starts no process; those of extract.py's command line still do."""
+    if "fast" in request.keywords and request.path.name != "test_extract.py":
+
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("a fast test starts no process; put it into tests/ranks")
+
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
 @pytest.fixture(scope="session")
