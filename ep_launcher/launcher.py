@@ -26,7 +26,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "23fb167f80a2b127acfeb4b6f38a9321790ac7c3450a5b9d7690a2812a78291d"
+SOURCES_SHA256 = "4e9400ffc25072f50fc09c5ad5136c0f89f88c551947850b48fdd943528803b7"
 
 
 # ==========================================================================================================
@@ -311,8 +311,10 @@ class Communicator:
             return x[None]
         self.meter.record(purpose, [x.numel() * x.element_size()] * self.size, self.ranks)
         out = x.new_empty(self.size, *x.shape)
+        # Into one tensor, which NCCL fills without a copy; torch before 2.13 has another name for it.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         with self.entering():
-            dist.all_gather(list(out.unbind(0)), x.contiguous(), group=self.group)
+            gather(out.flatten(0, 1), x.contiguous(), group=self.group)
         return out
 
     def all_to_all(
@@ -2147,6 +2149,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
         log.write(f"logs in {relative_to_root(log_dir)}; to look at them: make tensorboard")
         return 0
     except CannotRun as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # refuse waits for torchrun's
         return refuse(str(error))
     except (CollectiveError, NonFiniteLoss) as error:
         return report_failure(run, error)

@@ -168,7 +168,7 @@ def test_bad_settings_are_one_line():
         ep.TrafficOptions(ranks_per_host=0)
     flags = ["--dispatcher", "two_stage", "--ranks-per-host", "3", "--steps", "2", "--device", "cpu"]
     done = torchrun(4, "ep_launcher/launcher.py", *flags)
-    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert done.returncode != 0 and "[rank" not in done.stderr  # torchrun has a traceback of its own
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said == ["error: 4 ranks, 3 on a machine, do not fill their machines evenly; give --ranks-per-host a "
                     "divisor of 4"]  # fmt: skip
