@@ -26,7 +26,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "4e9400ffc25072f50fc09c5ad5136c0f89f88c551947850b48fdd943528803b7"
+SOURCES_SHA256 = "0f8cd3a35afe94b1ad48eecbf28e320c569821659f62fd91e45432fdcc274d1a"
 
 
 # ==========================================================================================================
@@ -2846,7 +2846,9 @@ class GraphStep:
         even = run.mesh.batch.size == 1 or tokens[0] == tokens[-1]
         fixed = all(
             layer.dispatcher.records
-            and not layer.experts.asks_host(tokens[0], getattr(layer.dispatcher, "rows_per_expert", None))
+            and not layer.experts.asks_host(
+                tokens[0] * layer.mesh.ep.size, getattr(layer.dispatcher, "rows_per_expert", None)
+            )
             for layer in moe_layers(model)
         )
         return 10 if run.device.type == "cuda" and fixed and even else 0
