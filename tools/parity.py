@@ -3,6 +3,7 @@
     torchrun --standalone --nproc_per_node=2 tools/parity.py --output build/parity.json
     python tools/parity.py --device cuda --dtypes float32 bfloat16        (one GPU, world size 1)
     torchrun --nproc_per_node=4 tools/parity.py --dispatcher mine --plugin mine.py
+    torchrun --nproc_per_node=4 tools/parity.py --dispatcher two_stage --ranks-per-host 2
 
 Every registered dispatcher with every registered experts kind runs every case. Rank 0 writes a list of results:
 {case, dtype, dispatcher, experts, world_size, errors: {quantity: relative error}, limit, bytes: [predicted,
@@ -36,6 +37,7 @@ from ep_launcher.launcher import (  # noqa: E402
     EPMoE,
     Mesh,
     MoEConfig,
+    TrafficOptions,
     aux_loss,
     choose_device,
     dense_moe,
@@ -366,11 +368,12 @@ def run_suite(
     wanted: list[str] | None = None,
     is_over: Callable[[], bool] = lambda: False,
     dispatcher: str | None = None,
+    extras: tuple = (),
 ) -> list[dict]:
     """Every variant in every case, over the ranks of the default group -> results, the same list on every rank.
 
-    is_over: asked before each variant, on every rank alike; where it says yes, the rest is left out. A crash is
-    told on stderr, and raised. Collective.
+    extras: option groups of every config. is_over: asked before each variant, on every rank alike; where it says yes,
+    the rest is left out. A crash is told on stderr, and raised. Collective.
     """
     results, known, references, size = [], cases(mesh.batch.size), {}, mesh.batch.size
     for parts in sorted({case["ep"] for case in known.values()}):
@@ -383,7 +386,7 @@ def run_suite(
                 if case["ep"] != parts:
                     continue
                 changes = {k: case[k] for k in (*BASE, "num_shared_experts") if k in case}
-                config = MoEConfig(**BASE | changes, **dict(zip(NAMES, kinds, strict=True)))
+                config = MoEConfig(**BASE | changes, **dict(zip(NAMES, kinds, strict=True)), extras=extras)
                 try:
                     facts = run_case(case, config, among, device, known=references)
                 except Exception as error:
@@ -418,6 +421,7 @@ def begin() -> tuple[argparse.Namespace, torch.device]:
     parser.add_argument("--dtypes", nargs="+", default=["float64", "float32", "bfloat16"])
     parser.add_argument("--cases", nargs="*")
     parser.add_argument("--dispatcher", help="this one alone")
+    parser.add_argument("--ranks-per-host", type=int, help="as if so many ranks shared a machine")
     parser.add_argument("--plugin", help="a file that registers more")
     parser.add_argument("--output")
     args = parser.parse_args()
@@ -458,7 +462,8 @@ def main() -> int:
     args, device = begin()
     mesh = init_ep()
     try:
-        results = run_suite(device, args.dtypes, mesh, args.cases, dispatcher=args.dispatcher)
+        extras = (TrafficOptions(ranks_per_host=args.ranks_per_host),)
+        results = run_suite(device, args.dtypes, mesh, args.cases, dispatcher=args.dispatcher, extras=extras)
     except Exception:
         sys.stdout.flush()
         os._exit(1)  # told already; the other ranks wait for this one, and torchrun ends them
