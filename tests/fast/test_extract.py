@@ -328,9 +328,9 @@ BAD_SOURCES = [
     ),
     ("def f():\n    return 1 + missing", ":2: `missing` is not defined in any"),
     ("def f(x):\n    return x\n\n\ndef g():\n    return x  # noqa", ":6: `x` is not defined in any"),
-    ("class A(B): ...\n\n\nclass B: ...", ":1: `B` is needed at import, but is defined further down, in"),
-    ("def f(x=Y): ...\n\n\nY = 1", ":1: `Y` is needed at import, but is defined further down, in"),
-    ("class A:\n    x = Y\n\n\nY = 1", ":2: `Y` is needed at import, but is defined further down, in"),
+    ("class A(B): ...\n\n\nclass B: ...", ":1: `B` is needed at import, but defined further down, in"),
+    ("def f(x=Y): ...\n\n\nY = 1", ":1: `Y` is needed at import, but defined further down, in"),
+    ("class A:\n    x = Y\n\n\nY = 1", ":2: `Y` is needed at import, but defined further down, in"),
     ("from ep_launcher.launcher import area as a", ":1: the launcher cannot import itself so; write"),
     ("import ep_launcher.launcher", ":1: the launcher cannot import itself so; write"),
 ]
@@ -349,7 +349,7 @@ BAD_CELLS |= {
     ),
     "imports what nobody defines": (
         one("from ep_launcher.launcher import nothing", "setup"),
-        "#culprit:1: imports `nothing` from the launcher, but no exported cell defines it; check the name",
+        "#culprit:1: imports `nothing` from the launcher, but no exported cell defines it; check it",
     ),
     "imports all of the launcher": (
         one("!ls\nfrom ep_launcher.launcher import *", "demo"),
@@ -362,6 +362,10 @@ BAD_CELLS |= {
     "unknown tag": (
         one("X = 1", ["theory", "thoery"]),
         "#culprit:1: unknown tag `thoery`; the tags are theory,",
+    ),
+    "a tag that hides errors": (
+        one("1 / 0", ["demo", "raises-exception"]),
+        "#culprit:1: unknown tag `raises-",
     ),
     "two role tags": (one("X = 1", ["demo", "theory"]), "#culprit:1: two role tags, `theory` and `demo`"),
     "tags no list": (

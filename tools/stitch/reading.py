@@ -23,7 +23,7 @@ LAUNCHER_MODULE = "ep_launcher.launcher"
 EXPORTED_TAGS = ("theory", "all_to_all", "experts", "training", "performance", "routing")
 OTHER_ROLES = ("setup", "seed", "parameters", "demo", "check", "launch", "plot", "exercise", "solution")
 ROLE_TAGS = EXPORTED_TAGS + OTHER_ROLES
-SIDE_TAGS = ("raises-exception", "hide-input")
+SIDE_TAGS = ("hide-input",)
 
 MARKER = re.compile(r"# %% (?:(.+ #[A-Za-z0-9_-]+)|added by tools/extract\.py)")
 MAGIC = re.compile(r"\s*(?:[%!?]|[\w.]+\s*\?+\s*$|[\w., ]+=\s*[%!])")

@@ -110,10 +110,8 @@ def _effects(tree: ast.Module, classes: set[str]) -> Iterator[ast.AST]:
             case ast.ClassDef():
                 inner = [*node.bases, *(keyword.value for keyword in node.keywords), *node.body]
             case ast.Assign() | ast.AnnAssign():
-                stores = [
-                    part for part in ast.walk(node) if isinstance(getattr(part, "ctx", None), ast.Store)
-                ]
-                if any(isinstance(part, (ast.Attribute, ast.Subscript)) for part in stores):
+                stored = [n for n in ast.walk(node) if isinstance(getattr(n, "ctx", None), ast.Store)]
+                if any(isinstance(n, (ast.Attribute, ast.Subscript)) for n in stored):
                     yield node
                 inner = [node.value]
             case ast.If() | ast.Try():
@@ -201,9 +199,7 @@ def check_launcher_imports(notebooks: Sequence[Notebook], book: Sequence[Cell]) 
                 if name == "*":
                     what = "`*` hides which names it imports; import them by name"
                 elif name not in owners:
-                    what = (
-                        f"imports `{name}` from the launcher, but no exported cell defines it; check the name"
-                    )
+                    what = f"imports `{name}` from the launcher, but no exported cell defines it; check it"
                 elif order[owners[name]] > order[cell.notebook]:
                     what = f"imports `{name}`, which only a later chapter defines ({owners[name]}); move one"
                 if what:
@@ -212,9 +208,7 @@ def check_launcher_imports(notebooks: Sequence[Notebook], book: Sequence[Cell]) 
             code = ast.unparse(node) if isinstance(node, (ast.Import, ast.ImportFrom)) else ""
             is_plain = node in imports and not any(alias.asname for alias in node.names)
             if not is_plain and re.search(r"^from ep_launcher\b|^import (?:.*, )?ep_launcher\b", code):
-                what = (
-                    f"the launcher cannot import itself so; write `from {LAUNCHER_MODULE} import` and names"
-                )
+                what = f"the launcher cannot import itself so; write `from {LAUNCHER_MODULE} import` names"
                 yield cell.refusal(node.lineno, what)
 
 
@@ -242,9 +236,8 @@ def check_names(text: str, cells: Sequence[Cell]) -> Iterator[str]:
     command = [ruff, "check", *options, f"--target-version={OLDEST_PYTHON}", "-"]
     done = subprocess.run(command, input=text.encode(), capture_output=True)
     if done.returncode:
-        raise Refused(
-            [f"extract.py: ruff failed: {done.stderr.decode(errors='replace')[-300:]}; mend or remove it"]
-        )
+        why = done.stderr.decode(errors="replace").strip()
+        raise Refused([f"extract.py: ruff failed ({why[-200:]}); mend it, or install another"])
     owners = {b.name: cell.label for cell in reversed(cells) for b in cell.bindings}
     markers = markers_in(text)
     for finding in json.loads(done.stdout):
@@ -255,9 +248,7 @@ def check_names(text: str, cells: Sequence[Cell]) -> Iterator[str]:
             name = finding["message"].split("`")[1]
             what = f"`{name}` is not defined in any exported cell; define or import it"
             if name in owners:
-                what = (
-                    f"`{name}` is needed at import, but is defined further down, in {owners[name]}; move one"
-                )
+                what = f"`{name}` is needed at import, but defined further down, in {owners[name]}; move one"
         yield f"{locate_cell(markers, finding['location']['row'])}: {what}"
 
 
@@ -274,10 +265,9 @@ def stitch(notebooks: Sequence[Notebook], tags: Sequence[str], is_book: bool) ->
     problems, unread, text = [*check_structure(notebooks)] if is_book else [], [], ""
     for cell in dict.fromkeys([*cells, *(book if is_book else ())]):
         try:
-            taken = [b for b in cell.bindings if b.name in RESERVED_NAMES]
-            problems += [
-                cell.refusal(b.line, f"`{b.name}` is a name of tools/extract.py's; rename it") for b in taken
-            ]
+            for b in (b for b in cell.bindings if b.name in RESERVED_NAMES):
+                what = f"`{b.name}` is a name of tools/extract.py's; rename it"
+                problems.append(cell.refusal(b.line, what))
         except Refused as refused:
             unread += refused.lines
     problems += unread
