@@ -577,9 +577,11 @@ FOREIGN = {
     ),
     "effects": (notebook(code("a", "t", "x = []\nfor i in y:\n    x.append(i)")), 0, "for i in y:\n"),
     "future hoisted": (
-        notebook(code("a", "t", "x = 1"), code("b", "t", "from __future__ import annotations; y = 2")),
+        notebook(
+            code("a", "t", "x = 1"), code("b", "t", "from __future__ import division, annotations; y = 2")
+        ),
         0,
-        "from __future__ import annotations\n\n# Stitched from:|#b\npass; y = 2\n",
+        "from __future__ import annotations, division\n\n# Stitched from:|#b\npass; y = 2\n",
     ),
     "tabs and spaces": (notebook(code("a", "t", "if 1:\n\tx = 1\n        y = 1")), 2, "#a:3: syntax error: "),
     "comment ends in a backslash": (notebook(code("a", "t", "x = 1  # \\"), NO_ID), 0, "# \\\n\n\n# %%"),
