@@ -27,23 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # works uninstalled, from any folder
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works uninstalled, from any folder
 
-from tools.launch import (  # noqa: E402
-    LAUNCHER,
-    LIBRARY_LOG,
-    WORKER,
-    Family,
-    Interrupted,
-    LaunchError,
-    check_flags,
-    flag_arguments,
-    interrupt,
-    torchrun_arguments,
-    uninterrupted,
-)
+from tools.ranks.failures import LIBRARY_LOG, Interrupted, LaunchError  # noqa: E402
+from tools.ranks.flags import LAUNCHER, check_flags, flag_arguments, torchrun_environment, torchrun_flags  # noqa: E402
+from tools.ranks.processes import Family, interrupt, start_worker, uninterrupted  # noqa: E402
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29400
@@ -68,11 +56,6 @@ class TwoHosts:
     output: list[str]
     summary: dict[str, Any]
     wire_bytes: list[int]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Namespaces
-# ----------------------------------------------------------------------------------------------------------
 
 
 def why_not(platform: str = sys.platform, user: int | None = None, path: str | None = None) -> str | None:
@@ -145,37 +128,25 @@ def bytes_sent(namespace: str) -> int:
     return int(link["stats64"]["tx"]["bytes"])
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The run
-# ----------------------------------------------------------------------------------------------------------
-
-
 def host_flags(number: int, rdzv_id: str = "book") -> list[str]:
     """torchrun's flags on host 1 or 2: one rank each, meeting at host 1.
 
     `--local-addr` because both hosts have this machine's name, which says nothing inside a namespace; `is_host`
     because torchrun guesses by that name which host is to open the meeting point.
     """
-    flags = torchrun_arguments(1, 2, None, f"{ADDRESSES[0]}:{PORT}", rdzv_id, f"is_host={int(number == 1)}")
+    flags = torchrun_flags(1, 2, None, f"{ADDRESSES[0]}:{PORT}", rdzv_id, f"is_host={int(number == 1)}")
     return [*flags, f"--local-addr={ADDRESSES[number - 1]}"]
 
 
 def start_host(name: str, number: int, arguments: list[str], log: Path) -> Family:
     """torchrun inside a namespace. It ends when this process does (tools/ranks/worker.py)."""
-    environment = os.environ | {
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": INTERFACE,
-        "TP_SOCKET_IFNAME": INTERFACE,
-    }
+    environment = torchrun_environment(host_flags(number), threads=True)
+    environment |= {"GLOO_SOCKET_IFNAME": INTERFACE, "TP_SOCKET_IFNAME": INTERFACE}
     environment.pop("TB_LOGDIR", None)  # it would win over --log-dir
-    inside = ["ip", "netns", "exec", name, sys.executable, str(WORKER), "torchrun", str(os.getpid())]
+    inside = ("ip", "netns", "exec", name)
+    command = [log.with_suffix(".json"), *host_flags(number), LAUNCHER, *arguments]
     with open(log, "wb") as file:
-        process = subprocess.Popen(
-            [*inside, *host_flags(number), str(LAUNCHER), *arguments],
-            cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
-        )  # fmt: skip
-    return Family(process)
+        return start_worker("torchrun", *command, output=file, environment=environment, before=inside)
 
 
 def wait_for(hosts: list[Family], limit_s: float) -> bool:
@@ -207,19 +178,19 @@ def end_all(hosts: list[Family]) -> None:
             host.end()
 
 
-def failure(codes: list[int | None], texts: list[str], limit_s: float, in_time: bool) -> LaunchError:
+def describe_hosts(codes: list[int | None], texts: list[str], limit_s: float, in_time: bool) -> LaunchError:
     """What to tell of a run that failed. codes: of the torchruns, None where it had to be ended."""
     for text in texts:
-        said = re.search(r"^(?:\[rank\d+\]: ?)?(error: .+)$", text, re.MULTILINE)
-        if said:
-            return LaunchError([said[1]])
-    lines = [] if in_time else [f"error: the two hosts did not end within {limit_s:g} s and were stopped"]
+        if said := re.search(r"^(?:\[rank\d+\]: ?)?error: (.+)$", text, re.MULTILINE):
+            return LaunchError(said[1])
+    lines = [] if in_time else [f"the two hosts did not end within {limit_s:g} s and were stopped"]
     for number, (code, text) in enumerate(zip(codes, texts, strict=True), 1):
-        last = [line for line in text.splitlines() if line.strip() and not LIBRARY_LOG.match(line)][-4:]
-        ended = "had to be stopped" if code is None else f"ended with exit code {code}"
-        lines += [f"error: host {number} {ended}" if not lines else f"host {number} {ended}"]
-        lines += [f"  {line}" for line in last]
-    return LaunchError(lines)
+        lines.append(
+            f"host {number} " + ("had to be stopped" if code is None else f"ended with exit code {code}")
+        )
+        said = [line for line in text.splitlines() if line.strip() and not LIBRARY_LOG.match(line)]
+        lines += [f"  {line}" for line in said[-4:]]
+    return LaunchError(*lines)
 
 
 def run_on_two_hosts(*, limit_s: float = 60.0, **flags: Any) -> TwoHosts:
@@ -230,16 +201,13 @@ def run_on_two_hosts(*, limit_s: float = 60.0, **flags: Any) -> TwoHosts:
     run that fails, or one that takes longer than limit_s seconds. Whatever happens, an interrupt included, no
     namespace and no process is left. Costs about 5 s more than the steps.
     """
-    taken = {"device", "log_dir", "summary"} & set(flags)
-    if taken:
-        raise LaunchError(
-            [f"error: {', '.join(sorted(taken))}: two hosts choose that themselves"], returncode=2
-        )
+    if taken := {"device", "log_dir", "summary"} & set(flags):
+        raise LaunchError(f"{', '.join(sorted(taken))}: two hosts choose that themselves", returncode=2)
     shown = [*flag_arguments(flags), "--device", "cpu"]
-    check_flags(shown, LAUNCHER)
+    check_flags(shown)
     with tempfile.TemporaryDirectory(prefix="ep-hosts-") as folder, two_namespaces() as names:
-        summary = Path(folder) / "summary.json"
-        arguments = [*shown, "--log-dir", folder, "--summary", str(summary)]
+        path = Path(folder) / "summary.json"
+        arguments = [*shown, "--log-dir", folder, "--summary", str(path)]
         logs = [Path(folder) / f"host{number}.log" for number in (1, 2)]
         hosts: list[Family] = []
         try:
@@ -253,8 +221,9 @@ def run_on_two_hosts(*, limit_s: float = 60.0, **flags: Any) -> TwoHosts:
         finally:
             end_all(hosts)
         texts = [log.read_text("utf-8", errors="replace") for log in logs]
-        if any(codes) or None in codes or not summary.exists():
-            raise failure(codes, texts, limit_s, in_time)
+        if any(codes) or None in codes or not path.exists():
+            raise describe_hosts(codes, texts, limit_s, in_time)
+        summary = json.loads(path.read_text("utf-8"))
         return TwoHosts(
             [shlex.join(["torchrun", *host_flags(n), "ep_launcher/launcher.py", *shown]) for n in (1, 2)],
             [
@@ -263,19 +232,9 @@ def run_on_two_hosts(*, limit_s: float = 60.0, **flags: Any) -> TwoHosts:
                 for line in text.splitlines()
                 if line.startswith(("[step ", "task loss "))
             ],
-            cleaned_summary(json.loads(summary.read_text("utf-8"))),
+            summary | {"config": summary["config"] | {"log_dir": None, "summary": None}},  # both are gone
             wire,
         )
-
-
-def cleaned_summary(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary without the two paths, which are gone."""
-    return summary | {"config": summary["config"] | {"log_dir": None, "summary": None}}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The command line
-# ----------------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -286,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__.strip())
         return 0
     try:
-        values = check_flags(arguments, LAUNCHER)
+        values = check_flags(arguments)
         given = {part.partition("=")[0].removeprefix("--") for part in arguments if part.startswith("--")}
         named = {
             name: value for name, value in values.items() if {name.replace("_", "-"), f"no-{name}"} & given

@@ -34,8 +34,8 @@ if str(ROOT) not in sys.path:  # works uninstalled, from any folder
     sys.path.insert(0, str(ROOT))
 
 from tools.extract import Refused, book_notebooks, read_notebook  # noqa: E402
-from tools.launch import Family, interrupt, shown_path  # noqa: E402
-from tools.ranks.worker import end_with_parent  # noqa: E402
+from tools.ranks.failures import shown_path  # noqa: E402
+from tools.ranks.processes import Family, end_with_parent, interrupt  # noqa: E402
 
 DEFAULT_TIMEOUT_S = 300.0
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -12,8 +12,8 @@ import pytest
 from support import ROOT
 
 from tools import hosts
-from tools.hosts import HostsUnavailable, LaunchError, run_on_two_hosts
-from tools.launch import launch
+from tools.hosts import HostsUnavailable, run_on_two_hosts
+from tools.launch import LaunchError, launch
 
 SMALL = {"hidden_dim": 16, "ffn_dim": 16, "log_interval": 5}
 COMMAND = [sys.executable, "tools/hosts.py", "--hidden-dim", "16", "--ffn-dim", "16"]
@@ -46,7 +46,7 @@ def processes_of_hosts() -> list[list[str]]:
     return found
 
 
-def assert_nothing_left(within_s: float = 5) -> None:
+def assert_nothing_left(within_s: float = 60) -> None:
     deadline = time.monotonic() + within_s
     while (processes_of_hosts() or own_namespaces()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -74,11 +74,11 @@ def test_an_interrupt_leaves_nothing():
     process = subprocess.Popen(
         [*COMMAND, "--steps", "1000000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while (found := len(processes_of_hosts())) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=15)
+    _, said = process.communicate(timeout=60)
     assert found >= 4, "a torchrun and a rank on each host did not start"
     assert (process.returncode, said) == (130, "interrupted: both hosts have ended\n")
     assert_nothing_left(within_s=0)
@@ -106,7 +106,7 @@ def test_namespaces_of_a_killed_process_are_removed_later():
 
 def test_a_bad_flag_is_refused_before_anything_starts(monkeypatch):
     monkeypatch.setattr(hosts, "two_namespaces", lambda: pytest.fail("started"))
-    with pytest.raises(LaunchError, match="^launcher.py has no flag --stepps; did you mean --steps"):
+    with pytest.raises(LaunchError, match="--stepps 3; did you mean --steps"):
         run_on_two_hosts(stepps=3)
     with pytest.raises(LaunchError, match="^log_dir: two hosts choose that themselves"):
         run_on_two_hosts(log_dir="x")
@@ -134,8 +134,8 @@ def test_the_commands_name_the_same_meeting_point():
 
 
 def test_a_failure_tells_the_first_error_line_once_else_each_host():
-    one = hosts.failure([1, 1], ["error: 7 experts\n", "error: 7 experts\n"], 9, True)
+    one = hosts.describe_hosts([1, 1], ["error: 7 experts\n", "error: 7 experts\n"], 9, True)
     assert one.lines == ["7 experts"]
-    both = hosts.failure([None, 1], ["[W1124 library talk\n", "a\nb\n"], 9, False)
+    both = hosts.describe_hosts([None, 1], ["[W1124 library talk\n", "a\nb\n"], 9, False)
     assert both.lines[0] == "the two hosts did not end within 9 s and were stopped"
     assert both.lines[1:] == ["host 1 had to be stopped", "host 2 ended with exit code 1", "  a", "  b"]

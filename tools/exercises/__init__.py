@@ -40,8 +40,8 @@ from ep_launcher.launcher import (
     MoEConfig,
     dense_moe,
 )
-from tools.launch import kernel
 from tools.ranks import RanksError, run_cell_on_ranks
+from tools.ranks.output import kernel
 
 TOP_K = 3
 PATIENCE_S = 8.0  # what a rank waits for the others between two phases, before it says who is missing
