@@ -26,7 +26,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "b877e972727dfdfbc81f61bb6556e6c7f1d34e847232331aac5b46f1a6da6b0d"
+SOURCES_SHA256 = "9a6c039e295cdb04c4a542e47e55f3aece6e60c30e05a1df2657ebca4d08ec17"
 
 
 # ==========================================================================================================
@@ -2798,7 +2798,7 @@ class BmmExperts(Experts):
         dispatcher does not bring every expert equally many."""
         is_equal = arrived.rows_per_expert is not None
         if is_equal or len(arrived.x) * self.num_local > self.largest_fixed:
-            return add_output_bias(self.padded(arrived), arrived, self.in_dtype(arrived.x.dtype)[3])
+            return self.padded(arrived)
         return self.every_expert(arrived)
 
     def every_expert(self, arrived: Arrived) -> Tensor:
@@ -2816,7 +2816,7 @@ class BmmExperts(Experts):
         return y if b2 is None else torch.addmm(y, spread.to(x.dtype), b2)
 
     def padded(self, arrived: Arrived) -> Tensor:
-        """y [R, D], without output biases: each expert's rows in a block of one length, with their weights."""
+        """y [R, D]: each expert's rows in a block of one length, with their weights."""
         if arrived.rows_per_expert is not None:
             return self.weighted(arrived.x, arrived.topk_weights, arrived.rows_per_expert)
         order = order_rows(arrived.topk_ids, self.num_local, arrived.max_pairs)
@@ -2830,9 +2830,12 @@ class BmmExperts(Experts):
 
     def weighted(self, rows: Tensor, weights: Tensor, capacity: int) -> Tensor:
         """rows [L * C, D], C an expert, weights [L * C, 1] -> [L * C, D]: results times weights."""
-        hidden = self.hidden(rows.view(self.num_local, capacity, -1))
-        hidden = hidden.to(weights.dtype) * weights.view(self.num_local, capacity, 1)
-        return torch.bmm(hidden.to(rows.dtype), self.in_dtype(rows.dtype)[2]).flatten(0, 1)
+        _, _, w2, b2, _, _ = self.in_dtype(rows.dtype)
+        weights = weights.view(self.num_local, capacity, 1)
+        hidden = self.hidden(rows.view(self.num_local, capacity, -1)).to(weights.dtype) * weights
+        bias = None if b2 is None else (weights * b2.unsqueeze(1)).to(rows.dtype)
+        hidden = hidden.to(rows.dtype)
+        return (torch.bmm(hidden, w2) if bias is None else torch.baddbmm(bias, hidden, w2)).flatten(0, 1)
 
 
 # %% notebooks/06_grouped_experts.ipynb #graph-step
