@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from trials import copied_code, trial
+from trials import copied_code, leave_group, trial
 
 from ep_launcher import launcher as ep
 from tools.parity import LIMITS, run_suite
@@ -31,7 +31,10 @@ BROKEN = {  # {what: (what stands in the launcher, what stands in its copy)}
 }
 
 
-def run_broken(copy: Path) -> tuple[int, str]:
+FLAGS = "--dtypes float64 --cases even uneven".split()
+
+
+def run_broken(copy: Path, flags: list[str] = FLAGS) -> tuple[int, str]:
     """The suite of a copy, as the command line would run it -> its exit code, and what it prints."""
 
     def leave(code: int) -> None:
@@ -39,13 +42,14 @@ def run_broken(copy: Path) -> tuple[int, str]:
 
     printed, kept = io.StringIO(), (sys.argv, os._exit)
     with copied_code(copy), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        sys.argv, os._exit = ["parity.py", "--dtypes", "float64", "--cases", "even", "uneven"], leave
+        sys.argv, os._exit = ["parity.py", *flags], leave
         try:
             code = importlib.import_module("tools.parity").main()
         except SystemExit as left:
             code = left.code
         finally:
             sys.argv, os._exit = kept
+    leave_group()  # after a crash the others wait
     return code, printed.getvalue()
 
 
