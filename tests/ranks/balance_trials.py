@@ -223,7 +223,7 @@ def parity_on(mesh: ep.Mesh, chosen: list[tuple[tuple, str, str]]) -> list[dict]
     return results
 
 
-@trial(1, 2, 4, limit_s=300)
+@trial(1, 2, 4, limit_s=900)
 def parity(mesh: ep.Mesh, folder: Path) -> list[dict] | None:
     """The plan on all ranks, and on four also as a 2 x 2 mesh -> the results, of rank 0."""
     size = mesh.batch.size
@@ -333,7 +333,7 @@ class Training:
 STEPS = 40
 
 
-@trial(4, limit_s=300)
+@trial(4, limit_s=900)
 def curves(mesh: ep.Mesh, folder: Path) -> list[dict] | None:
     """Curves on groups of 1, 2 and 4 ranks and on a 2 x 2 mesh, every rank with its own topics, 64 tokens a step
     and 3; all biases; of rank 0."""

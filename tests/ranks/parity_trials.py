@@ -23,7 +23,7 @@ def cases_in(world_size: int, dtype: str) -> list[str]:
     return ["even"] if world_size == 8 else list(cases(world_size)) if dtype == "float64" else ROUNDED
 
 
-@trial(*WORLD_SIZES, limit_s=300)
+@trial(*WORLD_SIZES, limit_s=900)
 def parity(mesh: ep.Mesh, folder: Path) -> list[dict] | None:
     """Everything against the reference -> the results, of rank 0."""
     found = []

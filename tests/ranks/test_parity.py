@@ -14,7 +14,7 @@ def played(build):
     """The folder of what every rank found."""
     for what, change in BROKEN.items():
         copy_of_the_code(build / "broken" / what, *change)
-    return play(build / "parity", "parity_trials", 8, timeout=600)
+    return play(build / "parity", "parity_trials", 8)
 
 
 @pytest.fixture(scope="module", params=WORLD_SIZES, ids=lambda size: f"{size}ranks")

@@ -19,7 +19,7 @@ BROKEN = {  # {what: (what stands in the launcher, what stands in its copy)}
 }
 
 
-@trial(*MACHINES, limit_s=300)
+@trial(*MACHINES, limit_s=900)
 def machines(mesh: ep.Mesh, folder: Path) -> dict[int, list[dict]] | None:
     """two_stage against the reference -> {ranks a machine: results}, of rank 0."""
     size, found = mesh.batch.size, {}

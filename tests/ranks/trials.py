@@ -31,7 +31,7 @@ from ep_launcher import launcher as ep  # noqa: E402
 TRIALS: dict[str, tuple[Callable, tuple[int, ...], int]] = {}
 
 
-def trial(*world_sizes: int, limit_s: int = 120) -> Callable:
+def trial(*world_sizes: int, limit_s: int = 300) -> Callable:
     """Decorator: this function is tried on so many ranks, as function(mesh, folder); a hang ends after limit_s."""
 
     def add(function: Callable) -> Callable:
@@ -93,7 +93,7 @@ def run_trial(name: str, rank: int, size: int, store: dist.Store, folder: Path) 
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     if size > 1:
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+            "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120)
         )
     signal.alarm(limit_s)
     found = {"error": "", "result": None}
