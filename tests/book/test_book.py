@@ -12,7 +12,9 @@ import pytest
 from support import ROOT
 from wrong_answers import with_wrong_answers
 
+from tools import site
 from tools.notebooks import clean
+from tools.site import foreign_addresses
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -93,18 +95,63 @@ def test_the_site_is_built_and_needs_no_network(build):
 
 
 def test_the_site_refuses_a_page_that_fetches_something():
-    from tools.site import foreign_addresses
-
     for wrong in (
-        '<script src="https://x.org/a.js">',
+        '<script src="https://x.org/a.js"></script>',
         "<link rel=stylesheet href='//x.org/a.css'>",
         '<img class="a" src="http://x.org/a.png">',
+        '<object data="https://x.org/a.svg"></object>',
+        '<p style="background: url(//x.org/a.png)"></p>',
         "<style>@import 'https://x.org/a.css';</style>",
+        "<script>fetch(name)</script>",
     ):
         assert len(foreign_addresses(wrong)) == 1, wrong
     assert not foreign_addresses(
-        '<a href="https://x.org">x</a><img src="images/a.svg"><script src="index.js">'
+        '<a href="https://x.org">x</a><img src="images/a.svg"><script src="index.js"></script>'
+        '<img src="data:image/png;base64,//x.org/AA"><script>let a = 1; // a.b</script>'
     )
+
+
+@pytest.fixture
+def small_site(tmp_path, monkeypatch):
+    """A book of one chapter and a notebook that is none; builds its site -> (exit code, pages by name)."""
+    for folder in ("notebooks", "images"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "README.md").write_text("# The book\n\n[one](notebooks/01_one.ipynb)")
+    script = "<script>window.mine = 1</script>"
+    cell = nbformat.v4.new_code_cell(
+        "1", outputs=[nbformat.v4.new_output("display_data", {"text/html": script})]
+    )
+    for name in ("01_one", "Untitled"):
+        notebook = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_markdown_cell(f"# {name}\n\n{script}"), cell]
+        )
+        nbformat.write(notebook, tmp_path / "notebooks" / f"{name}.ipynb")
+    monkeypatch.setattr(site, "ROOT", tmp_path)
+    monkeypatch.setattr(site.sys, "argv", ["site.py", "--output", str(tmp_path / "site")])
+
+    def build() -> tuple[int, dict[str, str]]:
+        code = site.main()
+        return code, {path.name: path.read_text("utf-8") for path in (tmp_path / "site").glob("*.html")}
+
+    return build
+
+
+def test_a_notebook_that_is_no_chapter_loses_its_scripts(small_site):
+    code, pages = small_site()
+    assert code == 0 and 'href="01_one.html"' in pages["index.html"]
+    assert pages["01_one.html"].count("<script>window.mine") == 2  # a chapter's own: its players
+    assert "<script>" not in pages["Untitled.html"]
+
+
+def test_a_refused_build_keeps_the_old_pages(small_site, tmp_path, capsys):
+    before = small_site()[1]
+    wrong = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_markdown_cell("# Two\n\n![a](../images/none.svg)")]
+    )
+    nbformat.write(wrong, tmp_path / "notebooks" / "02_two.ipynb")
+    assert small_site() == (1, before)
+    assert capsys.readouterr().err == "error: 02_two.html shows images/none.svg, which is not there\n"
+    assert not list(tmp_path.glob(".site*"))
 
 
 def test_a_figure_with_other_parameters_leaves_the_books_alone(tmp_path, monkeypatch):
