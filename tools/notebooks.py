@@ -326,8 +326,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clean", action="store_true", help="clean the notebooks' outputs; execute nothing")
     parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_S, metavar="SECONDS",
                         help=f"for each notebook (default: {DEFAULT_TIMEOUT_S:g})")  # fmt: skip
-    parser.add_argument("--cwd", choices=("notebooks", "root"),
-                        help="the folder that kernels start in (default: the notebook's own)")  # fmt: skip
     parser.add_argument("--output-dir", type=Path, default=ROOT / "build" / "notebooks", metavar="DIR",
                         help="where copies go (default: build/notebooks)")  # fmt: skip
     options = parser.parse_intermixed_args(argv)
@@ -352,9 +350,8 @@ def run_one(path: Path, notebook: NotebookNode, options: argparse.Namespace) -> 
     copy = options.output_dir.resolve() / path.name
     if not options.clean:
         copy.unlink(missing_ok=True)
-        folders = {"notebooks": ROOT / "notebooks", "root": ROOT, None: path.parent}
         try:
-            execute(name, notebook, folders[options.cwd], options.timeout)
+            execute(name, notebook, path.parent, options.timeout)
         except Stopped as stopped:
             write(notebook, copy)
             raise Stopped(stopped.code, *stopped.lines, f"  executed copy: {shown(copy)}") from None
