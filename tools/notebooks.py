@@ -142,7 +142,9 @@ def end_marked(mark: str) -> None:
             return process.environ().get("EP_NOTEBOOK") == mark
         return False
 
-    while found := [process for process in psutil.process_iter() if is_marked(process)]:
+    for _ in range(10):  # until none is left that another has just started
+        if not (found := [process for process in psutil.process_iter() if is_marked(process)]):
+            return
         for process in found:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -209,6 +211,7 @@ def show_image(name: str, path: Path) -> NotebookNode:
     image = ROOT / "images" / name
     title = ElementTree.parse(image).find(f".//{TITLE}")
     text = title.text if title is not None and title.text else image.stem.replace("_", " ")
+    text = re.sub(r"[\[\]$]", "", text)  # which Markdown would read
     link = os.path.relpath(image, path.parent).replace(os.sep, "/")
     return nbformat.v4.new_output("display_data", {"text/markdown": f"![{text}]({link})"})
 

@@ -173,6 +173,25 @@ def test_a_figure_with_other_parameters_leaves_the_books_alone(tmp_path, monkeyp
     assert made == ["build/images/b.svg", "images/a.svg"]
 
 
+def test_a_figure_carries_its_title(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    from tools import figures, notebooks
+
+    monkeypatch.setattr(figures, "IMAGES", tmp_path / "images")
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    fig, (left, right) = plt.subplots(1, 2)
+    left.set_title("Rows [sent]\n& kept")
+    right.set_ylabel("ms")
+    figures.save_figure(fig, "a.svg")
+    figures.save_figure(fig, "b.svg", "Two bars")
+    plt.close(fig)
+    shown = [notebooks.show_image(name, tmp_path / "notebooks" / "x.ipynb") for name in ("a.svg", "b.svg")]
+    assert [output.data["text/markdown"] for output in shown] == [
+        "![Rows sent & kept; ms](../images/a.svg)", "![Two bars](../images/b.svg)",
+    ]  # fmt: skip
+
+
 def tracked_changes() -> str:
     return run("git", "status", "--porcelain", "notebooks", "images", "results").stdout
 
