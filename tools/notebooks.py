@@ -42,7 +42,6 @@ DEFAULT_TIMEOUT_S = 300.0
 MOST_MESSAGE_LINES = 15
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 PLAYER_FRAMES = re.compile(r"data:image/[\w+]+;base64,[\w+/=\\\s]+")  # any letters may stand in them
-TITLE = "{http://purl.org/dc/elements/1.1/}title"
 
 
 class Stopped(Exception):
@@ -209,9 +208,11 @@ def execute(name: str, notebook: NotebookNode, cwd: Path, timeout_s: float) -> N
 def show_image(name: str, path: Path) -> NotebookNode:
     """The output that shows a file of images/ by its name; its text is the title that the picture has."""
     image = ROOT / "images" / name
-    title = ElementTree.parse(image).find(f".//{TITLE}")
-    text = title.text if title is not None and title.text else image.stem.replace("_", " ")
-    text = re.sub(r"[\[\]$]", "", text)  # which Markdown would read
+    titles = [
+        part.text for part in ElementTree.parse(image).iter() if part.tag.endswith("}title") and part.text
+    ]
+    text = [*titles, image.stem.replace("_", " ")][0]
+    text = re.sub(r"[\[\]$]", "", " ".join(text.split()))  # which Markdown would read
     link = os.path.relpath(image, path.parent).replace(os.sep, "/")
     return nbformat.v4.new_output("display_data", {"text/markdown": f"![{text}]({link})"})
 
