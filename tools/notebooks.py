@@ -229,7 +229,8 @@ def clean_outputs(cell: NotebookNode, path: Path) -> list[NotebookNode]:
             output.execution_count = None
         if output.output_type == "error":  # Python's own traceback names files by their path
             output.traceback = [line.replace(str(ROOT) + os.sep, "") for line in output.traceback]
-        if names and not data.keys().isdisjoint(("image/png", "image/svg+xml")):
+        is_picture = not data.keys().isdisjoint(("image/png", "image/svg+xml"))
+        if names and (is_picture or data.get("text/markdown", "").startswith("![")):
             output = show_image(names.pop(0), path)
         if "text" in output:
             output.text = re.sub(r" *\r", "", output.text)  # what is left of a bar

@@ -193,7 +193,8 @@ def test_a_figure_carries_its_title(tmp_path, monkeypatch):
 
 
 def tracked_changes() -> str:
-    return run("git", "status", "--porcelain", "notebooks", "images", "results").stdout
+    """What differs from the last commit."""
+    return run("git", "diff", "--no-ext-diff", "notebooks", "images", "results").stdout
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
