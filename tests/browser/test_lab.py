@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pages import ROOT, TOKEN, wait_until
+from pages import TOKEN, wait_until
 from playwright.sync_api import Page
+from support import ROOT
 
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 LIMIT_S = 400  # for one notebook, on a busy machine; on an idle one none takes more than 120
