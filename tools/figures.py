@@ -74,14 +74,18 @@ def has_other_parameters() -> bool:
     return any(cell.startswith("# Parameters\n") for cell in cells)
 
 
-def save_figure(fig: Figure, name: str) -> None:
+def save_figure(fig: Figure, name: str, alt: str | None = None) -> None:
     """Writes the figure to images/NAME (SVG): the same figure gives the same bytes, without a date.
 
     To build/images/NAME where the notebook runs with other parameters: then it is not the book's figure.
+    alt: what one sees, in words; the titles and labels of the axes by default. It is the picture's title, and the
+    text for it in the committed notebook and on the site.
     """
     folder = IMAGES.parent / "build" / "images" if has_other_parameters() else IMAGES
     folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder / name, metadata={"Date": None, "Creator": None})
+    parts = [ax.get_title() or ax.get_ylabel() or ax.get_xlabel() for ax in fig.axes]
+    alt = alt or "; ".join(dict.fromkeys(" ".join(part.split()) for part in parts if part))
+    fig.savefig(folder / name, metadata={"Date": None, "Creator": None} | ({"Title": alt} if alt else {}))
 
 
 def fewer_colors(frame: re.Match[str]) -> str:
