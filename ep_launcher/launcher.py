@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "9d9a6a5191c0d81c001bdfd510ffecb1a61f2759c74b9c179787a6b28a4af4f3"
+SOURCES_SHA256 = "c3923c581b396f02f93e2d3fa701ddcafc4a39d443e53304283ec2b677c6638a"
 
 
 # ==========================================================================================================
@@ -3303,7 +3303,7 @@ def capacity_table(config: MoEConfig, device: torch.device) -> Tensor:
 
 # %% notebooks/08_capacity.ipynb #gather-choices
 def gather_choices(routing: Routing, comm: Communicator) -> tuple[Tensor, Tensor, slice]:
-    """All ranks' topk_ids [N, K] and probs [N, E], by rank and token, and which lines are this rank's.
+    """All ranks' topk_ids [N, K] and probs [N, E], by rank and token, and which rows are this rank's.
 
     Sends 8 + m * (8 * K + itemsize * E) bytes to each other rank, m the tokens of the longest rank; one host
     synchronisation, for m.
@@ -3524,7 +3524,7 @@ class ClusterStream:
 # %% notebooks/09_balance.ipynb #aux-local
 @register("balance", "aux_local")
 class LocalAuxLoss(Balance):
-    """Switch's loss with each rank's own statistics: the mean over the ranks, weighed by their tokens.
+    """Switch's loss with each rank's own statistics: the mean over the ranks, weighted by their tokens.
 
     Forces an even load on every rank by itself, so it depends on how the batch is dealt out. At world size 1 it
     is `aux`. One all-reduce of one number.
@@ -3550,7 +3550,7 @@ def count_global_tokens(routing: Routing, comm: Communicator) -> Tensor:
 def z_loss_sum(logits: Tensor) -> Tensor:
     """logits [T, E] -> the sum over tokens of logsumexp(logits)^2 (ST-MoE, section 3.3, equation 5, before its mean).
 
-    Its gradient, 2 logsumexp(logits) softmax(logits), draws the scale of the logits towards 0.
+    Its gradient, 2 logsumexp(logits) softmax(logits), draws each row's logsumexp towards 0, whatever its shape.
     """
     return logits.logsumexp(dim=-1).square().sum()
 
@@ -3583,14 +3583,14 @@ def normalize_weights(weights: Tensor) -> Tensor:
 
 
 # %% notebooks/09_balance.ipynb #group-limit
-def limit_to_groups(keys: Tensor, num_groups: int, topk_groups: int) -> Tensor:
+def limit_to_groups(keys: Tensor, num_groups: int, topk_groups: int, top_k: int) -> Tensor:
     """keys [T, E] -> the same with -inf outside each token's best groups: first groups, then experts.
 
-    A group is E / num_groups experts in a row; it is worth the sum of its best two keys, or its only one. A token
-    keeps its topk_groups best (DeepSeek-V3 report, section 2.1.2, node-limited routing). No host synchronisation.
+    A group is E / num_groups experts in a row, and worth the sum of its best top_k / topk_groups keys, rounded up; a
+    token keeps its topk_groups best (DeepSeek-V3 report, section 2.1.2, node-limited routing). No host synchronisation.
     """
     grouped = keys.unflatten(1, (num_groups, -1))
-    worth = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(dim=-1)
+    worth = grouped.topk(-(-top_k // topk_groups), dim=-1).values.sum(dim=-1)
     is_kept = torch.zeros_like(worth, dtype=torch.bool)
     is_kept.scatter_(1, worth.topk(topk_groups, dim=-1).indices, True)
     return grouped.masked_fill(~is_kept.unsqueeze(2), -math.inf).flatten(1)
@@ -3675,6 +3675,7 @@ class RoutingOptions(Options):
     """How the routers choose and what is added to the balance's loss. ValueError where the numbers do not fit.
 
     normalize_topk: divide the weights of a token's chosen experts by their sum
+    routed_scaling_factor: what the weights are multiplied by in the end
     num_groups: experts form so many groups; 1 means no groups
     topk_groups: a token chooses its experts from so many groups
     bias_speed: what `--balance bias` adds to or takes from a bias in a step
@@ -3684,6 +3685,7 @@ class RoutingOptions(Options):
     """
 
     normalize_topk: bool = False
+    routed_scaling_factor: float = 1.0
     num_groups: int = 1
     topk_groups: int = 1
     bias_speed: float = 1e-3
@@ -3698,6 +3700,10 @@ class RoutingOptions(Options):
         for name in ("bias_speed", "z_alpha", "sequence_alpha"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, and must be finite and not below 0")
+        if not 0 < self.routed_scaling_factor < math.inf:
+            raise ValueError(
+                f"routed_scaling_factor is {self.routed_scaling_factor}, and must be positive and finite"
+            )
         if self.topk_groups > self.num_groups:
             raise ValueError(
                 f"topk_groups is {self.topk_groups}, above the {self.num_groups} group(s); raise --num-groups"
@@ -3709,11 +3715,14 @@ class RoutingOptions(Options):
 
     def limit_choice(self, keys: Tensor, config: MoEConfig) -> Tensor:
         """The router's hook before the choice: keys [T, E] -> [T, E]."""
-        return keys if self.num_groups == 1 else limit_to_groups(keys, self.num_groups, self.topk_groups)
+        if self.num_groups == 1:
+            return keys
+        return limit_to_groups(keys, self.num_groups, self.topk_groups, config.top_k)
 
     def scale_weights(self, weights: Tensor) -> Tensor:
         """The router's hook after the choice: [T, K] -> [T, K]."""
-        return normalize_weights(weights) if self.normalize_topk else weights
+        weights = normalize_weights(weights) if self.normalize_topk else weights
+        return weights if self.routed_scaling_factor == 1 else weights * self.routed_scaling_factor
 
     def added_loss(self, routing: Routing, config: MoEConfig, batch: Communicator) -> Tensor:
         """The layer's hook: this rank's share of z_alpha * z-loss + sequence_alpha * sequence-wise loss."""
@@ -3761,7 +3770,7 @@ class BiasBalance(Balance):
         self.load += count_choices(routing.topk_ids, len(self.load))
 
     def after_step(self) -> None:
-        """bias_e += speed * sign(mean load - load_e), and counting begins anew. In place, for CUDA graphs."""
+        """bias_e += speed * sign(mean load - load_e), and counting starts again. In place, for CUDA graphs."""
         load = self.batch.all_reduce(self.load)
         self.bias += self.speed * torch.sign(
             load.sum() - len(load) * load
