@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "c3923c581b396f02f93e2d3fa701ddcafc4a39d443e53304283ec2b677c6638a"
+SOURCES_SHA256 = "69143210f7895b31c166419e4471c8825e273701dc9fc5b52adcb42bf54abf2a"
 
 
 # ==========================================================================================================
@@ -2904,49 +2904,6 @@ class CompiledStep(GraphStep):
 # ==========================================================================================================
 
 
-# %% notebooks/07_exact_all_to_all.ipynb #seal-counts
-def seal_counts(counts: Tensor, row_bytes: int) -> Tensor:
-    """counts int64 [..., L] -> [..., L + 3]: the counts, their sum, a sum that feels their order, a row's bytes.
-
-    Whoever holds a sealed line can tell whether a number in it was changed. No host synchronisation.
-    """
-    running = counts.cumsum(-1)
-    size = counts.new_full((*counts.shape[:-1], 1), row_bytes)
-    return torch.cat([counts, running[..., -1:], running.sum(-1, keepdim=True), size], dim=-1)
-
-
-# %% notebooks/07_exact_all_to_all.ipynb #check-seals
-def broken_seal(line: list[int], row_bytes: int) -> tuple[str, str] | None:
-    """One sealed line -> (what it says, what was announced) where they differ; None where all is well."""
-    *counts, total, _, announced_bytes = line
-    if seal_counts(torch.tensor(counts), row_bytes).tolist() == line:
-        return None
-    if announced_bytes != row_bytes:
-        return f"rows of {row_bytes} bytes", f"rows of {announced_bytes}"
-    if sum(counts) != total:
-        return f"{sum(counts)} rows", str(total)
-    return f"{counts} rows for the experts in turn", "other counts"
-
-
-def check_seals(lines: Tensor, row_bytes: int, rank: int) -> None:
-    """lines int64 [2, W, L + 3] on the host, sealed: sent to each rank, received from each rank.
-
-    CollectiveError, before any row travels, where a line is not what was sealed.
-    """
-    if torch.equal(seal_counts(lines[..., :-3], row_bytes), lines):
-        return
-    texts = (
-        "rank {} sends {} to rank {}, and announced {}",
-        "rank {} expects {} from rank {}, which announced {}",
-    )
-    for text, by_rank in zip(texts, lines.tolist(), strict=True):
-        for other, line in enumerate(by_rank):
-            if found := broken_seal(line, row_bytes):
-                raise CollectiveError(
-                    text.format(rank, found[0], other, found[1]) + ": split counts are corrupt"
-                )
-
-
 # %% notebooks/07_exact_all_to_all.ipynb #copy-to-host
 def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
     """Starts to copy x to the host -> a function that waits for the copy and returns it; x itself on a CPU.
@@ -2985,10 +2942,11 @@ class ExchangePlan:
 def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[], ExchangePlan]:
     """counts int64 [E], this rank's rows an expert -> a function that waits and returns the plan.
 
-    One message of L + 3 numbers to each rank, one copy to the host, which that function waits for; it raises
-    CollectiveError where the numbers are not what was sent.
+    One message of L numbers to each rank, L + 3 where seals are on, and one copy to the host, which that function waits
+    for; it raises CollectiveError where a seal is broken.
     """
-    sent = seal_counts(counts.view(comm.size, -1), row_bytes)
+    sent, is_sealed = counts.view(comm.size, -1), dist.get_debug_level() != dist.DebugLevel.OFF
+    sent = seal_counts(sent, row_bytes) if is_sealed else sent
     received = comm.all_to_all(sent, [1] * comm.size, [1] * comm.size, "metadata")
     wait = copy_to_host(torch.stack([sent, received]))
     num_local = len(counts) // comm.size
@@ -2996,13 +2954,13 @@ def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[],
 
     @functools.cache
     def plan() -> ExchangePlan:
-        lines = wait()
-        check_seals(lines, row_bytes, comm.rank)
-        input_splits, output_splits = lines[..., -3].tolist()
+        on_host = wait()
+        if is_sealed:
+            check_seals(on_host, row_bytes, comm.rank)
+        on_host = on_host[..., :num_local]
+        input_splits, output_splits = on_host.sum(-1).tolist()
         ids = experts.repeat_interleave(received[:, :num_local].reshape(-1), output_size=sum(output_splits))
-        return ExchangePlan(
-            input_splits, output_splits, ids[:, None], lines[1, :, :num_local].sum(0).tolist()
-        )
+        return ExchangePlan(input_splits, output_splits, ids[:, None], on_host[1].sum(0).tolist())
 
     return plan
 
@@ -3146,6 +3104,49 @@ class AllToAllDispatcher(Dispatcher):
         rider = rider_columns(hidden_dim, dtype) * dtype.itemsize
         weight = torch.promote_types(dtype, torch.float32).itemsize
         return bytes_by_pass(rows, rows.t(), row, rider, row * x_needs_grad + weight)
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #seal-counts
+def seal_counts(counts: Tensor, row_bytes: int) -> Tensor:
+    """counts int64 [..., L] -> [..., L + 3]: the counts, their sum, a sum that feels their order, a row's bytes.
+
+    Whoever holds a sealed row can tell whether a number in it was changed. No host synchronisation.
+    """
+    running = counts.cumsum(-1)
+    size = counts.new_full((*counts.shape[:-1], 1), row_bytes)
+    return torch.cat([counts, running[..., -1:], running.sum(-1, keepdim=True), size], dim=-1)
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #check-seals
+def broken_seal(line: list[int], row_bytes: int) -> tuple[str, str] | None:
+    """One sealed line -> (what it says, what was announced) where they differ; None where all is well."""
+    *counts, total, _, announced_bytes = line
+    if seal_counts(torch.tensor(counts), row_bytes).tolist() == line:
+        return None
+    if announced_bytes != row_bytes:
+        return f"rows of {row_bytes} bytes", f"rows of {announced_bytes}"
+    if sum(counts) != total:
+        return f"{sum(counts)} rows", str(total)
+    return f"{counts} rows for the experts in turn", "other counts"
+
+
+def check_seals(lines: Tensor, row_bytes: int, rank: int) -> None:
+    """lines int64 [2, W, L + 3] on the host, sealed: sent to each rank, received from each rank.
+
+    CollectiveError, before any row travels, where a line is not what was sealed.
+    """
+    if torch.equal(seal_counts(lines[..., :-3], row_bytes), lines):
+        return
+    texts = (
+        "rank {} sends {} to rank {}, and announced {}",
+        "rank {} expects {} from rank {}, which announced {}",
+    )
+    for text, by_rank in zip(texts, lines.tolist(), strict=True):
+        for other, line in enumerate(by_rank):
+            if found := broken_seal(line, row_bytes):
+                raise CollectiveError(
+                    text.format(rank, found[0], other, found[1]) + ": split counts are corrupt"
+                )
 
 
 # ==========================================================================================================

@@ -2,10 +2,9 @@
 
     torchrun --standalone --nproc_per_node=2 measure/timeline.py
 
-Qwen3-30B's sizes, `all_to_all` and `grouped`, rank 0, by torch.profiler, after a warm-up. Kernels and copies as
-[category, stream, start in us, length in us]; of the host the starts of kernels and the calls in which it waits for
-the device. Every start is counted from that of the pass. The profiler makes the host slower: read the order and the
-waiting, and not the sum.
+Qwen3-30B's sizes, `all_to_all` and `grouped`, rank 0, the second of three passes in a row, by torch.profiler. In us
+from the pass's start on the host: kernels, [category, start, length], copies and memsets too; starts, when the host
+started one; waits, [call, start, length] in which the host waited for the device; host, its two phases.
 """
 
 import argparse
@@ -13,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,15 +39,53 @@ def category(name: str) -> str:
     return next(found, "everything else")
 
 
-def trace(run: object) -> list[dict]:
-    """The events of one call of run, as torch.profiler writes them."""
+def trace(run: Callable[[], None], passes: int = 3) -> list[dict]:
+    """The events of some calls of run, as torch.profiler writes them."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        run()
+        for _ in range(passes):
+            run()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         seen.export_chrome_trace(str(path))
-        return json.loads(path.read_text())["traceEvents"]
+        return [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
+
+
+def second_pass(events: list[dict]) -> dict[str, list]:
+    """What belongs to the second pass, in us from its start on the host; kernels by who started them."""
+    phases = {name: sorted((e for e in events if e["name"] == name and e["cat"] == "user_annotation"),
+                           key=lambda e: e["ts"]) for name in ("forward", "backward")}  # fmt: skip
+    start, end = phases["forward"][1]["ts"], phases["forward"][2]["ts"]
+
+    def placed(event: dict) -> list[float]:
+        return [round(event["ts"] - start, 1), round(event["dur"], 1)]
+
+    host = [e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver") and start <= e["ts"] < end]
+    started = {e["args"]["correlation"] for e in host}
+    device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+              and e["args"]["correlation"] in started]  # fmt: skip
+    return {
+        "host": [[name, *placed(phases[name][1])] for name in phases],
+        "waits": [[e["name"], *placed(e)] for e in host if e["name"] in WAITS],
+        "starts": sorted(placed(e)[0] for e in host if "Launch" in e["name"]),
+        "kernels": sorted(([category(e["name"]), *placed(e)] for e in device), key=lambda kernel: kernel[1]),
+    }
+
+
+def write(events: list[dict], args: argparse.Namespace, world_size: int) -> None:
+    """The result, with machine and command."""
+    name = torch.cuda.get_device_name()
+    result = {
+        "what": "timeline", "device": name, "world_size": world_size, "torch": torch.__version__,
+        "command": f"torchrun --standalone --nproc_per_node={world_size} measure/timeline.py --tokens {args.tokens}",
+        "sizes": SIZES | {"tokens": args.tokens}, **second_pass(events),
+    }  # fmt: skip
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = "h200" if "H200" in name else "h100"
+    (folder / f"{kind}_x{world_size}_timeline.json").write_text(
+        json.dumps(result, separators=(",", ": ")) + "\n"
+    )
 
 
 def main() -> int:
@@ -74,34 +112,13 @@ def main() -> int:
 
     for _ in range(10):
         run()
-    torch.cuda.synchronize()
-    mesh.batch.all_reduce(torch.zeros(1, device=device))
-    events = [event for event in trace(run) if event.get("ph") == "X"]
-    start = min(e["ts"] for e in events if e["name"] == "forward")
-
-    def placed(event: dict) -> list[float]:
-        return [round(event["ts"] - start, 1), round(event["dur"], 1)]
-
-    device_events = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    result = {
-        "what": "timeline", "device": torch.cuda.get_device_name(), "world_size": mesh.batch.size,
-        "torch": torch.__version__, "command": f"torchrun --standalone --nproc_per_node={mesh.batch.size} "
-        f"measure/timeline.py --tokens {args.tokens}", "sizes": SIZES | {"tokens": args.tokens},
-        "phases": {e["name"]: placed(e) for e in events
-                   if e["name"] in ("forward", "backward") and e.get("cat") == "user_annotation"},
-        "kernels": sorted([[category(e["name"]), e["args"]["stream"], *placed(e)] for e in device_events],
-                          key=lambda kernel: kernel[2]),
-        "starts": sorted(placed(e)[0] for e in events if "Launch" in e["name"] and e.get("cat") == "cuda_runtime"),
-        "waits": sorted([e["name"], *placed(e)] for e in events if e["name"] in WAITS),
-    }  # fmt: skip
+    for _ in range(2):  # the first time, the profiler itself has much to set up
+        torch.cuda.synchronize()
+        mesh.batch.all_reduce(torch.zeros(1, device=device))
+        torch.cuda.synchronize()
+        events = trace(run)
     if mesh.batch.rank == 0:
-        kind = "h200" if "H200" in result["device"] else "h100"
-        folder = Path(args.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, separators=(",", ": ")).replace('["', '\n["')
-        (folder / f"{kind}_x{mesh.batch.size}_timeline.json").write_text(text + "\n")
-        names = sorted({e["name"][:90] for e in device_events if category(e["name"]) == "everything else"})
-        print(len(device_events), "kernels;", result["phases"], result["waits"], *names, sep="\n")
+        write(events, args, mesh.batch.size)
     return 0
 
 

@@ -74,6 +74,7 @@ def corrupt(self, x, input_splits, output_splits, purpose):
     if purpose == "metadata" and self.rank == where and stage == "received":
         out[0, column] += 1
     return out
+dist.set_debug_level(dist.DebugLevel.INFO)
 layer = ep.EPMoE(ep.MoEConfig(num_experts=8, hidden_dim=16, ffn_dim=16, dispatcher="all_to_all"), seed=0)
 layer(torch.randn(6, 16)).sum().backward()
 ep.Communicator.all_to_all = corrupt
@@ -96,6 +97,22 @@ def test_corrupt_counts_end_every_rank_in_seconds(build, world_size, plan):
     said = [line for line in done.stdout.splitlines() if "rank 1 expects" in line]
     assert len(said) == 1 and "from rank 0, which announced" in said[0] and "corrupt" in said[0]
     assert time.monotonic() - start < 28  # the group's own time-out is 30 s
+
+
+SEALS = """
+for level in (dist.DebugLevel.OFF, dist.DebugLevel.INFO):
+    dist.set_debug_level(level)
+    own = ep.Communicator()
+    ep.announce(torch.tensor([3, 0, 1, 2]), 64, own)()
+    print(f"{level.name}: {own.meter.total('metadata')} bytes", flush=True)
+"""
+
+
+def test_counts_travel_sealed_where_torchs_debug_level_says_so(build):
+    done = run_script(build, "seals", 2, SEALS)
+    assert done.stdout.count("OFF: 16 bytes") == 2 and done.stdout.count("INFO: 40 bytes") == 2, (
+        done.stdout + done.stderr
+    )
 
 
 BYTES = """
