@@ -25,7 +25,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "59025b5cdc8650950a503abebff76d355d47ca233235b0f14bb702d5d72620df"
+SOURCES_SHA256 = "a15414eccf80c07adc6975c82be03950e2454e4b136955113d2b1c0968dac89d"
 
 
 # ==========================================================================================================
@@ -2834,8 +2834,8 @@ class BmmExperts(Experts):
 class GraphStep:
     """A training step recorded once as a CUDA graph and played back: one launch in place of a hundred.
 
-    Legal where nothing in the step asks the host: dispatchers that record, experts that do not ask. The numbers are
-    those of the eager step, bit for bit. Memory of the recorded step stays taken.
+    Legal where nothing in the step needs a value on the host: dispatchers that record, experts that do not
+    synchronise. The numbers are those of the eager step, bit for bit. Memory of the recorded step stays taken.
     """
 
     def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -2845,7 +2845,7 @@ class GraphStep:
 
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
-        """Runs on GPUs where no layer of the model asks anything of the host."""
+        """Runs on GPUs where no layer of the model needs a value on the host."""
         tokens = shard_sizes(run.num_global_tokens, run.mesh.batch.size)
         even = run.mesh.batch.size == 1 or tokens[0] == tokens[-1]
         fixed = all(
