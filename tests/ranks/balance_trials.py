@@ -4,6 +4,7 @@ tests/ranks/test_balance.py plays and reads these trials. The reference shares n
 formulas, loops over tokens, ranks and sequences.
 """
 
+import math
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -37,7 +38,8 @@ def choose(keys: Tensor, top_k: int, num_groups: int, topk_groups: int) -> Tenso
     for row in keys.tolist():
         size = len(row) // num_groups
         groups = [list(range(g * size, (g + 1) * size)) for g in range(num_groups)]
-        groups.sort(key=lambda group: -sum(sorted((row[e] for e in group), reverse=True)[:2]))
+        best = math.ceil(top_k / topk_groups)  # keys that a group is worth
+        groups.sort(key=lambda group: -sum(sorted((row[e] for e in group), reverse=True)[:best]))
         within = sorted((e for group in groups[:topk_groups] for e in group), key=lambda e: -row[e])
         rows.append(within[:top_k])
     return torch.tensor(rows, dtype=torch.int64).reshape(len(keys), top_k).to(keys.device)
@@ -66,6 +68,7 @@ def reference(
     ids = ids if given_ids is None else given_ids
     weights = scores.gather(1, ids)
     weights = weights / weights.sum(1, keepdim=True) if options.normalize_topk else weights
+    weights = options.routed_scaling_factor * weights
     hidden = F.gelu(torch.einsum("td,edf->tef", x, p["experts.w1"]) + p["experts.b1"])
     every = torch.einsum("tef,efd->ted", hidden, p["experts.w2"]) + p["experts.b2"]
     y = (weights[:, :, None] * every.gather(1, ids[:, :, None].expand(-1, -1, x.shape[1]))).sum(1)
@@ -155,8 +158,8 @@ def make_config(
     sizes = SIZES | {k: case[k] for k in SIZES if k in case}
     try:
         options = ep.RoutingOptions(
-            normalize_topk=normalize, num_groups=groups, topk_groups=2 if groups > 1 else 1, z_alpha=Z_ALPHA,
-            sequence_alpha=SEQUENCE_ALPHA, sequence_length=LENGTH,
+            normalize_topk=normalize, num_groups=groups, topk_groups=1, z_alpha=Z_ALPHA,
+            sequence_alpha=SEQUENCE_ALPHA, sequence_length=LENGTH, routed_scaling_factor=2.5 if normalize else 1.0,
         )  # fmt: skip
         extras = [options]
         if getattr(ep.REGISTRIES["dispatcher"].get(more.get("dispatcher")), "needs_capacity", False):
@@ -270,13 +273,13 @@ def curve_methods(num_tokens: int, world_size: int) -> dict[str, dict]:
         "bias and all losses": {
             "balance": "bias", "router": "sigmoid",
             "options": every | {
-                "bias_speed": 0.01, "normalize_topk": True, "num_groups": 4, "topk_groups": 2,
+                "bias_speed": 0.01, "normalize_topk": True, "num_groups": 4, "topk_groups": 1,
             },
         },
         "bias and all losses, recomputed": {
             "balance": "bias", "router": "sigmoid", "recomputed": True,
             "options": every | {
-                "bias_speed": 0.01, "normalize_topk": True, "num_groups": 4, "topk_groups": 2,
+                "bias_speed": 0.01, "normalize_topk": True, "num_groups": 4, "topk_groups": 1,
             },
         },
         "sequences of a fourth": {"balance": "none", "options": {"sequence_alpha": 1.0, "sequence_length": length}},

@@ -32,6 +32,7 @@ def try_corrupt(mesh: ep.Mesh, stage: str, where: int, column: int, ends_process
     """What this rank says when a count is damaged in the second of two steps."""
     config = ep.MoEConfig(num_experts=8, hidden_dim=16, ffn_dim=16, dispatcher="all_to_all")
     layer, honest = ep.EPMoE(config, mesh, seed=0), ep.Communicator.all_to_all
+    dist.set_debug_level(dist.DebugLevel.INFO)  # counts travel sealed
     layer(torch.randn(6, 16)).sum().backward()
     ep.Communicator.all_to_all = corrupted(stage, where, column)
     said = "noticed nothing"
@@ -41,6 +42,7 @@ def try_corrupt(mesh: ep.Mesh, stage: str, where: int, column: int, ends_process
         said = str(error)
     finally:
         ep.Communicator.all_to_all = honest
+        dist.set_debug_level(dist.DebugLevel.OFF)
     if not ends_process:
         leave_group()
     return said
@@ -62,6 +64,19 @@ def corrupt_for_one_of_four(mesh: ep.Mesh, folder: Path) -> None:
     found = {"error": "", "result": try_corrupt(mesh, "sent", 0, 1, ends_process=True)}
     (folder / f"corrupt_for_one_of_four-4-{mesh.batch.rank}.json").write_text(json.dumps(found))
     os._exit(0)
+
+
+@trial(2)
+def seals(mesh: ep.Mesh, folder: Path) -> None:
+    """Counts travel with a seal of three integers where torch's debug level says so, and only there."""
+    sent = {}
+    for level in (dist.DebugLevel.OFF, dist.DebugLevel.INFO):
+        dist.set_debug_level(level)
+        own = ep.Communicator()
+        ep.announce(torch.tensor([3, 0, 1, 2]), 64, own)()
+        sent[level] = own.meter.total("metadata")
+    dist.set_debug_level(dist.DebugLevel.OFF)
+    assert list(sent.values()) == [2 * 8, (2 + 3) * 8], sent
 
 
 @trial(2, 4)
