@@ -91,6 +91,12 @@ class Launcher:
         else:
             self.ep.sync_gradients(layer, self.mesh)
 
+    def heartbeat(self) -> list:
+        """What a Run of an older commit has before its log."""
+        if "heartbeat" not in self.ep.Run.__dataclass_fields__:
+            return []
+        return [self.ep.Heartbeat(None, self.mesh if self.is_first else self.mesh.meter)]
+
     def step(self, flags: list[str], device: torch.device) -> Callable[[], Tensor]:
         """What the launcher runs with these flags, as a function that does one training step -> losses [2].
 
@@ -103,8 +109,7 @@ class Launcher:
             if named and named.preference(config, device, self.batch.size) <= 0:
                 raise ValueError(f"{kind} {getattr(config, kind)} cannot run here")
         log = ep.RunLog(ROOT / "build", 1, rank=1)  # a rank that writes nothing
-        heartbeat = ep.Heartbeat(None, self.mesh if self.is_first else self.mesh.meter)
-        run = ep.Run(config, options, self.mesh, device, heartbeat, log)
+        run = ep.Run(config, options, self.mesh, device, *self.heartbeat(), log)
         model = self.make(run.config, device, options.seed)
         named = ep.REGISTRIES["step"].get(options.step)
         if named and named.preference(run, model) <= 0:

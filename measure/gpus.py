@@ -101,7 +101,7 @@ class Suite:
     def run_by_hand(self, config: ep.MoEConfig, options: ep.TrainingOptions, mesh: ep.Mesh) -> ep.Run:
         """A run that writes no logs."""
         log = ep.RunLog(ROOT / "build", options.steps, rank=1)
-        return ep.Run(config, options, mesh, self.device, ep.Heartbeat(None, mesh.meter), log)
+        return ep.Run(config, options, mesh, self.device, log)
 
 
 def medians(samples: dict[str, list[float]]) -> dict[str, float]:
