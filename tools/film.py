@@ -217,7 +217,8 @@ def film(flight: Flight, names: Sequence[str]) -> str:
         boxes = flight.one_of_each(places).items()
         parts += [wide_token(key, *to_pixels(*place), opacity, change) for key, place in boxes]
     size = f'viewBox="0 0 {150 + flight.num_ranks * step:.0f} 594" font-family="sans-serif" font-size="18"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>'
+    title = "<title>Rows leave their tokens, fly to the ranks of their experts, and fly home again.</title>"
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{title}{"".join(parts)}</svg>'
 
 
 def between(start: tuple[float, float], end: tuple[float, float], share: float) -> tuple[float, ...]:
