@@ -24,9 +24,10 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/07_exact_all_to_all.ipynb
 #   notebooks/08_capacity.ipynb
 #   notebooks/09_balance.ipynb
+#   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "573b57b146907c8cad6bf214b330a06f03dba4e1f595f89775b3a5eb0e63ef7b"
+SOURCES_SHA256 = "4f19b78b7912048c0a72d528c78930ef91037bff56d35a6ecac25c10e596b7d8"
 
 
 # ==========================================================================================================
@@ -195,8 +196,10 @@ class Communicator:
             return x[None]
         self.meter.record(purpose, [x.numel() * x.element_size()] * self.size, self.ranks)
         out = x.new_empty(self.size, *x.shape)
+        # Into one tensor, which NCCL fills without a copy; torch before 2.13 has another name for it.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         with self.entering():
-            dist.all_gather(list(out.unbind(0)), x.contiguous(), group=self.group)
+            gather(out.flatten(0, 1), x.contiguous(), group=self.group)
         return out
 
     def all_to_all(
@@ -456,8 +459,9 @@ class Arrived:
 
     x: [R, D], in any order. topk_ids: int64 [R, J], numbers of LOCAL experts, 0 to L - 1; -1 for none. A row
     without experts may hold anything. topk_weights: [R, J], float32 or wider. handle: combine's. Where somebody
-    knows them besides: counts_on_host, the rows of each local expert, L ints; rows_per_expert, where all experts get
-    equally many; max_pairs, how many (row, expert) pairs there are at most.
+    knows them besides: counts_on_host, the rows of each local expert, L ints; rows_per_expert, where rows
+    lie in blocks of one size, one an expert (J = 1, and a row that nobody filled has weight 0); max_pairs, how many
+    (row, expert) pairs there are at most.
     """
 
     x: Tensor
@@ -2169,6 +2173,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
         log.write(f"logs in {relative_to_root(log_dir)}; to look at them: make tensorboard")
         return 0
     except CannotRun as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # refuse waits for torchrun's
         return refuse(str(error))
     except (CollectiveError, NonFiniteLoss) as error:
         return report_failure(heartbeat, error)
@@ -2504,10 +2509,13 @@ def swiglu_tiles(num_rows: int, num_columns: int) -> tuple[int, int, int]:
     return rows, block, -(-num_rows // rows)
 
 
-def scale_rows(rows: Tensor, weights: Tensor) -> Tensor:
-    """rows [R, F] times weights [R], float32 or wider: in place where the dtypes agree, rounded once elsewhere."""
-    wide = weights.unsqueeze(1)
-    return rows.mul_(wide) if rows.dtype == weights.dtype else (rows.to(weights.dtype) * wide).to(rows.dtype)
+def row_blocks(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
+    """The same rows of all tensors, block by block. On a CPU a block of [R, F] has 32,768 numbers, so that several
+    steps in a row find it in the core's cache; on a GPU, where a step is a launch, it is everything."""
+    first = tensors[0]
+    rows = max(1, len(first) if first.is_cuda else 2**15 // max(1, first.shape[1]))
+    for start in range(0, len(first), rows):
+        yield [t if t is None else t[start : start + rows] for t in tensors]
 
 
 def weighted_activation(
@@ -2517,10 +2525,11 @@ def weighted_activation(
 
     One kernel for SwiGLU on a GPU; the same in PyTorch for the others and elsewhere.
     """
-    if not (activation is SwiGLU and uses_kernels(gate)):
-        return scale_rows(activation.apply(gate, up), weights)
     hidden = torch.empty_like(gate)
-    if len(gate):
+    if not (activation is SwiGLU and uses_kernels(gate)):
+        for h, g, u, w in row_blocks(hidden, gate, up, weights):
+            torch.mul(activation.apply(g, u), w.unsqueeze(1), out=h)
+    elif len(gate):
         rows, block, programs = swiglu_tiles(*gate.shape)
         grid = (programs, -(-gate.shape[1] // block))
         swiglu_kernel[grid](gate, up, weights, num_rows, hidden, gate.shape[1], rows, block, num_warps=4)
@@ -2533,8 +2542,8 @@ def weighted_activation_backward_(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """grad [R, F] of the weighted hidden rows -> these rows, the gradients of gate and up, and of weights [R].
 
-    Uses up grad, gate and up: the kernel writes over all three, and reads and writes each once. The gradient of
-    weights is 0 behind the last row sent.
+    Writes over grad, gate and up; the kernel reads and writes each once. The gradient of weights is 0 behind the
+    last row sent.
     """
     grad_weights = torch.zeros_like(weights)
     if activation is SwiGLU and uses_kernels(gate):
@@ -2544,11 +2553,15 @@ def weighted_activation_backward_(
                 grad, gate, up, weights, num_rows, grad_weights, gate.shape[1], rows, block, num_warps=4
             )
         return grad, gate, up, grad_weights
-    hidden = activation.apply(gate, up)
+    for d, g, u, w, total in row_blocks(grad, gate, up, weights, grad_weights):
+        wide, hidden = w.unsqueeze(1), activation.apply(g, u)
+        total.copy_(torch.linalg.vecdot(d.to(w.dtype), hidden.to(w.dtype)))
+        for old, new in zip((g, u), activation.gradient(d, g, u), strict=True):
+            if old is not None:
+                torch.mul(new, wide, out=old)
+        torch.mul(hidden, wide, out=d)
     is_sent = torch.arange(len(gate), device=gate.device) < num_rows
-    dots = torch.linalg.vecdot(grad.to(weights.dtype), hidden.to(weights.dtype))
-    grads = activation.gradient(scale_rows(grad, weights), gate, up)
-    return scale_rows(hidden, weights), *grads, torch.where(is_sent, dots, 0)
+    return grad, gate, up, torch.where(is_sent, grad_weights, 0)
 
 
 # %% notebooks/06_grouped_experts.ipynb #products
@@ -2827,21 +2840,22 @@ class BmmExperts(Experts):
 
     def padded(self, arrived: Arrived) -> Tensor:
         """y [R, D], without output biases: each expert's rows in a block of one length, with their weights."""
+        if arrived.rows_per_expert is not None:
+            return self.weighted(arrived.x, arrived.topk_weights, arrived.rows_per_expert)
         order = order_rows(arrived.topk_ids, self.num_local, arrived.max_pairs)
         rows = Permute.apply(arrived.x, order)
         weights = arrived.topk_weights.reshape(-1).gather(0, order.choice_of_row)[:, None]
-        capacity, slot = arrived.rows_per_expert, None
-        if capacity is None:  # else the sorted rows are blocks already
-            capacity = max(1, int(order.counts.max()))
-            slot = pad_slots(order.counts, len(rows), capacity)
-            size = self.num_local * capacity + 1
-            rows, weights = (
-                t.new_zeros(size, t.shape[1]).index_copy(0, slot, t)[:-1] for t in (rows, weights)
-            )
+        capacity = max(1, int(order.counts.max()))
+        slot, size = pad_slots(order.counts, len(rows), capacity), self.num_local * capacity + 1
+        rows, weights = (t.new_zeros(size, t.shape[1]).index_copy(0, slot, t)[:-1] for t in (rows, weights))
+        results = self.weighted(rows, weights, capacity)
+        return Unpermute.apply(F.pad(results, (0, 0, 0, 1))[slot], order)
+
+    def weighted(self, rows: Tensor, weights: Tensor, capacity: int) -> Tensor:
+        """rows [L * C, D], C an expert, weights [L * C, 1] -> [L * C, D]: results times weights."""
         hidden = self.hidden(rows.view(self.num_local, capacity, -1))
-        weighted = (hidden.to(weights.dtype) * weights.view(self.num_local, capacity, 1)).to(rows.dtype)
-        results = torch.bmm(weighted, self.in_dtype(rows.dtype)[2]).flatten(0, 1)
-        return Unpermute.apply(results if slot is None else F.pad(results, (0, 0, 0, 1))[slot], order)
+        hidden = hidden.to(weights.dtype) * weights.view(self.num_local, capacity, 1)
+        return torch.bmm(hidden.to(rows.dtype), self.in_dtype(rows.dtype)[2]).flatten(0, 1)
 
 
 # %% notebooks/06_grouped_experts.ipynb #graph-step
@@ -2865,7 +2879,9 @@ class GraphStep:
         even = run.mesh.batch.size == 1 or tokens[0] == tokens[-1]
         fixed = all(
             layer.dispatcher.records
-            and not layer.experts.asks_host(tokens[0], getattr(layer.dispatcher, "rows_per_expert", None))
+            and not layer.experts.asks_host(
+                tokens[0] * layer.mesh.ep.size, getattr(layer.dispatcher, "rows_per_expert", None)
+            )
             for layer in moe_layers(model)
         )
         return 10 if run.device.type == "cuda" and fixed and even else 0
@@ -3412,6 +3428,11 @@ def order_in_blocks(topk_ids: Tensor, num_experts: int, capacity: int) -> RowOrd
     return RowOrder(row_of_choice, choice_of_row, counts, has_gaps=True)
 
 
+def swap_blocks(rows: Tensor, first: int, length: int) -> Tensor:
+    """rows [first * second * length, n], in blocks of `length` -> the same blocks with second before first."""
+    return rows.view(first, -1, length, rows.shape[1]).transpose(0, 1).flatten(0, 2)
+
+
 # %% notebooks/08_capacity.ipynb #capacity-dispatcher
 @register("dispatcher", "capacity")
 class CapacityDispatcher(AllToAllDispatcher):
@@ -3443,10 +3464,22 @@ class CapacityDispatcher(AllToAllDispatcher):
     def plan(self, topk_ids: Tensor, row_bytes: int) -> tuple[RowOrder, Callable[[], ExchangePlan]]:
         """See AllToAllDispatcher. Everything but the order of the rows is known beforehand: nothing is announced."""
         order = order_in_blocks(topk_ids, self.num_experts, self.capacity)
-        experts = torch.arange(self.num_local_experts, device=topk_ids.device)
-        ids = experts.repeat_interleave(self.capacity, output_size=self.splits[0]).repeat(self.comm.size)
-        plan = ExchangePlan(self.splits, self.splits, ids[:, None], self.on_host)
+        experts = torch.arange(self.num_local_experts, device=topk_ids.device)[:, None]
+        ids = experts.expand(-1, self.rows_per_expert).reshape(-1, 1)
+        plan = ExchangePlan(self.splits, self.splits, ids, self.on_host)
         return order, lambda: plan
+
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+        """See Dispatcher. One block of rows an expert, whoever sent them."""
+        arrived = super().begin_dispatch(x, topk_ids, topk_weights)
+        rows, weights = (
+            swap_blocks(t, self.comm.size, self.capacity) for t in (arrived.x, arrived.topk_weights)
+        )
+        return replace(arrived, x=rows, topk_weights=weights)
+
+    def begin_combine(self, y: Tensor, handle: RowsHandle) -> Tensor:
+        """See Dispatcher."""
+        return super().begin_combine(swap_blocks(y, self.num_local_experts, self.capacity), handle)
 
     def rows_between(self, topk_ids: list[Tensor]) -> Tensor:
         """See AllToAllDispatcher: the buffers' rows, whatever topk_ids says."""
@@ -3790,6 +3823,388 @@ class BiasBalance(Balance):
             load.sum() - len(load) * load
         )  # whole numbers: exact on any rank
         load.zero_()
+
+
+# ==========================================================================================================
+# routing: notebooks/10_less_traffic.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/10_less_traffic.ipynb #traffic-options
+@option_group
+@dataclass(frozen=True)
+class TrafficOptions(Options):
+    """What saves traffic needs to know about the machines. ValueError where a number makes no sense.
+
+    ranks_per_host: ranks on one machine, for two_stage; unset, as many as torchrun started on this one
+    """
+
+    ranks_per_host: int | None = None
+    slot_tokens: int | None = field(default=None, metadata={"flag": False})  # most tokens a rank, of a run
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, and must be at least 1")
+
+    def for_run(self, run: Any) -> "TrafficOptions":
+        """These options, with the run's largest share of tokens."""
+        return replace(self, slot_tokens=max(1, -(-run.num_global_tokens // run.mesh.batch.size)))
+
+
+# ==========================================================================================================
+# performance: notebooks/10_less_traffic.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/10_less_traffic.ipynb #gather-slots
+def pack_slots(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_slots: int) -> Tensor:
+    """x [T, D], topk_ids, topk_weights [T, K] -> [S, D + C]: each token with its weights and ids behind it.
+
+    Slots behind the T-th have ids -1, and hold anything. Ids ride as numbers of the weights' dtype, exact up to
+    2^24 experts. No host synchronisation.
+    """
+    (num_tokens, top_k), d = topk_ids.shape, x.shape[1]
+    riders = topk_weights.new_full((num_slots, 2 * top_k), -1)
+    riders[:num_tokens, :top_k] = topk_weights
+    riders[:num_tokens, top_k:] = topk_ids
+    packed = x.new_empty(num_slots, d + rider_columns(d, x.dtype, 2 * top_k))
+    packed[:num_tokens, :d] = x
+    set_riders(packed, d, riders)
+    return packed
+
+
+def sum_at_home(rows: Tensor, comm: Communicator, purpose: str) -> Tensor:
+    """rows [W * S, n], a block for every rank -> [S, n]: the sum of all ranks' blocks for this one, a reduce-scatter.
+
+    Blocks travel in the rows' dtype and are added in float32 or wider, in the order of the ranks. Sends S rows to each
+    other rank.
+    """
+    num_slots = len(rows) // comm.size
+    blocks = comm.all_to_all(rows, [num_slots] * comm.size, [num_slots] * comm.size, purpose)
+    return blocks.view(comm.size, num_slots, rows.shape[1]).sum(0)
+
+
+# %% notebooks/10_less_traffic.ipynb #gather-autograd
+class GatherTokens(torch.autograd.Function):
+    """x [T, D], topk_weights [T, K] -> every rank's: rows [W * S, D], weights and ids [W * S, K]; -1 in empty slots.
+
+    One message there; backward is a reduce-scatter, of rows where x needs a gradient, and of weights. Every rank must
+    enter backward. No host synchronisation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, num_slots: int, comm: Communicator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.comm, (num_tokens, top_k), d = comm, topk_ids.shape, x.shape[1]
+        ctx.num_tokens = num_tokens
+        packed = pack_slots(x, topk_ids, topk_weights, num_slots)
+        everyones = comm.all_gather(packed, "dispatch").flatten(0, 1)
+        weights, ids = get_riders(everyones, d, 2 * top_k).split(top_k, dim=1)
+        rows, weights, ids = everyones[:, :d], weights.contiguous(), ids.long()
+        ctx.mark_non_differentiable(ids, *(() if ctx.needs_input_grad[0] else (rows,)))
+        ctx.set_materialize_grads(False)
+        return rows, weights, ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = sum_at_home(grad_rows, ctx.comm, "dispatch backward")[: ctx.num_tokens]
+        home = sum_at_home(grad_weights, ctx.comm, "dispatch backward")
+        return grad_x, home[: ctx.num_tokens], None, None, None
+
+
+class SumAtHome(torch.autograd.Function):
+    """y [W * S, D], partial sums for every rank's slots -> [T, D], this rank's sums. Backward is an all-gather."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, num_tokens: int, comm: Communicator) -> Tensor:
+        ctx.comm, ctx.padding = comm, len(y) // comm.size - num_tokens
+        return sum_at_home(y, comm, "combine")[:num_tokens]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        slots = F.pad(grad, (0, 0, 0, ctx.padding))
+        return ctx.comm.all_gather(slots, "combine backward").flatten(0, 1), None, None
+
+
+# %% notebooks/10_less_traffic.ipynb #gather-dispatcher
+@register("dispatcher", "gather_tokens")
+class GatherTokensDispatcher(Dispatcher):
+    """Every token once to every rank, which keeps the choices that are its own; sums come home (chapter 10).
+
+    num_slots: tokens that a rank brings at most, S. Where it is known, nothing asks the host and a step can be
+    recorded; None: the ranks tell one another how many they have, one host synchronisation.
+    """
+
+    syncs_host, records = False, True
+
+    def __init__(self, num_experts: int, comm: Communicator, num_slots: int | None = None) -> None:
+        super().__init__(num_experts, comm)
+        self.num_slots, self.syncs_host, self.records = num_slots, num_slots is None, num_slots is not None
+
+    @classmethod
+    def for_layer(cls, config: MoEConfig, comm: Communicator) -> "GatherTokensDispatcher":
+        """See Dispatcher. As many slots as the run's largest share; without a run max_num_tokens, where it is set."""
+        known = config.option(TrafficOptions).slot_tokens or config.max_num_tokens
+        return cls(config.num_experts, comm, known)
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """The first choice on GPUs where a token reaches most ranks anyway."""
+        reached = expected_distinct_ranks(config.num_experts, config.top_k, ep_size) / ep_size
+        return 45 if device.type == "cuda" and ep_size > 1 and reached > 0.75 else 1
+
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+        """See Dispatcher. Sends S rows to each other rank. ValueError where this rank has more than S tokens."""
+        num_slots, local = self.num_slots, self.num_local_experts
+        if num_slots is None:
+            length = torch.tensor([len(x)], device=x.device)
+            num_slots = int(self.comm.all_gather(length, "metadata").max())
+        if len(x) > num_slots:
+            raise ValueError(f"{len(x)} tokens on one rank, and gather_tokens was made for {num_slots}")
+        rows, weights, ids = GatherTokens.apply(x, topk_weights, topk_ids, num_slots, self.comm)
+        own = ids - self.comm.rank * local
+        ids = torch.where((ids >= 0) & (own >= 0) & (own < local), own, -1)
+        most = len(rows) * min(topk_ids.shape[1], local)
+        return Arrived(rows, ids, weights, len(x), max_pairs=most)
+
+    def begin_combine(self, y: Tensor, handle: int) -> Tensor:
+        """See Dispatcher. Sends S rows to each other rank; handle is this rank's number of tokens."""
+        return SumAtHome.apply(y, handle, self.comm)
+
+    def predict_bytes(
+        self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
+    ) -> dict[str, Tensor]:
+        """See Dispatcher: the slots, whatever is in them."""
+        size, top_k = len(topk_ids), topk_ids[0].shape[1]
+        slots = torch.full((size, size), self.num_slots or max(map(len, topk_ids)))
+        row, weights = hidden_dim * dtype.itemsize, top_k * torch.promote_types(dtype, torch.float32).itemsize
+        rider = rider_columns(hidden_dim, dtype, 2 * top_k) * dtype.itemsize
+        return bytes_by_pass(slots, slots, row, rider, row * x_needs_grad + weights)
+
+
+# %% notebooks/10_less_traffic.ipynb #copy-order
+@dataclass(frozen=True)
+class CopyOrder:
+    """Which copies of its token each choice shares, where one copy goes to each destination rank.
+
+    copies: RowOrder of the copies sorted by destination, in which a choice has a row if it is its token's first one
+    there, and -1 otherwise. place_of_choice int64 [T, K]: row * J + j, choice j of its row; -1 for one not sent.
+    per_row: J, local experts of a row at most.
+    """
+
+    copies: RowOrder
+    place_of_choice: Tensor
+    per_row: int
+
+    def spread(self, values: Tensor, empty: float) -> Tensor:
+        """values [T, K] -> [R, J]: each choice's in its row; empty where a row has fewer."""
+        size = len(self.copies.choice_of_row) * self.per_row
+        place = torch.where(self.place_of_choice < 0, size, self.place_of_choice)
+        spread = values.new_full((size + 1,), empty).scatter(0, place.flatten(), values.flatten())
+        return spread[:size].view(-1, self.per_row)
+
+
+def order_copies(topk_ids: Tensor, num_local_experts: int, num_ranks: int) -> CopyOrder:
+    """topk_ids int64 [T, K] of all experts, -1 where a choice is not sent -> CopyOrder. No host synchronisation."""
+    num_tokens, top_k = topk_ids.shape
+    owner = torch.where(topk_ids < 0, -1, topk_ids // num_local_experts)
+    shares = owner[:, :, None] == owner[:, None, :]  # [T, K, K]
+    earlier = shares.tril(-1).sum(2)  # choices of the same rank before this one
+    number = torch.arange(top_k, device=owner.device)
+    first = torch.where(shares, number, top_k).amin(2)
+    bound, per_row = num_tokens * min(top_k, num_ranks), min(top_k, num_local_experts)
+    copies = order_rows(torch.where(earlier == 0, owner, -1), num_ranks, bound)
+    row = copies.row_of_choice.gather(1, first)
+    return CopyOrder(copies, torch.where(row < 0, -1, row * per_row + earlier), per_row)
+
+
+# %% notebooks/10_less_traffic.ipynb #send-copies
+class SendCopies(torch.autograd.Function):
+    """x [T, D], topk_weights [T, K] -> rows [R, D], weights and ids [R, J] that arrive: a row for each (token, rank).
+
+    As SendRows of chapter 07, with all of a row's weights and ids behind it. Backward brings the rows' gradients home,
+    where they are added up, and the weights'. Every rank must enter it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, topk_weights: Tensor, ids: Tensor, order: CopyOrder, plan: Callable,
+        comm: Communicator,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        d, copies, per_row = x.shape[1], order.copies, order.per_row
+        columns = d + rider_columns(d, x.dtype, 2 * per_row)
+        packed = x.new_empty(len(copies.choice_of_row), columns)
+        copy_to_rows(x, copies, packed[:, :d])
+        weights, ids = order.spread(topk_weights, 0), order.spread(ids, -1)
+        set_riders(packed, d, torch.cat([weights, ids.to(weights.dtype)], dim=1))
+        sent, received = plan().input_splits, plan().output_splits
+        arrived = comm.all_to_all(packed[: sum(sent)], sent, received, "dispatch")
+        ctx.comm, ctx.splits = comm, (received, sent)
+        ctx.save_for_backward(order.place_of_choice, *copies.tensors)
+        weights, ids = get_riders(arrived, d, 2 * per_row).split(per_row, dim=1)
+        rows, weights, ids = arrived[:, :d], weights.contiguous(), ids.long()
+        ctx.mark_non_differentiable(ids, *(() if ctx.needs_input_grad[0] else (rows,)))
+        ctx.set_materialize_grads(False)
+        return rows, weights, ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
+        place, *copies = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            home = ctx.comm.all_to_all(grad_rows, *ctx.splits, "dispatch backward")
+            grad_x = sum_rows(home, RowOrder(*copies))
+        home = ctx.comm.all_to_all(grad_weights, *ctx.splits, "dispatch backward").flatten()
+        return grad_x, weights_of_choices(home, RowOrder(place, *copies[1:])), None, None, None, None
+
+
+# %% notebooks/10_less_traffic.ipynb #dedup-dispatcher
+@register("dispatcher", "dedup")
+class DedupDispatcher(AllToAllDispatcher):
+    """Sends a token once to each rank that has any of its experts, with all their ids and weights (chapter 10)."""
+
+    counts_on_host = False
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Runs everywhere."""
+        return 20 if ep_size > 1 else 1
+
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+        """See Dispatcher. Sends a row for each (token, destination rank); one host synchronisation."""
+        d, comm = x.shape[1], self.comm
+        order = order_copies(topk_ids, self.num_local_experts, comm.size)
+        row_bytes = (d + rider_columns(d, x.dtype, 2 * order.per_row)) * x.element_size()
+        plan = announce(order.copies.counts, row_bytes, comm)
+        ids = torch.where(topk_ids < 0, -1, topk_ids % self.num_local_experts)
+        rows, weights, ids = SendCopies.apply(x, topk_weights, ids, order, plan, comm)
+        return Arrived(rows, ids, weights, RowsHandle(order.copies, plan()))
+
+    def rows_between(self, topk_ids: list[Tensor]) -> Tensor:
+        """Every rank's topk_ids -> rows int64 [W, W] that rank i sends to rank j: its tokens with an expert there."""
+        size, local = len(topk_ids), self.num_local_experts
+        return torch.stack([reached(ids.cpu() // local, size).sum(0) for ids in topk_ids])
+
+    def predict_bytes(
+        self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
+    ) -> dict[str, Tensor]:
+        """See Dispatcher: a row for each (token, other rank), with J weights and ids."""
+        copies, row = self.rows_between(topk_ids), hidden_dim * dtype.itemsize
+        per_row = min(topk_ids[0].shape[1], self.num_local_experts)
+        rider = rider_columns(hidden_dim, dtype, 2 * per_row) * dtype.itemsize
+        weights = per_row * torch.promote_types(dtype, torch.float32).itemsize
+        return bytes_by_pass(copies, copies.t(), row, rider, row * x_needs_grad + weights)
+
+
+def reached(owner: Tensor, num_ranks: int) -> Tensor:
+    """owner int64 [T, K], a rank or below 0 for none -> int64 [T, W]: 1 where the token has a choice on the rank."""
+    column = torch.where(owner < 0, num_ranks, owner)
+    return owner.new_zeros(len(owner), num_ranks + 1).scatter(1, column, 1)[:, :num_ranks]
+
+
+# %% notebooks/10_less_traffic.ipynb #machine-groups
+@functools.cache
+def machine_groups(comm: Communicator, ranks_per_host: int) -> tuple[Communicator, Communicator]:
+    """(the ranks of comm on this rank's machine, those of the same place on every machine); made once. Collective.
+
+    Rank r of the job is on machine r // ranks_per_host, as torchrun counts. CannotRun where the ranks of comm do not
+    fill their machines evenly.
+    """
+    machines = [rank // ranks_per_host for rank in comm.ranks]
+    size = machines.count(machines[0])
+    if comm.size % size or machines != [machines[0] + i // size for i in range(comm.size)]:
+        raise CannotRun(
+            f"{comm.size} ranks, {ranks_per_host} on a machine, do not fill their machines evenly; "
+            f"give --ranks-per-host a divisor of {comm.size}"
+        )
+    grid = torch.arange(comm.size).view(-1, size)
+    machine, place = divmod(comm.rank, size)
+    return subgroup(comm, grid[machine].tolist()), subgroup(comm, grid[:, place].tolist())
+
+
+def subgroup(comm: Communicator, members: list[int]) -> Communicator:
+    """The members of comm as a group of their own, with its meter and its time limit. Its members must enter."""
+    if len(members) == comm.size:
+        return comm
+    if len(members) == 1:
+        return Communicator.alone(comm.meter)
+    # There is no public way to ask a group for its time limit, and a new group would get 30 minutes.
+    limit = dist.group.WORLD._get_backend(dist.group.WORLD._device_types[0]).options._timeout
+    ranks = [comm.ranks[member] for member in members]
+    group = dist.new_group(ranks, timeout=limit, use_local_synchronization=True)
+    return Communicator(group, comm.meter)
+
+
+# %% notebooks/10_less_traffic.ipynb #two-stage
+@dataclass(frozen=True)
+class TwoStageHandle:
+    """The handles of the two exchanges: between machines, and inside this one."""
+
+    between: RowsHandle
+    inside: RowsHandle
+
+
+@register("dispatcher", "two_stage")
+class TwoStageDispatcher(Dispatcher):
+    """`dedup` between machines, to the rank of the same place there; then `dedup` inside (chapter 10)."""
+
+    def __init__(self, num_experts: int, comm: Communicator, ranks_per_host: int | None = None) -> None:
+        super().__init__(num_experts, comm)
+        inside, between = machine_groups(comm, ranks_per_host or world_from_env()[3])
+        self.between = DedupDispatcher(num_experts, between)
+        self.inside = DedupDispatcher(num_experts // between.size, inside)
+
+    @classmethod
+    def for_layer(cls, config: MoEConfig, comm: Communicator) -> "TwoStageDispatcher":
+        """See Dispatcher. CannotRun where the ranks do not fill their machines. Collective at the first layer."""
+        return cls(config.num_experts, comm, config.option(TrafficOptions).ranks_per_host)
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Runs everywhere."""
+        return 10 if ep_size > 1 else 1
+
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+        """See Dispatcher. A row for each (token, other machine), one for each (row, other rank); two host
+        synchronisations."""
+        here = self.between.dispatch(x, topk_ids, topk_weights)
+        arrived = self.inside.dispatch(here.x, here.topk_ids, here.topk_weights)
+        return replace(arrived, handle=TwoStageHandle(here.handle, arrived.handle))
+
+    def begin_combine(self, y: Tensor, handle: TwoStageHandle) -> Tensor:
+        """See Dispatcher. Each machine sends one row a token, the sum of all that its ranks made of it."""
+        return self.between.combine(self.inside.combine(y, handle.inside), handle.between)
+
+    def predict_bytes(
+        self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
+    ) -> dict[str, Tensor]:
+        """See Dispatcher: both stages' predictions, each for the choices that it sees, in one matrix."""
+        size, experts = self.inside.comm.size, self.inside.num_experts
+        rest = hidden_dim, dtype, x_needs_grad
+        total = {name: torch.zeros(len(topk_ids), len(topk_ids), dtype=torch.int64) for name in PASSES}
+        lanes = [topk_ids[place::size] for place in range(size)]  # a rank on each machine
+        for place, lane in enumerate(lanes):
+            for name, sent in self.between.predict_bytes(lane, *rest).items():
+                total[name][place::size, place::size] += sent
+        for machine in range(len(lanes[0])):
+            arrived = [torch.cat([choices_of(ids, machine, experts) for ids in lane]) for lane in lanes]
+            its_ranks = slice(machine * size, (machine + 1) * size)
+            for name, sent in self.inside.predict_bytes(arrived, *rest).items():
+                total[name][its_ranks, its_ranks] += sent
+        return total
+
+
+def choices_of(topk_ids: Tensor, machine: int, num_experts: int) -> Tensor:
+    """topk_ids [T, K] -> the choices among the num_experts experts of a machine, by its own numbers; -1 elsewhere."""
+    own = topk_ids.cpu() - machine * num_experts
+    return torch.where((topk_ids.cpu() >= 0) & (own >= 0) & (own < num_experts), own, -1)
 
 
 # %% added by tools/extract.py
