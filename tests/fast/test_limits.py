@@ -285,9 +285,7 @@ def test_a_run_tells_the_share_of_its_tokens():
         training = ep.TrainingOptions(tokens=tokens)
         run = ep.Run(ep.MoEConfig(extras=(options,)), training, mesh, torch.device("cpu"), None)
         assert run.config.option(ep.CapacityOptions).capacity_share == share
-    run = ep.Run(
-        ep.MoEConfig(extras=(ep.CapacityOptions(),)), training, mesh, torch.device("cpu"), None
-    )
+    run = ep.Run(ep.MoEConfig(extras=(ep.CapacityOptions(),)), training, mesh, torch.device("cpu"), None)
     assert run.config.option(ep.CapacityOptions) == ep.CapacityOptions()
 
 
