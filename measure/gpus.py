@@ -121,7 +121,7 @@ def train(recorder: Recorder, flags: list[str], mesh: ep.Mesh) -> dict[str, Any]
     """The launcher's own training with these flags over the ranks of a mesh, without logs -> its summary."""
     config, options = ep.parse_flags(flags)
     log = ep.RunLog(ROOT / "build", options.steps, rank=1)  # a rank that writes nothing
-    return ep.train(ep.Run(config, options, mesh, recorder.device, ep.Heartbeat(None, mesh.meter), log))
+    return ep.train(ep.Run(config, options, mesh, recorder.device, log))
 
 
 class PlainDispatcher(ep.Dispatcher):

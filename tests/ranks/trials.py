@@ -53,7 +53,7 @@ def train(argv: list[str], log_dir: Path | None = None) -> dict[str, Any]:
     config, options = ep.parse_flags([*argv, "--device", "cpu"])
     device, mesh = ep.check_run(config, options), ep.init_ep()
     log = ep.RunLog(log_dir, options.steps, 1 if log_dir is None else mesh.batch.rank)
-    run = ep.Run(config, options, mesh, device, ep.Heartbeat(None, mesh.meter), log)
+    run = ep.Run(config, options, mesh, device, log)
     measured = ep.train(run)
     log.close()
     return measured
