@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from trials import leave_group, trial
 
 from ep_launcher import launcher as ep
