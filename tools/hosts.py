@@ -1,11 +1,12 @@
-"""Two hosts on one machine: a run of the launcher over two network namespaces, one rank in each.
+"""Two hosts on one machine: a run of the launcher over two network namespaces, one rank or more in each.
 
     python tools/hosts.py [--steps N] [FLAG...]           any flag of launcher.py
-    from tools.hosts import run_on_two_hosts              in a notebook
+    from tools.hosts import run_on_two_hosts              in a notebook; with a slow cable: mbit_per_s=100
 
 A network namespace has its own interfaces, addresses and ports. Two of them, joined by a virtual cable (veth), see
 of one another what two machines see: an address at the end of a wire. The rendezvous and every collective have to
-go through it. Needs Linux, root, and the program `ip`; otherwise HostsUnavailable says, in one line, what is missing.
+go through it, at the speed that the cable is given (`tc`, a token bucket). Needs Linux, root, and the program `ip`;
+otherwise HostsUnavailable says, in one line, what is missing.
 Addresses are private and exist inside the two namespaces alone; the machine's own network is not touched.
 """
 
@@ -27,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works uninstalled, from any folder
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # works uninstalled, from any folder
 
 from tools.ranks.failures import LIBRARY_LOG, Interrupted, LaunchError  # noqa: E402
 from tools.ranks.flags import LAUNCHER, check_flags, flag_arguments, torchrun_environment, torchrun_flags  # noqa: E402
@@ -70,13 +72,22 @@ def why_not(platform: str = sys.platform, user: int | None = None, path: str | N
     return None
 
 
-def ip(*arguments: str) -> str:
+def ip(*arguments: str, program: str = "ip") -> str:
     """Runs `ip` -> its output. HostsUnavailable where it fails: the system forbids what root usually may do."""
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=20)
+    try:
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20)
+    except FileNotFoundError:
+        raise HostsUnavailable(f"the program `{program}` is not installed (package iproute2)") from None
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise HostsUnavailable(f"the system refuses `ip {' '.join(arguments[:2])}`: {said}")
+        raise HostsUnavailable(f"the system refuses `{program} {' '.join(arguments[:2])}`: {said}")
     return done.stdout
+
+
+def limit_rate(namespace: str, mbit_per_s: float) -> None:
+    """What leaves a namespace through its end of the cable is held to this rate from now on: a token bucket (tbf)."""
+    bucket = ["rate", f"{mbit_per_s:g}mbit", "burst", f"{max(32, int(mbit_per_s))}kb", "latency", "400ms"]
+    ip("-n", namespace, "qdisc", "add", "dev", INTERFACE, "root", "tbf", *bucket, program="tc")
 
 
 def list_namespaces() -> list[str]:
@@ -98,8 +109,11 @@ def remove_namespaces(names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def two_namespaces() -> Iterator[list[str]]:
-    """Two namespaces joined by a cable, removed on every way out -> their names. HostsUnavailable where forbidden."""
+def two_namespaces(mbit_per_s: float | None = None) -> Iterator[list[str]]:
+    """Two namespaces joined by a cable, removed on every way out -> their names. HostsUnavailable where forbidden.
+
+    mbit_per_s: what the cable carries, each way; None: as much as the machine can.
+    """
     reason = why_not()
     if reason:
         raise HostsUnavailable(reason)
@@ -117,6 +131,8 @@ def two_namespaces() -> Iterator[list[str]]:
             ip("-n", name, "addr", "add", f"{address}/24", "dev", INTERFACE)
             for interface in ("lo", INTERFACE):
                 ip("-n", name, "link", "set", interface, "up")
+            if mbit_per_s is not None:
+                limit_rate(name, mbit_per_s)
         yield names
     finally:
         remove_namespaces(names)
@@ -128,25 +144,27 @@ def bytes_sent(namespace: str) -> int:
     return int(link["stats64"]["tx"]["bytes"])
 
 
-def host_flags(number: int, rdzv_id: str = "book") -> list[str]:
-    """torchrun's flags on host 1 or 2: one rank each, meeting at host 1.
+def host_flags(number: int, rdzv_id: str = "book", nproc: int = 1) -> list[str]:
+    """torchrun's flags on host 1 or 2: nproc ranks each, meeting at host 1.
 
     `--local-addr` because both hosts have this machine's name, which says nothing inside a namespace; `is_host`
     because torchrun guesses by that name which host is to open the meeting point.
     """
-    flags = torchrun_flags(1, 2, None, f"{ADDRESSES[0]}:{PORT}", rdzv_id, f"is_host={int(number == 1)}")
+    flags = torchrun_flags(nproc, 2, None, f"{ADDRESSES[0]}:{PORT}", rdzv_id, f"is_host={int(number == 1)}")
     return [*flags, f"--local-addr={ADDRESSES[number - 1]}"]
 
 
-def start_host(name: str, number: int, arguments: list[str], log: Path) -> Family:
+def start_host(name: str, number: int, program: list[str], log: Path, nproc: int = 1) -> Family:
     """torchrun inside a namespace. It ends when this process does (tools/ranks/worker.py)."""
-    environment = torchrun_environment(host_flags(number), threads=True)
+    flags = host_flags(number, nproc=nproc)
+    environment = torchrun_environment(flags, threads=True)
     environment |= {"GLOO_SOCKET_IFNAME": INTERFACE, "TP_SOCKET_IFNAME": INTERFACE}
     environment.pop("TB_LOGDIR", None)  # it would win over --log-dir
-    inside = ("ip", "netns", "exec", name)
-    command = [log.with_suffix(".json"), *host_flags(number), LAUNCHER, *arguments]
+    command = ("torchrun", log.with_suffix(".json"), *flags, *program)
     with open(log, "wb") as file:
-        return start_worker("torchrun", *command, output=file, environment=environment, before=inside)
+        return start_worker(
+            *command, output=file, environment=environment, before=("ip", "netns", "exec", name)
+        )
 
 
 def wait_for(hosts: list[Family], limit_s: float) -> bool:
@@ -193,26 +211,17 @@ def describe_hosts(codes: list[int | None], texts: list[str], limit_s: float, in
     return LaunchError(*lines)
 
 
-def run_on_two_hosts(*, limit_s: float = 60.0, **flags: Any) -> TwoHosts:
-    """Trains with one rank on each of two hosts, namespaces of this machine, over gloo on the CPU.
-
-    flags: launcher.py's, as for `launch`; `device`, `log_dir` and `summary` are chosen here, and logs are not kept.
-    Raises HostsUnavailable where the machine does not allow it, LaunchError for flags that the launcher refuses, a
-    run that fails, or one that takes longer than limit_s seconds. Whatever happens, an interrupt included, no
-    namespace and no process is left. Costs about 5 s more than the steps.
-    """
-    if taken := {"device", "log_dir", "summary"} & set(flags):
-        raise LaunchError(f"{', '.join(sorted(taken))}: two hosts choose that themselves", returncode=2)
-    shown = [*flag_arguments(flags), "--device", "cpu"]
-    check_flags(shown)
-    with tempfile.TemporaryDirectory(prefix="ep-hosts-") as folder, two_namespaces() as names:
-        path = Path(folder) / "summary.json"
-        arguments = [*shown, "--log-dir", folder, "--summary", str(path)]
+def run_program(
+    program: list[str], *, nproc: int = 1, mbit_per_s: float | None = None, limit_s: float = 60.0
+) -> tuple[list[str], list[int]]:
+    """Runs a program with its arguments on nproc ranks of each of two hosts -> what each host printed, and sent
+    through the cable in bytes. See run_on_two_hosts."""
+    with tempfile.TemporaryDirectory(prefix="ep-hosts-") as folder, two_namespaces(mbit_per_s) as names:
         logs = [Path(folder) / f"host{number}.log" for number in (1, 2)]
         hosts: list[Family] = []
         try:
             for number, (name, log) in enumerate(zip(names, logs, strict=True), 1):
-                hosts.append(start_host(name, number, arguments, log))
+                hosts.append(start_host(name, number, program, log, nproc))
             in_time = wait_for(hosts, limit_s)
             codes = [host.process.poll() for host in hosts]
             wire = [bytes_sent(name) for name in names]
@@ -221,18 +230,39 @@ def run_on_two_hosts(*, limit_s: float = 60.0, **flags: Any) -> TwoHosts:
         finally:
             end_all(hosts)
         texts = [log.read_text("utf-8", errors="replace") for log in logs]
-        if any(codes) or None in codes or not path.exists():
+        if any(codes) or None in codes:
             raise describe_hosts(codes, texts, limit_s, in_time)
-        summary = json.loads(path.read_text("utf-8"))
+        return texts, wire
+
+
+def run_on_two_hosts(
+    *, limit_s: float = 60.0, nproc: int = 1, mbit_per_s: float | None = None, **flags: Any
+) -> TwoHosts:
+    """Trains with nproc ranks on each of two hosts, namespaces of this machine, over gloo on the CPU.
+
+    mbit_per_s: what the cable between them carries, each way; None sets no limit. flags: launcher.py's, as for
+    `launch`; `device`, `log_dir` and `summary` are chosen here, and logs are not kept. Raises HostsUnavailable where
+    the machine does not allow it, LaunchError for flags that the launcher refuses, a run that fails, or one that takes
+    longer than limit_s seconds. Whatever happens, an interrupt included, no namespace and no process is left. Costs
+    about 5 s more than the steps.
+    """
+    if taken := {"device", "log_dir", "summary"} & set(flags):
+        raise LaunchError(f"{', '.join(sorted(taken))}: two hosts choose that themselves", returncode=2)
+    shown = [*flag_arguments(flags), "--device", "cpu"]
+    check_flags(shown)
+    with tempfile.TemporaryDirectory(prefix="ep-hosts-run-") as folder:
+        summary = Path(folder) / "summary.json"
+        program = [str(LAUNCHER), *shown, "--log-dir", folder, "--summary", str(summary)]
+        texts, wire = run_program(program, nproc=nproc, mbit_per_s=mbit_per_s, limit_s=limit_s)
+        lines = [line for text in texts for line in text.splitlines()]
+        found = json.loads(summary.read_text("utf-8"))
         return TwoHosts(
-            [shlex.join(["torchrun", *host_flags(n), "ep_launcher/launcher.py", *shown]) for n in (1, 2)],
             [
-                line
-                for text in texts
-                for line in text.splitlines()
-                if line.startswith(("[step ", "task loss "))
+                shlex.join(["torchrun", *host_flags(n, nproc=nproc), "ep_launcher/launcher.py", *shown])
+                for n in (1, 2)
             ],
-            summary | {"config": summary["config"] | {"log_dir": None, "summary": None}},  # both are gone
+            [line for line in lines if line.startswith(("[step ", "task loss "))],
+            found | {"config": found["config"] | {"log_dir": None, "summary": None}},  # both are gone
             wire,
         )
 

@@ -24,10 +24,11 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from tools.extract import assert_fresh, book_notebooks, check_kernel_definitions, read_notebook
 from tools.ranks.failures import HERE, Interrupted, OneMessage, signal_name
 from tools.ranks.output import kernel
 from tools.ranks.processes import ROOT, start_worker
+from tools.stitch.fresh import assert_fresh, check_kernel_definitions
+from tools.stitch.reading import book_notebooks, read_notebook
 
 STARTUP_S = 120.0  # importing torch, on a busy machine
 

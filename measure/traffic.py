@@ -1,0 +1,122 @@
+"""Chapter 10's dispatchers on several GPUs, beside chapter 07's: the exchange alone, layers, the default step.
+
+    torchrun --standalone --nproc_per_node=2 measure/traffic.py            into results/<device>_x<N>_traffic.json
+    torchrun --standalone --nproc_per_node=2 measure/traffic.py --device cpu --small      whether it runs, anywhere
+
+Exchange: dispatch and combine, forward, of 4,096 tokens a rank, hidden 7,168, top-8 of 256 experts, bfloat16, beside
+the all-to-all of as many bytes and nothing else. Layers: forward and backward at the sizes of measure/layer.py, each
+held against its reference first. Step: the launcher's, with its defaults. What records is timed recorded too.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from ep_launcher import launcher as ep  # noqa: E402
+from measure import layer, record  # noqa: E402
+from measure.record import Recorder  # noqa: E402
+
+NAMES = ("all_to_all", "dedup", "gather_tokens")
+
+
+def exchange(recorder: Recorder) -> dict:
+    """Each dispatcher's way there and back, its bytes against the meter's, and the wire alone with as many rows."""
+    comm, device, size = recorder.comm, recorder.device, recorder.comm.size
+    num_tokens, d, num_experts = (64, 64, 16) if recorder.args.small else (4096, 7168, 256)
+    config = ep.MoEConfig(num_experts, 8, d, 2048, max_num_tokens=num_tokens, dtype="bfloat16")
+    torch.manual_seed(comm.rank)
+    weights, ids = torch.rand(num_tokens, num_experts, device=device).topk(config.top_k)
+    x = torch.randn(num_tokens, d, device=device).to(torch.bfloat16)
+    expected = x.float() * weights.sum(1, keepdim=True)
+    every_ids = [torch.tensor(i) for i in recorder.gather(ids.tolist())]
+    variants, sent, errors = {}, {}, {}
+    for name in NAMES:
+        kind = ep.REGISTRIES["dispatcher"][name].for_layer(config, comm)
+        before = {way: comm.meter.total(way) for way in ("dispatch", "combine")}
+        arrived = kind.dispatch(x, ids, weights)
+        weight = torch.where(arrived.topk_ids < 0, 0, arrived.topk_weights).sum(1, keepdim=True)
+        echo, handle = torch.where(weight > 0, arrived.x, 0) * weight.to(x.dtype), arrived.handle
+        y = kind.combine(echo, handle)
+        predicted = kind.predict_bytes(every_ids, d, x.dtype)
+        for way, earlier in before.items():
+            own, counted = int(predicted[way][comm.rank].sum()), comm.meter.total(way) - earlier
+            sent[f"{name}, {way}"] = statistics.mean(recorder.gather(own))
+            if counted != own:
+                recorder.failures.append(f"{name}, {way} sent {counted} bytes, not {own}")
+        errors[name] = max(recorder.gather(float((y.float() - expected).norm() / expected.norm())))
+        if not errors[name] <= 2e-2:
+            recorder.failures.append(f"{name}: tokens came back {errors[name]:.1e} off")
+        ways = {
+            "dispatch": lambda kind=kind: kind.dispatch(x, ids, weights),
+            "combine": lambda kind=kind, y=echo, handle=handle: kind.combine(y, handle),
+        }
+        variants |= {f"{name}, {way}": run for way, run in ways.items()}
+        if kind.records and recorder.on_gpu:
+            variants |= {f"{name}, {way}, recorded": record.captured(run) for way, run in ways.items()}
+        rows = int(sent[f"{name}, combine"] / (d * 2) / max(1, size - 1))  # to each other rank
+        outgoing = torch.zeros(size * rows, d, dtype=x.dtype, device=device)
+        incoming = torch.empty_like(outgoing)
+        variants[f"{name}, wire alone"] = lambda i=incoming, o=outgoing: dist.all_to_all_single(i, o)
+    samples = recorder.alternate(variants, 2 if recorder.args.small else 5)
+    ms = record.medians(samples)
+    for name, value in ms.items():
+        recorder.say(f"  {name:34} {value:8.3f} ms  {sent.get(name, 0) / 1e6:8.1f} MB leave")
+    return {"tokens": num_tokens, "hidden_dim": d, "num_experts": num_experts, "top_k": 8, "errors": errors,
+            "mean_bytes_that_leave": sent, "median_ms": ms, "samples_ms": samples}  # fmt: skip
+
+
+def layers(recorder: Recorder) -> dict:
+    """{size: errors, memory and times of a layer with each dispatcher}."""
+    found = {}
+    for size in layer.SMALL_SIZES if recorder.args.small else layer.SIZES:
+        ours = layer.make_layer(recorder, size)
+
+        def make(name: str, ours: ep.EPMoE = ours) -> layer.Variant:
+            launcher = recorder.launchers[""]
+            other = launcher.sharing(ours, dispatcher=name)
+            return layer.Variant(lambda x: launcher.forward(other, x)[0], list(other.parameters()))
+
+        makers = {f"ours, {name}": lambda name=name, make=make: make(name) for name in NAMES}
+        few = layer.tokens(ours, 32 if recorder.args.small else 256)
+        batch = layer.tokens(ours, ours.config.max_num_tokens)
+        passes, result = layer.prepare(recorder, size, ours, makers, batch, checked=few)
+        if recorder.on_gpu:
+            passes["ours, gather_tokens, recorded"] = record.captured(passes["ours, gather_tokens"])
+        samples = recorder.alternate(passes, 1 if recorder.args.small else 3)
+        found[size] = layer.finish(recorder, size, ours, samples, result)
+        del passes, makers, ours
+        recorder.free_memory()
+    return found
+
+
+def step(recorder: Recorder) -> dict:
+    """The launcher's training step with its defaults, and with what `auto` takes."""
+    flags = {name: ["--dispatcher", name, "--step", "eager"] for name in NAMES} | {"auto": []}
+    if recorder.on_gpu:
+        flags["gather_tokens, recorded"] = ["--dispatcher", "gather_tokens", "--step", "graph"]
+    variants = {name: recorder.launchers[""].step(own, recorder.device) for name, own in flags.items()}
+    samples = recorder.alternate(variants, 2 if recorder.args.small else 8)
+    ms = record.medians(samples)
+    recorder.say_speeds(ms, "all_to_all")
+    taken = ep.pick("dispatcher", ep.parse_flags([])[0], recorder.device, recorder.comm.size)
+    return {"auto": taken, "median_ms": ms, "samples_ms": samples}
+
+
+def measure(recorder: Recorder) -> None:
+    """The three parts, one after the other, into the file."""
+    parts = {}
+    for part in (exchange, layers, step):
+        parts[part.__name__] = part(recorder)
+        recorder.free_memory()
+        recorder.write(f"x{recorder.comm.size}_traffic", parts)
+    for failure in recorder.failures:
+        recorder.say(f"  {failure}")
+
+
+if __name__ == "__main__":
+    record.main(measure, record.parser(__doc__, device="auto", small=False, rounds=20), needs_group=True)
