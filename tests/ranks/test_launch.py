@@ -161,7 +161,7 @@ LATE = "rank 1 stayed behind at step 2"
     ("failures", "errors", "stopped", "rank", "first"),
     [
         ([(0, 1), (1, -9)], {0: [f"error: {LATE}"]}, [], 1, "rank 1 was ended by SIGKILL; the other ranks"),
-        ([(0, -15), (1, 130)], {}, [], 1, "rank 1 was ended by SIGTERM; the other ranks were stopped (somebody"),
+        ([(0, -15), (1, 130)], {}, [], 1, "rank 1 was ended by SIGTERM; the other ranks were stopped"),
         ([(0, 1)], {0: [f"error: {LATE}"]}, [], 1, LATE),
         ([(0, 1)], {0: ["error: rank 0: DistStoreError"]}, [1], 1, "rank 1 was stopped by SIGSTOP"),
         ([(3, 1)], {3: [*TRACEBACK, "error: rank 3: E (x)"]}, [], 3, "rank 3: E (x)"),

@@ -18,8 +18,8 @@ from tools.ranks.processes import ROOT
 MOST_LINES = 15
 LIBRARY_LOG = re.compile(r"^\[[WIEF]\d{3,4} |^[WIEF]\d{4} |^\[Gloo\]")
 HERE = (str(ROOT) + os.sep, "")  # for str.replace: no path of this machine in an output
-WHY = {
-    "SIGKILL": "somebody ended it, or the memory ran out: look at `dmesg`, or take fewer tokens or ranks",
+TO_DO = {
+    "SIGKILL": "look at `dmesg`: if the memory ran out, take fewer tokens or ranks; else somebody ended it",
     "SIGSEGV": "a fault in native code: run it again with PYTHONFAULTHANDLER=1 to see where",
     "SIGTERM": "somebody ended it; start the run again",
 }
@@ -94,7 +94,7 @@ def describe_failure(
     if killed or (code == 130 and not said):  # 130: what the launcher makes of a SIGTERM
         name = signal_name(-code) if code < 0 else "SIGTERM"
         line = f"rank {rank} was ended by {name}; the other ranks were stopped"
-        return rank, [f"{line} ({WHY.get(name, 'look at its log')})", *then]
+        return rank, [line, *then, f"to do: {TO_DO.get(name, 'look at its log')}"]
     if said:
         named = re.match(r"rank (\d+)\b", said)
         lines = errors[speaker]
