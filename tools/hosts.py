@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -60,24 +59,14 @@ class TwoHosts:
     wire_bytes: list[int]
 
 
-def why_not(platform: str = sys.platform, user: int | None = None, path: str | None = None) -> str | None:
-    """What this machine lacks for two hosts, in one line, or None. platform, user id and PATH: for the tests."""
-    user = os.geteuid() if user is None and hasattr(os, "geteuid") else user
-    if not platform.startswith("linux"):
-        return f"network namespaces exist on Linux only, and this is {platform}"
-    if shutil.which("ip", path=path) is None:
-        return "the program `ip` is not installed (package iproute2)"
-    if user != 0:
-        return "only root may make network namespaces; start this as root, or take real hosts"
-    return None
-
-
 def ip(*arguments: str, program: str = "ip") -> str:
     """Runs `ip` -> its output. HostsUnavailable where it fails: the system forbids what root usually may do."""
     try:
         done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20)
     except FileNotFoundError:
-        raise HostsUnavailable(f"the program `{program}` is not installed (package iproute2)") from None
+        raise HostsUnavailable(
+            f"the program `{program}` is not installed (Linux, package iproute2)"
+        ) from None
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise HostsUnavailable(f"the system refuses `{program} {' '.join(arguments[:2])}`: {said}")
@@ -97,8 +86,7 @@ def list_namespaces() -> list[str]:
 
 def is_left_over(name: str) -> bool:
     """Whether a namespace is one of ours whose process was killed before it could remove it."""
-    match = NAME.match(name)
-    return bool(match) and not Path(f"/proc/{match[1]}").exists()
+    return bool(match := NAME.match(name)) and not Path(f"/proc/{match[1]}").exists()
 
 
 def remove_namespaces(names: Sequence[str]) -> None:
@@ -114,19 +102,14 @@ def two_namespaces(mbit_per_s: float | None = None) -> Iterator[list[str]]:
 
     mbit_per_s: what the cable carries, each way; None: as much as the machine can.
     """
-    reason = why_not()
-    if reason:
-        raise HostsUnavailable(reason)
     names = [f"ep-host-{os.getpid()}-{number}" for number in (1, 2)]
     remove_namespaces([name for name in list_namespaces() if is_left_over(name)])
     try:
         for name in names:
             ip("netns", "add", name)
         first, second = names
-        cable = ["type", "veth", "peer", "name", INTERFACE, "netns", second]
-        ip(
-            "-n", first, "link", "add", INTERFACE, *cable
-        )  # both ends inside: the machine never sees the cable
+        # Both ends inside: the machine never sees the cable.
+        ip("-n", first, "link", "add", INTERFACE, "type", "veth", "peer", "name", INTERFACE, "netns", second)
         for name, address in zip(names, ADDRESSES, strict=True):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", INTERFACE)
             for interface in ("lo", INTERFACE):
@@ -172,28 +155,16 @@ def wait_for(hosts: list[Family], limit_s: float) -> bool:
 
     A host whose partner has gone gets OTHER_HOST_S: on a dead link torchrun can wait for minutes.
     """
-    deadline = time.monotonic() + limit_s
-    first_end = None
-    while any(host.process.poll() is None for host in hosts):
-        now = time.monotonic()
-        for host in hosts:
+    end = deadline = time.monotonic() + limit_s
+    while running := [host for host in hosts if host.process.poll() is None]:
+        if time.monotonic() > end:
+            return time.monotonic() <= deadline
+        if len(running) == 1:
+            end = min(end, time.monotonic() + OTHER_HOST_S)
+        for host in running:
             host.note()
-        if any(host.process.poll() is not None for host in hosts):
-            first_end = first_end or now
-        if now > deadline or (first_end and now - first_end > OTHER_HOST_S):
-            return now <= deadline
         time.sleep(0.05)
     return True
-
-
-def end_all(hosts: list[Family]) -> None:
-    """Ends every process of the hosts: asked both at once, then each made sure of."""
-    with uninterrupted():
-        for host in hosts:
-            with contextlib.suppress(OSError):
-                host.process.terminate()
-        for host in hosts:
-            host.end()
 
 
 def describe_hosts(codes: list[int | None], texts: list[str], limit_s: float, in_time: bool) -> LaunchError:
@@ -228,7 +199,11 @@ def run_program(
         except KeyboardInterrupt:
             raise Interrupted(["both hosts have ended"]) from None
         finally:
-            end_all(hosts)
+            with uninterrupted():
+                for host in hosts:  # asked both at once, then each made sure of
+                    host.process.terminate()
+                for host in hosts:
+                    host.end()
         texts = [log.read_text("utf-8", errors="replace") for log in logs]
         if any(codes) or None in codes:
             raise describe_hosts(codes, texts, limit_s, in_time)
@@ -256,15 +231,12 @@ def run_on_two_hosts(
         texts, wire = run_program(program, nproc=nproc, mbit_per_s=mbit_per_s, limit_s=limit_s)
         lines = [line for text in texts for line in text.splitlines()]
         found = json.loads(summary.read_text("utf-8"))
-        return TwoHosts(
-            [
-                shlex.join(["torchrun", *host_flags(n, nproc=nproc), "ep_launcher/launcher.py", *shown])
-                for n in (1, 2)
-            ],
-            [line for line in lines if line.startswith(("[step ", "task loss "))],
-            found | {"config": found["config"] | {"log_dir": None, "summary": None}},  # both are gone
-            wire,
-        )
+        commands = [
+            ["torchrun", *host_flags(n, nproc=nproc), "ep_launcher/launcher.py", *shown] for n in (1, 2)
+        ]
+        found["config"] |= {"log_dir": None, "summary": None}  # both are gone
+        lines = [line for line in lines if line.startswith(("[step ", "task loss "))]
+        return TwoHosts([shlex.join(command) for command in commands], lines, found, wire)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -275,11 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__.strip())
         return 0
     try:
-        values = check_flags(arguments)
-        given = {part.partition("=")[0].removeprefix("--") for part in arguments if part.startswith("--")}
-        named = {
-            name: value for name, value in values.items() if {name.replace("_", "-"), f"no-{name}"} & given
-        }
+        values, defaults = check_flags(arguments), check_flags([])
+        named = {name: value for name, value in values.items() if value != defaults[name]}
         two = run_on_two_hosts(**named)
     except HostsUnavailable as reason:
         print(f"no two hosts here: {reason}", file=sys.stderr)

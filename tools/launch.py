@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works uninstalled, from any folder
+if __name__ == "__main__":  # Ctrl-C while modules are read is one line, too
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
 from tools.extract import assert_fresh, check_kernel_definitions  # noqa: E402
 from tools.ranks.failures import Interrupted, LaunchError, describe_failure, shown_path  # noqa: E402
@@ -262,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line -> exit code: 0, 2 for a refusal, 130 for an interrupt, else torchrun's."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)
+        signal.signal(signal.SIGINT, interrupt)
     try:
         options, rest = command_parser().parse_known_args(argv)
         assert_fresh()

@@ -280,10 +280,19 @@ class Shell:
 
 
 def test_signals(tmp_path):
-    """Four runs beside one another: SIGINT, SIGKILL of a rank, of the launching process, SIGSTOP of a rank."""
+    """Runs beside one another: SIGINT early and late, SIGKILL of a rank and of the launching process, SIGSTOP."""
     names = ("interrupted", "rank_killed", "launch_killed", "rank_stopped")
     runs = {name: Shell(tmp_path / name, *["--timeout-s", "5"] * ("stopped" in name)) for name in names}
+    early = Shell(tmp_path / "early")
+    wait_until(lambda: processes(str(early.log_dir)))  # it reads its modules now
+    early.process.send_signal(signal.SIGINT)
+    starting = Shell(tmp_path / "starting")
     try:
+        wait_until(lambda: any(WORKER in process.cmdline() for process in processes(str(starting.log_dir))))
+        starting.process.send_signal(signal.SIGINT)
+        for run in (early, starting):
+            code, _, lines = run.finish()
+            assert code == 130 and len(lines) == 1 and lines[0].startswith("interrupted")
         for run in runs.values():
             run.wait_for_steps()
         runs["rank_stopped"].rank(1).suspend()
