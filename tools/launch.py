@@ -90,7 +90,7 @@ def make_log_folder(given: str | None) -> tuple[Path, Path, list[Path]]:
 def waited_for(output: RankOutput, family: Family, flags: list[str]) -> str:
     """One line on what a run waits for that has not taken a step; empty where another host knows."""
     ranks = list(output.folder.glob("*/attempt_*/*"))
-    endpoint = next((flag for flag in flags if flag.startswith("--rdzv-endpoint=")), "")
+    endpoint = next((flag.partition("=")[2] for flag in flags if flag.startswith("--rdzv-endpoint=")), "")
     if stopped := family.stopped_ranks():
         what = f"rank {stopped[0]} was stopped by SIGSTOP"
     elif ranks and endpoint:
