@@ -1,13 +1,16 @@
 """Shared by the tests: the repository's root, and ways to run a script, or trials, on real ranks."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,3 +64,22 @@ def copy_of_the_code(folder: Path, right: str, wrong: str) -> Path:
     shutil.copy(ROOT / "ep_launcher/__init__.py", folder / "ep_launcher")
     (folder / "ep_launcher/launcher.py").write_text(source.replace(right, wrong))
     return folder
+
+
+def processes(marker: str) -> list[psutil.Process]:
+    """The running processes with this text in their command line, this one left out."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                if any(marker in part for part in process.cmdline()):
+                    found.append(process)
+    return found
+
+
+def wait_until(condition, timeout: float = 120) -> None:
+    """Until it holds: a busy machine may take its time, a hang may not."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)

@@ -4,11 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
-import psutil
 import pytest
-from support import ROOT
+from support import ROOT, processes, wait_until
 
 from tools import hosts
 from tools.hosts import HostsUnavailable, run_on_two_hosts
@@ -35,28 +33,16 @@ def own_namespaces() -> list[str]:
     return [name for name in hosts.list_namespaces() if hosts.NAME.match(name)]
 
 
-def processes_of_hosts() -> list[list[str]]:
-    """The command lines of torchruns and ranks on two hosts: all name the log folder of tools/hosts.py."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        line = process.info["cmdline"] or []
-        if process.info["status"] != psutil.STATUS_ZOMBIE and any("ep-hosts-" in part for part in line):
-            found.append(line)
-    return found
-
-
-def assert_nothing_left(within_s: float = 60) -> None:
-    deadline = time.monotonic() + within_s
-    while (processes_of_hosts() or own_namespaces()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert processes_of_hosts() == [] and own_namespaces() == []
+def nothing_is_left() -> bool:
+    """No torchrun and no rank, all of which name the log folder of tools/hosts.py, and no namespace."""
+    return not processes("ep-hosts-") and not own_namespaces()
 
 
 @needs_hosts
 def test_two_hosts_train_as_one_does():
     links = sorted(os.listdir("/sys/class/net"))
     two = run_on_two_hosts(steps=20, dtype="float64", **SMALL)
-    assert_nothing_left()
+    assert nothing_is_left()
     assert sorted(os.listdir("/sys/class/net")) == links
     one = launch(nproc=2, steps=20, dtype="float64", device="cpu", quiet=True, **SMALL)
     assert two.summary["world_size"] == 2 and len(two.summary["task_loss"]) == 4
@@ -73,21 +59,18 @@ def test_an_interrupt_leaves_nothing():
     process = subprocess.Popen(
         [*COMMAND, "--steps", "1000000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
-    while (found := len(processes_of_hosts())) < 4 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: len(processes("ep-hosts-")) >= 4)  # a torchrun and a rank on each host
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
-    assert found >= 4, "a torchrun and a rank on each host did not start"
     assert (process.returncode, said) == (130, "interrupted: both hosts have ended\n")
-    assert_nothing_left(within_s=0)
+    assert nothing_is_left()
 
 
 @needs_hosts
 def test_a_time_limit_leaves_nothing():
     with pytest.raises(LaunchError, match="^the two hosts did not end within 0.5 s"):
         run_on_two_hosts(steps=10, limit_s=0.5, **SMALL)
-    assert_nothing_left(within_s=0)
+    assert nothing_is_left()
 
 
 @needs_hosts
@@ -100,7 +83,7 @@ def test_namespaces_of_a_killed_process_are_removed_later():
     with hosts.two_namespaces() as names:
         assert sorted(own_namespaces()) == sorted(names)
         assert names[0] != left
-    assert_nothing_left(within_s=0)
+    assert nothing_is_left()
 
 
 def test_a_bad_flag_is_refused_before_anything_starts(monkeypatch):
