@@ -15,6 +15,7 @@ import argparse
 import ast
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -166,6 +167,9 @@ def execute(name: str, notebook: NotebookNode, cwd: Path, timeout_s: float) -> N
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
 
+    logging.getLogger("asyncio").setLevel(
+        logging.CRITICAL
+    )  # nbclient leaves a task behind where a cell hangs
     mark, deadline, started = f"{os.getpid()}-{time.monotonic_ns()}", time.monotonic() + timeout_s, [name]
     bar = tqdm(
         desc=name, total=len(notebook.cells), unit="cell", leave=False, disable=None, dynamic_ncols=True
