@@ -54,12 +54,12 @@ def token_color(rank: int, token: int, num_tokens: int = 4) -> tuple[float, floa
 
 def draw_box(
     ax: Axes, x: float, y: float, color: str | Sequence[float], text: str = "", *, width: float = 0.9,
-    height: float = 0.8, edge: str = INK, hatch: str | None = None, fontsize: float = 12,
+    height: float = 0.8, edge: str = INK, hatch: str | None = None, fontsize: float = 12, linewidth: float = 1,
 ) -> None:  # fmt: skip
     """A box with its lower left corner at (x, y); its text black or white, whichever reads better on color."""
     ax.add_patch(FancyBboxPatch(
         (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08", facecolor=color, edgecolor=edge,
-        linewidth=1, hatch=hatch,
+        linewidth=linewidth, hatch=hatch,
     ))  # fmt: skip
     red, green, blue = to_rgb(color)
     is_dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
