@@ -15,6 +15,7 @@ import argparse
 import ast
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -166,7 +167,17 @@ def execute(name: str, notebook: NotebookNode, cwd: Path, timeout_s: float) -> N
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
 
-    mark, deadline, started = f"{os.getpid()}-{time.monotonic_ns()}", time.monotonic() + timeout_s, [name]
+    logging.getLogger("asyncio").setLevel(
+        logging.CRITICAL
+    )  # nbclient leaves a task behind where a cell hangs
+    mark, started = f"{os.getpid()}-{time.monotonic_ns()}", [(name, 0.0)]
+
+    def note_start(cell: NotebookNode, cell_index: int) -> None:
+        started.append((f"{name} #{cell.id}", time.monotonic()))
+
+    def seconds_left(cell: NotebookNode) -> float:
+        return max(0.1, started[1][1] + timeout_s - time.monotonic())  # a kernel's own start does not count
+
     bar = tqdm(
         desc=name, total=len(notebook.cells), unit="cell", leave=False, disable=None, dynamic_ncols=True
     )
@@ -175,8 +186,8 @@ def execute(name: str, notebook: NotebookNode, cwd: Path, timeout_s: float) -> N
         # This Python's own kernel, whatever else is installed under the name of python3.
         km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])),
         extra_arguments=["--log-level=ERROR"],
-        timeout_func=lambda cell: max(0.1, deadline - time.monotonic()),
-        on_cell_start=lambda cell, cell_index: started.append(f"{name} #{cell.id}"),
+        timeout_func=seconds_left,
+        on_cell_start=note_start,
         on_cell_complete=lambda cell, cell_index: bar.update(cell_index + 1 - bar.n),
         coalesce_streams=True, record_timing=False, store_widget_state=False, shutdown_kernel="immediate",
     )  # fmt: skip
@@ -190,12 +201,12 @@ def execute(name: str, notebook: NotebookNode, cwd: Path, timeout_s: float) -> N
         try:
             running.result()
         except CellExecutionError as error:
-            raise Stopped(1, *failure_lines(started[-1], error)) from None
+            raise Stopped(1, *failure_lines(started[-1][0], error)) from None
         except CellTimeoutError:
             said = f"did not end within {timeout_s:g} s; it was ended"
-            raise Stopped(1, f"error: {started[-1]}: {said}") from None
+            raise Stopped(1, f"error: {started[-1][0]}: {said}") from None
         except (DeadKernelError, RuntimeError) as error:
-            raise Stopped(1, f"error: {started[-1]}: the kernel died: {error}") from None
+            raise Stopped(1, f"error: {started[-1][0]}: the kernel died: {error}") from None
         finally:
             end_marked(mark)
 

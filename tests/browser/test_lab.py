@@ -109,14 +109,14 @@ def test_run_all(name, page, context, lab):
 
 def test_committed_figures_show_and_solutions_are_folded(page, lab):
     """A committed figure is a link to its file in images/; nothing has to run for it."""
-    open_notebook(page, lab, "05_launch.ipynb")
+    open_notebook(page, lab, "03_experts.ipynb")
     ids = [cell["id"] for cell in json.loads(page.evaluate(CELLS))]
     for cell_id, is_there in (
         (
-            "processes-figure",
-            "[...document.images].some((i) => /05_processes/.test(i.src) && i.naturalWidth > 0)",
+            "picture-figure",
+            "[...document.images].some((i) => /03_routing/.test(i.src) && i.naturalWidth > 0)",
         ),
-        ("solution-message", "document.querySelector('.jp-InputPlaceholder')"),
+        ("solution-topk", "document.querySelector('.jp-InputPlaceholder')"),
     ):
         number = ids.index(cell_id)
         page.evaluate(f"() => window.jupyterapp.shell.currentWidget.content.scrollToItem({number}, 'center')")
