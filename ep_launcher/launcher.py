@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "4f19b78b7912048c0a72d528c78930ef91037bff56d35a6ecac25c10e596b7d8"
+SOURCES_SHA256 = "6c8c1236528f5a780d088901ac6ea0409e0ab7bc984c9f7501979443e4397182"
 
 
 # ==========================================================================================================
@@ -2821,7 +2821,7 @@ class BmmExperts(Experts):
         dispatcher does not bring every expert equally many."""
         is_equal = arrived.rows_per_expert is not None
         if is_equal or len(arrived.x) * self.num_local > self.largest_fixed:
-            return add_output_bias(self.padded(arrived), arrived, self.in_dtype(arrived.x.dtype)[3])
+            return self.padded(arrived)
         return self.every_expert(arrived)
 
     def every_expert(self, arrived: Arrived) -> Tensor:
@@ -2839,7 +2839,7 @@ class BmmExperts(Experts):
         return y if b2 is None else torch.addmm(y, spread.to(x.dtype), b2)
 
     def padded(self, arrived: Arrived) -> Tensor:
-        """y [R, D], without output biases: each expert's rows in a block of one length, with their weights."""
+        """y [R, D]: each expert's rows in a block of one length, with their weights."""
         if arrived.rows_per_expert is not None:
             return self.weighted(arrived.x, arrived.topk_weights, arrived.rows_per_expert)
         order = order_rows(arrived.topk_ids, self.num_local, arrived.max_pairs)
@@ -2853,9 +2853,12 @@ class BmmExperts(Experts):
 
     def weighted(self, rows: Tensor, weights: Tensor, capacity: int) -> Tensor:
         """rows [L * C, D], C an expert, weights [L * C, 1] -> [L * C, D]: results times weights."""
-        hidden = self.hidden(rows.view(self.num_local, capacity, -1))
-        hidden = hidden.to(weights.dtype) * weights.view(self.num_local, capacity, 1)
-        return torch.bmm(hidden.to(rows.dtype), self.in_dtype(rows.dtype)[2]).flatten(0, 1)
+        _, _, w2, b2, _, _ = self.in_dtype(rows.dtype)
+        weights = weights.view(self.num_local, capacity, 1)
+        hidden = self.hidden(rows.view(self.num_local, capacity, -1)).to(weights.dtype) * weights
+        bias = None if b2 is None else (weights * b2.unsqueeze(1)).to(rows.dtype)
+        hidden = hidden.to(rows.dtype)
+        return (torch.bmm(hidden, w2) if bias is None else torch.baddbmm(bias, hidden, w2)).flatten(0, 1)
 
 
 # %% notebooks/06_grouped_experts.ipynb #graph-step
@@ -2863,8 +2866,8 @@ class BmmExperts(Experts):
 class GraphStep:
     """A training step recorded once as a CUDA graph and played back: one launch in place of a hundred.
 
-    Legal where nothing in the step asks the host: dispatchers that record, experts that do not ask. The numbers are
-    those of the eager step, bit for bit. Memory of the recorded step stays taken.
+    Legal where nothing in the step needs a value on the host: dispatchers that record, experts that do not
+    synchronise. The numbers are those of the eager step, bit for bit. Memory of the recorded step stays taken.
     """
 
     def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -2874,7 +2877,7 @@ class GraphStep:
 
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
-        """Runs on GPUs where no layer of the model asks anything of the host."""
+        """Runs on GPUs where no layer of the model needs a value on the host."""
         tokens = shard_sizes(run.num_global_tokens, run.mesh.batch.size)
         even = run.mesh.batch.size == 1 or tokens[0] == tokens[-1]
         fixed = all(
@@ -2943,49 +2946,6 @@ class CompiledStep(GraphStep):
 # ==========================================================================================================
 
 
-# %% notebooks/07_exact_all_to_all.ipynb #seal-counts
-def seal_counts(counts: Tensor, row_bytes: int) -> Tensor:
-    """counts int64 [..., L] -> [..., L + 3]: the counts, their sum, a sum that feels their order, a row's bytes.
-
-    Whoever holds a sealed line can tell whether a number in it was changed. No host synchronisation.
-    """
-    running = counts.cumsum(-1)
-    size = counts.new_full((*counts.shape[:-1], 1), row_bytes)
-    return torch.cat([counts, running[..., -1:], running.sum(-1, keepdim=True), size], dim=-1)
-
-
-# %% notebooks/07_exact_all_to_all.ipynb #check-seals
-def broken_seal(line: list[int], row_bytes: int) -> tuple[str, str] | None:
-    """One sealed line -> (what it says, what was announced) where they differ; None where all is well."""
-    *counts, total, _, announced_bytes = line
-    if seal_counts(torch.tensor(counts), row_bytes).tolist() == line:
-        return None
-    if announced_bytes != row_bytes:
-        return f"rows of {row_bytes} bytes", f"rows of {announced_bytes}"
-    if sum(counts) != total:
-        return f"{sum(counts)} rows", str(total)
-    return f"{counts} rows for the experts in turn", "other counts"
-
-
-def check_seals(lines: Tensor, row_bytes: int, rank: int) -> None:
-    """lines int64 [2, W, L + 3] on the host, sealed: sent to each rank, received from each rank.
-
-    CollectiveError, before any row travels, where a line is not what was sealed.
-    """
-    if torch.equal(seal_counts(lines[..., :-3], row_bytes), lines):
-        return
-    texts = (
-        "rank {} sends {} to rank {}, and announced {}",
-        "rank {} expects {} from rank {}, which announced {}",
-    )
-    for text, by_rank in zip(texts, lines.tolist(), strict=True):
-        for other, line in enumerate(by_rank):
-            if found := broken_seal(line, row_bytes):
-                raise CollectiveError(
-                    text.format(rank, found[0], other, found[1]) + ": split counts are corrupt"
-                )
-
-
 # %% notebooks/07_exact_all_to_all.ipynb #copy-to-host
 def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
     """Starts to copy x to the host -> a function that waits for the copy and returns it; x itself on a CPU.
@@ -3024,10 +2984,11 @@ class ExchangePlan:
 def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[], ExchangePlan]:
     """counts int64 [E], this rank's rows an expert -> a function that waits and returns the plan.
 
-    One message of L + 3 numbers to each rank, one copy to the host, which that function waits for; it raises
-    CollectiveError where the numbers are not what was sent.
+    One message of L numbers to each rank, L + 3 where seals are on, and one copy to the host, which that function waits
+    for; it raises CollectiveError where a seal is broken.
     """
-    sent = seal_counts(counts.view(comm.size, -1), row_bytes)
+    sent, is_sealed = counts.view(comm.size, -1), dist.get_debug_level() != dist.DebugLevel.OFF
+    sent = seal_counts(sent, row_bytes) if is_sealed else sent
     received = comm.all_to_all(sent, [1] * comm.size, [1] * comm.size, "metadata")
     wait = copy_to_host(torch.stack([sent, received]))
     num_local = len(counts) // comm.size
@@ -3035,13 +2996,13 @@ def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[],
 
     @functools.cache
     def plan() -> ExchangePlan:
-        lines = wait()
-        check_seals(lines, row_bytes, comm.rank)
-        input_splits, output_splits = lines[..., -3].tolist()
+        on_host = wait()
+        if is_sealed:
+            check_seals(on_host, row_bytes, comm.rank)
+        on_host = on_host[..., :num_local]
+        input_splits, output_splits = on_host.sum(-1).tolist()
         ids = experts.repeat_interleave(received[:, :num_local].reshape(-1), output_size=sum(output_splits))
-        return ExchangePlan(
-            input_splits, output_splits, ids[:, None], lines[1, :, :num_local].sum(0).tolist()
-        )
+        return ExchangePlan(input_splits, output_splits, ids[:, None], on_host[1].sum(0).tolist())
 
     return plan
 
@@ -3185,6 +3146,49 @@ class AllToAllDispatcher(Dispatcher):
         rider = rider_columns(hidden_dim, dtype) * dtype.itemsize
         weight = torch.promote_types(dtype, torch.float32).itemsize
         return bytes_by_pass(rows, rows.t(), row, rider, row * x_needs_grad + weight)
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #seal-counts
+def seal_counts(counts: Tensor, row_bytes: int) -> Tensor:
+    """counts int64 [..., L] -> [..., L + 3]: the counts, their sum, a sum that feels their order, a row's bytes.
+
+    Whoever holds a sealed row can tell whether a number in it was changed. No host synchronisation.
+    """
+    running = counts.cumsum(-1)
+    size = counts.new_full((*counts.shape[:-1], 1), row_bytes)
+    return torch.cat([counts, running[..., -1:], running.sum(-1, keepdim=True), size], dim=-1)
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #check-seals
+def broken_seal(line: list[int], row_bytes: int) -> tuple[str, str] | None:
+    """One sealed line -> (what it says, what was announced) where they differ; None where all is well."""
+    *counts, total, _, announced_bytes = line
+    if seal_counts(torch.tensor(counts), row_bytes).tolist() == line:
+        return None
+    if announced_bytes != row_bytes:
+        return f"rows of {row_bytes} bytes", f"rows of {announced_bytes}"
+    if sum(counts) != total:
+        return f"{sum(counts)} rows", str(total)
+    return f"{counts} rows for the experts in turn", "other counts"
+
+
+def check_seals(lines: Tensor, row_bytes: int, rank: int) -> None:
+    """lines int64 [2, W, L + 3] on the host, sealed: sent to each rank, received from each rank.
+
+    CollectiveError, before any row travels, where a line is not what was sealed.
+    """
+    if torch.equal(seal_counts(lines[..., :-3], row_bytes), lines):
+        return
+    texts = (
+        "rank {} sends {} to rank {}, and announced {}",
+        "rank {} expects {} from rank {}, which announced {}",
+    )
+    for text, by_rank in zip(texts, lines.tolist(), strict=True):
+        for other, line in enumerate(by_rank):
+            if found := broken_seal(line, row_bytes):
+                raise CollectiveError(
+                    text.format(rank, found[0], other, found[1]) + ": split counts are corrupt"
+                )
 
 
 # ==========================================================================================================
@@ -3342,7 +3346,7 @@ def capacity_table(config: MoEConfig, device: torch.device) -> Tensor:
 
 # %% notebooks/08_capacity.ipynb #gather-choices
 def gather_choices(routing: Routing, comm: Communicator) -> tuple[Tensor, Tensor, slice]:
-    """All ranks' topk_ids [N, K] and probs [N, E], by rank and token, and which lines are this rank's.
+    """All ranks' topk_ids [N, K] and probs [N, E], by rank and token, and which rows are this rank's.
 
     Sends 8 + m * (8 * K + itemsize * E) bytes to each other rank, m the tokens of the longest rank; one host
     synchronisation, for m.
@@ -3580,7 +3584,7 @@ class ClusterStream:
 # %% notebooks/09_balance.ipynb #aux-local
 @register("balance", "aux_local")
 class LocalAuxLoss(Balance):
-    """Switch's loss with each rank's own statistics: the mean over the ranks, weighed by their tokens.
+    """Switch's loss with each rank's own statistics: the mean over the ranks, weighted by their tokens.
 
     Forces an even load on every rank by itself, so it depends on how the batch is dealt out. At world size 1 it
     is `aux`. One all-reduce of one number.
@@ -3606,7 +3610,7 @@ def count_global_tokens(routing: Routing, comm: Communicator) -> Tensor:
 def z_loss_sum(logits: Tensor) -> Tensor:
     """logits [T, E] -> the sum over tokens of logsumexp(logits)^2 (ST-MoE, section 3.3, equation 5, before its mean).
 
-    Its gradient, 2 logsumexp(logits) softmax(logits), draws the scale of the logits towards 0.
+    Its gradient, 2 logsumexp(logits) softmax(logits), draws each row's logsumexp towards 0, whatever its shape.
     """
     return logits.logsumexp(dim=-1).square().sum()
 
@@ -3639,14 +3643,14 @@ def normalize_weights(weights: Tensor) -> Tensor:
 
 
 # %% notebooks/09_balance.ipynb #group-limit
-def limit_to_groups(keys: Tensor, num_groups: int, topk_groups: int) -> Tensor:
+def limit_to_groups(keys: Tensor, num_groups: int, topk_groups: int, top_k: int) -> Tensor:
     """keys [T, E] -> the same with -inf outside each token's best groups: first groups, then experts.
 
-    A group is E / num_groups experts in a row; it is worth the sum of its best two keys, or its only one. A token
-    keeps its topk_groups best (DeepSeek-V3 report, section 2.1.2, node-limited routing). No host synchronisation.
+    A group is E / num_groups experts in a row, and worth the sum of its best top_k / topk_groups keys, rounded up; a
+    token keeps its topk_groups best (DeepSeek-V3 report, section 2.1.2, node-limited routing). No host synchronisation.
     """
     grouped = keys.unflatten(1, (num_groups, -1))
-    worth = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(dim=-1)
+    worth = grouped.topk(-(-top_k // topk_groups), dim=-1).values.sum(dim=-1)
     is_kept = torch.zeros_like(worth, dtype=torch.bool)
     is_kept.scatter_(1, worth.topk(topk_groups, dim=-1).indices, True)
     return grouped.masked_fill(~is_kept.unsqueeze(2), -math.inf).flatten(1)
@@ -3731,6 +3735,7 @@ class RoutingOptions(Options):
     """How the routers choose and what is added to the balance's loss. ValueError where the numbers do not fit.
 
     normalize_topk: divide the weights of a token's chosen experts by their sum
+    routed_scaling_factor: what the weights are multiplied by in the end
     num_groups: experts form so many groups; 1 means no groups
     topk_groups: a token chooses its experts from so many groups
     bias_speed: what `--balance bias` adds to or takes from a bias in a step
@@ -3740,6 +3745,7 @@ class RoutingOptions(Options):
     """
 
     normalize_topk: bool = False
+    routed_scaling_factor: float = 1.0
     num_groups: int = 1
     topk_groups: int = 1
     bias_speed: float = 1e-3
@@ -3754,6 +3760,10 @@ class RoutingOptions(Options):
         for name in ("bias_speed", "z_alpha", "sequence_alpha"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, and must be finite and not below 0")
+        if not 0 < self.routed_scaling_factor < math.inf:
+            raise ValueError(
+                f"routed_scaling_factor is {self.routed_scaling_factor}, and must be positive and finite"
+            )
         if self.topk_groups > self.num_groups:
             raise ValueError(
                 f"topk_groups is {self.topk_groups}, above the {self.num_groups} group(s); raise --num-groups"
@@ -3765,11 +3775,14 @@ class RoutingOptions(Options):
 
     def limit_choice(self, keys: Tensor, config: MoEConfig) -> Tensor:
         """The router's hook before the choice: keys [T, E] -> [T, E]."""
-        return keys if self.num_groups == 1 else limit_to_groups(keys, self.num_groups, self.topk_groups)
+        if self.num_groups == 1:
+            return keys
+        return limit_to_groups(keys, self.num_groups, self.topk_groups, config.top_k)
 
     def scale_weights(self, weights: Tensor) -> Tensor:
         """The router's hook after the choice: [T, K] -> [T, K]."""
-        return normalize_weights(weights) if self.normalize_topk else weights
+        weights = normalize_weights(weights) if self.normalize_topk else weights
+        return weights if self.routed_scaling_factor == 1 else weights * self.routed_scaling_factor
 
     def added_loss(self, routing: Routing, config: MoEConfig, batch: Communicator) -> Tensor:
         """The layer's hook: this rank's share of z_alpha * z-loss + sequence_alpha * sequence-wise loss."""
@@ -3817,7 +3830,7 @@ class BiasBalance(Balance):
         self.load += count_choices(routing.topk_ids, len(self.load))
 
     def after_step(self) -> None:
-        """bias_e += speed * sign(mean load - load_e), and counting begins anew. In place, for CUDA graphs."""
+        """bias_e += speed * sign(mean load - load_e), and counting starts again. In place, for CUDA graphs."""
         load = self.batch.all_reduce(self.load)
         self.bias += self.speed * torch.sign(
             load.sum() - len(load) * load
