@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def torchrun(world_size: int, *command: str, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Runs a script on world_size CPU ranks; on time-out ends all of them and fails the test."""
+def torchrun(world_size: int, *command: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    """Runs a script on world_size CPU ranks; what hangs is ended at the time-out, which no slow machine comes near."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -30,7 +30,7 @@ def torchrun(world_size: int, *command: str, timeout: float = 120) -> subprocess
     return subprocess.CompletedProcess(argv, process.returncode, stdout, stderr)
 
 
-def play(folder: Path, module: str, world_size: int, *names: str, timeout: float = 300) -> Path:
+def play(folder: Path, module: str, world_size: int, *names: str, timeout: float = 1200) -> Path:
     """Plays a module's trials (tests/ranks) on at most world_size ranks -> the folder of what they found."""
     shutil.rmtree(folder, ignore_errors=True)
     done = torchrun(world_size, "tests/ranks/trials.py", str(folder), module, *names, timeout=timeout)

@@ -1,12 +1,13 @@
 """Chapter 07's exact all-to-all on real ranks: bytes, corrupt counts, the exchange's backward, ranks with nothing."""
 
-import gc
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from trials import trial
+from trials import leave_group, trial
 
 from ep_launcher import launcher as ep
 
@@ -28,7 +29,7 @@ def corrupted(stage: str, where: int, column: int) -> Callable:
     return all_to_all
 
 
-def try_corrupt(mesh: ep.Mesh, stage: str, where: int, column: int) -> str:
+def try_corrupt(mesh: ep.Mesh, stage: str, where: int, column: int, ends_process: bool = False) -> str:
     """What this rank says when a count is damaged in the second of two steps."""
     config = ep.MoEConfig(num_experts=8, hidden_dim=16, ffn_dim=16, dispatcher="all_to_all")
     layer, honest = ep.EPMoE(config, mesh, seed=0), ep.Communicator.all_to_all
@@ -43,8 +44,8 @@ def try_corrupt(mesh: ep.Mesh, stage: str, where: int, column: int) -> str:
     finally:
         ep.Communicator.all_to_all = honest
         dist.set_debug_level(dist.DebugLevel.OFF)
-    dist.destroy_process_group()  # as at the end of a process: whoever waits for this rank learns of it
-    gc.collect()
+    if not ends_process:
+        leave_group()
     return said
 
 
@@ -59,8 +60,11 @@ def corrupt_when_received(mesh: ep.Mesh, folder: Path) -> str:
 
 
 @trial(4)
-def corrupt_for_one_of_four(mesh: ep.Mesh, folder: Path) -> str:
-    return try_corrupt(mesh, "sent", 0, 1)
+def corrupt_for_one_of_four(mesh: ep.Mesh, folder: Path) -> None:
+    """Played by itself: in a larger group gloo tells the others at once where a process ends, and not before."""
+    found = {"error": "", "result": try_corrupt(mesh, "sent", 0, 1, ends_process=True)}
+    (folder / f"corrupt_for_one_of_four-4-{mesh.batch.rank}.json").write_text(json.dumps(found))
+    os._exit(0)
 
 
 @trial(2)
@@ -96,12 +100,10 @@ def even_load(mesh: ep.Mesh, folder: Path) -> None:
     assert sent["all_to_all"].sum() > 0
 
 
-@trial(2)
-def nothing(mesh: ep.Mesh, folder: Path) -> None:
+def nothing_arrives(mesh: ep.Mesh, dispatcher: str, extras: tuple = ()) -> None:
     """Rank 1 has no tokens, and its experts get no rows: it enters everything all the same."""
-    config = ep.MoEConfig(
-        num_experts=4, top_k=2, hidden_dim=8, ffn_dim=8, dtype="float64", dispatcher="all_to_all"
-    )
+    sizes = {"num_experts": 4, "top_k": 2, "hidden_dim": 8, "ffn_dim": 8, "dtype": "float64"}
+    config = ep.MoEConfig(**sizes, dispatcher=dispatcher, extras=extras)
     layer, is_empty = ep.EPMoE(config, mesh, seed=0), mesh.batch.rank == 1
     x = torch.randn(0 if is_empty else 5, 8, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([[0, 1]]).expand(len(x), 2).clone()
@@ -121,6 +123,11 @@ def nothing(mesh: ep.Mesh, folder: Path) -> None:
     expert = [layer.experts(ep.Arrived(x.detach()[:1], torch.tensor([[e]]), one)) for e in (0, 1)]
     assert torch.allclose(y[0], (expert[0] + expert[1])[0] / 2)
     assert torch.allclose(weights.grad[0], torch.stack([e.sum() for e in expert]))
+
+
+@trial(2)
+def nothing(mesh: ep.Mesh, folder: Path) -> None:
+    nothing_arrives(mesh, "all_to_all")
 
 
 @trial(2, 4)

@@ -7,19 +7,32 @@ import pytest
 from support import outcome, play
 from trials import trials_of
 
+TRIALS = trials_of("exchange_trials")
+ALONE = "corrupt_for_one_of_four"  # its processes end in it
+
 
 @pytest.fixture(scope="module")
 def played(build):
     """The folder of what every rank found."""
-    return play(build / "exchange", "exchange_trials", 4)
+    return play(build / "exchange", "exchange_trials", 4, *{name for name, _ in TRIALS} - {ALONE})
 
 
-@pytest.mark.parametrize("name, world_size", trials_of("exchange_trials"))
+@pytest.mark.parametrize("name, world_size", [pair for pair in TRIALS if not pair[0].startswith("corrupt")])
 def test_on_ranks(played, name, world_size):
-    said = outcome(played, name, world_size)
-    if name.startswith(
-        "corrupt"
-    ):  # every rank ends, by what happened and not by a time-out; one says which count
-        assert "noticed nothing" not in said and not any("imed out" in text for text in said), said
-        named = [text for text in said if "rank 1 expects" in text]
-        assert len(named) == 1 and "from rank 0, which announced" in named[0] and "corrupt" in named[0], said
+    outcome(played, name, world_size)
+
+
+def check_corrupt(said: list[str]) -> None:
+    """Every rank ends, by what happened and not by a time-out; one says which count it was."""
+    assert "noticed nothing" not in said and not any("imed out" in text for text in said), said
+    named = [text for text in said if "rank 1 expects" in text]
+    assert len(named) == 1 and "from rank 0, which announced" in named[0] and "corrupt" in named[0], said
+
+
+@pytest.mark.parametrize("name", ["corrupt_when_sent", "corrupt_when_received"])
+def test_corrupt_counts_end_both_ranks(played, name):
+    check_corrupt(outcome(played, name, 2))
+
+
+def test_corrupt_counts_end_four_ranks(build):
+    check_corrupt(outcome(play(build / "corrupt", "exchange_trials", 4, ALONE), ALONE, 4))
