@@ -26,7 +26,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "0f8cd3a35afe94b1ad48eecbf28e320c569821659f62fd91e45432fdcc274d1a"
+SOURCES_SHA256 = "39be6a088e2cd3874973d4ab2c32ad071f04dbea9d88c387423e6060e8db2d20"
 
 
 # ==========================================================================================================
@@ -3776,33 +3776,6 @@ class BiasBalance(Balance):
 
 
 # ==========================================================================================================
-# routing: notebooks/10_less_traffic.ipynb
-# ==========================================================================================================
-
-
-# %% notebooks/10_less_traffic.ipynb #traffic-options
-@option_group
-@dataclass(frozen=True)
-class TrafficOptions(Options):
-    """What saves traffic needs to know about the machines. ValueError where a number makes no sense.
-
-    ranks_per_host: ranks on one machine, for two_stage; unset, as many as torchrun started on this one
-    """
-
-    ranks_per_host: int | None = None
-    slot_tokens: int | None = field(default=None, metadata={"flag": False})  # most tokens a rank, of a run
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, and must be at least 1")
-
-    def for_run(self, run: Any) -> "TrafficOptions":
-        """These options, with the run's largest share of tokens."""
-        return replace(self, slot_tokens=max(1, -(-run.num_global_tokens // run.mesh.batch.size)))
-
-
-# ==========================================================================================================
 # performance: notebooks/10_less_traffic.ipynb
 # ==========================================================================================================
 
@@ -3880,6 +3853,38 @@ class SumAtHome(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         slots = F.pad(grad, (0, 0, 0, ctx.padding))
         return ctx.comm.all_gather(slots, "combine backward").flatten(0, 1), None, None
+
+
+# ==========================================================================================================
+# routing: notebooks/10_less_traffic.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/10_less_traffic.ipynb #traffic-options
+@option_group
+@dataclass(frozen=True)
+class TrafficOptions(Options):
+    """What saves traffic needs to know about the machines. ValueError where a number makes no sense.
+
+    ranks_per_host: ranks on one machine, for two_stage; unset, as many as torchrun started on this one
+    """
+
+    ranks_per_host: int | None = None
+    slot_tokens: int | None = field(default=None, metadata={"flag": False})  # most tokens a rank, of a run
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, and must be at least 1")
+
+    def for_run(self, run: Any) -> "TrafficOptions":
+        """These options, with the run's largest share of tokens."""
+        return replace(self, slot_tokens=max(1, -(-run.num_global_tokens // run.mesh.batch.size)))
+
+
+# ==========================================================================================================
+# performance: notebooks/10_less_traffic.ipynb
+# ==========================================================================================================
 
 
 # %% notebooks/10_less_traffic.ipynb #gather-dispatcher

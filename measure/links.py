@@ -36,9 +36,7 @@ def work(rounds: int) -> None:
     comm, found = mesh.ep, {}
     others = [r for r in range(4) if r // 2 != comm.rank // 2]
     for top_k in TOP_KS:
-        generator = torch.Generator().manual_seed(comm.rank)
-        x = torch.randn(SHAPE["num_tokens"], d, generator=generator)
-        weights, ids = torch.rand(len(x), num_experts, generator=generator).topk(top_k)
+        x, ids, weights = tokens(comm.rank, top_k)
         config = ep.MoEConfig(num_experts, top_k, d, max_num_tokens=len(x))
         kinds = {name: ep.REGISTRIES["dispatcher"][name].for_layer(config, comm) for name in NAMES}
         samples = {name: [] for name in NAMES}
@@ -73,6 +71,14 @@ def work(rounds: int) -> None:
     if comm.rank == 0:
         print(MARK + json.dumps(found), flush=True)
     torch.distributed.destroy_process_group()
+
+
+def tokens(rank: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, D], topk_ids and topk_weights [T, K] of one rank: random, the same in every run."""
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(SHAPE["num_tokens"], SHAPE["hidden_dim"], generator=generator)
+    weights, ids = torch.rand(len(x), SHAPE["num_experts"], generator=generator).topk(top_k)
+    return x, ids, weights
 
 
 def init() -> ep.Mesh:
