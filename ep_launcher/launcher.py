@@ -26,7 +26,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "39be6a088e2cd3874973d4ab2c32ad071f04dbea9d88c387423e6060e8db2d20"
+SOURCES_SHA256 = "41bbef7935404676b350417f915ff098ee2f75a7f6452e5109cf8a7abd9e1e26"
 
 
 # ==========================================================================================================
@@ -4032,10 +4032,14 @@ class DedupDispatcher(AllToAllDispatcher):
         """Runs everywhere."""
         return 20 if ep_size > 1 else 1
 
+    def order(self, topk_ids: Tensor) -> CopyOrder:
+        """topk_ids [T, K] -> which copies there are, and which of them each choice shares."""
+        return order_copies(topk_ids, self.num_local_experts, self.comm.size)
+
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
         """See Dispatcher. Sends a row for each (token, destination rank); one host synchronisation."""
         d, comm = x.shape[1], self.comm
-        order = order_copies(topk_ids, self.num_local_experts, comm.size)
+        order = self.order(topk_ids)
         row_bytes = (d + rider_columns(d, x.dtype, 2 * order.per_row)) * x.element_size()
         plan = announce(order.copies.counts, row_bytes, comm)
         ids = torch.where(topk_ids < 0, -1, topk_ids % self.num_local_experts)
