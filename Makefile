@@ -57,7 +57,7 @@ notebooks: launcher ## execute every notebook headless, into build/notebooks/
 site: $(ENV) ## build the book as pages for any browser, into build/site/
 	@$(PY) tools/site.py $(ARGS)
 
-bench: launcher ## measure, into results/ (ARGS="--help" lists what)
+bench: launcher ## measure a training step, into results/ (ARGS="--help"; the rest of measure/ has more)
 	@$(PY) measure/step.py $(ARGS)
 
 lab: launcher ## open the book in JupyterLab, on this machine only, with its token

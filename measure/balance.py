@@ -10,23 +10,20 @@ too. Losses
 and loads do not depend on the load of the machine; no times are taken.
 """
 
-import argparse
-import json
 import multiprocessing
-import os
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
+from measure import record  # noqa: E402
+from tools import original  # noqa: E402
 
 NUM_TOKENS = 256
 CAPACITY_FACTOR = 1.25
@@ -54,15 +51,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "bias, normalised": {
         "balance": "bias", "router": "sigmoid", "bias_speed": 0.01, "normalize_topk": True,
     },
-    "bias, 2 of 4 groups": {
-        "balance": "bias", "router": "sigmoid", "bias_speed": 0.01, "num_groups": 4, "topk_groups": 2,
+    "bias, 1 of 4 groups": {
+        "balance": "bias", "router": "sigmoid", "bias_speed": 0.01, "num_groups": 4, "topk_groups": 1,
     },
 }  # fmt: skip
 
 
 def register_seed_loss() -> None:
-    """The seed's aux loss (chapter 03), from build/seed.py, as the balance `seed`, of this script alone."""
-    from build.seed import seed_aux_loss
+    """The original's aux loss (chapter 03), from build/seed.py, as the balance `seed`, of this script alone."""
+    seed_aux_loss = original.load().seed_aux_loss
 
     @ep.register("balance", "seed")
     class SeedBalance(ep.Balance):
@@ -157,22 +154,17 @@ def run_job(job: tuple[str, int, int, float]) -> tuple[str, dict[str, Any]]:
     return name, train(METHODS[name], seed, steps, lr)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    """The runs, over some processes."""
+    parser = record.parser(__doc__, steps=800)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--workers", type=int, default=1, help="processes that share the runs")
-    parser.add_argument("--output", default="results", help="folder for the result")
     args = parser.parse_args()
+    original.extract()
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in args.methods}
     jobs = [(name, seed, args.steps, args.lr) for seed in range(args.seeds) for name in args.methods]
-    extract = [sys.executable, "tools/extract.py", "--tags", "seed", "--output", "build/seed.py"]
-    (ROOT / "build").mkdir(exist_ok=True)
-    subprocess.run(extract, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for name, kept in pool.map(run_job, jobs):
             runs[name].append(kept)
@@ -182,23 +174,14 @@ def main() -> int:
                 f"task loss so {kept['task_loss_with_capacity']:.4f}",
                 flush=True,
             )
-    flags = f" --methods {' '.join(repr(m) for m in args.methods)}" if args.methods != list(METHODS) else ""
-    sizes = f"--seeds {args.seeds} --steps {args.steps} --lr {args.lr:g}"
-    command = f"python measure/balance.py {sizes} --workers {args.workers}{flags}"
     result = {
-        "what": "balance", "device": ep.device_model(torch.device("cpu")), "num_cores": os.cpu_count(),
-        "torch": torch.__version__, "python": sys.version.split()[0], "command": command, "world_size": 1,
-        "sizes": SIZES, "tokens": NUM_TOKENS, "steps": args.steps, "lr": args.lr,
-        "task": "clusters", "num_clusters": ep.ClusterOptions().num_clusters, "zipf": ep.ClusterOptions().zipf,
+        "sizes": SIZES, "tokens": NUM_TOKENS, "steps": args.steps, "lr": args.lr, "task": "clusters",
+        "num_clusters": ep.ClusterOptions().num_clusters, "zipf": ep.ClusterOptions().zipf,
         "capacity_factor": CAPACITY_FACTOR, "capacity": capacity(),
         "settings": {name: METHODS[name] for name in args.methods}, "runs": runs,
     }  # fmt: skip
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=None, separators=(",", ": ")).replace('{"seed"', '\n{"seed"')
-    (folder / "cpu_balance.json").write_text(text + "\n")
-    return 0
+    record.write(args.output, "balance", torch.device("cpu"), result)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,20 +1,15 @@
 """Layers and training steps of a launcher, ours or another commit's, called alike, so that one run can time both.
 
     git show COMMIT:ep_launcher/launcher.py > build/before.py
-    python measure/step.py step --before build/before.py
+    python measure/step.py --before build/before.py
 
 A launcher of the first design has a layer that returns (y, aux) and knows a communicator alone; `is_first` marks
 the few places where that matters.
 """
 
-import argparse
-import hashlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -22,18 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ep_launcher import launcher as ours
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load(path: str | Path, name: str = "ep_before") -> ModuleType:
-    """A Python file as a module of the given name."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(
-        spec
-    )  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+from tools import original
+from tools.original import ROOT
 
 
 class Launcher:
@@ -43,7 +28,7 @@ class Launcher:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.ep = ours if path is None else load(path)
+        self.ep = ours if path is None else original.load_module(path, "ep_before")
         self.is_first = not hasattr(self.ep, "init_ep")
         self.mesh = self.ep.Communicator() if self.is_first else self.ep.init_ep()
         self.batch = self.mesh if self.is_first else self.mesh.batch
@@ -67,8 +52,7 @@ class Launcher:
     def sharing(self, layer: ours.EPMoE, **changes: Any) -> nn.Module:
         """A layer with the parameters of one of ours, and other kinds. A bias that ours has not is 0."""
         weights = dict(layer.named_parameters())
-        config, device = replace(layer.config, **changes), layer.experts.w1.device
-        other = self.layer(config, device, fill=lambda *_: None)
+        other = self.layer(replace(layer.config, **changes), layer.experts.w1.device, fill=lambda *_: None)
         for name, own in list(other.named_parameters()):
             shared = weights.get(name, torch.zeros_like(own))
             if shared.dtype != own.dtype or name not in weights:
@@ -91,54 +75,54 @@ class Launcher:
         else:
             self.ep.sync_gradients(layer, self.mesh)
 
+    def run(self, flags: list[str], device: torch.device) -> Any:
+        """What the launcher runs with these flags, without logs."""
+        config, options = self.ep.parse_flags(flags)
+        for kind in ("dispatcher", "experts"):
+            named = self.ep.REGISTRIES[kind].get(getattr(config, kind))
+            if named and named.preference(config, device, self.batch.size) <= 0:
+                raise ValueError(f"{kind} {getattr(config, kind)} cannot run here")
+        log = self.ep.RunLog(ROOT / "build", options.steps, rank=1)  # a rank that writes nothing
+        heartbeat = []  # a Run of an older commit has one before its log
+        if "heartbeat" in self.ep.Run.__dataclass_fields__:
+            heartbeat = [self.ep.Heartbeat(None, self.mesh if self.is_first else self.mesh.meter)]
+        return self.ep.Run(config, options, self.mesh, device, *heartbeat, log)
+
     def step(self, flags: list[str], device: torch.device) -> Callable[[], Tensor]:
-        """What the launcher runs with these flags, as a function that does one training step -> losses [2].
+        """A function that does one training step of the launcher with these flags -> losses [2].
 
         ValueError where a kind that the flags name cannot run here.
         """
-        ep = self.ep
-        config, options = ep.parse_flags(flags)
-        for kind in ("dispatcher", "experts"):
-            named = ep.REGISTRIES[kind].get(getattr(config, kind))
-            if named and named.preference(config, device, self.batch.size) <= 0:
-                raise ValueError(f"{kind} {getattr(config, kind)} cannot run here")
-        log = ep.RunLog(ROOT / "build", 1, rank=1)  # a rank that writes nothing
-        heartbeat = ep.Heartbeat(None, self.mesh if self.is_first else self.mesh.meter)
-        run = ep.Run(config, options, self.mesh, device, heartbeat, log)
-        model = self.make(run.config, device, options.seed)
-        named = ep.REGISTRIES["step"].get(options.step)
+        run, registries = self.run(flags, device), self.ep.REGISTRIES
+        options, model = run.options, self.make(run.config, device, run.options.seed)
+        named = registries["step"].get(options.step)
         if named and named.preference(run, model) <= 0:
             raise ValueError(f"step {options.step} cannot run here")
-        task = ep.REGISTRIES["task"][options.task]
+        task = registries["task"][options.task]
         task = task(run.config, options.seed, run.num_global_tokens, self.batch, device)
         on_gpu = device.type == "cuda"
         optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True, capturable=on_gpu)
-        kind = ep.pick_step(run, model)  # a name, or in the first design the class
-        advance = ep.REGISTRIES["step"].get(kind, kind)(run, model, task, optimizer)
+        kind = self.ep.pick_step(run, model)  # a name, or in the first design the class
+        advance = registries["step"].get(kind, kind)(run, model, task, optimizer)
 
         def step() -> Tensor:
             losses = advance()
-            if (
-                not on_gpu and not losses.isfinite().all()
-            ):  # as the launcher does; on a GPU at log intervals alone
+            if not on_gpu and not losses.isfinite().all():  # as the launcher does; on a GPU at log intervals
                 raise RuntimeError(f"losses {losses.tolist()}")
             return losses
 
         return step
 
 
-def add_flag(parser: argparse.ArgumentParser) -> None:
-    """--before FILE."""
-    parser.add_argument("--before", metavar="FILE", help="another commit's launcher.py, timed beside ours")
+def original_step(
+    config: ours.MoEConfig, batch: ours.Communicator, device: torch.device
+) -> Callable[[], None]:
+    """A training step of the original tutorial (build/seed.py), row by row in Python."""
+    with device:
+        training = original.load().SeedTraining(config, batch)
 
+    def step() -> None:
+        with device:
+            float(training.step())
 
-def launchers(args: argparse.Namespace) -> dict[str, Launcher]:
-    """{prefix of its variants' names: launcher}: ours, and the one that --before names."""
-    return {"": Launcher()} | ({"before, ": Launcher(args.before)} if args.before else {})
-
-
-def before_facts(args: argparse.Namespace) -> dict[str, str]:
-    """What a result says about the launcher that --before names."""
-    return (
-        {"before_sha256": hashlib.sha256(Path(args.before).read_bytes()).hexdigest()} if args.before else {}
-    )
+    return step

@@ -1,38 +1,57 @@
-"""A whole MoE layer on one GPU, forward and backward, beside others, at the sizes of three known models.
+"""A whole MoE layer, forward and backward, beside others, at the sizes of three known models. Here on one GPU.
 
     python measure/layer.py                     all sizes, into results/<device>_layer.json
     python measure/layer.py --sizes qwen --rounds 20 --no-compile
     python measure/layer.py --before build/before.py   beside another commit's launcher.py (measure/before.py)
+    python measure/layer.py --device cpu --small       whether it runs, anywhere
 
 Every variant gets the same tokens and weights in bfloat16, random. From routing to unpermute, x and all parameters
-with gradients. Variants alternate within each round; a sample is several passes between CUDA events, back to back, as
-the layers of a model follow one another. Before anything is timed, every variant is held against a float32 reference
-that makes the same choices. Memory is what a forward pass keeps for its backward, and the peak of both.
+with gradients. A sample is several passes between CUDA events, back to back, as the layers of a model follow one
+another. Before anything is timed, every variant is held against a float32 reference that makes the same choices.
+Memory is what a forward pass keeps for its backward, and the peak of both. measure/gpus.py does it on several GPUs.
 """
 
 import argparse
-import json
-import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
-from measure import before  # noqa: E402
+from measure import record  # noqa: E402
 
 SIZES = {  # tokens, then the layer
     "mixtral": (8192, {"hidden_dim": 4096, "ffn_dim": 14336, "num_experts": 8, "top_k": 2}),
     "qwen": (16384, {"hidden_dim": 2048, "ffn_dim": 768, "num_experts": 128, "top_k": 8}),
     "deepseek": (8192, {"hidden_dim": 7168, "ffn_dim": 2048, "num_experts": 32, "top_k": 8}),
 }
+SMALL_SIZES = {
+    "mixtral": (64, {"hidden_dim": 64, "ffn_dim": 96, "num_experts": 8, "top_k": 2}),
+    "qwen": (64, {"hidden_dim": 32, "ffn_dim": 16, "num_experts": 32, "top_k": 8}),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A layer's forward, x [T, D] -> y [T, D], and the parameters whose gradients it makes.
+
+    check: the same with our router's choices, where its own makes others. is_copy: its experts' weights are copies of
+    ours. divides: a token's weights by their sum, as transformers' Mixtral does. hooks: saved tensors can be counted.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    parameters: list[Tensor]
+    check: Callable[[Tensor], Tensor] | None = None
+    is_copy: bool = False
+    divides: bool = False
+    hooks: bool = True
 
 
 def fill(parameter: Tensor, fan_in: int, *seeds: Any) -> None:
@@ -41,37 +60,45 @@ def fill(parameter: Tensor, fan_in: int, *seeds: Any) -> None:
         parameter.uniform_(-(fan_in**-0.5), fan_in**-0.5)
 
 
-def make_layer(
-    launcher: before.Launcher, num_tokens: int, shape: dict, dispatcher: str, device: torch.device
-) -> ep.EPMoE:
-    """A layer of ours in bfloat16, the gate's numbers after torch's seed, which so has to be the same on all ranks.
+def make_layer(recorder: record.Recorder, size: str) -> ep.EPMoE:
+    """A layer of ours in bfloat16 for max_num_tokens on each rank, the gate alike on all ranks, its experts not.
 
     The gate has no bias, and weights that bfloat16 holds: the others' gates have no more.
     """
+    num_tokens, shape = (SMALL_SIZES if recorder.args.small else SIZES)[size]
     config = ep.MoEConfig(
         **shape, max_num_tokens=num_tokens, activation="swiglu", dtype="bfloat16", balance="none",
-        router_bias=False, dispatcher=dispatcher, experts="grouped",
+        router_bias=False, dispatcher="all_to_all" if recorder.comm.size > 1 else "local", experts="grouped",
     )  # fmt: skip
-    layer = launcher.layer(config, device, fill)
+    torch.manual_seed(0)
+    layer = recorder.launchers[""].layer(config, recorder.device, fill)
     with torch.no_grad():
         layer.router.gate.weight.copy_(layer.router.gate.weight.bfloat16())
+    torch.manual_seed(1 + recorder.comm.rank)
+    for parameter in layer.experts.parameters():
+        fill(parameter, parameter.shape[1])
     return layer
 
 
-def our_forwards(
-    launchers: dict[str, before.Launcher], layer: ep.EPMoE, label: str = ""
-) -> dict[str, tuple[Callable, list]]:
-    """{name: (x -> y, parameters)}: each launcher's layer with grouped and with blocks, on the weights of `layer`."""
-    found = {}
-    for prefix, launcher in launchers.items():
-        for experts in ("grouped", "blocks"):
-            other = launcher.sharing(layer, experts=experts)
-            forward = lambda x, launcher=launcher, other=other: launcher.forward(other, x)[0]  # noqa: E731
-            found[f"{prefix or 'ours, '}{label}{experts}"] = forward, list(other.parameters())
-    return found
+def our_variants(
+    recorder: record.Recorder, layer: ep.EPMoE, label: str = ""
+) -> dict[str, Callable[[], Variant]]:
+    """{name: what makes it}: each launcher's layer with grouped and with blocks, on the weights of `layer`."""
+
+    def make(launcher: Any, experts: str) -> Variant:
+        other = launcher.sharing(layer, experts=experts)
+        return Variant(lambda x: launcher.forward(other, x)[0], list(other.parameters()))
+
+    return {
+        f"{prefix or 'ours, '}{label}{experts}": lambda launcher=launcher, experts=experts: make(
+            launcher, experts
+        )
+        for prefix, launcher in recorder.launchers.items()
+        for experts in ("grouped", "blocks")
+    }
 
 
-def plain_glue(layer: ep.EPMoE, compiled: bool) -> Callable[[Tensor], Tensor]:
+def plain_glue(layer: ep.EPMoE, compiled: bool) -> Variant:
     """grouped_mm with PyTorch's own operations around it: what the kernels of chapter 06 replace."""
 
     def forward(x: Tensor) -> Tensor:
@@ -87,11 +114,12 @@ def plain_glue(layer: ep.EPMoE, compiled: bool) -> Callable[[Tensor], Tensor]:
         back = torch.empty_like(choice).scatter(0, choice, torch.arange(len(choice), device=x.device))
         return weighted[back].view(len(x), top_k, -1).sum(1)
 
-    return torch.compile(forward) if compiled else forward
+    run = torch.compile(forward) if compiled else forward
+    return Variant(run, list(layer.parameters()), hooks=not compiled)
 
 
-def transformers_block(layer: ep.EPMoE, compiled: bool) -> tuple[Callable[[Tensor], Tensor], list]:
-    """transformers' Mixtral block with its grouped_mm experts, on copies of the layer's weights -> see our_forwards."""
+def transformers_block(layer: ep.EPMoE, compiled: bool) -> Variant:
+    """transformers' Mixtral block with its grouped_mm experts, on copies of the layer's weights."""
     from transformers.models.mixtral.configuration_mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -109,25 +137,32 @@ def transformers_block(layer: ep.EPMoE, compiled: bool) -> tuple[Callable[[Tenso
         block.experts.down_proj.copy_(e.w2.transpose(1, 2))
         block.gate.weight.copy_(layer.router.gate.weight)
     run = torch.compile(block) if compiled else block
-    return lambda x: run(x.unsqueeze(0)).squeeze(0), list(block.parameters())
+    return Variant(
+        lambda x: run(x.unsqueeze(0)).squeeze(0), list(block.parameters()), None, True, True, not compiled
+    )
 
 
-def products_alone(layer: ep.EPMoE, x: Tensor, products: type) -> Callable[[], None]:
-    """The nine matrix products of a forward and backward pass, and nothing else."""
-    with torch.no_grad():
-        order = ep.order_rows(layer.router(x).topk_ids, layer.config.num_experts)
-        rows = ep.copy_to_rows(x, order)
-        plan = products(order.counts, len(rows))
-        w1, w2, w3 = (getattr(layer.experts, name).detach() for name in ("w1", "w2", "w3"))
-        up, third, y = plan.times(rows, w1), plan.times(rows, w3), torch.randn_like(rows)
+def local_counts(layer: ep.EPMoE, topk_ids: Tensor) -> Tensor:
+    """Every rank's choices [T, K] -> int64 [L]: the rows of each of this rank's experts. Collective."""
+    comm = layer.mesh.ep
+    counts = comm.all_reduce(ep.count_choices(topk_ids, layer.config.num_experts))
+    return counts.long().view(comm.size, -1)[comm.rank]
+
+
+def products_alone(layer: ep.EPMoE, counts: Tensor, products: type) -> Callable[[], None]:
+    """The matrix products of a forward and backward pass over counts [L] rows of the experts, and nothing else."""
+    num_rows, w2, w3 = int(counts.sum()), layer.experts.w2.detach(), getattr(layer.experts, "w3", None)
+    first = [layer.experts.w1.detach(), *([] if w3 is None else [w3.detach()])]
+    hidden, rows = (torch.randn(num_rows, n, device=w2.device).to(w2.dtype) for n in w2.shape[1:])
+    plan = products(counts, num_rows)
 
     def run() -> None:
-        with torch.no_grad():
-            plan.times(rows, w1), plan.times(rows, w3), plan.times(up, w2)
-            plan.times(y, w2.transpose(1, 2)), plan.weight_gradient(up, y)
-            plan.weight_gradient(rows, up), plan.weight_gradient(rows, third)
-            first = plan.times(up, w1.transpose(1, 2))
-            plan.add_times(first, third, w3.transpose(1, 2))
+        for w in first:
+            plan.times(rows, w), plan.weight_gradient(rows, hidden)
+        plan.times(hidden, w2), plan.times(rows, w2.transpose(1, 2)), plan.weight_gradient(hidden, rows)
+        total = plan.times(hidden, first[0].transpose(1, 2))
+        for w in first[1:]:
+            plan.add_times(total, hidden, w.transpose(1, 2))
 
     return run
 
@@ -144,20 +179,6 @@ def train_pass(forward: Callable, x: Tensor, grad: Tensor, parameters: list[Tens
         return y
 
     return run
-
-
-def recorded(run: Callable[[], Tensor]) -> Callable[[], None]:
-    """The pass as a CUDA graph: legal where nothing in it asks the host."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def reference(layer: ep.EPMoE, x: Tensor, grad: Tensor, divides: bool) -> dict[str, Tensor]:
@@ -211,22 +232,6 @@ def errors(
     }
 
 
-def time_all(variants: dict[str, Callable], rounds: int, passes: int = 4) -> dict[str, list[float]]:
-    """{name: samples in ms a pass}, alternating; two rounds warm up."""
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(rounds + 2):
-        for name, run in variants.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(passes):
-                run()
-            end.record()
-            end.synchronize()
-            if turn > 1:
-                samples[name].append(start.elapsed_time(end) / passes)
-    return samples
-
-
 def saved_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor]) -> int:
     """Bytes of the tensors that a forward pass saves for its backward, each storage once; x and parameters do not
     count, nor does what a function keeps beside save_for_backward."""
@@ -244,25 +249,6 @@ def saved_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: list
     return sum(saved.values())
 
 
-def memory_gb(
-    forward: Callable, run: Callable, x: Tensor, parameters: list[Tensor], hooks: bool
-) -> dict[str, float]:
-    """What a forward pass keeps for its backward: kept_gb by the allocator, y and x left out, saved_gb by the saved
-    tensors (where hooks). peak_gb: the most that forward and backward take above what was there before."""
-    found = {"saved_gb": saved_bytes(forward, x, parameters) / 1e9} if hooks else {}
-    if x.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before_run = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        found["peak_gb"] = (torch.cuda.max_memory_allocated() - before_run) / 1e9
-        before_run = torch.cuda.memory_allocated()
-        y = forward(x)
-        found["kept_gb"] = (torch.cuda.memory_allocated() - before_run - y.nbytes) / 1e9
-    return found
-
-
 def kernel_times(run: Callable, repeats: int = 5) -> dict[str, float]:
     """{kernel: ms a pass}, the largest first, by torch's profiler; matrix products under one name a library."""
     families = {"cutlass": "grouped_mm", "nvjet": "cuBLAS"}
@@ -278,106 +264,138 @@ def kernel_times(run: Callable, repeats: int = 5) -> dict[str, float]:
     return {"all": sum(found.values())} | dict(sorted(found.items(), key=lambda item: -item[1])[:24])
 
 
-def cublas_tflop_per_s(n: int = 8192) -> float:
-    """The rate of one large bfloat16 product, the machine's practical ceiling."""
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    samples = time_all({"product": lambda: a @ b}, 20)
-    return 2 * n**3 / statistics.median(samples["product"]) / 1e9
+def memory_gb(variant: Variant, run: Callable, x: Tensor) -> dict[str, float]:
+    """What a forward pass keeps for its backward: kept_gb by the allocator, y and x left out, saved_gb by the saved
+    tensors. peak_gb: the most that forward and backward take above what was there before."""
+    found = {"saved_gb": saved_bytes(variant.forward, x, variant.parameters) / 1e9} if variant.hooks else {}
+    if x.is_cuda:
+        found["peak_gb"] = record.peak_bytes(run) / 1e9
+        held = torch.cuda.memory_allocated()
+        y = variant.forward(x)
+        found["kept_gb"] = (torch.cuda.memory_allocated() - held - y.nbytes) / 1e9
+    return found
 
 
-def measure(
-    size: str, args: argparse.Namespace, launchers: dict[str, before.Launcher], device: torch.device
-) -> dict:
-    """One size: check, time, memory, kernels."""
-    num_tokens, shape = SIZES[size]
-    torch.manual_seed(0)
-    layer = make_layer(launchers[""], num_tokens, shape, "local", device)
-    own, config = list(layer.parameters()), layer.config
-    x = torch.randn(num_tokens, config.hidden_dim, device=device, dtype=torch.bfloat16).requires_grad_()
-    grad = torch.randn_like(x)
-    forwards = our_forwards(launchers, layer)
-    others: dict[str, Callable] = {
-        "plain glue": lambda: (plain_glue(layer, compiled=False), own),
-        "transformers": lambda: transformers_block(layer, compiled=False),
-        "compiled glue": lambda: (plain_glue(layer, compiled=True), own),
-        "transformers, compiled": lambda: transformers_block(layer, compiled=True),
-    }
-    result: dict = {"tokens": num_tokens, **shape, "errors": {}, "memory": {}, "kernels_ms": {}}
-    named = dict(layer.experts.named_parameters())
-    passes = {name: train_pass(forward, x, grad, p) for name, (forward, p) in forwards.items()}
-    for name, make in others.items():
-        if not args.compile and "compiled" in name:
-            continue
+def tokens(layer: ep.EPMoE, count: int) -> tuple[Tensor, Tensor]:
+    """Random x [T, D], and a gradient for y."""
+    shape, device = (count, layer.config.hidden_dim), layer.experts.w1.device
+    x, grad = (torch.randn(shape, device=device).to(torch.bfloat16) for _ in range(2))
+    return x.requires_grad_(), grad
+
+
+def prepare(
+    recorder: record.Recorder, size: str, layer: ep.EPMoE, makers: dict[str, Callable[[], Variant]],
+    batch: tuple[Tensor, Tensor], checked: tuple[Tensor, Tensor],
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, dict]]:  # fmt: skip
+    """Makes each variant, holds it against the reference on the tokens `checked`, takes its memory on those of `batch`.
+
+    -> {name: a pass over the batch}, {"errors", "memory"}, by name the largest of any rank. One of others that cannot
+    run is left out, with a line; ours may not fail, and more than 2e-2 off is a failure. Collective.
+    """
+    passes, expected, result = {}, {}, {"errors": {}, "memory": {}}
+    for name, make in makers.items():
+        is_ours = name.startswith("ours")
         try:
-            forwards[name] = make()
-            run = train_pass(forwards[name][0], x, grad, forwards[name][1])
-            run()
-            passes[name] = run
+            variant = make()
+            if variant.divides not in expected:
+                expected[variant.divides] = reference(layer, *checked, variant.divides)
+            named = {} if variant.is_copy else dict(layer.experts.named_parameters())
+            run = train_pass(variant.check or variant.forward, *checked, variant.parameters)
+            found = {"errors": errors(run, checked[0], named, expected[variant.divides])}
+            passes[name] = train_pass(variant.forward, *batch, variant.parameters)
+            passes[name]()
+            found["memory"] = memory_gb(variant, passes[name], batch[0])
         except Exception as error:
-            print(f"{size}: {name} left out: {type(error).__name__}: {str(error)[:300]}", flush=True)
-    expected = {divides: reference(layer, x, grad, divides) for divides in (False, True)}
-    for name, run in passes.items():
-        is_theirs = "transformers" in name
-        result["errors"][name] = errors(run, x, {} if is_theirs else named, expected[is_theirs])
-    del expected
-    for name, run in passes.items():
-        forward, parameters = forwards[name]
-        result["memory"][name] = memory_gb(forward, run, x, parameters, hooks="compiled" not in name)
-    recorded_too = [name for name in passes if name.endswith(", grouped")]
-    timed = passes | {f"{name}, recorded": recorded(passes[name]) for name in recorded_too}
-    for kind, products in {"grouped": ep.GroupedProducts, "blocks": ep.BlockProducts}.items():
-        timed[f"products alone, {kind}"] = products_alone(layer, x, products)
-    result["samples_ms"] = time_all(timed, args.rounds)
-    result["median_ms"] = {name: statistics.median(values) for name, values in result["samples_ms"].items()}
-    for name in [name for name in passes if name.split(", ")[0] in ("ours", "before")]:
-        result["kernels_ms"][name] = kernel_times(passes[name])
-    operations = 6 * num_tokens * config.top_k * 3 * config.hidden_dim * config.ffn_dim
-    result["tflop_per_s"] = {name: operations / ms / 1e9 for name, ms in result["median_ms"].items()}
-    for name, ms in sorted(result["median_ms"].items(), key=lambda item: item[1]):
+            if is_ours:
+                raise
+            passes.pop(name, None)
+            recorder.say(f"  {size}: {name} left out: {type(error).__name__}: {str(error)[:300]}")
+            continue
+        by_rank = recorder.gather(found)
+        for what, values in found.items():
+            result[what][name] = {n: max(f[what][n] for f in by_rank) for n in values}
+        worst = max(result["errors"][name].values())
+        if is_ours and not worst <= 2e-2:
+            recorder.failures.append(f"{size}: {name} is {worst:.1e} off the reference")
+    return passes, result
+
+
+def finish(recorder: record.Recorder, size: str, layer: ep.EPMoE, samples: dict, result: dict) -> dict:
+    """The entry of one size: what prepare found, and times; a line for each variant, the fastest first."""
+    c, num_tokens = layer.config, layer.config.max_num_tokens
+    operations = 6 * num_tokens * c.top_k * 3 * c.hidden_dim * c.ffn_dim
+    ms = record.medians(samples)
+    rates = {name: operations / value / 1e9 for name, value in ms.items()}  # of one rank's tokens
+    for name in sorted(ms, key=ms.get):
         worst = max(result["errors"].get(name, {"": 0.0}).values())
         memory = "".join(f" {what[:-3]} {gb:5.2f}" for what, gb in result["memory"].get(name, {}).items())
-        rate = result["tflop_per_s"][name]
-        print(f"{size:9} {name:26} {ms:8.3f} ms {rate:6.0f} TFLOP/s  error {worst:.1e} {memory}", flush=True)
-    return result
+        times = f"{ms[name]:8.3f} ms {rates[name]:6.1f} TFLOP/s a rank"
+        recorder.say(f"  {size:9} {name:30} {times}  error {worst:.1e} {memory}")
+    shape = {
+        name: getattr(c, name) for name in ("hidden_dim", "ffn_dim", "num_experts", "top_k", "dispatcher")
+    }
+    times = {"samples_ms": samples, "median_ms": ms, "tflop_per_s": rates}
+    return {"tokens": num_tokens} | shape | result | times
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument(
-        "--rounds", type=int, default=30, help="samples of each variant, at least 20 for results/"
-    )
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    before.add_flag(parser)
-    parser.add_argument("--output", default=str(ROOT / "results"), help="folder for the result")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("error: this measures a GPU, and there is none", file=sys.stderr)
-        return 2
-    model = torch.cuda.get_device_name()
-    result = {
-        "what": "layer", "device": model, "torch": torch.__version__, "cuda": torch.version.cuda,
-        "triton": ep.triton and ep.triton.__version__, "python": sys.version.split()[0],
-        "command": f"python measure/layer.py --sizes {' '.join(args.sizes)} --rounds {args.rounds}"
-        + " --before FILE" * bool(args.before),
-        "cublas_tflop_per_s": cublas_tflop_per_s(), "sizes": {},
-    } | before.before_facts(args)  # fmt: skip
-    print(
-        f"{model}: {result['cublas_tflop_per_s']:.0f} TFLOP/s in one 8192-cubed bfloat16 product", flush=True
-    )
-    launchers, device = before.launchers(args), torch.device("cuda")
-    for size in args.sizes:
-        result["sizes"][size] = measure(size, args, launchers, device)
-        torch.cuda.empty_cache()
+def one_size(recorder: record.Recorder, size: str) -> dict:
+    """Check, memory, time, kernels, on one rank."""
+    layer = make_layer(recorder, size)
+    makers = our_variants(recorder, layer) | {
+        "plain glue": lambda: plain_glue(layer, compiled=False),
+        "transformers": lambda: transformers_block(layer, compiled=False),
+    }
+    if recorder.args.compile:
+        makers["compiled glue"] = lambda: plain_glue(layer, compiled=True)
+        makers["transformers, compiled"] = lambda: transformers_block(layer, compiled=True)
+    batch = tokens(layer, layer.config.max_num_tokens)
+    passes, result = prepare(recorder, size, layer, makers, batch, checked=batch)
+    timed = dict(passes)
+    if recorder.on_gpu:
+        timed |= {
+            f"{n}, recorded": record.captured(run) for n, run in passes.items() if n.endswith(", grouped")
+        }
+    with torch.no_grad():
+        counts = local_counts(layer, layer.router(batch[0]).topk_ids)
+    for kind, products in {"grouped": ep.GroupedProducts, "blocks": ep.BlockProducts}.items():
+        timed[f"products alone, {kind}"] = products_alone(layer, counts, products)
+    samples = recorder.alternate(timed, 4, recorder.event_ms, warm_up=2)
+    if recorder.on_gpu:
+        ours = [name for name in passes if name.startswith(("ours, ", "before, "))]
+        result["kernels_ms"] = {name: kernel_times(passes[name]) for name in ours}
+    return finish(recorder, size, layer, samples, result)
+
+
+def product_tflop_per_s(recorder: record.Recorder, n: int = 8192) -> float:
+    """The rate of one large bfloat16 product, the machine's practical ceiling."""
+    a, b = (torch.randn(n, n, device=recorder.device, dtype=torch.bfloat16) for _ in range(2))
+    samples = recorder.alternate({"product": lambda: a @ b}, 4, recorder.event_ms, warm_up=2)
+    return 2 * n**3 / record.medians(samples)["product"] / 1e9
+
+
+def measure(recorder: record.Recorder) -> None:
+    """Every size, into the file one by one."""
+    ceiling = product_tflop_per_s(recorder, *([256] if recorder.args.small else []))
+    recorder.say(f"{ceiling:.2f} TFLOP/s in one large bfloat16 product, this machine's ceiling")
+    result: dict = {"cublas_tflop_per_s": ceiling, "sizes": {}}
+    for size in recorder.args.sizes:
+        if recorder.args.small and size not in SMALL_SIZES:
+            continue
+        result["sizes"][size] = one_size(recorder, size)
+        recorder.free_memory()
         torch.compiler.reset()
-        folder = Path(args.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        slug = "h100" if "H100" in model else "h200" if "H200" in model else "cuda"
-        (folder / f"{slug}_layer.json").write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+        recorder.write("layer", result)
+    for failure in recorder.failures:
+        recorder.say(f"FAILED: {failure}")
+
+
+def flags() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = record.parser(__doc__, device="cuda", rounds=30, small=False, before=None)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    record.main(measure, flags())

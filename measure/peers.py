@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from ep_launcher import launcher as ep
 
-VERSION = "0.2.2"
-
 
 def import_with_stand_ins(name: str, own: str, most: int = 40) -> ModuleType:
     """Imports a module; what is missing outside the package `own` becomes an empty stand-in."""

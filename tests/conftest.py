@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,26 @@ from support import ROOT
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `make test &`; the tests interrupt themselves
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+FOLDERS = ("fast", "ranks", "book")  # a test's folder is its mark
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in FOLDERS:
+            item.add_marker(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_processes(request, monkeypatch) -> None:
+    """A fast test starts no process; those of extract.py's command line still do."""
+    if "fast" in request.keywords and request.path.name != "test_extract.py":
+
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("a fast test starts no process; put it into tests/ranks")
+
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +41,8 @@ def build() -> Path:
 
 @pytest.fixture(scope="session")
 def seed_module(build: Path):
-    """build/seed.py, freshly extracted: the seed's algorithm with its defects."""
-    from measure import step
+    """build/seed.py, freshly extracted: the original's algorithm with its defects."""
+    from tools import original
 
-    step.extract_seed()
-    return step.load_seed()
+    original.extract()
+    return original.load()

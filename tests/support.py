@@ -1,5 +1,6 @@
-"""Shared by the tests: the repository's root, and a way to run a script on real ranks."""
+"""Shared by the tests: the repository's root, and ways to run a script, or trials, on real ranks."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def torchrun(world_size: int, *command: str, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Runs a script on world_size CPU ranks; on time-out ends all of them and fails the test."""
+def torchrun(world_size: int, *command: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    """Runs a script on world_size CPU ranks; what hangs is ended at the time-out, which no slow machine comes near."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -29,6 +30,26 @@ def torchrun(world_size: int, *command: str, timeout: float = 120) -> subprocess
     return subprocess.CompletedProcess(argv, process.returncode, stdout, stderr)
 
 
+def play(folder: Path, module: str, world_size: int, *names: str, timeout: float = 1200) -> Path:
+    """Plays a module's trials (tests/ranks) on at most world_size ranks -> the folder of what they found."""
+    shutil.rmtree(folder, ignore_errors=True)
+    done = torchrun(world_size, "tests/ranks/trials.py", str(folder), module, *names, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return folder
+
+
+def outcome(folder: Path, name: str, world_size: int) -> list:
+    """What a trial returned, by rank; fails where it did not run to its end."""
+    found = []
+    for rank in range(world_size):
+        path = folder / f"{name}-{world_size}-{rank}.json"
+        assert path.exists(), f"{name} did not run on rank {rank} of {world_size}"
+        told = json.loads(path.read_text())
+        assert not told["error"], f"rank {rank} of {world_size}: {told['error']}"
+        found.append(told["result"])
+    return found
+
+
 def copy_of_the_code(folder: Path, right: str, wrong: str) -> Path:
     """A copy of the programs (no notebooks) in folder, whose launcher has `wrong` where ours has `right`."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -37,5 +58,6 @@ def copy_of_the_code(folder: Path, right: str, wrong: str) -> Path:
     source = (ROOT / "ep_launcher/launcher.py").read_text()
     assert source.count(right) == 1, f"stands {source.count(right)} times in the launcher: {right}"
     (folder / "ep_launcher").mkdir()
+    shutil.copy(ROOT / "ep_launcher/__init__.py", folder / "ep_launcher")
     (folder / "ep_launcher/launcher.py").write_text(source.replace(right, wrong))
     return folder

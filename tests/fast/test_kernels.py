@@ -1,13 +1,10 @@
 """Chapter 06's kernels against their PyTorch twins: on a GPU, or on the CPU under Triton's interpreter.
 
 Without Triton there is nothing to test: the twins are what runs then, and the parity suite tests them. The
-interpreter must be asked for before Triton is imported, so on a CPU these tests run in a process of their own.
+interpreter must be asked for before Triton is imported: `make test-kernels` does.
 """
 
-import importlib.util
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,14 +19,6 @@ with_kernels = pytest.mark.skipif(
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [(5, 2, 4, 32, 64), (7, 3, 8, 384, 96), (1, 1, 1, 130, 200), (6, 4, 8, 1024, 768), (0, 2, 4, 32, 64)]
 CLOSE = {torch.float32: {"atol": 1e-4, "rtol": 1e-5}, torch.bfloat16: {"atol": 7e-2, "rtol": 2e-2}}
-
-
-@pytest.mark.skipif(is_possible, reason="they run here")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="wants Triton")
-def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
 
 
 def twin(function, *arguments):

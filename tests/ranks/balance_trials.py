@@ -1,17 +1,10 @@
 """Balance and routers on real ranks and meshes: parity with a dense float64 reference, invariance, the bias's state.
 
-    torchrun --standalone --nproc_per_node=2 tests/ranks/balance_trials.py parity --output build/balance.json
-    torchrun --standalone --nproc_per_node=4 tests/ranks/balance_trials.py curves --output build/curves.json
-    torchrun --standalone --nproc_per_node=2 tests/ranks/balance_trials.py resume --output build/resume.json
-
-Rank 0 writes what it found; exit code 1 where parity is over its limit. The reference shares no line with the
-launcher: plain formulas, loops over tokens, ranks and sequences.
+tests/ranks/test_balance.py plays and reads these trials. The reference shares no line with the launcher: plain
+formulas, loops over tokens, ranks and sequences.
 """
 
-import argparse
-import json
-import os
-import sys
+import math
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -21,11 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from trials import copied_code, train, trial
 
+from ep_launcher import launcher as ep
 from tools.parity import LIMITS, gather_uneven, parameter_errors, plain_cases, relative_error
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from ep_launcher import launcher as ep  # noqa: E402
 
 ALPHA, Z_ALPHA, SEQUENCE_ALPHA = 0.3, 0.2, 0.5  # large, so that a wrong loss shows in every gradient
 LENGTH = 4
@@ -46,7 +38,8 @@ def choose(keys: Tensor, top_k: int, num_groups: int, topk_groups: int) -> Tenso
     for row in keys.tolist():
         size = len(row) // num_groups
         groups = [list(range(g * size, (g + 1) * size)) for g in range(num_groups)]
-        groups.sort(key=lambda group: -sum(sorted((row[e] for e in group), reverse=True)[:2]))
+        best = math.ceil(top_k / topk_groups)  # keys that a group is worth
+        groups.sort(key=lambda group: -sum(sorted((row[e] for e in group), reverse=True)[:best]))
         within = sorted((e for group in groups[:topk_groups] for e in group), key=lambda e: -row[e])
         rows.append(within[:top_k])
     return torch.tensor(rows, dtype=torch.int64).reshape(len(keys), top_k).to(keys.device)
@@ -75,6 +68,7 @@ def reference(
     ids = ids if given_ids is None else given_ids
     weights = scores.gather(1, ids)
     weights = weights / weights.sum(1, keepdim=True) if options.normalize_topk else weights
+    weights = options.routed_scaling_factor * weights
     hidden = F.gelu(torch.einsum("td,edf->tef", x, p["experts.w1"]) + p["experts.b1"])
     every = torch.einsum("tef,efd->ted", hidden, p["experts.w2"]) + p["experts.b2"]
     y = (weights[:, :, None] * every.gather(1, ids[:, :, None].expand(-1, -1, x.shape[1]))).sum(1)
@@ -144,7 +138,7 @@ def run_case(case: dict, config: ep.MoEConfig, mesh: ep.Mesh, device: torch.devi
         "y": relative_error(y.detach(), y_ref[mine]),
         "aux": relative_error(aux_total, aux_ref),
         "x.grad": relative_error(x.grad, x_ref.grad[mine]),
-    } | parameter_errors(layer, parameters, own)
+    } | parameter_errors(layer, {name: p.grad for name, p in parameters.items()}, own)
     predicted = list(ep.predicted_bytes(layer, x_needs_grad=True).values())
     errors["bytes"] = float(sum(abs(p - c) for p, c in zip(predicted, counted, strict=True)))
     is_free = config.option(ep.RoutingOptions).num_groups == 1  # groups may keep every token at home
@@ -164,8 +158,8 @@ def make_config(
     sizes = SIZES | {k: case[k] for k in SIZES if k in case}
     try:
         options = ep.RoutingOptions(
-            normalize_topk=normalize, num_groups=groups, topk_groups=2 if groups > 1 else 1, z_alpha=Z_ALPHA,
-            sequence_alpha=SEQUENCE_ALPHA, sequence_length=LENGTH,
+            normalize_topk=normalize, num_groups=groups, topk_groups=1, z_alpha=Z_ALPHA,
+            sequence_alpha=SEQUENCE_ALPHA, sequence_length=LENGTH, routed_scaling_factor=2.5 if normalize else 1.0,
         )  # fmt: skip
         extras = [options]
         if getattr(ep.REGISTRIES["dispatcher"].get(more.get("dispatcher")), "needs_capacity", False):
@@ -176,42 +170,96 @@ def make_config(
         return None
 
 
-def parity(
-    mesh: ep.Mesh, device: torch.device, dtypes: list[str], only: list[str] | None = None
-) -> list[dict]:
-    """Every variant: in float64 on every case, in the other dtypes on few; every dispatcher on `uneven`."""
-    comm, results = mesh.batch, []
-    for (router, balance, normalize, groups), dtype in product(VARIANTS, dtypes):
-        known = plain_cases(comm.size)
-        for name, case in known.items():
-            if name not in (only or known) or (dtype != "float64" and name not in FEW_CASES):
+def plan(world_size: int, num_groups: int) -> list[tuple[tuple, str, str]]:
+    """(variant, dtype, case): every variant in float64 on a few cases, or on one where num_groups groups hold all
+    experts each; those that differ most on all cases; low precision on one."""
+    found = []
+    for variant, name in product(VARIANTS, plain_cases(world_size)):
+        few = FEW_CASES if num_groups == 1 else ("uneven",)
+        is_plain = variant[2:] in PLAIN and num_groups == 1
+        if name in few or is_plain:
+            found.append((variant, "float64", name))
+        if name == "uneven" and num_groups == 1:
+            found += [(variant, dtype, name) for dtype in LIMITS if dtype != "float64"]
+    return found
+
+
+PLAIN = ((False, 1), (True, 4))  # normalize and groups of the variants that run everything
+
+
+def fitting(variant: tuple, dtype: str, name: str, mesh: ep.Mesh, device: torch.device) -> list[str]:
+    """The dispatchers that a case is tried with: all that can run here on `uneven`, else auto's."""
+    if (dtype, name) != ("float64", "uneven") or variant[2:] not in PLAIN:
+        return ["auto"]
+    some = ep.MoEConfig(dtype=dtype)
+    kinds = ep.REGISTRIES["dispatcher"].items()
+    return [name for name, kind in kinds if kind.preference(some, device, mesh.ep.size) > 0]
+
+
+def parity_on(mesh: ep.Mesh, chosen: list[tuple[tuple, str, str]]) -> list[dict]:
+    """Each (variant, dtype, case) that the options allow -> results. Collective."""
+    comm, results, device = mesh.batch, [], torch.device("cpu")
+    known = plain_cases(comm.size)
+    for variant, dtype, name in chosen:
+        router, balance, normalize, groups = variant
+        for dispatcher in fitting(variant, dtype, name, mesh, device):
+            config = make_config(
+                known[name], router, balance, normalize, groups, dtype=dtype, dispatcher=dispatcher
+            )
+            if config is None:
                 continue
-            fit = [
-                kind for kind, kept in ep.REGISTRIES["dispatcher"].items()
-                if kept.preference(ep.MoEConfig(dtype=dtype), device, mesh.ep.size) > 0
-            ] if name == "uneven" else ["auto"]  # fmt: skip
-            for dispatcher in fit:
-                config = make_config(
-                    case, router, balance, normalize, groups, dtype=dtype, dispatcher=dispatcher
-                )
-                if config is None:
-                    continue
-                facts = [run_case(case, config, mesh, device)]
-                if comm.size > 1:
-                    gathered: list = [None] * comm.size
-                    dist.all_gather_object(gathered, facts[0])
-                    facts = gathered
-                results.append(
-                    {
-                        "case": name, "mesh": f"{comm.size // mesh.ep.size} x {mesh.ep.size}",
-                        "router": router, "balance": balance, "normalize": normalize, "groups": groups,
-                        "dtype": dtype, "dispatcher": dispatcher, "limit": LIMITS[dtype],
-                        "errors": {q: max(f["errors"][q] for f in facts) for q in facts[0]["errors"]},
-                        "rows_received": [f["rows_received"] for f in facts],
-                        "experts_without_rows": case["experts_without_rows"],
-                    }
-                )  # fmt: skip
+            facts = [run_case(known[name], config, mesh, device)]
+            if comm.size > 1:
+                gathered: list = [None] * comm.size
+                dist.all_gather_object(gathered, facts[0])
+                facts = gathered
+            results.append(
+                {
+                    "case": name, "mesh": f"{comm.size // mesh.ep.size} x {mesh.ep.size}",
+                    "router": router, "balance": balance, "normalize": normalize, "groups": groups,
+                    "dtype": dtype, "dispatcher": dispatcher, "limit": LIMITS[dtype],
+                    "errors": {q: max(f["errors"][q] for f in facts) for q in facts[0]["errors"]},
+                    "rows_received": [f["rows_received"] for f in facts],
+                    "experts_without_rows": known[name]["experts_without_rows"],
+                }
+            )  # fmt: skip
     return results
+
+
+@trial(1, 2, 4, limit_s=900)
+def parity(mesh: ep.Mesh, folder: Path) -> list[dict] | None:
+    """The plan on all ranks, and on four also as a 2 x 2 mesh -> the results, of rank 0."""
+    size = mesh.batch.size
+    found = parity_on(mesh, plan(size, 1))
+    if size == 4:
+        found += parity_on(ep.init_ep(2), plan(size, 2))
+    return found if mesh.batch.rank == 0 else None
+
+
+OWN_TOKENS, WEIGHTS = "routing.probs.new_full((), len(routing.probs))", "probs.gather(1, topk_ids)"
+BROKEN = {  # {what: (what stands in the launcher, what stands in its copy)}
+    "own tokens": (f"comm.all_reduce({OWN_TOKENS})", OWN_TOKENS),
+    "biased weights": (
+        f"topk_weights = {WEIGHTS}",
+        f"topk_weights = keys.gather(1, topk_ids) + 0 * {WEIGHTS}",
+    ),
+}
+
+
+@trial(2)
+def broken(mesh: ep.Mesh, folder: Path) -> dict[str, int]:
+    """{what: how many results are over their limit in a copy of the code that is wrong there}."""
+    found = {}
+    for what in BROKEN:
+        with copied_code(folder.parent / "broken_balance" / what):
+            import balance_trials as copy
+
+            mesh = copy.ep.init_ep()
+            results = copy.parity_on(
+                mesh, [one for one in copy.plan(2, 1) if one[1:] == ("float64", "uneven")]
+            )
+        found[what] = sum(not max(r["errors"].values()) <= r["limit"] for r in results)
+    return found
 
 
 def curve_methods(num_tokens: int, world_size: int) -> dict[str, dict]:
@@ -225,13 +273,13 @@ def curve_methods(num_tokens: int, world_size: int) -> dict[str, dict]:
         "bias and all losses": {
             "balance": "bias", "router": "sigmoid",
             "options": every | {
-                "bias_speed": 0.01, "normalize_topk": True, "num_groups": 4, "topk_groups": 2,
+                "bias_speed": 0.01, "normalize_topk": True, "num_groups": 4, "topk_groups": 1,
             },
         },
         "bias and all losses, recomputed": {
             "balance": "bias", "router": "sigmoid", "recomputed": True,
             "options": every | {
-                "bias_speed": 0.01, "normalize_topk": True, "num_groups": 4, "topk_groups": 2,
+                "bias_speed": 0.01, "normalize_topk": True, "num_groups": 4, "topk_groups": 1,
             },
         },
         "sequences of a fourth": {"balance": "none", "options": {"sequence_alpha": 1.0, "sequence_length": length}},
@@ -285,9 +333,14 @@ class Training:
         self.stream.generator.set_state(state["generator"])
 
 
-def curves(world_size: int, rank: int, steps: int) -> list[dict]:
+STEPS = 40
+
+
+@trial(4, limit_s=900)
+def curves(mesh: ep.Mesh, folder: Path) -> list[dict] | None:
     """Curves on groups of 1, 2 and 4 ranks and on a 2 x 2 mesh, every rank with its own topics, 64 tokens a step
-    and 3; all biases."""
+    and 3; all biases; of rank 0."""
+    rank, world_size = mesh.batch.rank, mesh.batch.size
     found, meshes = [], {"2 x 2": ep.init_ep(2)}
     for size in (1, 2, 4):
         group = dist.new_group(range(size), timeout=timedelta(seconds=60))
@@ -299,7 +352,7 @@ def curves(world_size: int, rank: int, steps: int) -> list[dict]:
                 if names and name not in names:
                     continue
                 training = Training(method, mesh, num_tokens, sort_tokens=True)
-                curve = [training.step() for _ in range(steps if num_tokens == 64 else steps // 4)]
+                curve = [training.step() for _ in range(STEPS if num_tokens == 64 else STEPS // 4)]
                 bias = training.layer.balance.choice_bias
                 biases: list = [None] * mesh.batch.size
                 dist.all_gather_object(
@@ -310,11 +363,12 @@ def curves(world_size: int, rank: int, steps: int) -> list[dict]:
                         "size": size, "tokens": num_tokens, "method": name, "curve": curve, "biases": biases,
                     }
                 )  # fmt: skip
-    return found
+    return found if rank == 0 else None
 
 
-def resume(mesh: ep.Mesh, folder: Path, steps: int) -> dict:
-    """A run of `steps`, and one that stops half-way, is saved, built anew, loaded, and goes on."""
+@trial(2)
+def resume(mesh: ep.Mesh, folder: Path, steps: int = 40) -> dict:
+    """This rank's facts: a run of `steps`, and one that stops half-way, is saved, built anew, loaded, and goes on."""
     comm = mesh.batch
     method = curve_methods(64, comm.size)["bias and all losses"]
     through = Training(method, mesh, 64, False)
@@ -332,21 +386,33 @@ def resume(mesh: ep.Mesh, folder: Path, steps: int) -> dict:
     state["model"]["balance.bias"].zero_()
     forgetful.load(state)
     lost = [forgetful.step() for _ in range(steps - steps // 2)]
-    mine = {
+    return {
         "same_curve": whole == halves,
         "same_state": all(torch.equal(first[name], second[name]) for name in first),
         "same_without_bias": lost == whole[steps // 2 :],
         "names": sorted(first),
         "bias": first["balance.bias"].tolist(),
     }
-    every: list = [mine] * comm.size
-    if comm.size > 1:
-        dist.all_gather_object(every, mine)
-    return {"ranks": every}
 
 
-def graph(device: torch.device) -> dict:
+FLAGS = ["--task", "clusters", "--num-clusters", "8", "--sort-tokens", "--router", "sigmoid", "--balance", "bias",
+         "--bias-speed", "0.01", "--normalize-topk", "--num-groups", "4", "--topk-groups", "2", "--z-alpha", "0.1",
+         "--sequence-alpha", "0.1", "--sequence-length", "16", "--dtype", "float64", "--steps", "40",
+         "--log-interval", "10", "--tokens", "32", "--hidden-dim", "32", "--ffn-dim", "32"]  # fmt: skip
+
+
+@trial(1, 2)
+def every_flag(mesh: ep.Mesh, folder: Path) -> dict:
+    """A run of the launcher, its log beside the results."""
+    return train(FLAGS, folder / f"runs{mesh.batch.size}")
+
+
+@trial(1)
+def graph(mesh: ep.Mesh, folder: Path) -> dict | None:
     """On a GPU: routing, losses and the bias's step without a synchronisation, and replayed from a CUDA graph."""
+    if not torch.cuda.is_available():
+        return None
+    device = torch.device("cuda")
     options = ep.RoutingOptions(
         normalize_topk=True, num_groups=4, topk_groups=2, z_alpha=0.1, sequence_alpha=0.1, sequence_length=8
     )
@@ -386,59 +452,3 @@ def graph(device: torch.device) -> dict:
         "same_loss": torch.allclose(torch.stack(losses), torch.stack(replayed), rtol=1e-5),
         "bias": graphed.bias.tolist(),
     }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["parity", "curves", "resume", "graph"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtypes", nargs="+", default=["float64", "float32", "bfloat16"])
-    parser.add_argument("--cases", nargs="*")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--output", required=True)
-    args = parser.parse_args()
-    device = ep.choose_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = False
-    torch.set_num_threads(1)
-    rank, world_size, _, _ = ep.world_from_env()
-    if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        ep.schedule_in_batches()
-        dist.init_process_group(backend, timeout=timedelta(seconds=60))
-    failed = []
-    if args.what == "parity":
-        found = parity(ep.init_ep(), device, args.dtypes, args.cases)
-        if world_size == 4:
-            few = [case for case in FEW_CASES if case in (args.cases or FEW_CASES)]
-            found += parity(ep.init_ep(2), device, [d for d in args.dtypes if d == "float64"], few)
-        failed = [r for r in found if not max(r["errors"].values()) <= r["limit"]]
-    elif args.what == "curves":
-        found = curves(world_size, rank, args.steps)
-    elif args.what == "graph":
-        found = graph(device)
-        failed = [] if found["same_bias"] and found["same_loss"] and any(found["bias"]) else [None]
-        print(found)
-    else:
-        found = resume(ep.init_ep(), Path(args.output).resolve().parent, args.steps)
-    if rank == 0:
-        Path(args.output).write_text(json.dumps(found) + "\n")
-        for r in failed[:20] if args.what == "parity" else ():
-            quantity = max(r["errors"], key=r["errors"].get)
-            print(
-                "over the limit:", *(f"{k} {r[k]}" for k in r if k not in ("errors", "rows_received")),
-                f"{quantity} {r['errors'][quantity]:.2e}",
-            )  # fmt: skip
-        if args.what == "parity":
-            print(f"{len(found) - len(failed)} of {len(found)} within limits at world size {world_size}")
-    if dist.is_initialized():
-        dist.barrier()  # a rank that leaves early may abort one that still closes its connections
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(1 if failed else 0)  # torch's threads now and then abort a process that ends the long way
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

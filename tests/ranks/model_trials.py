@@ -1,24 +1,11 @@
-"""The layer in somebody's model, on real ranks: one torchrun a world size, many trials in it.
-
-    torchrun --standalone --nproc_per_node=2 tests/ranks/model_trials.py build/model          # all trials for 2 ranks
-    torchrun --standalone --nproc_per_node=2 tests/ranks/model_trials.py build/model retain_graph
-
-Each trial gets a process group of its own, so that what one leaves behind does not reach the next. Every rank
-writes what it found to FOLDER/W-rank.json: {trial: "" or what went wrong}. tests/ranks/test_model.py reads it.
-"""
+"""The layer in somebody's model, on real ranks: trials, which tests/ranks/test_model.py plays and reads."""
 
 import contextlib
 import copy
 import gc
 import io
-import json
-import os
-import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,25 +15,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from trials import trial
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from ep_launcher import launcher as ep  # noqa: E402
+from ep_launcher import launcher as ep
 
-LIMIT_S = 60
-TRIALS: dict[str, tuple[Callable, tuple[int, ...]]] = {}
 SIZES = {"num_experts": 8, "top_k": 2, "hidden_dim": 16, "ffn_dim": 32}
 EXPERTS = ("loop", "bmm", "blocks", "grouped")
 MANY = ("all_gather", "all_to_all")
-
-
-def trial(*world_sizes: int) -> Callable:
-    """Decorator: this function runs on so many ranks, as trial(mesh, folder)."""
-
-    def add(function: Callable) -> Callable:
-        TRIALS[function.__name__] = function, world_sizes
-        return function
-
-    return add
 
 
 def config(**changes) -> ep.MoEConfig:
@@ -79,8 +54,9 @@ def refused(kind: type[BaseException], *words: str) -> Iterator[None]:
 
 
 def whole(state: dict[str, Tensor], layer_config: ep.MoEConfig, **more) -> ep.EPMoE:
-    """A layer of world size 1 with this state, on every rank by itself."""
+    """A layer of world size 1 with this state, on every rank by itself; without the exchange that is tried."""
     alone = ep.Communicator.alone()
+    layer_config = ep.replace(layer_config, dispatcher="local")
     layer = ep.EPMoE(layer_config, ep.Mesh(alone, alone, alone), seed=99, **more)
     layer.load_state_dict(state)
     return layer
@@ -129,7 +105,7 @@ def kept_bytes(
     with kept:
         y = run()
     own = [*layer.parameters(), *layer.buffers(), *layer.aux_shares, layer.topk_ids, layer.probs, y, *inputs]
-    deadline = time.monotonic() + 1  # gloo's own thread lets go of a message a moment after it has arrived
+    deadline = time.monotonic() + 20  # gloo's own thread lets go of a message a moment after it has arrived
     while time.monotonic() < deadline and kept.alive(*own) > enough:
         gc.collect()
         time.sleep(0.02)
@@ -434,7 +410,7 @@ def saves_full_state(mesh: ep.Mesh, folder: Path) -> None:
         torch.save({"state": state, "losses": losses}, folder / "of-4-ranks.pt")
 
 
-@trial(2)
+@trial(1, 2)
 def resumes_full_state(mesh: ep.Mesh, folder: Path) -> None:
     resume(mesh, folder)
 
@@ -653,41 +629,3 @@ def two_by_two(mesh: ep.Mesh, folder: Path) -> None:
     assert all(grid.meter.sent["dispatch"][r] == 0 for r in outside), (
         "rows left the group that shares the experts"
     )
-
-
-def main() -> int:
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
-    rank, size, _, _ = ep.world_from_env()
-    torch.set_num_threads(1)
-    folder.mkdir(parents=True, exist_ok=True)
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=LIMIT_S)))
-    found = {}
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"did not end within {LIMIT_S} s")
-
-    signal.signal(signal.SIGALRM, late)
-    for name, (function, sizes) in TRIALS.items():
-        if size not in sizes or (names and name not in names):
-            continue
-        own = dist.PrefixStore(name, store)
-        dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timedelta(seconds=20))
-        signal.alarm(LIMIT_S)
-        try:
-            torch.manual_seed(0)
-            function(ep.init_ep(), folder)
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-        signal.alarm(0)
-        own.set(f"ended {rank}", "")
-        own.wait([f"ended {other}" for other in range(size)], timedelta(seconds=2 * LIMIT_S))
-        dist.destroy_process_group()
-        (folder / f"{size}-{rank}.json").write_text(json.dumps(found))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # threads of a group's libraries may still end, and must not meet a dying interpreter
-
-
-if __name__ == "__main__":
-    main()

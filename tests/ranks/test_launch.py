@@ -411,7 +411,7 @@ def test_no_rank_starts_the_cell_before_all_are_connected(tmp_path):
          r"rank 1, line 4 of the cell: ValueError: no good"),
         ("2", "def f():\n    MoEConfig(top_k=99)\nf()",
          r"ranks 0, 1, line 3 of the cell: ValueError: top_k is 99, above the 16 experts; lower --top-k "
-         r"\(notebooks/01_parallelism\.ipynb #config:\d+, in MoEConfig\.__post_init__\)"),
+         r"\(notebooks/01_parallelism\.ipynb #config:\d+, in LayerSizes\.__post_init__\)"),
         ("2", "x = = 1", r"ranks 0, 1, line 2 of the cell: SyntaxError: invalid syntax"),
         ("2 --collect y", "if rank == 0:\n    y = 1", r"rank 1: NameError: the cell does not define `y`.*"),
         ("2", "import os, signal\nif rank:\n    os.kill(os.getpid(), signal.SIGKILL)", r"rank 1: ended by SIGKILL"),

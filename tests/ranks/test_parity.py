@@ -1,30 +1,30 @@
 """Every dispatcher and experts kind against the dense reference (tools/parity.py), on 1, 2, 4 and 8 ranks."""
 
-import json
-
 import pytest
 import torch
-from support import copy_of_the_code, torchrun
+from parity_trials import BROKEN, WORLD_SIZES, cases_in
+from support import copy_of_the_code, outcome, play
 
+from tools import parity
 from tools.parity import LIMITS, cases, cases_of, variants
 
-WORLD_SIZES = {1: [], 2: [], 4: [], 8: ["even"]}
+
+@pytest.fixture(scope="module")
+def played(build):
+    """The folder of what every rank found."""
+    for what, change in BROKEN.items():
+        copy_of_the_code(build / "broken" / what, *change)
+    return play(build / "parity", "parity_trials", 8)
 
 
-@pytest.fixture(scope="module", params=list(WORLD_SIZES), ids=lambda size: f"{size}ranks")
-def results(request, build) -> list[dict]:
+@pytest.fixture(scope="module", params=WORLD_SIZES, ids=lambda size: f"{size}ranks")
+def results(request, played) -> list[dict]:
     """What the suite measured at one world size."""
-    output = build / f"parity-{request.param}.json"
-    output.unlink(missing_ok=True)
-    only = ["--cases", *WORLD_SIZES[request.param]] if WORLD_SIZES[request.param] else []
-    done = torchrun(request.param, "tools/parity.py", "--output", str(output), *only, timeout=300)
-    assert output.exists(), done.stdout[-2000:] + done.stderr[-2000:]
-    return json.loads(output.read_text())
+    return outcome(played, "parity", request.param)[0]
 
 
 def test_everything_ran(results):
     world_size = results[0]["world_size"]
-    names = WORLD_SIZES[world_size] or list(cases(world_size))
     ran = {(r["dispatcher"], r["experts"], r["activation"], r["dtype"], r["case"]) for r in results}
     kinds = variants(torch.device("cpu"), world_size, list(LIMITS))
     known = cases(world_size)
@@ -32,7 +32,7 @@ def test_everything_ran(results):
         (*kind, name)
         for parts in {case["ep"] for case in known.values()}
         for kind in variants(torch.device("cpu"), world_size // parts, list(LIMITS))
-        for name in cases_of(kind[2], kind[3], names)
+        for name in cases_of(kind[2], kind[3], cases_in(world_size, kind[3]))
         if known[name]["ep"] == parts
     }
     assert ran == expected
@@ -76,44 +76,24 @@ def test_the_cases_are_what_they_say(results):
             assert r["rows_received"][-1] == 0
 
 
-BROKEN = {
-    "gradient": (
-        "blocks.view(grad.shape).sum(0)",
-        "blocks.view(grad.shape)[0]",
-        "over the limit: even float64",
-    ),
-    "byte": (
-        "there * (row + rider), back * row,",
-        "there * (row + rider + 1), back * row,",
-        "bytes predicted",
-    ),
-    "destination": ("bytes_by_pass(rows, rows.t(),", "bytes_by_pass(rows, rows,", "by pass and destination"),
-    "crash": (
-        "home[:, 0], order",
-        "home[:, 1], order",
-        "crashed: rank 0, even float64 all_to_all blocks gelu",
-    ),
+SAYS = {
+    "gradient": "over the limit: even float64",
+    "byte": "bytes predicted",
+    "destination": "by pass and destination",
+    "crash": "crashed: rank 0, even float64 all_to_all blocks gelu",
 }
 
 
 @pytest.mark.parametrize("what", list(BROKEN))
-def test_parity_refuses(build, what):
+def test_parity_refuses(played, what):
     """The suite can fail: on a gradient, a byte, a byte to the wrong rank; and it names what crashed, and the cell."""
-    right, wrong, said = BROKEN[what]
-    broken = copy_of_the_code(build / "broken", right, wrong)
-    done = torchrun(2, str(broken / "tools/parity.py"), "--dtypes", "float64", "--cases", "even", "uneven")
-    assert done.returncode != 0 and said in done.stdout + done.stderr, done.stdout + done.stderr
-    assert what != "crash" or "07_exact_all_to_all.ipynb #send-rows" in done.stderr
+    (code, printed), (other, _) = outcome(played, f"broken_{what}", 2)
+    assert code == other == 1 and SAYS[what] in printed, printed
+    assert what != "crash" or "07_exact_all_to_all.ipynb #send-rows" in printed
 
 
-def test_one_dispatcher_alone_from_a_plugin(tmp_path):
-    plugin = tmp_path / "mine.py"
-    plugin.write_text(
-        "from ep_launcher.launcher import AllGatherDispatcher, register\n\n\n"
-        '@register("dispatcher", "mine")\nclass Mine(AllGatherDispatcher):\n    pass\n'
-    )
-    flags = ["--dtypes", "float64", "--cases", "even", "--dispatcher", "mine", "--plugin", str(plugin)]
-    done = torchrun(2, "tools/parity.py", *flags)
-    assert done.returncode == 0 and "within limits" in done.stdout, done.stderr
-    done = torchrun(1, "tools/parity.py", "--dispatcher", "nobody")
-    assert done.returncode != 0 and "no dispatcher 'nobody'" in done.stderr
+def test_a_dispatcher_that_nobody_registered_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["parity.py", "--dispatcher", "nobody"])
+    with pytest.raises(SystemExit):
+        parity.begin()
+    assert "no dispatcher 'nobody'; take one of " in capsys.readouterr().err
