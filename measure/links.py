@@ -1,26 +1,25 @@
 """Chapter 10's exchange over a slow cable, two hosts (tools/hosts.py) of two ranks, into results/cpu_links.json.
 
     python measure/links.py                                  100 Mbit/s, 1 Gbit/s and no limit; four minutes
-    python measure/links.py --rates 100 --rounds 2 --output build/links.json
+    python measure/links.py --rates 100 --rounds 2 --output build
 
 Dispatch and combine, forward, float32. In one process group a rate, the dispatchers in turn, every sample that of the
 slowest rank. Beside each, what its ranks handed over for the other machine, by the meter, and what went through the
 cable. Needs Linux and root.
 """
 
-import argparse
 import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
+from measure import record  # noqa: E402
 
 NAMES = ("all_to_all", "dedup", "gather_tokens", "two_stage")
 SHAPE = {"num_tokens": 256, "hidden_dim": 512, "num_experts": 16}
@@ -113,14 +112,10 @@ def measure(mbit_per_s: float, rounds: int) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, rounds=20)
     parser.add_argument(
         "--rates", nargs="+", type=float, default=[100, 1000, 0], help="Mbit/s; 0 sets no limit"
     )
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--output", default=str(ROOT / "results" / "cpu_links.json"))
     parser.add_argument("--work", action="store_true", help="be one of the ranks")
     args = parser.parse_args()
     if args.work:
@@ -139,10 +134,8 @@ def main() -> int:
         for top_k, found in rates[name].items():
             times = ", ".join(f"{n} {f['median_ms']:.1f} ms" for n, f in found.items())
             print(name, f"top-{top_k}:", times, flush=True)
-    facts = {"what": "links", "machines": 2, "ranks_per_host": 2, "backend": "gloo", "torch": torch.__version__,
-             "device": ep.device_model(torch.device("cpu")), "command": "python measure/links.py",
-             "rounds": args.rounds, **SHAPE, "dtype": "float32"}  # fmt: skip
-    Path(args.output).write_text(json.dumps(facts | {"rates": rates}, indent=1) + "\n")
+    facts = {"machines": 2, "ranks_per_host": 2, "rounds": args.rounds, **SHAPE, "dtype": "float32"}
+    record.write(args.output, "links", torch.device("cpu"), facts | {"rates": rates})
     return 0
 
 
