@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.extract import assert_fresh, book_notebooks, check_kernel_definitions, read_notebook
+from tools.extract import assert_fresh, book_notebooks, check_kernel_definitions
 from tools.launch import (
     LOCAL_PATHS,
     MOST_LINES,
@@ -36,6 +36,7 @@ from tools.launch import (
     kernel,
     signal_name,
 )
+from tools.stitch.reading import read_notebook
 
 STARTUP_S = 120.0  # importing torch, on a busy machine
 
