@@ -75,7 +75,14 @@ def ip(*arguments: str, program: str = "ip") -> str:
 
 def limit_rate(namespace: str, mbit_per_s: float) -> None:
     """What leaves a namespace through its end of the cable is held to this rate from now on: a token bucket (tbf)."""
-    bucket = ["rate", f"{mbit_per_s:g}mbit", "burst", f"{max(32, int(mbit_per_s))}kb", "latency", "400ms"]
+    bucket = [
+        "rate",
+        f"{mbit_per_s:g}mbit",
+        "burst",
+        f"{max(64, int(mbit_per_s) // 4)}kb",
+        "latency",
+        "400ms",
+    ]
     ip("-n", namespace, "qdisc", "add", "dev", INTERFACE, "root", "tbf", *bucket, program="tc")
 
 

@@ -110,6 +110,11 @@ WRONG = {
             "    return torch.where(places < capacity, wanted, -1).view(topk_ids.shape)",
         ),
     ],
+    "solution-own": [
+        ("shares.tril(-1).sum(2)", "shares.tril().sum(2)"),
+        ("shares.byte().argmax(2)", "torch.arange(topk_ids.shape[1]).expand_as(owner)"),
+    ],
+    "solution-across": [("len(set(away))", "len(away)"), ("for e in line if e >= 0", "for e in line")],
     "solution-copies": [("top_k * elsewhere", "top_k"), ("num_hosts) * elsewhere", "num_hosts)")],
 }
 

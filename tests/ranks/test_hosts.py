@@ -119,3 +119,15 @@ def test_a_failure_tells_the_first_error_line_once_else_each_host():
     both = hosts.describe_hosts([None, 1], ["[W1124 library talk\n", "a\nb\n"], 9, False)
     assert both.lines[0] == "the two hosts did not end within 9 s and were stopped"
     assert both.lines[1:] == ["host 1 had to be stopped", "host 2 ended with exit code 1", "  a", "  b"]
+
+
+@needs_hosts
+def test_a_cable_of_a_given_speed():
+    with hosts.two_namespaces(mbit_per_s=100) as names:
+        for name in names:
+            shown = hosts.ip("-n", name, "qdisc", "show", "dev", hosts.INTERFACE, program="tc")
+            assert "tbf" in shown and "rate 100Mbit" in shown
+    with hosts.two_namespaces() as names:
+        assert "tbf" not in hosts.ip("-n", names[0], "qdisc", "show", "dev", hosts.INTERFACE, program="tc")
+    with pytest.raises(HostsUnavailable, match="`nothing` is not installed"):
+        hosts.ip(program="nothing")
