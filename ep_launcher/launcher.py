@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "65ec04b4db2ffb136a3d76e0b4d31ff4249efcf5483abef53709c5ab5433254c"
+SOURCES_SHA256 = "10bade45ca7b8c70bf787bfa9ca2a56512e309642544d7d2f4e34dbc524f1c21"
 
 
 # ==========================================================================================================
@@ -3848,33 +3848,6 @@ class BiasBalance(Balance):
 
 
 # ==========================================================================================================
-# routing: notebooks/10_less_traffic.ipynb
-# ==========================================================================================================
-
-
-# %% notebooks/10_less_traffic.ipynb #traffic-options
-@option_group
-@dataclass(frozen=True)
-class TrafficOptions(Options):
-    """What saves traffic needs to know about the machines. ValueError where a number makes no sense.
-
-    ranks_per_host: ranks on one machine, for two_stage; unset, as many as torchrun started on this one
-    """
-
-    ranks_per_host: int | None = None
-    slot_tokens: int | None = field(default=None, metadata={"flag": False})  # most tokens a rank, of a run
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, and must be at least 1")
-
-    def for_run(self, run: Any) -> "TrafficOptions":
-        """These options, with the run's largest share of tokens."""
-        return replace(self, slot_tokens=max(1, -(-run.num_global_tokens // run.mesh.batch.size)))
-
-
-# ==========================================================================================================
 # performance: notebooks/10_less_traffic.ipynb
 # ==========================================================================================================
 
@@ -3952,6 +3925,38 @@ class SumAtHome(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         slots = F.pad(grad, (0, 0, 0, ctx.padding))
         return ctx.comm.all_gather(slots, "combine backward").flatten(0, 1), None, None
+
+
+# ==========================================================================================================
+# routing: notebooks/10_less_traffic.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/10_less_traffic.ipynb #traffic-options
+@option_group
+@dataclass(frozen=True)
+class TrafficOptions(Options):
+    """What saves traffic needs to know about the machines. ValueError where a number makes no sense.
+
+    ranks_per_host: ranks on one machine, for two_stage; unset, as many as torchrun started on this one
+    """
+
+    ranks_per_host: int | None = None
+    slot_tokens: int | None = field(default=None, metadata={"flag": False})  # most tokens a rank, of a run
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, and must be at least 1")
+
+    def for_run(self, run: Any) -> "TrafficOptions":
+        """These options, with the run's largest share of tokens."""
+        return replace(self, slot_tokens=max(1, -(-run.num_global_tokens // run.mesh.batch.size)))
+
+
+# ==========================================================================================================
+# performance: notebooks/10_less_traffic.ipynb
+# ==========================================================================================================
 
 
 # %% notebooks/10_less_traffic.ipynb #gather-dispatcher
@@ -4099,10 +4104,14 @@ class DedupDispatcher(AllToAllDispatcher):
         """Runs everywhere."""
         return 20 if ep_size > 1 else 1
 
+    def order(self, topk_ids: Tensor) -> CopyOrder:
+        """topk_ids [T, K] -> which copies there are, and which of them each choice shares."""
+        return order_copies(topk_ids, self.num_local_experts, self.comm.size)
+
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
         """See Dispatcher. Sends a row for each (token, destination rank); one host synchronisation."""
         d, comm = x.shape[1], self.comm
-        order = order_copies(topk_ids, self.num_local_experts, comm.size)
+        order = self.order(topk_ids)
         row_bytes = (d + rider_columns(d, x.dtype, 2 * order.per_row)) * x.element_size()
         plan = announce(order.copies.counts, row_bytes, comm)
         ids = torch.where(topk_ids < 0, -1, topk_ids % self.num_local_experts)
