@@ -19,6 +19,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/02_all_to_all.ipynb
 #   notebooks/03_experts.ipynb
 #   notebooks/04_training.ipynb
+#   notebooks/05_launch.ipynb
 #   notebooks/06_grouped_experts.ipynb
 #   notebooks/07_exact_all_to_all.ipynb
 #   notebooks/08_capacity.ipynb
@@ -26,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "b877e972727dfdfbc81f61bb6556e6c7f1d34e847232331aac5b46f1a6da6b0d"
+SOURCES_SHA256 = "10bade45ca7b8c70bf787bfa9ca2a56512e309642544d7d2f4e34dbc524f1c21"
 
 
 # ==========================================================================================================
@@ -65,110 +66,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-# %% notebooks/01_parallelism.ipynb #registry
-REGISTRIES: dict[str, dict[str, Any]] = {
-    "router": {},
-    "dispatcher": {},
-    "experts": {},
-    "balance": {},
-    "activation": {},
-    "overflow": {},
-    "model": {},
-    "task": {},
-    "step": {},
-}
-OPTION_GROUPS: list[type] = []
-G = TypeVar("G")
-
-
-def register(kind: str, name: str) -> Callable[[G], G]:
-    """Decorator: makes an implementation choosable by name, in the config and as the flag `--KIND NAME`.
-
-    One that is defined again under the same qualified name replaces the old one: cells are there to be run again.
-    ValueError where kind is no key of REGISTRIES, or another implementation has the name.
-    """
-    if kind not in REGISTRIES:
-        raise ValueError(f"there is no kind {kind!r}; take one of {', '.join(REGISTRIES)}")
-
-    def add(implementation: G) -> G:
-        kept = REGISTRIES[kind].get(name, implementation)
-        if kept.__qualname__ != implementation.__qualname__:
-            raise ValueError(
-                f"{kind} {name!r} is registered already, as {kept.__qualname__}; choose another name"
-            )
-        REGISTRIES[kind][name] = implementation
-        return implementation
-
-    return add
-
-
-def option_group(group: type[G]) -> type[G]:
-    """Decorator: every field of this frozen dataclass becomes a flag; its docstring's `field: text` is the help."""
-    kept = [other for other in OPTION_GROUPS if other.__qualname__ != group.__qualname__]
-    OPTION_GROUPS[:] = [*kept, group]
-    return group
-
-
-# %% notebooks/01_parallelism.ipynb #options
-class Options:
-    """What the option groups of later chapters inherit: the hooks by which they take part. Each does nothing here.
-
-    TypeError where a subclass has a public method that is no hook: a misspelt one would never be called.
-    """
-
-    def __init_subclass__(cls) -> None:
-        for name, value in vars(cls).items():
-            if callable(value) and not name.startswith("_") and not hasattr(Options, name):
-                known = ", ".join(hook for hook in vars(Options) if not hook.startswith("_"))
-                raise TypeError(f"{cls.__name__}.{name} is no hook; take one of {known}")
-
-    def check(self, config: Any) -> None:
-        """ValueError where these options and the config do not fit together."""
-
-    def for_run(self, run: Any) -> "Options":
-        """These options, fitted to a run of the launcher."""
-        return self
-
-    def limit_choice(self, keys: Tensor, config: Any) -> Tensor:
-        """In the router, before the choice: keys [T, E] -> [T, E]."""
-        return keys
-
-    def scale_weights(self, weights: Tensor) -> Tensor:
-        """In the router, after the choice: topk_weights [T, K] -> [T, K]."""
-        return weights
-
-    def added_loss(self, routing: Any, config: Any, batch: Any) -> Tensor:
-        """In the layer, while it trains: this rank's share of a further loss, 0-dim."""
-        return routing.probs.new_zeros(())
-
-    def after_routing(self, routing: Any, config: Any, batch: Any) -> Any:
-        """In the layer, between router and dispatcher: Routing -> Routing."""
-        return routing
-
-    def show(self, log: Any, step: int, layer: Any) -> None:
-        """In the launcher, at every log interval, once for each layer. Collective."""
-
-
 # %% notebooks/01_parallelism.ipynb #config
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
-@option_group
 @dataclass(frozen=True)
-class MoEConfig:
-    """One mixture-of-experts layer; the same on every rank. ValueError where the numbers do not fit together.
+class LayerSizes:
+    """The sizes of one mixture-of-experts layer; the same on every rank. ValueError where they do not fit together.
 
     num_experts: experts E in the whole layer, over all ranks
     top_k: experts K that each token visits
     hidden_dim: width D of a token
     ffn_dim: width F inside an expert
     max_num_tokens: most tokens that one rank may bring to a forward pass; None sets no limit
-    num_shared_experts: experts that every token visits besides, a copy on every rank
-    router: how a token chooses its experts
-    dispatcher: how rows travel to their experts and back; auto takes the fastest for the device
-    experts: how the local experts are computed; auto takes the fastest for the device
-    balance: what keeps the experts' load even
-    activation: the nonlinearity inside an expert
     dtype: of the experts: float32, float64 or bfloat16; the router has float32 or wider
     """
 
@@ -177,32 +87,17 @@ class MoEConfig:
     hidden_dim: int = 256
     ffn_dim: int = 1024
     max_num_tokens: int | None = field(default=None, metadata={"default": 128})  # 128 in the launcher
-    num_shared_experts: int = 0
-    router: str = "softmax"
-    dispatcher: str = "auto"
-    experts: str = "auto"
-    balance: str = "aux"
-    activation: str = "gelu"
     dtype: str = "float32"
-    router_bias: bool = field(default=True, metadata={"flag": False})
-    extras: tuple = field(default=(), metadata={"flag": False})  # option groups of later chapters
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("num_experts", "top_k", "hidden_dim", "ffn_dim", "max_num_tokens"), 1)
-        for name, smallest in (least | {"num_shared_experts": 0}).items():
+        for name in ("num_experts", "top_k", "hidden_dim", "ffn_dim", "max_num_tokens"):
             value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"{name} is {value}, and must be at least {smallest}")
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, and must be at least 1")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k is {self.top_k}, above the {self.num_experts} experts; lower --top-k")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; take one of {', '.join(DTYPES)}")
-        for extra in self.extras:
-            if not isinstance(extra, Options):
-                raise ValueError(
-                    f"extras has a {type(extra).__name__}, and takes option groups, made from Options"
-                )
-            extra.check(self)
 
     def num_local_experts(self, ep_size: int) -> int:
         """Experts L that each of ep_size ranks owns. ValueError where they cannot be shared out evenly."""
@@ -212,16 +107,6 @@ class MoEConfig:
                 f"take a multiple of {ep_size} for --num-experts"
             )
         return self.num_experts // ep_size
-
-    def option(self, group: type[G]) -> G:
-        """This config's option group of the given type, or that group's defaults."""
-        named = (extra for extra in self.extras if type(extra).__qualname__ == group.__qualname__)
-        return next(named, group())
-
-    def hooks(self, name: str) -> list[Callable]:
-        """The option groups' methods of this name, where they are more than the no-op of Options."""
-        own = (extra for extra in self.extras if getattr(type(extra), name) is not getattr(Options, name))
-        return [getattr(extra, name) for extra in own]
 
 
 # %% notebooks/01_parallelism.ipynb #traffic-meter
@@ -354,7 +239,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
     num_gpus = torch.cuda.device_count()
     if wanted == "cuda" and num_gpus < local_world_size:
         raise ValueError(
-            f"{local_world_size} ranks on this host want a GPU each, and it has {num_gpus}; "
+            f"{local_world_size} ranks on this machine want a GPU each, and it has {num_gpus}; "
             "start fewer, or take --device cpu"
         )
     if wanted == "cpu" or num_gpus < local_world_size:
@@ -431,7 +316,8 @@ def ep_bytes(num_tokens: int, hidden_dim: int, top_k: int, ep_size: int, itemsiz
 def tp_bytes(num_tokens: int, hidden_dim: int, tp_size: int, itemsize: int = 2) -> float:
     """Bytes that one rank sends in a forward pass of a TP layer: one all-reduce of [num_tokens, hidden_dim].
 
-    num_tokens: of the whole TP group. A reduce-scatter, then an all-gather, each (P - 1) / P of the tensor.
+    num_tokens: of the whole TP group. A reduce-scatter, then an all-gather, each (P - 1) / P of the tensor; exact
+    where the P = tp_size ranks divide the tokens evenly.
     """
     return 2 * itemsize * num_tokens * hidden_dim * (tp_size - 1) / tp_size
 
@@ -475,6 +361,95 @@ def make_metadata(topk_ids: Tensor, rank: int) -> Tensor:
     source_token = torch.arange(num_tokens, device=topk_ids.device).repeat_interleave(top_k)
     is_padding = (expert < 0).long()  # a choice that is not sent travels as padding
     return torch.stack([expert, source_rank, source_token, is_padding], dim=1)
+
+
+# %% notebooks/02_all_to_all.ipynb #registry
+REGISTRIES: dict[str, dict[str, Any]] = {
+    "router": {},
+    "dispatcher": {},
+    "experts": {},
+    "balance": {},
+    "activation": {},
+    "overflow": {},
+    "model": {},
+    "task": {},
+    "step": {},
+}
+OPTION_GROUPS: list[type] = []
+G = TypeVar("G")
+
+
+def register(kind: str, name: str) -> Callable[[G], G]:
+    """Decorator: makes an implementation choosable by name, in the config and as the flag `--KIND NAME`.
+
+    One that is defined again under the same qualified name replaces the old one: cells are there to be run again.
+    ValueError where kind is no key of REGISTRIES, or another implementation has the name.
+    """
+    if kind not in REGISTRIES:
+        raise ValueError(f"there is no kind {kind!r}; take one of {', '.join(REGISTRIES)}")
+
+    def add(implementation: G) -> G:
+        kept = REGISTRIES[kind].get(name, implementation)
+        if kept.__qualname__ != implementation.__qualname__:
+            raise ValueError(
+                f"{kind} {name!r} is registered already, as {kept.__qualname__}; choose another name"
+            )
+        REGISTRIES[kind][name] = implementation
+        return implementation
+
+    return add
+
+
+def option_group(group: type[G]) -> type[G]:
+    """Decorator: every field of this frozen dataclass becomes a flag; its docstring's `field: text` is the help."""
+    kept = [other for other in OPTION_GROUPS if other.__qualname__ != group.__qualname__]
+    OPTION_GROUPS[:] = [*kept, group]
+    return group
+
+
+# %% notebooks/02_all_to_all.ipynb #moe-config
+@option_group
+@dataclass(frozen=True)
+class MoEConfig(LayerSizes):
+    """One mixture-of-experts layer: its sizes, and the names of its parts. ValueError where they do not fit together.
+
+    num_shared_experts: experts that every token visits besides, a copy on every rank
+    router: how a token chooses its experts
+    dispatcher: how rows travel to their experts and back; auto takes the fastest for the device
+    experts: how the local experts are computed; auto takes the fastest for the device
+    balance: what keeps the experts' load even
+    activation: the nonlinearity inside an expert
+    """
+
+    num_shared_experts: int = 0
+    router: str = "softmax"
+    dispatcher: str = "auto"
+    experts: str = "auto"
+    balance: str = "aux"
+    activation: str = "gelu"
+    router_bias: bool = field(default=True, metadata={"flag": False})
+    extras: tuple = field(default=(), metadata={"flag": False})  # option groups of later chapters
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_shared_experts < 0:
+            raise ValueError(f"num_shared_experts is {self.num_shared_experts}, and must be at least 0")
+        for extra in self.extras:
+            if "Options" not in (base.__qualname__ for base in type(extra).__mro__):
+                raise ValueError(
+                    f"extras has a {type(extra).__name__}, and takes option groups, made from Options"
+                )
+            extra.check(self)
+
+    def option(self, group: type[G]) -> G:
+        """This config's option group of the given type, or that group's defaults."""
+        named = (extra for extra in self.extras if type(extra).__qualname__ == group.__qualname__)
+        return next(named, group())
+
+    def hooks(self, name: str) -> list[Callable]:
+        """The option groups' methods of this name, where they are more than the no-op of Options (chapter 03)."""
+        methods = [getattr(extra, name) for extra in self.extras]
+        return [method for method in methods if method.__qualname__ != f"Options.{name}"]
 
 
 # %% notebooks/02_all_to_all.ipynb #dispatcher-interface
@@ -746,6 +721,46 @@ class GateLogits(torch.autograd.Function):
             x = x.to(grad.dtype)
         grad_x = (grad @ weight).to(x_dtype) if ctx.needs_input_grad[0] else None
         return grad_x, (grad.t() @ x).to(weight_dtype)
+
+
+# %% notebooks/03_experts.ipynb #options
+class Options:
+    """What the option groups of later chapters inherit: the hooks by which they take part. Each does nothing here.
+
+    TypeError where a subclass has a public method that is no hook: a misspelt one would never be called.
+    """
+
+    def __init_subclass__(cls) -> None:
+        for name, value in vars(cls).items():
+            if callable(value) and not name.startswith("_") and not hasattr(Options, name):
+                known = ", ".join(hook for hook in vars(Options) if not hook.startswith("_"))
+                raise TypeError(f"{cls.__name__}.{name} is no hook; take one of {known}")
+
+    def check(self, config: Any) -> None:
+        """ValueError where these options and the config do not fit together."""
+
+    def for_run(self, run: Any) -> "Options":
+        """These options, fitted to a run of the launcher."""
+        return self
+
+    def limit_choice(self, keys: Tensor, config: Any) -> Tensor:
+        """In the router, before the choice: keys [T, E] -> [T, E]."""
+        return keys
+
+    def scale_weights(self, weights: Tensor) -> Tensor:
+        """In the router, after the choice: topk_weights [T, K] -> [T, K]."""
+        return weights
+
+    def added_loss(self, routing: Any, config: Any, batch: Any) -> Tensor:
+        """In the layer, while it trains: this rank's share of a further loss, 0-dim."""
+        return routing.probs.new_zeros(())
+
+    def after_routing(self, routing: Any, config: Any, batch: Any) -> Any:
+        """In the layer, between router and dispatcher: Routing -> Routing."""
+        return routing
+
+    def show(self, log: Any, step: int, layer: Any) -> None:
+        """In the launcher, at every log interval, once for each layer. Collective."""
 
 
 # %% notebooks/03_experts.ipynb #router
@@ -1526,64 +1541,6 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
     return norm
 
 
-# %% notebooks/04_training.ipynb #stragglers
-def describe_positions(positions: list[tuple[int, int]]) -> str:
-    """One line on the ranks that entered fewer collectives than the others. positions: (step, collectives) by rank."""
-    furthest = max(positions, key=lambda position: position[1])
-    behind = [rank for rank, position in enumerate(positions) if position[1] < furthest[1]]
-    if not behind:
-        return f"all ranks are at step {furthest[0]}, after {furthest[1]} collectives"
-    return "; ".join(
-        f"rank {rank} stayed behind at step {positions[rank][0]}, after {positions[rank][1]} collectives "
-        f"(the others: step {furthest[0]}, {furthest[1]})"
-        for rank in behind
-    )
-
-
-# %% notebooks/04_training.ipynb #heartbeat
-class Heartbeat:
-    """Tells the other ranks, twice a second, how far this one has come; finds the straggler when a run hangs.
-
-    A background thread writes `steps collectives` to the store, also while the main thread waits.
-    """
-
-    def __init__(self, store: dist.Store | None, meter: TrafficMeter) -> None:
-        self.store, self.meter, self.step = store, meter, 0
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        if store is not None:
-            self.beat()
-            self.thread.start()
-
-    def beat(self) -> None:
-        """Writes this rank's position."""
-        self.store.set(f"position/{self.meter.rank}", f"{self.step} {self.meter.num_collectives}")
-
-    def run(self) -> None:
-        """The thread: beats until stopped, or until the store is gone."""
-        with contextlib.suppress(RuntimeError):
-            while not self.stopped.wait(0.5):
-                self.beat()
-
-    def stop(self) -> None:
-        """Ends the thread; a process that exits while it talks to the store would abort."""
-        self.stopped.set()
-        if self.thread.is_alive():
-            self.thread.join(timeout=5)
-
-    def stragglers(self) -> str:
-        """One line on the ranks that entered fewer collectives than the others. Waits 1.2 s for their beats."""
-        time.sleep(1.2)
-        keys = [f"position/{rank}" for rank in range(self.meter.size)]
-        if not all(self.store.check([key]) for key in keys):
-            return "not every rank has started"
-        return describe_positions([tuple(map(int, self.store.get(key).split())) for key in keys])
-
-    def first_to_report(self) -> bool:
-        """True on the first rank that asks: the one that prints what went wrong."""
-        return self.store is None or self.store.add("reported", 1) == 1
-
-
 # %% notebooks/04_training.ipynb #step-timer
 class StepTimer:
     """Milliseconds between marks, without stopping the device: CUDA events on a GPU, the clock on a CPU."""
@@ -1611,15 +1568,6 @@ class StepTimer:
         return statistics.median(a.elapsed_time(b) if self.on_gpu else (b - a) * 1e3 for a, b in pairs)
 
 
-# %% notebooks/04_training.ipynb #log-folder
-LAUNCHER_DIR = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-
-
-def default_log_dir() -> Path:
-    """TB_LOGDIR, or a new folder in ep_launcher/runs, named by the time."""
-    return Path(os.environ.get("TB_LOGDIR") or LAUNCHER_DIR / "runs" / time.strftime("%Y%m%d-%H%M%S"))
-
-
 # %% notebooks/04_training.ipynb #run-log
 class RunLog:
     """What rank 0 writes: the log lines (screen and train.log), TensorBoard, the progress bar. Others: nothing.
@@ -1628,7 +1576,7 @@ class RunLog:
     """
 
     def __init__(self, log_dir: Path, num_steps: int, rank: int) -> None:
-        self.writer = self.bar = None
+        self.writer = self.bar = self.steps = None
         if rank != 0:
             return
         try:
@@ -1641,6 +1589,15 @@ class RunLog:
 
         self.writer = SummaryWriter(str(log_dir), purge_step=0)
         self.bar = tqdm(total=num_steps, unit="step", disable=None, dynamic_ncols=True)
+        if path := os.environ.get("EP_STEPS"):
+            self.steps = os.open(path, os.O_WRONLY)
+
+    def advance(self, step: int) -> None:
+        """This step is done: moves the bar, and tells whoever waits at EP_STEPS, in about 1 us."""
+        if self.bar:
+            self.bar.update()
+        if self.steps is not None:
+            os.pwrite(self.steps, (step + 1).to_bytes(8, "little"), 0)
 
     def write(self, line: str) -> None:
         """A line on the screen and in train.log."""
@@ -1695,9 +1652,9 @@ class LoadHistory:
         return float(max_over_mean), float(lost / total.sum().clamp(min=1))
 
     def image(self) -> Tensor:
-        """float32 [1, layers * E, intervals] in 0 to 1: each interval's load as a column, its largest expert white."""
+        """float32 [1, layers * E, intervals] in 0 to 1: each interval's load as a column, its largest expert black."""
         history = torch.stack([row[:, :-1].flatten() for row in self.rows], dim=1).float()
-        return (history / history.amax(dim=0).clamp(min=1))[None]
+        return 1 - (history / history.amax(dim=0).clamp(min=1))[None]
 
     def show(self, log: RunLog, step: int) -> None:
         """The last interval as histogram, all of them as an image."""
@@ -1757,14 +1714,17 @@ def check_finite(losses: Tensor, step: int) -> None:
 # %% notebooks/04_training.ipynb #run
 @dataclass
 class Run:
-    """Everything that one rank needs to train; made by `main`, or by hand in a notebook."""
+    """Everything that one rank needs to train; made by `main`, or by hand in a notebook.
+
+    step: the training step it is in.
+    """
 
     config: MoEConfig
     options: TrainingOptions
     mesh: Mesh
     device: torch.device
-    heartbeat: Heartbeat
     log: RunLog
+    step: int = 0
 
     def __post_init__(self) -> None:
         """Later chapters' option groups fit themselves to this run."""
@@ -1815,8 +1775,7 @@ class Record:
             self.history.add(number, layer.topk_ids)
         if is_logged:
             self.end_interval(step, losses)
-        if self.run.log.bar:
-            self.run.log.bar.update()
+        self.run.log.advance(step)
 
     def end_interval(self, step: int, losses: Tensor) -> None:
         """The log line, TensorBoard's scalars, the load of the interval. One all-reduce."""
@@ -1913,16 +1872,22 @@ def train(run: Run) -> dict[str, Any]:
     )
     record = Record(run, model)
     for step in range(options.steps):
-        run.heartbeat.step = step
+        run.step = step
         record.begin_step()
         record.end_step(step, advance())
     return measured_summary(record) | {"took": took}
 
 
-# %% notebooks/04_training.ipynb #flags
+# ==========================================================================================================
+# training: notebooks/05_launch.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/05_launch.ipynb #flags
 def field_help(group: type) -> dict[str, str]:
-    """{field: help text}, from the `field: text` lines of an option group's docstring."""
-    lines = (line.strip().partition(": ") for line in (group.__doc__ or "").splitlines())
+    """{field: help text}, from the `field: text` lines of an option group's docstring and of those it inherits from."""
+    texts = "\n".join(kind.__doc__ or "" for kind in group.__mro__)
+    lines = (line.strip().partition(": ") for line in texts.splitlines())
     return {name: text for name, _, text in lines if text}
 
 
@@ -1936,7 +1901,7 @@ class FlagParser(argparse.ArgumentParser):
         raise ValueError(f"{message}; {hint}")
 
 
-# %% notebooks/04_training.ipynb #make-parser
+# %% notebooks/05_launch.ipynb #make-parser
 def flag_settings(name: str, kind: Any, default: Any) -> dict[str, Any]:
     """argparse's settings for one field: its type, and its choices where it names a registered implementation."""
     if kind is bool:
@@ -1967,7 +1932,7 @@ def make_parser() -> FlagParser:
     return parser
 
 
-# %% notebooks/04_training.ipynb #parse-flags
+# %% notebooks/05_launch.ipynb #parse-flags
 def load_plugin(argv: list[str] | None) -> None:
     """Runs the file that --plugin names, before the flags are read: it may register what they name.
 
@@ -2002,7 +1967,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[MoEConfig, TrainingOptio
     return replace(config, extras=tuple(groups.values())), options
 
 
-# %% notebooks/04_training.ipynb #check-run
+# %% notebooks/05_launch.ipynb #check-run
 def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     """This rank's device. ValueError, before anything starts, where config, world and machine do not fit."""
     _, world_size, _, _ = world_from_env()
@@ -2022,7 +1987,7 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     return device
 
 
-# %% notebooks/04_training.ipynb #refuse
+# %% notebooks/05_launch.ipynb #refuse
 def refuse(message: str) -> int:
     """Prints one line, once a host, and returns the exit code 2. The other ranks wait for torchrun to end them."""
     if world_from_env()[2] == 0:
@@ -2032,9 +1997,22 @@ def refuse(message: str) -> int:
     return 2
 
 
-# %% notebooks/04_training.ipynb #device-model
+# %% notebooks/05_launch.ipynb #log-folder
+LAUNCHER_DIR = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+
+
+def default_log_dir() -> Path:
+    """TB_LOGDIR, or a new folder in ep_launcher/runs, named by the time."""
+    return Path(os.environ.get("TB_LOGDIR") or LAUNCHER_DIR / "runs" / time.strftime("%Y%m%d-%H%M%S"))
+
+
+def relative_to_root(path: str | Path) -> str:
+    """A path as seen from the repository's root."""
+    return os.path.relpath(path, LAUNCHER_DIR.parent)
+
+
 def device_model(device: torch.device) -> str:
-    """The hardware's model name, never a host name."""
+    """The hardware's model name, never a machine's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
@@ -2044,12 +2022,7 @@ def device_model(device: torch.device) -> str:
     return platform.machine()
 
 
-def relative_to_root(path: str | Path) -> str:
-    """A path as seen from the repository's root."""
-    return os.path.relpath(path, LAUNCHER_DIR.parent)
-
-
-# %% notebooks/04_training.ipynb #write-summary
+# %% notebooks/05_launch.ipynb #write-summary
 def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> None:
     """The summary as JSON, where --summary asks for it; rank 0 only. Written aside, then renamed."""
     options = run.options
@@ -2074,7 +2047,87 @@ def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> None:
     aside.replace(options.summary)
 
 
-# %% notebooks/04_training.ipynb #process-habits
+# %% notebooks/05_launch.ipynb #stragglers
+def describe_positions(positions: list[tuple[int, int]]) -> str:
+    """One line on the ranks that entered fewer collectives than the others. positions: (step, collectives) by rank."""
+    furthest = max(positions, key=lambda position: position[1])
+    behind = [rank for rank, position in enumerate(positions) if position[1] < furthest[1]]
+    if not behind:
+        return f"all ranks are at step {furthest[0]}, after {furthest[1]} collectives"
+    return "; ".join(
+        f"rank {rank} stayed behind at step {positions[rank][0]}, after {positions[rank][1]} collectives "
+        f"(the others: step {furthest[0]}, {furthest[1]})"
+        for rank in behind
+    )
+
+
+# %% notebooks/05_launch.ipynb #heartbeat
+class Heartbeat:
+    """Tells the other ranks, twice a second, how far this run has come; finds the straggler when it hangs.
+
+    A background thread writes `step collectives` to the store, also while the main thread waits.
+    """
+
+    def __init__(self, store: dist.Store | None, run: Run) -> None:
+        self.store, self.run, self.meter = store, run, run.mesh.meter
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.beat_until_stopped, daemon=True)
+        if store is not None:
+            self.beat()
+            self.thread.start()
+
+    def beat(self) -> None:
+        """Writes this rank's position."""
+        self.store.set(f"position/{self.meter.rank}", f"{self.run.step} {self.meter.num_collectives}")
+
+    def beat_until_stopped(self) -> None:
+        """The thread: beats until stopped, or until the store is gone."""
+        with contextlib.suppress(RuntimeError):
+            while not self.stopped.wait(0.5):
+                self.beat()
+
+    def stop(self) -> None:
+        """Ends the thread; a process that exits while it talks to the store would abort."""
+        self.stopped.set()
+        if self.thread.is_alive():
+            self.thread.join(timeout=5)
+
+    def stragglers(self) -> str:
+        """One line on the ranks that entered fewer collectives than the others. Waits 1.2 s for their beats."""
+        time.sleep(1.2)
+        keys = [f"position/{rank}" for rank in range(self.meter.size)]
+        if not all(self.store.check([key]) for key in keys):
+            return "not every rank has started"
+        return describe_positions([tuple(map(int, self.store.get(key).split())) for key in keys])
+
+    def first_to_report(self) -> bool:
+        """True on the first rank that asks: the one that prints what went wrong."""
+        return self.store is None or self.store.add("reported", 1) == 1
+
+
+# %% notebooks/05_launch.ipynb #report-failure
+def report_failure(heartbeat: Heartbeat, error: Exception) -> int:
+    """Prints one line on one rank, who stayed behind first, then in which cell a collective failed; returns 1."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if heartbeat.first_to_report():
+        line = str(error)
+        if isinstance(error, CollectiveError):
+            stitched = globals().get("install_traceback_hook")  # a stitched program knows its cells
+            locate = getattr(stitched, "locate", lambda error: "")
+            line = re.sub(r"\[\S+:\d+\] ", "", line)  # a place in a library's sources
+            line = f"{heartbeat.stragglers()}; {line}{locate(error)}"
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)  # torchrun ends every rank when the first one leaves: let the reporting rank finish
+    return 1
+
+
+def interrupt(signum: int, frame: Any) -> None:
+    """Signal handler: SIGTERM, torchrun's way to stop a rank, ends the run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+# %% notebooks/05_launch.ipynb #process-habits
 def die_with_parent() -> None:
     """On Linux: this process is killed when torchrun dies, so that no rank trains on alone."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -2105,28 +2158,7 @@ def schedule_in_batches() -> None:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-# %% notebooks/04_training.ipynb #report-failure
-def report_failure(run: Run, error: Exception) -> int:
-    """Prints one line on one rank, says in which cell a collective failed and who stayed behind, and returns 1."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if run.heartbeat.first_to_report():
-        line = str(error)
-        if isinstance(error, CollectiveError):
-            stitched = globals().get("install_traceback_hook")  # a stitched program knows its cells
-            locate = getattr(stitched, "locate", lambda error: "")
-            line += f"{locate(error)} ({run.heartbeat.stragglers()})"
-        print(f"error: {line}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(5)  # torchrun ends every rank when the first one leaves: let the reporting rank finish
-    return 1
-
-
-def interrupt(signum: int, frame: Any) -> None:
-    """Signal handler: SIGTERM, torchrun's way to stop a rank, ends the run as Ctrl-C does."""
-    raise KeyboardInterrupt
-
-
-# %% notebooks/04_training.ipynb #run-training
+# %% notebooks/05_launch.ipynb #run-training
 def run_training(config: MoEConfig, options: TrainingOptions, device: torch.device) -> int:
     """One rank's whole run -> exit code: 0, 1 where a rank or the loss failed, 130 where it was stopped."""
     rank, log_dir = world_from_env()[0], Path(options.log_dir or default_log_dir())
@@ -2137,14 +2169,14 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     if device.type == "cpu":
         schedule_in_batches()
     store = init_distributed(device, options.timeout_s)
-    mesh = init_ep()
-    run = Run(config, options, mesh, device, Heartbeat(store, mesh.meter), log)
+    run = Run(config, options, init_ep(), device, log)
+    heartbeat = Heartbeat(store, run)
     signal.signal(signal.SIGTERM, interrupt)
     try:
         measured = train(run)
         write_summary(run, measured, log_dir)
         log.write(
-            f"task loss {measured['final_task_loss']:.6f} after {options.steps} steps on {mesh.batch.size} "
+            f"task loss {measured['final_task_loss']:.6f} after {options.steps} steps on {run.mesh.batch.size} "
             f"{device.type} rank(s), {measured['ms_per_step']:.2f} ms a step"
         )
         log.write(f"logs in {relative_to_root(log_dir)}; to look at them: make tensorboard")
@@ -2153,19 +2185,19 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # refuse waits for torchrun's
         return refuse(str(error))
     except (CollectiveError, NonFiniteLoss) as error:
-        return report_failure(run, error)
+        return report_failure(heartbeat, error)
     except KeyboardInterrupt:
-        log.write(f"stopped at step {run.heartbeat.step}; logs in {relative_to_root(log_dir)}")
+        log.write(f"stopped at step {run.step}; logs in {relative_to_root(log_dir)}")
         return 130
     except Exception:
-        run.heartbeat.first_to_report()  # the traceback below says it; the ranks that lose this one are silent
+        heartbeat.first_to_report()  # the traceback below says it; the ranks that lose this one are silent
         raise
     finally:
-        run.heartbeat.stop()
+        heartbeat.stop()
         log.close()
 
 
-# %% notebooks/04_training.ipynb #main
+# %% notebooks/05_launch.ipynb #main
 def main(argv: list[str] | None = None) -> int:
     """The program that torchrun starts on every rank -> exit code. A bad setting is one line on the screen."""
     die_with_parent()
@@ -2798,7 +2830,7 @@ class BmmExperts(Experts):
         dispatcher does not bring every expert equally many."""
         is_equal = arrived.rows_per_expert is not None
         if is_equal or len(arrived.x) * self.num_local > self.largest_fixed:
-            return add_output_bias(self.padded(arrived), arrived, self.in_dtype(arrived.x.dtype)[3])
+            return self.padded(arrived)
         return self.every_expert(arrived)
 
     def every_expert(self, arrived: Arrived) -> Tensor:
@@ -2816,7 +2848,7 @@ class BmmExperts(Experts):
         return y if b2 is None else torch.addmm(y, spread.to(x.dtype), b2)
 
     def padded(self, arrived: Arrived) -> Tensor:
-        """y [R, D], without output biases: each expert's rows in a block of one length, with their weights."""
+        """y [R, D]: each expert's rows in a block of one length, with their weights."""
         if arrived.rows_per_expert is not None:
             return self.weighted(arrived.x, arrived.topk_weights, arrived.rows_per_expert)
         order = order_rows(arrived.topk_ids, self.num_local, arrived.max_pairs)
@@ -2830,9 +2862,12 @@ class BmmExperts(Experts):
 
     def weighted(self, rows: Tensor, weights: Tensor, capacity: int) -> Tensor:
         """rows [L * C, D], C an expert, weights [L * C, 1] -> [L * C, D]: results times weights."""
-        hidden = self.hidden(rows.view(self.num_local, capacity, -1))
-        hidden = hidden.to(weights.dtype) * weights.view(self.num_local, capacity, 1)
-        return torch.bmm(hidden.to(rows.dtype), self.in_dtype(rows.dtype)[2]).flatten(0, 1)
+        _, _, w2, b2, _, _ = self.in_dtype(rows.dtype)
+        weights = weights.view(self.num_local, capacity, 1)
+        hidden = self.hidden(rows.view(self.num_local, capacity, -1)).to(weights.dtype) * weights
+        bias = None if b2 is None else (weights * b2.unsqueeze(1)).to(rows.dtype)
+        hidden = hidden.to(rows.dtype)
+        return (torch.bmm(hidden, w2) if bias is None else torch.baddbmm(bias, hidden, w2)).flatten(0, 1)
 
 
 # %% notebooks/06_grouped_experts.ipynb #graph-step
@@ -2840,8 +2875,8 @@ class BmmExperts(Experts):
 class GraphStep:
     """A training step recorded once as a CUDA graph and played back: one launch in place of a hundred.
 
-    Legal where nothing in the step asks the host: dispatchers that record, experts that do not ask. The numbers are
-    those of the eager step, bit for bit. Memory of the recorded step stays taken.
+    Legal where nothing in the step needs a value on the host: dispatchers that record, experts that do not
+    synchronise. The numbers are those of the eager step, bit for bit. Memory of the recorded step stays taken.
     """
 
     def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -2851,7 +2886,7 @@ class GraphStep:
 
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
-        """Runs on GPUs where no layer of the model asks anything of the host."""
+        """Runs on GPUs where no layer of the model needs a value on the host."""
         tokens = shard_sizes(run.num_global_tokens, run.mesh.batch.size)
         even = run.mesh.batch.size == 1 or tokens[0] == tokens[-1]
         fixed = all(
@@ -2920,49 +2955,6 @@ class CompiledStep(GraphStep):
 # ==========================================================================================================
 
 
-# %% notebooks/07_exact_all_to_all.ipynb #seal-counts
-def seal_counts(counts: Tensor, row_bytes: int) -> Tensor:
-    """counts int64 [..., L] -> [..., L + 3]: the counts, their sum, a sum that feels their order, a row's bytes.
-
-    Whoever holds a sealed line can tell whether a number in it was changed. No host synchronisation.
-    """
-    running = counts.cumsum(-1)
-    size = counts.new_full((*counts.shape[:-1], 1), row_bytes)
-    return torch.cat([counts, running[..., -1:], running.sum(-1, keepdim=True), size], dim=-1)
-
-
-# %% notebooks/07_exact_all_to_all.ipynb #check-seals
-def broken_seal(line: list[int], row_bytes: int) -> tuple[str, str] | None:
-    """One sealed line -> (what it says, what was announced) where they differ; None where all is well."""
-    *counts, total, _, announced_bytes = line
-    if seal_counts(torch.tensor(counts), row_bytes).tolist() == line:
-        return None
-    if announced_bytes != row_bytes:
-        return f"rows of {row_bytes} bytes", f"rows of {announced_bytes}"
-    if sum(counts) != total:
-        return f"{sum(counts)} rows", str(total)
-    return f"{counts} rows for the experts in turn", "other counts"
-
-
-def check_seals(lines: Tensor, row_bytes: int, rank: int) -> None:
-    """lines int64 [2, W, L + 3] on the host, sealed: sent to each rank, received from each rank.
-
-    CollectiveError, before any row travels, where a line is not what was sealed.
-    """
-    if torch.equal(seal_counts(lines[..., :-3], row_bytes), lines):
-        return
-    texts = (
-        "rank {} sends {} to rank {}, and announced {}",
-        "rank {} expects {} from rank {}, which announced {}",
-    )
-    for text, by_rank in zip(texts, lines.tolist(), strict=True):
-        for other, line in enumerate(by_rank):
-            if found := broken_seal(line, row_bytes):
-                raise CollectiveError(
-                    text.format(rank, found[0], other, found[1]) + ": split counts are corrupt"
-                )
-
-
 # %% notebooks/07_exact_all_to_all.ipynb #copy-to-host
 def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
     """Starts to copy x to the host -> a function that waits for the copy and returns it; x itself on a CPU.
@@ -3001,10 +2993,11 @@ class ExchangePlan:
 def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[], ExchangePlan]:
     """counts int64 [E], this rank's rows an expert -> a function that waits and returns the plan.
 
-    One message of L + 3 numbers to each rank, one copy to the host, which that function waits for; it raises
-    CollectiveError where the numbers are not what was sent.
+    One message of L numbers to each rank, L + 3 where seals are on, and one copy to the host, which that function waits
+    for; it raises CollectiveError where a seal is broken.
     """
-    sent = seal_counts(counts.view(comm.size, -1), row_bytes)
+    sent, is_sealed = counts.view(comm.size, -1), dist.get_debug_level() != dist.DebugLevel.OFF
+    sent = seal_counts(sent, row_bytes) if is_sealed else sent
     received = comm.all_to_all(sent, [1] * comm.size, [1] * comm.size, "metadata")
     wait = copy_to_host(torch.stack([sent, received]))
     num_local = len(counts) // comm.size
@@ -3012,13 +3005,13 @@ def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[],
 
     @functools.cache
     def plan() -> ExchangePlan:
-        lines = wait()
-        check_seals(lines, row_bytes, comm.rank)
-        input_splits, output_splits = lines[..., -3].tolist()
+        on_host = wait()
+        if is_sealed:
+            check_seals(on_host, row_bytes, comm.rank)
+        on_host = on_host[..., :num_local]
+        input_splits, output_splits = on_host.sum(-1).tolist()
         ids = experts.repeat_interleave(received[:, :num_local].reshape(-1), output_size=sum(output_splits))
-        return ExchangePlan(
-            input_splits, output_splits, ids[:, None], lines[1, :, :num_local].sum(0).tolist()
-        )
+        return ExchangePlan(input_splits, output_splits, ids[:, None], on_host[1].sum(0).tolist())
 
     return plan
 
@@ -3162,6 +3155,49 @@ class AllToAllDispatcher(Dispatcher):
         rider = rider_columns(hidden_dim, dtype) * dtype.itemsize
         weight = torch.promote_types(dtype, torch.float32).itemsize
         return bytes_by_pass(rows, rows.t(), row, rider, row * x_needs_grad + weight)
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #seal-counts
+def seal_counts(counts: Tensor, row_bytes: int) -> Tensor:
+    """counts int64 [..., L] -> [..., L + 3]: the counts, their sum, a sum that feels their order, a row's bytes.
+
+    Whoever holds a sealed row can tell whether a number in it was changed. No host synchronisation.
+    """
+    running = counts.cumsum(-1)
+    size = counts.new_full((*counts.shape[:-1], 1), row_bytes)
+    return torch.cat([counts, running[..., -1:], running.sum(-1, keepdim=True), size], dim=-1)
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #check-seals
+def broken_seal(line: list[int], row_bytes: int) -> tuple[str, str] | None:
+    """One sealed line -> (what it says, what was announced) where they differ; None where all is well."""
+    *counts, total, _, announced_bytes = line
+    if seal_counts(torch.tensor(counts), row_bytes).tolist() == line:
+        return None
+    if announced_bytes != row_bytes:
+        return f"rows of {row_bytes} bytes", f"rows of {announced_bytes}"
+    if sum(counts) != total:
+        return f"{sum(counts)} rows", str(total)
+    return f"{counts} rows for the experts in turn", "other counts"
+
+
+def check_seals(lines: Tensor, row_bytes: int, rank: int) -> None:
+    """lines int64 [2, W, L + 3] on the host, sealed: sent to each rank, received from each rank.
+
+    CollectiveError, before any row travels, where a line is not what was sealed.
+    """
+    if torch.equal(seal_counts(lines[..., :-3], row_bytes), lines):
+        return
+    texts = (
+        "rank {} sends {} to rank {}, and announced {}",
+        "rank {} expects {} from rank {}, which announced {}",
+    )
+    for text, by_rank in zip(texts, lines.tolist(), strict=True):
+        for other, line in enumerate(by_rank):
+            if found := broken_seal(line, row_bytes):
+                raise CollectiveError(
+                    text.format(rank, found[0], other, found[1]) + ": split counts are corrupt"
+                )
 
 
 # ==========================================================================================================
@@ -3319,7 +3355,7 @@ def capacity_table(config: MoEConfig, device: torch.device) -> Tensor:
 
 # %% notebooks/08_capacity.ipynb #gather-choices
 def gather_choices(routing: Routing, comm: Communicator) -> tuple[Tensor, Tensor, slice]:
-    """All ranks' topk_ids [N, K] and probs [N, E], by rank and token, and which lines are this rank's.
+    """All ranks' topk_ids [N, K] and probs [N, E], by rank and token, and which rows are this rank's.
 
     Sends 8 + m * (8 * K + itemsize * E) bytes to each other rank, m the tokens of the longest rank; one host
     synchronisation, for m.
@@ -3557,7 +3593,7 @@ class ClusterStream:
 # %% notebooks/09_balance.ipynb #aux-local
 @register("balance", "aux_local")
 class LocalAuxLoss(Balance):
-    """Switch's loss with each rank's own statistics: the mean over the ranks, weighed by their tokens.
+    """Switch's loss with each rank's own statistics: the mean over the ranks, weighted by their tokens.
 
     Forces an even load on every rank by itself, so it depends on how the batch is dealt out. At world size 1 it
     is `aux`. One all-reduce of one number.
@@ -3583,7 +3619,7 @@ def count_global_tokens(routing: Routing, comm: Communicator) -> Tensor:
 def z_loss_sum(logits: Tensor) -> Tensor:
     """logits [T, E] -> the sum over tokens of logsumexp(logits)^2 (ST-MoE, section 3.3, equation 5, before its mean).
 
-    Its gradient, 2 logsumexp(logits) softmax(logits), draws the scale of the logits towards 0.
+    Its gradient, 2 logsumexp(logits) softmax(logits), draws each row's logsumexp towards 0, whatever its shape.
     """
     return logits.logsumexp(dim=-1).square().sum()
 
@@ -3616,14 +3652,14 @@ def normalize_weights(weights: Tensor) -> Tensor:
 
 
 # %% notebooks/09_balance.ipynb #group-limit
-def limit_to_groups(keys: Tensor, num_groups: int, topk_groups: int) -> Tensor:
+def limit_to_groups(keys: Tensor, num_groups: int, topk_groups: int, top_k: int) -> Tensor:
     """keys [T, E] -> the same with -inf outside each token's best groups: first groups, then experts.
 
-    A group is E / num_groups experts in a row; it is worth the sum of its best two keys, or its only one. A token
-    keeps its topk_groups best (DeepSeek-V3 report, section 2.1.2, node-limited routing). No host synchronisation.
+    A group is E / num_groups experts in a row, and worth the sum of its best top_k / topk_groups keys, rounded up; a
+    token keeps its topk_groups best (DeepSeek-V3 report, section 2.1.2, node-limited routing). No host synchronisation.
     """
     grouped = keys.unflatten(1, (num_groups, -1))
-    worth = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(dim=-1)
+    worth = grouped.topk(-(-top_k // topk_groups), dim=-1).values.sum(dim=-1)
     is_kept = torch.zeros_like(worth, dtype=torch.bool)
     is_kept.scatter_(1, worth.topk(topk_groups, dim=-1).indices, True)
     return grouped.masked_fill(~is_kept.unsqueeze(2), -math.inf).flatten(1)
@@ -3708,6 +3744,7 @@ class RoutingOptions(Options):
     """How the routers choose and what is added to the balance's loss. ValueError where the numbers do not fit.
 
     normalize_topk: divide the weights of a token's chosen experts by their sum
+    routed_scaling_factor: what the weights are multiplied by in the end
     num_groups: experts form so many groups; 1 means no groups
     topk_groups: a token chooses its experts from so many groups
     bias_speed: what `--balance bias` adds to or takes from a bias in a step
@@ -3717,6 +3754,7 @@ class RoutingOptions(Options):
     """
 
     normalize_topk: bool = False
+    routed_scaling_factor: float = 1.0
     num_groups: int = 1
     topk_groups: int = 1
     bias_speed: float = 1e-3
@@ -3731,6 +3769,10 @@ class RoutingOptions(Options):
         for name in ("bias_speed", "z_alpha", "sequence_alpha"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, and must be finite and not below 0")
+        if not 0 < self.routed_scaling_factor < math.inf:
+            raise ValueError(
+                f"routed_scaling_factor is {self.routed_scaling_factor}, and must be positive and finite"
+            )
         if self.topk_groups > self.num_groups:
             raise ValueError(
                 f"topk_groups is {self.topk_groups}, above the {self.num_groups} group(s); raise --num-groups"
@@ -3742,11 +3784,14 @@ class RoutingOptions(Options):
 
     def limit_choice(self, keys: Tensor, config: MoEConfig) -> Tensor:
         """The router's hook before the choice: keys [T, E] -> [T, E]."""
-        return keys if self.num_groups == 1 else limit_to_groups(keys, self.num_groups, self.topk_groups)
+        if self.num_groups == 1:
+            return keys
+        return limit_to_groups(keys, self.num_groups, self.topk_groups, config.top_k)
 
     def scale_weights(self, weights: Tensor) -> Tensor:
         """The router's hook after the choice: [T, K] -> [T, K]."""
-        return normalize_weights(weights) if self.normalize_topk else weights
+        weights = normalize_weights(weights) if self.normalize_topk else weights
+        return weights if self.routed_scaling_factor == 1 else weights * self.routed_scaling_factor
 
     def added_loss(self, routing: Routing, config: MoEConfig, batch: Communicator) -> Tensor:
         """The layer's hook: this rank's share of z_alpha * z-loss + sequence_alpha * sequence-wise loss."""
@@ -3794,39 +3839,12 @@ class BiasBalance(Balance):
         self.load += count_choices(routing.topk_ids, len(self.load))
 
     def after_step(self) -> None:
-        """bias_e += speed * sign(mean load - load_e), and counting begins anew. In place, for CUDA graphs."""
+        """bias_e += speed * sign(mean load - load_e), and counting starts again. In place, for CUDA graphs."""
         load = self.batch.all_reduce(self.load)
         self.bias += self.speed * torch.sign(
             load.sum() - len(load) * load
         )  # whole numbers: exact on any rank
         load.zero_()
-
-
-# ==========================================================================================================
-# routing: notebooks/10_less_traffic.ipynb
-# ==========================================================================================================
-
-
-# %% notebooks/10_less_traffic.ipynb #traffic-options
-@option_group
-@dataclass(frozen=True)
-class TrafficOptions(Options):
-    """What saves traffic needs to know about the machines. ValueError where a number makes no sense.
-
-    ranks_per_host: ranks on one machine, for two_stage; unset, as many as torchrun started on this one
-    """
-
-    ranks_per_host: int | None = None
-    slot_tokens: int | None = field(default=None, metadata={"flag": False})  # most tokens a rank, of a run
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, and must be at least 1")
-
-    def for_run(self, run: Any) -> "TrafficOptions":
-        """These options, with the run's largest share of tokens."""
-        return replace(self, slot_tokens=max(1, -(-run.num_global_tokens // run.mesh.batch.size)))
 
 
 # ==========================================================================================================
@@ -3907,6 +3925,38 @@ class SumAtHome(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         slots = F.pad(grad, (0, 0, 0, ctx.padding))
         return ctx.comm.all_gather(slots, "combine backward").flatten(0, 1), None, None
+
+
+# ==========================================================================================================
+# routing: notebooks/10_less_traffic.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/10_less_traffic.ipynb #traffic-options
+@option_group
+@dataclass(frozen=True)
+class TrafficOptions(Options):
+    """What saves traffic needs to know about the machines. ValueError where a number makes no sense.
+
+    ranks_per_host: ranks on one machine, for two_stage; unset, as many as torchrun started on this one
+    """
+
+    ranks_per_host: int | None = None
+    slot_tokens: int | None = field(default=None, metadata={"flag": False})  # most tokens a rank, of a run
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, and must be at least 1")
+
+    def for_run(self, run: Any) -> "TrafficOptions":
+        """These options, with the run's largest share of tokens."""
+        return replace(self, slot_tokens=max(1, -(-run.num_global_tokens // run.mesh.batch.size)))
+
+
+# ==========================================================================================================
+# performance: notebooks/10_less_traffic.ipynb
+# ==========================================================================================================
 
 
 # %% notebooks/10_less_traffic.ipynb #gather-dispatcher
@@ -4054,10 +4104,14 @@ class DedupDispatcher(AllToAllDispatcher):
         """Runs everywhere."""
         return 20 if ep_size > 1 else 1
 
+    def order(self, topk_ids: Tensor) -> CopyOrder:
+        """topk_ids [T, K] -> which copies there are, and which of them each choice shares."""
+        return order_copies(topk_ids, self.num_local_experts, self.comm.size)
+
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
         """See Dispatcher. Sends a row for each (token, destination rank); one host synchronisation."""
         d, comm = x.shape[1], self.comm
-        order = order_copies(topk_ids, self.num_local_experts, comm.size)
+        order = self.order(topk_ids)
         row_bytes = (d + rider_columns(d, x.dtype, 2 * order.per_row)) * x.element_size()
         plan = announce(order.copies.counts, row_bytes, comm)
         ids = torch.where(topk_ids < 0, -1, topk_ids % self.num_local_experts)

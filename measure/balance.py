@@ -51,8 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "bias, normalised": {
         "balance": "bias", "router": "sigmoid", "bias_speed": 0.01, "normalize_topk": True,
     },
-    "bias, 2 of 4 groups": {
-        "balance": "bias", "router": "sigmoid", "bias_speed": 0.01, "num_groups": 4, "topk_groups": 2,
+    "bias, 1 of 4 groups": {
+        "balance": "bias", "router": "sigmoid", "bias_speed": 0.01, "num_groups": 4, "topk_groups": 1,
     },
 }  # fmt: skip
 

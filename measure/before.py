@@ -83,8 +83,10 @@ class Launcher:
             if named and named.preference(config, device, self.batch.size) <= 0:
                 raise ValueError(f"{kind} {getattr(config, kind)} cannot run here")
         log = self.ep.RunLog(ROOT / "build", options.steps, rank=1)  # a rank that writes nothing
-        heartbeat = self.ep.Heartbeat(None, self.mesh if self.is_first else self.mesh.meter)
-        return self.ep.Run(config, options, self.mesh, device, heartbeat, log)
+        heartbeat = []  # a Run of an older commit has one before its log
+        if "heartbeat" in self.ep.Run.__dataclass_fields__:
+            heartbeat = [self.ep.Heartbeat(None, self.mesh if self.is_first else self.mesh.meter)]
+        return self.ep.Run(config, options, self.mesh, device, *heartbeat, log)
 
     def step(self, flags: list[str], device: torch.device) -> Callable[[], Tensor]:
         """A function that does one training step of the launcher with these flags -> losses [2].

@@ -1,6 +1,7 @@
 """Chapter 10's dispatchers on several GPUs, beside chapter 07's: the exchange alone, layers, the default step.
 
     torchrun --standalone --nproc_per_node=2 measure/traffic.py            into results/<device>_x<N>_traffic.json
+    torchrun --standalone --nproc_per_node=2 measure/traffic.py --device cpu --parts step
     torchrun --standalone --nproc_per_node=2 measure/traffic.py --device cpu --small      whether it runs, anywhere
 
 Exchange: dispatch and combine, forward, of 4,096 tokens a rank, hidden 7,168, top-8 of 256 experts, bfloat16, beside
@@ -107,11 +108,14 @@ def step(recorder: Recorder) -> dict:
     return {"auto": taken, "median_ms": ms, "samples_ms": samples}
 
 
+PARTS = {"exchange": exchange, "layers": layers, "step": step}
+
+
 def measure(recorder: Recorder) -> None:
-    """The three parts, one after the other, into the file."""
+    """The parts, one after the other, into the file."""
     parts = {}
-    for part in (exchange, layers, step):
-        parts[part.__name__] = part(recorder)
+    for name in recorder.args.parts:
+        parts[name] = PARTS[name](recorder)
         recorder.free_memory()
         recorder.write(f"x{recorder.comm.size}_traffic", parts)
     for failure in recorder.failures:
@@ -119,4 +123,6 @@ def measure(recorder: Recorder) -> None:
 
 
 if __name__ == "__main__":
-    record.main(measure, record.parser(__doc__, device="auto", small=False, rounds=20), needs_group=True)
+    flags = record.parser(__doc__, device="auto", small=False, rounds=20)
+    flags.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    record.main(measure, flags, needs_group=True)

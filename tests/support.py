@@ -1,20 +1,23 @@
 """Shared by the tests: the repository's root, and ways to run a script, or trials, on real ranks."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def torchrun(world_size: int, *command: str, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Runs a script on world_size CPU ranks; on time-out ends all of them and fails the test."""
+def torchrun(world_size: int, *command: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    """Runs a script on world_size CPU ranks; what hangs is ended at the time-out, which no slow machine comes near."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -30,7 +33,7 @@ def torchrun(world_size: int, *command: str, timeout: float = 120) -> subprocess
     return subprocess.CompletedProcess(argv, process.returncode, stdout, stderr)
 
 
-def play(folder: Path, module: str, world_size: int, *names: str, timeout: float = 300) -> Path:
+def play(folder: Path, module: str, world_size: int, *names: str, timeout: float = 1200) -> Path:
     """Plays a module's trials (tests/ranks) on at most world_size ranks -> the folder of what they found."""
     shutil.rmtree(folder, ignore_errors=True)
     done = torchrun(world_size, "tests/ranks/trials.py", str(folder), module, *names, timeout=timeout)
@@ -61,3 +64,22 @@ def copy_of_the_code(folder: Path, right: str, wrong: str) -> Path:
     shutil.copy(ROOT / "ep_launcher/__init__.py", folder / "ep_launcher")
     (folder / "ep_launcher/launcher.py").write_text(source.replace(right, wrong))
     return folder
+
+
+def processes(marker: str) -> list[psutil.Process]:
+    """The running processes with this text in their command line, this one left out."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                if any(marker in part for part in process.cmdline()):
+                    found.append(process)
+    return found
+
+
+def wait_until(condition, timeout: float = 120) -> None:
+    """Until it holds: a busy machine may take its time, a hang may not."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)

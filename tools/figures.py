@@ -54,12 +54,12 @@ def token_color(rank: int, token: int, num_tokens: int = 4) -> tuple[float, floa
 
 def draw_box(
     ax: Axes, x: float, y: float, color: str | Sequence[float], text: str = "", *, width: float = 0.9,
-    height: float = 0.8, edge: str = INK, hatch: str | None = None, fontsize: float = 12,
+    height: float = 0.8, edge: str = INK, hatch: str | None = None, fontsize: float = 12, linewidth: float = 1,
 ) -> None:  # fmt: skip
     """A box with its lower left corner at (x, y); its text black or white, whichever reads better on color."""
     ax.add_patch(FancyBboxPatch(
         (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08", facecolor=color, edgecolor=edge,
-        linewidth=1, hatch=hatch,
+        linewidth=linewidth, hatch=hatch,
     ))  # fmt: skip
     red, green, blue = to_rgb(color)
     is_dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
@@ -74,14 +74,18 @@ def has_other_parameters() -> bool:
     return any(cell.startswith("# Parameters\n") for cell in cells)
 
 
-def save_figure(fig: Figure, name: str) -> None:
+def save_figure(fig: Figure, name: str, alt: str | None = None) -> None:
     """Writes the figure to images/NAME (SVG): the same figure gives the same bytes, without a date.
 
     To build/images/NAME where the notebook runs with other parameters: then it is not the book's figure.
+    alt: what one sees, in words; the titles and labels of the axes by default. It is the picture's title, and the
+    text for it in the committed notebook and on the site.
     """
     folder = IMAGES.parent / "build" / "images" if has_other_parameters() else IMAGES
     folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder / name, metadata={"Date": None, "Creator": None})
+    parts = [ax.get_title() or ax.get_ylabel() or ax.get_xlabel() for ax in fig.axes]
+    alt = alt or "; ".join(dict.fromkeys(" ".join(part.split()) for part in parts if part))
+    fig.savefig(folder / name, metadata={"Date": None, "Creator": None} | ({"Title": alt} if alt else {}))
 
 
 def fewer_colors(frame: re.Match[str]) -> str:

@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,22 +28,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # works uninstalled, from any folder
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # works uninstalled, from any folder
 
-from tools.launch import (  # noqa: E402
-    LAUNCHER,
-    LIBRARY_LOG,
-    WORKER,
-    Family,
-    Interrupted,
-    LaunchError,
-    check_flags,
-    flag_arguments,
-    interrupt,
-    torchrun_arguments,
-    uninterrupted,
-)
+from tools.ranks.failures import LIBRARY_LOG, Interrupted, LaunchError  # noqa: E402
+from tools.ranks.flags import LAUNCHER, check_flags, flag_arguments, torchrun_environment, torchrun_flags  # noqa: E402
+from tools.ranks.processes import Family, interrupt, start_worker, uninterrupted  # noqa: E402
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29400
@@ -71,29 +59,14 @@ class TwoHosts:
     wire_bytes: list[int]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Namespaces
-# ----------------------------------------------------------------------------------------------------------
-
-
-def why_not(platform: str = sys.platform, user: int | None = None, path: str | None = None) -> str | None:
-    """What this machine lacks for two hosts, in one line, or None. platform, user id and PATH: for the tests."""
-    user = os.geteuid() if user is None and hasattr(os, "geteuid") else user
-    if not platform.startswith("linux"):
-        return f"network namespaces exist on Linux only, and this is {platform}"
-    if shutil.which("ip", path=path) is None:
-        return "the program `ip` is not installed (package iproute2)"
-    if user != 0:
-        return "only root may make network namespaces; start this as root, or take real hosts"
-    return None
-
-
 def ip(*arguments: str, program: str = "ip") -> str:
     """Runs `ip` -> its output. HostsUnavailable where it fails: the system forbids what root usually may do."""
     try:
         done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20)
     except FileNotFoundError:
-        raise HostsUnavailable(f"the program `{program}` is not installed (package iproute2)") from None
+        raise HostsUnavailable(
+            f"the program `{program}` is not installed (Linux, package iproute2)"
+        ) from None
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise HostsUnavailable(f"the system refuses `{program} {' '.join(arguments[:2])}`: {said}")
@@ -102,7 +75,14 @@ def ip(*arguments: str, program: str = "ip") -> str:
 
 def limit_rate(namespace: str, mbit_per_s: float) -> None:
     """What leaves a namespace through its end of the cable is held to this rate from now on: a token bucket (tbf)."""
-    bucket = ["rate", f"{mbit_per_s:g}mbit", "burst", f"{max(32, int(mbit_per_s))}kb", "latency", "400ms"]
+    bucket = [
+        "rate",
+        f"{mbit_per_s:g}mbit",
+        "burst",
+        f"{max(64, int(mbit_per_s) // 4)}kb",
+        "latency",
+        "400ms",
+    ]
     ip("-n", namespace, "qdisc", "add", "dev", INTERFACE, "root", "tbf", *bucket, program="tc")
 
 
@@ -113,8 +93,7 @@ def list_namespaces() -> list[str]:
 
 def is_left_over(name: str) -> bool:
     """Whether a namespace is one of ours whose process was killed before it could remove it."""
-    match = NAME.match(name)
-    return bool(match) and not Path(f"/proc/{match[1]}").exists()
+    return bool(match := NAME.match(name)) and not Path(f"/proc/{match[1]}").exists()
 
 
 def remove_namespaces(names: Sequence[str]) -> None:
@@ -130,19 +109,14 @@ def two_namespaces(mbit_per_s: float | None = None) -> Iterator[list[str]]:
 
     mbit_per_s: what the cable carries, each way; None: as much as the machine can.
     """
-    reason = why_not()
-    if reason:
-        raise HostsUnavailable(reason)
     names = [f"ep-host-{os.getpid()}-{number}" for number in (1, 2)]
     remove_namespaces([name for name in list_namespaces() if is_left_over(name)])
     try:
         for name in names:
             ip("netns", "add", name)
         first, second = names
-        cable = ["type", "veth", "peer", "name", INTERFACE, "netns", second]
-        ip(
-            "-n", first, "link", "add", INTERFACE, *cable
-        )  # both ends inside: the machine never sees the cable
+        # Both ends inside: the machine never sees the cable.
+        ip("-n", first, "link", "add", INTERFACE, "type", "veth", "peer", "name", INTERFACE, "netns", second)
         for name, address in zip(names, ADDRESSES, strict=True):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", INTERFACE)
             for interface in ("lo", INTERFACE):
@@ -160,39 +134,27 @@ def bytes_sent(namespace: str) -> int:
     return int(link["stats64"]["tx"]["bytes"])
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The run
-# ----------------------------------------------------------------------------------------------------------
-
-
 def host_flags(number: int, rdzv_id: str = "book", nproc: int = 1) -> list[str]:
     """torchrun's flags on host 1 or 2: nproc ranks each, meeting at host 1.
 
     `--local-addr` because both hosts have this machine's name, which says nothing inside a namespace; `is_host`
     because torchrun guesses by that name which host is to open the meeting point.
     """
-    flags = torchrun_arguments(
-        nproc, 2, None, f"{ADDRESSES[0]}:{PORT}", rdzv_id, f"is_host={int(number == 1)}"
-    )
+    flags = torchrun_flags(nproc, 2, None, f"{ADDRESSES[0]}:{PORT}", rdzv_id, f"is_host={int(number == 1)}")
     return [*flags, f"--local-addr={ADDRESSES[number - 1]}"]
 
 
 def start_host(name: str, number: int, program: list[str], log: Path, nproc: int = 1) -> Family:
     """torchrun inside a namespace. It ends when this process does (tools/ranks/worker.py)."""
-    environment = os.environ | {
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": INTERFACE,
-        "TP_SOCKET_IFNAME": INTERFACE,
-    }
+    flags = host_flags(number, nproc=nproc)
+    environment = torchrun_environment(flags, threads=True)
+    environment |= {"GLOO_SOCKET_IFNAME": INTERFACE, "TP_SOCKET_IFNAME": INTERFACE}
     environment.pop("TB_LOGDIR", None)  # it would win over --log-dir
-    inside = ["ip", "netns", "exec", name, sys.executable, str(WORKER), "torchrun", str(os.getpid())]
+    command = ("torchrun", log.with_suffix(".json"), *flags, *program)
     with open(log, "wb") as file:
-        process = subprocess.Popen(
-            [*inside, *host_flags(number, nproc=nproc), *program],
-            cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
-        )  # fmt: skip
-    return Family(process)
+        return start_worker(
+            *command, output=file, environment=environment, before=("ip", "netns", "exec", name)
+        )
 
 
 def wait_for(hosts: list[Family], limit_s: float) -> bool:
@@ -200,43 +162,31 @@ def wait_for(hosts: list[Family], limit_s: float) -> bool:
 
     A host whose partner has gone gets OTHER_HOST_S: on a dead link torchrun can wait for minutes.
     """
-    deadline = time.monotonic() + limit_s
-    first_end = None
-    while any(host.process.poll() is None for host in hosts):
-        now = time.monotonic()
-        for host in hosts:
+    end = deadline = time.monotonic() + limit_s
+    while running := [host for host in hosts if host.process.poll() is None]:
+        if time.monotonic() > end:
+            return time.monotonic() <= deadline
+        if len(running) == 1:
+            end = min(end, time.monotonic() + OTHER_HOST_S)
+        for host in running:
             host.note()
-        if any(host.process.poll() is not None for host in hosts):
-            first_end = first_end or now
-        if now > deadline or (first_end and now - first_end > OTHER_HOST_S):
-            return now <= deadline
         time.sleep(0.05)
     return True
 
 
-def end_all(hosts: list[Family]) -> None:
-    """Ends every process of the hosts: asked both at once, then each made sure of."""
-    with uninterrupted():
-        for host in hosts:
-            with contextlib.suppress(OSError):
-                host.process.terminate()
-        for host in hosts:
-            host.end()
-
-
-def failure(codes: list[int | None], texts: list[str], limit_s: float, in_time: bool) -> LaunchError:
+def describe_hosts(codes: list[int | None], texts: list[str], limit_s: float, in_time: bool) -> LaunchError:
     """What to tell of a run that failed. codes: of the torchruns, None where it had to be ended."""
     for text in texts:
-        said = re.search(r"^(?:\[rank\d+\]: ?)?(error: .+)$", text, re.MULTILINE)
-        if said:
-            return LaunchError([said[1]])
-    lines = [] if in_time else [f"error: the two hosts did not end within {limit_s:g} s and were stopped"]
+        if said := re.search(r"^(?:\[rank\d+\]: ?)?error: (.+)$", text, re.MULTILINE):
+            return LaunchError(said[1])
+    lines = [] if in_time else [f"the two hosts did not end within {limit_s:g} s and were stopped"]
     for number, (code, text) in enumerate(zip(codes, texts, strict=True), 1):
-        last = [line for line in text.splitlines() if line.strip() and not LIBRARY_LOG.match(line)][-4:]
-        ended = "had to be stopped" if code is None else f"ended with exit code {code}"
-        lines += [f"error: host {number} {ended}" if not lines else f"host {number} {ended}"]
-        lines += [f"  {line}" for line in last]
-    return LaunchError(lines)
+        lines.append(
+            f"host {number} " + ("had to be stopped" if code is None else f"ended with exit code {code}")
+        )
+        said = [line for line in text.splitlines() if line.strip() and not LIBRARY_LOG.match(line)]
+        lines += [f"  {line}" for line in said[-4:]]
+    return LaunchError(*lines)
 
 
 def run_program(
@@ -256,10 +206,14 @@ def run_program(
         except KeyboardInterrupt:
             raise Interrupted(["both hosts have ended"]) from None
         finally:
-            end_all(hosts)
+            with uninterrupted():
+                for host in hosts:  # asked both at once, then each made sure of
+                    host.process.terminate()
+                for host in hosts:
+                    host.end()
         texts = [log.read_text("utf-8", errors="replace") for log in logs]
         if any(codes) or None in codes:
-            raise failure(codes, texts, limit_s, in_time)
+            raise describe_hosts(codes, texts, limit_s, in_time)
         return texts, wire
 
 
@@ -274,37 +228,22 @@ def run_on_two_hosts(
     longer than limit_s seconds. Whatever happens, an interrupt included, no namespace and no process is left. Costs
     about 5 s more than the steps.
     """
-    taken = {"device", "log_dir", "summary"} & set(flags)
-    if taken:
-        raise LaunchError(
-            [f"error: {', '.join(sorted(taken))}: two hosts choose that themselves"], returncode=2
-        )
+    if taken := {"device", "log_dir", "summary"} & set(flags):
+        raise LaunchError(f"{', '.join(sorted(taken))}: two hosts choose that themselves", returncode=2)
     shown = [*flag_arguments(flags), "--device", "cpu"]
-    check_flags(shown, LAUNCHER)
+    check_flags(shown)
     with tempfile.TemporaryDirectory(prefix="ep-hosts-run-") as folder:
         summary = Path(folder) / "summary.json"
         program = [str(LAUNCHER), *shown, "--log-dir", folder, "--summary", str(summary)]
         texts, wire = run_program(program, nproc=nproc, mbit_per_s=mbit_per_s, limit_s=limit_s)
         lines = [line for text in texts for line in text.splitlines()]
-        return TwoHosts(
-            [
-                shlex.join(["torchrun", *host_flags(n, nproc=nproc), "ep_launcher/launcher.py", *shown])
-                for n in (1, 2)
-            ],
-            [line for line in lines if line.startswith(("[step ", "task loss "))],
-            cleaned_summary(json.loads(summary.read_text("utf-8"))),
-            wire,
-        )
-
-
-def cleaned_summary(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary without the two paths, which are gone."""
-    return summary | {"config": summary["config"] | {"log_dir": None, "summary": None}}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The command line
-# ----------------------------------------------------------------------------------------------------------
+        found = json.loads(summary.read_text("utf-8"))
+        commands = [
+            ["torchrun", *host_flags(n, nproc=nproc), "ep_launcher/launcher.py", *shown] for n in (1, 2)
+        ]
+        found["config"] |= {"log_dir": None, "summary": None}  # both are gone
+        lines = [line for line in lines if line.startswith(("[step ", "task loss "))]
+        return TwoHosts([shlex.join(command) for command in commands], lines, found, wire)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -315,11 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__.strip())
         return 0
     try:
-        values = check_flags(arguments, LAUNCHER)
-        given = {part.partition("=")[0].removeprefix("--") for part in arguments if part.startswith("--")}
-        named = {
-            name: value for name, value in values.items() if {name.replace("_", "-"), f"no-{name}"} & given
-        }
+        values, defaults = check_flags(arguments), check_flags([])
+        named = {name: value for name, value in values.items() if value != defaults[name]}
         two = run_on_two_hosts(**named)
     except HostsUnavailable as reason:
         print(f"no two hosts here: {reason}", file=sys.stderr)

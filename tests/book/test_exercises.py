@@ -12,8 +12,9 @@ from support import ROOT
 from wrong_answers import WRONG, cells_tagged, source_of, split_solution
 
 from ep_launcher import launcher
-from tools import exercises
 from tools.exercises import check_dispatcher, check_experts, check_overflow
+from tools.exercises.dispatcher import trace_dispatcher
+from tools.exercises.meeting import Meeting
 from tools.ranks import run_cell_on_ranks
 
 NOTEBOOKS = {
@@ -276,7 +277,7 @@ def test_the_books_own_dispatchers_are_right():
     for kind in launcher.REGISTRIES["dispatcher"].values():
         if kind.preference(launcher.MoEConfig(), torch.device("cpu"), 1) > 0 and not kind.needs_capacity:
             alone = launcher.Communicator.alone()
-            exercises.trace_dispatcher(kind, alone, exercises.Meeting(alone))
+            trace_dispatcher(kind, alone, Meeting(alone))
 
 
 def drop_by_position(topk_ids, probs, capacity, drop_order):
@@ -294,7 +295,7 @@ def drop_by_position(topk_ids, probs, capacity, drop_order):
 POLICIES = {
     "keeps too many": ("room[expert] > 0", "room[expert] >= 0", "has room for"),
     "drops too many": ("room[expert] > 0", "room[expert] > 1", "which has room for 1 more"),
-    "the same twice": ("left[token, k] = -1", "left[token, k] = row[1 - k]", "twice"),
+    "the same twice": ("left[token, k] = -1", "left[token, k] = row[1 - k]", "more than once"),
     "a float": ("return left", "return left.float()", "must return topk_ids, int64"),
 }
 

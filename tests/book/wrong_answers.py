@@ -13,6 +13,10 @@ WRONG = {
     "solution-bias": [
         ("slices) + b2", "slices) + parts * b2"),
         ("x @ w1_mine + b1_mine)", "x @ w1_mine) + b1.sum()"),
+        (
+            "sum(F.gelu(x @ w1_mine + b1_mine) @ w2_mine for w1_mine, b1_mine, w2_mine in slices) + b2",
+            "F.gelu(x @ w1 + b1) @ w2 + b2",
+        ),
     ],
     "solution-routing": [
         ("% num_experts", "// top_k % num_experts"),
@@ -27,22 +31,34 @@ WRONG = {
         (".fill_diagonal_(0)", ""),
         ("torch.stack(owners)", "torch.stack(owners).T.contiguous()"),
     ],
-    "solution-flag": [("* 5", "* 3"), ("[[2, 3]] * 2", "[[2, 3]] * 5")],
+    "solution-flag": [("* 5", "* 3"), ("[[2, 3]] * 2", "[[2, 3]] * 5"), ("[[0, 1]] * 5", "[[0]] * 10")],
     "solution-once": [
         ("everyones[:, IS_PADDING, None] == 0", "everyones[:, EXPERT, None] >= -1"),
         ("local.masked_fill(~is_mine, -1)", "ids.masked_fill(~is_mine, -1)"),
         ("weights[mine], AllGather", "weights[mine].flip(1), AllGather"),
         ("(owners == rank).any(dim=1)", "(owners == rank)"),
     ],
-    "solution-topk": [("logit - max(logits)", "logit"), ("-probs[e]", "probs[e]")],
+    "solution-topk": [
+        ("logit - max(logits)", "logit"),
+        ("-probs[e]", "probs[e]"),
+        ("return ids, ", "return torch.tensor(ids), "),
+    ],
     "solution-switch": [("1.35", "0.45"), ("[0.75, 0.0, 0.25]", "[0.5, 0.2, 0.3]")],
     "solution-count": [
         ("num_experts // ep_size * expert", "num_experts * expert"),
         ("(hidden_dim + 1)", "hidden_dim"),
     ],
     "solution-sparing": [(" or [0]", ""), ("w2[e], b2[e]", "w2[e], b2[0]")],
-    "solution-largest": [(".abs()", ""), ("places[comm.rank] = own", "places[:] = own")],
-    "solution-mean": [("mean_loss * num_tokens", "mean_loss"), (".clamp(min=1)", "")],
+    "solution-largest": [
+        (".abs()", ""),
+        ("places[comm.rank] = own", "places[:] = own"),
+        ("return comm", "comm.all_reduce(torch.zeros(1))\n    return comm"),
+    ],
+    "solution-mean": [
+        ("mean_loss * num_tokens", "mean_loss"),
+        (".clamp(min=1)", ""),
+        ("return both", "comm.all_reduce(torch.zeros(1))\n    return both"),
+    ],
     "solution-alpha": [("aux_alpha=aux_alpha", "aux_alpha=0.0"), ("steps=300", "steps=20")],
     "solution-message": [
         ("int(rank)", "rank"),
@@ -52,7 +68,14 @@ WRONG = {
     "solution-splits": [("rows, rows.T", "rows.T, rows"), ("rows, rows.T", "rows, rows")],
     "solution-seal": [("[4, 5, 3]", "[3, 4, 5]"), ("[4, 5, 3]", "[6, 2, 4]")],
     "solution-bytes": [("(ids >= 0) & ", ""), ("3 * hidden_dim", "4 * hidden_dim"), ("+ 16 + 4", "")],
-    "solution-sum": [("torch.where(is_sent, picked, 0)", "picked"), (">= 0", "> 0")],
+    "solution-sum": [
+        ("torch.where(is_sent, picked, 0)", "picked"),
+        (">= 0", "> 0"),
+        (
+            "torch.where(is_sent, picked, 0).sum(1)",
+            "torch.stack([torch.where(s, p, 0).sum(0) for s, p in zip(is_sent, picked)])",
+        ),
+    ],
     "solution-pass-bytes": [
         ("2 + 4 + 4 + 4 + 4 + 2", "2 + 2 + 2 + 2 + 2 + 2"),
         ("(2 + 2) * numbers", "2 * numbers"),
@@ -60,7 +83,11 @@ WRONG = {
     "solution-padding": [("len(counts) * ", ""), (" if sum(counts) else 1.0", "")],
     "solution-num-dropped": [(".clamp(min=0)", ""), ("(load - capacity).clamp(min=0)", "(load > capacity)")],
     "solution-first-choices": [("-torch", "torch"), (".repeat(", ".repeat_interleave(")],
-    "solution-factor": [("< load.max()", "<= load.max()"), ("load.max()", "load.float().mean()")],
+    "solution-factor": [
+        ("< load.max()", "<= load.max()"),
+        ("load.max()", "load.float().mean()"),
+        ("/ 100\n", "/ 100 + 0.01\n"),
+    ],
     "solution-sign": [
         ("load.sum() - len(load) * load", "len(load) * load - load.sum()"),
         ("counts_by_rank.sum(0)", "counts_by_rank[0]"),
@@ -76,7 +103,18 @@ WRONG = {
     "solution-policy": [
         ("topk_ids.T.flatten()", "topk_ids.flatten()"),
         ("places < capacity", "places <= capacity"),
+        (  # by position: full in every place, and a second choice may take a first one's
+            "topk_ids.T.flatten()\n    places = claim_places(wanted, None, probs.shape[1])\n"
+            "    return torch.where(places < capacity, wanted, -1).view(topk_ids.T.shape).T.contiguous()",
+            "topk_ids.flatten()\n    places = claim_places(wanted, None, probs.shape[1])\n"
+            "    return torch.where(places < capacity, wanted, -1).view(topk_ids.shape)",
+        ),
     ],
+    "solution-own": [
+        ("shares.tril(-1).sum(2)", "shares.tril().sum(2)"),
+        ("shares.byte().argmax(2)", "torch.arange(topk_ids.shape[1]).expand_as(owner)"),
+    ],
+    "solution-across": [("len(set(away))", "len(away)"), ("for e in line if e >= 0", "for e in line")],
     "solution-copies": [("top_k * elsewhere", "top_k"), ("num_hosts) * elsewhere", "num_hosts)")],
 }
 
@@ -104,22 +142,74 @@ def split_solution(source: str) -> tuple[str, str]:
     return definitions, ast.unparse(last)
 
 
+ODD = """
+def raising(*_, **__):
+    raise OverflowError("too much\\nof a good thing")
+
+
+class NoSize:
+    def __len__(self):
+        raise RuntimeError("no size")
+
+
+odd = [lambda *_, **__: None, raising, lambda *_, **__: "text", lambda *_, **__: [1.5], lambda *_, **__: NoSize(),
+       lambda *_, **__: torch.ones(2, 3), lambda: 1, None, 3, ""]
+"""
+UNCHANGED = """
+class Unchanged({base}):
+    pass
+
+
+class Raising({base}):
+    def begin_dispatch(self, x, topk_ids, topk_weights):
+        return [][0]
+
+    def forward(self, arrived):
+        return [][0]
+
+
+class Text({base}):
+    def begin_dispatch(self, x, topk_ids, topk_weights):
+        return "text"
+
+    def forward(self, arrived):
+        return "text"
+
+
+odd = [Unchanged, Raising, Text, lambda *_: None, None, 3]
+"""
+
+
+def odd_answers(definitions: str, check: ast.Call) -> str:
+    """A cell that hands a check answers of other kinds: nothing, errors, wrong types, the class as it was given."""
+    base = next(
+        (node.bases[0].id for node in ast.parse(definitions).body if isinstance(node, ast.ClassDef)), None
+    )
+    call = ast.Call(check.func, [ast.Name("answer"), *check.args[1:]], check.keywords)
+    loop = f"for number, answer in enumerate(odd):\n    verdict = {ast.unparse(call)}\n    {ONE_LINE}, number, verdict)"
+    return (UNCHANGED.format(base=base) if base else ODD) + "\n\n" + loop
+
+
+ONE_LINE = (
+    r"assert verdict.startswith('not yet: ') and '\n' not in verdict and len(verdict) < 500, ('verdict'"
+)
+
+
 def with_wrong_answers(notebook: dict[str, Any]) -> dict[str, Any]:
-    """The notebook with wrong answers behind it, each in a cell of its own, and after it a cell that expects a no."""
+    """The notebook with wrong answers behind it, each in a cell of its own that expects one line: not yet, and why."""
     tried = json_copy(notebook)
 
-    def add(name: str, source: str, *tags: str) -> None:
-        cell = {"cell_type": "code", "id": name, "metadata": {"tags": list(tags)}, "source": source}
+    def add(name: str, source: str) -> None:
+        cell = {"cell_type": "code", "id": name, "metadata": {"tags": ["check"]}, "source": source}
         tried["cells"].append(cell | {"execution_count": None, "outputs": []})
 
     for cell in cells_tagged(notebook, "solution"):
         definitions, check = split_solution(source_of(cell))
         name = cell["id"].replace("solution", "wrong")
         for number, (old, new) in enumerate(WRONG[cell["id"]], 1):
-            # A check may also stop with an error: then no verdict comes.
-            tried_answer = f"verdict = 'an error'\n{definitions.replace(old, new)}\n\nverdict = {check}"
-            add(f"{name}-{number}", tried_answer, "raises-exception")
-            add(f"{name}-{number}-no", "assert not verdict.startswith('right'), verdict")
+            wrong = definitions.replace(old, new)
+            add(f"{name}-{number}", f"{wrong}\n\nverdict = {check}\n{ONE_LINE}, verdict)")
+        add(f"{name}-odd", odd_answers(definitions, ast.parse(check, mode="eval").body))
     return tried
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pages import ROOT, TOKEN, wait_until
+from pages import TOKEN, wait_until
 from playwright.sync_api import Page
+from support import ROOT
 
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 LIMIT_S = 400  # for one notebook, on a busy machine; on an idle one none takes more than 120
@@ -103,6 +104,23 @@ def test_run_all(name, page, context, lab):
     if name.startswith("01"):
         check_sliders(page)
     assert not context.foreign, context.foreign
+    page.evaluate(SHUT_DOWN)
+
+
+def test_committed_figures_show_and_solutions_are_folded(page, lab):
+    """A committed figure is a link to its file in images/; nothing has to run for it."""
+    open_notebook(page, lab, "03_experts.ipynb")
+    ids = [cell["id"] for cell in json.loads(page.evaluate(CELLS))]
+    for cell_id, is_there in (
+        (
+            "picture-figure",
+            "[...document.images].some((i) => /03_routing/.test(i.src) && i.naturalWidth > 0)",
+        ),
+        ("solution-topk", "document.querySelector('.jp-InputPlaceholder')"),
+    ):
+        number = ids.index(cell_id)
+        page.evaluate(f"() => window.jupyterapp.shell.currentWidget.content.scrollToItem({number}, 'center')")
+        page.wait_for_function(f"() => {is_there}", polling=200)
     page.evaluate(SHUT_DOWN)
 
 

@@ -34,7 +34,7 @@ def make_run(config: ep.MoEConfig, steps: int, folder) -> ep.Run:
     mesh = ep.init_ep()
     options = ep.TrainingOptions(steps=steps, tokens=64, lr=1e-3)
     log = ep.RunLog(folder, steps, rank=1)
-    return ep.Run(config, options, mesh, torch.device("cuda"), ep.Heartbeat(None, mesh.meter), log)
+    return ep.Run(config, options, mesh, torch.device("cuda"), log)
 
 
 @pytest.mark.parametrize(

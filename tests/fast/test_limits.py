@@ -283,11 +283,9 @@ def test_a_run_tells_the_share_of_its_tokens():
     options = ep.CapacityOptions(1.0)
     for tokens, share in ((9, 3), (8, 2), (0, 0), (None, 32)):
         training = ep.TrainingOptions(tokens=tokens)
-        run = ep.Run(ep.MoEConfig(extras=(options,)), training, mesh, torch.device("cpu"), None, None)
+        run = ep.Run(ep.MoEConfig(extras=(options,)), training, mesh, torch.device("cpu"), None)
         assert run.config.option(ep.CapacityOptions).capacity_share == share
-    run = ep.Run(
-        ep.MoEConfig(extras=(ep.CapacityOptions(),)), training, mesh, torch.device("cpu"), None, None
-    )
+    run = ep.Run(ep.MoEConfig(extras=(ep.CapacityOptions(),)), training, mesh, torch.device("cpu"), None)
     assert run.config.option(ep.CapacityOptions) == ep.CapacityOptions()
 
 
@@ -315,7 +313,7 @@ def test_reroute_loses_what_all_experts_together_cannot_take(tmp_path, factor, l
     log = ep.RunLog(tmp_path, 40, rank=1)
     training = ep.TrainingOptions(steps=40, tokens=64)
     layer = config(factor, "capacity", overflow="reroute")
-    run = ep.Run(layer, training, mesh, torch.device("cpu"), ep.Heartbeat(None, mesh.meter), log)
+    run = ep.Run(layer, training, mesh, torch.device("cpu"), log)
     measured = ep.train(run)
     assert measured["dropped_fraction"] == pytest.approx(lost, abs=1e-6)
     assert measured["max_load_over_mean"] <= factor / (1 - lost) + 1e-6

@@ -62,22 +62,31 @@ def test_weights_of_zero_are_not_nan():
     assert torch.equal(ep.normalize_weights(weights), torch.zeros(3, 2)) and weights.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("experts, groups, kept", [(8, 4, 2), (8, 8, 3), (12, 3, 1), (8, 2, 2)])
-def test_groups_are_chosen_by_their_best_two(experts, groups, kept):
+@pytest.mark.parametrize(
+    "experts, groups, kept, top_k",
+    [(8, 4, 2, 2), (8, 4, 2, 4), (16, 4, 2, 6), (8, 8, 3, 2), (12, 3, 1, 2), (12, 3, 2, 3)],
+)
+def test_a_group_is_worth_its_best_top_k_over_topk_groups(experts, groups, kept, top_k):
     keys = torch.randn(50, experts)
-    limited = ep.limit_to_groups(keys, groups, kept)
+    limited = ep.limit_to_groups(keys, groups, kept, top_k)
     reachable = kept * experts // groups
     assert ((limited == -math.inf).sum(1) == experts - reachable).all()
-    top_k = min(2, reachable)
     ours = limited.topk(top_k).indices.sort(1).values
     assert torch.equal(ours, choose(keys, top_k, groups, kept).sort(1).values)
-    if kept < groups and groups < experts:
-        single = torch.tensor(
-            [[9.0, 0.0, 5.0, 5.0, 0.0, 0.0, 0.0, 0.0]]
-        )  # 10 beats 9, though 9 is the best key
-        assert (
-            ep.limit_to_groups(single, 4, 1).isfinite().tolist()[0] == [False] * 2 + [True] * 2 + [False] * 4
-        )
+
+
+def test_groups_take_their_number_of_keys_from_the_config():
+    keys = torch.tensor([[9.0, 0.0, 5.0, 5.0, 0.0, 0.0, 0.0, 0.0]])
+    options = ep.RoutingOptions(num_groups=4, topk_groups=1)
+    for top_k, best in ((1, 0), (2, 1)):  # one key: 9 beats 5; two keys: 10 beats 9
+        kept = options.limit_choice(keys, config(top_k=top_k)).isfinite()
+        assert kept.tolist()[0] == [e // 2 == best for e in range(8)]
+
+
+def test_the_scaling_factor_multiplies_the_weights_last():
+    scaled = config({"normalize_topk": True, "routed_scaling_factor": 2.5})
+    weights = ep.Router(scaled, seed=0)(torch.randn(9, 16)).topk_weights
+    assert torch.allclose(weights.sum(1), torch.full((9,), 2.5))
 
 
 # ------------------------------------------------------------------------------------------- losses and bias
@@ -234,8 +243,9 @@ def test_entropy_is_one_for_no_opinion_and_zero_for_certainty():
 
 def test_all_choices_are_documented_flags_and_bad_ones_one_line():
     text = ep.make_parser().format_help()
-    for flag in ("--normalize-topk", "--num-groups", "--topk-groups", "--bias-speed", "--z-alpha", "--sequence-alpha",
-                 "--sequence-length", "--num-clusters", "--zipf", "--sort-tokens"):  # fmt: skip
+    for flag in ("--normalize-topk", "--routed-scaling-factor", "--num-groups", "--topk-groups", "--bias-speed",
+                 "--z-alpha", "--sequence-alpha", "--sequence-length", "--num-clusters", "--zipf", "--sort-tokens",
+                 ):  # fmt: skip
         assert flag in text
 
 
@@ -245,6 +255,7 @@ def test_all_choices_are_documented_flags_and_bad_ones_one_line():
     (["--num-groups", "4", "--capacity-factor", "1", "--overflow", "reroute"], "out of its token's groups; take"),
     (["--num-groups", "8", "--top-k", "3"], "top_k is 3, and 1 group"),
     (["--normalize-topk", "--top-k", "1"], "teaches the router nothing"), (["--z-alpha", "-1"], "z_alpha is -1"),
+    (["--routed-scaling-factor", "0"], "routed_scaling_factor is 0"),
     (["--bias-speed", "nan"], "bias_speed is nan"), (["--sequence-alpha", "inf"], "sequence_alpha is inf"),
     (["--sequence-length", "0"], "sequence_length is 0"), (["--num-clusters", "0"], "num_clusters is 0"),
     (["--zipf", "-0.5"], "zipf is -0.5"), (["--router", "tanh"], "router"), (["--balance", "luck"], "balance"),

@@ -4,6 +4,7 @@ tests/ranks/test_balance.py plays and reads these trials. The reference shares n
 formulas, loops over tokens, ranks and sequences.
 """
 
+import math
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -37,7 +38,8 @@ def choose(keys: Tensor, top_k: int, num_groups: int, topk_groups: int) -> Tenso
     for row in keys.tolist():
         size = len(row) // num_groups
         groups = [list(range(g * size, (g + 1) * size)) for g in range(num_groups)]
-        groups.sort(key=lambda group: -sum(sorted((row[e] for e in group), reverse=True)[:2]))
+        best = math.ceil(top_k / topk_groups)  # keys that a group is worth
+        groups.sort(key=lambda group: -sum(sorted((row[e] for e in group), reverse=True)[:best]))
         within = sorted((e for group in groups[:topk_groups] for e in group), key=lambda e: -row[e])
         rows.append(within[:top_k])
     return torch.tensor(rows, dtype=torch.int64).reshape(len(keys), top_k).to(keys.device)
@@ -66,6 +68,7 @@ def reference(
     ids = ids if given_ids is None else given_ids
     weights = scores.gather(1, ids)
     weights = weights / weights.sum(1, keepdim=True) if options.normalize_topk else weights
+    weights = options.routed_scaling_factor * weights
     hidden = F.gelu(torch.einsum("td,edf->tef", x, p["experts.w1"]) + p["experts.b1"])
     every = torch.einsum("tef,efd->ted", hidden, p["experts.w2"]) + p["experts.b2"]
     y = (weights[:, :, None] * every.gather(1, ids[:, :, None].expand(-1, -1, x.shape[1]))).sum(1)
@@ -155,8 +158,8 @@ def make_config(
     sizes = SIZES | {k: case[k] for k in SIZES if k in case}
     try:
         options = ep.RoutingOptions(
-            normalize_topk=normalize, num_groups=groups, topk_groups=2 if groups > 1 else 1, z_alpha=Z_ALPHA,
-            sequence_alpha=SEQUENCE_ALPHA, sequence_length=LENGTH,
+            normalize_topk=normalize, num_groups=groups, topk_groups=1, z_alpha=Z_ALPHA,
+            sequence_alpha=SEQUENCE_ALPHA, sequence_length=LENGTH, routed_scaling_factor=2.5 if normalize else 1.0,
         )  # fmt: skip
         extras = [options]
         if getattr(ep.REGISTRIES["dispatcher"].get(more.get("dispatcher")), "needs_capacity", False):
@@ -173,7 +176,7 @@ def plan(world_size: int, num_groups: int) -> list[tuple[tuple, str, str]]:
     found = []
     for variant, name in product(VARIANTS, plain_cases(world_size)):
         few = FEW_CASES if num_groups == 1 else ("uneven",)
-        is_plain = variant[2:] in ((False, 1), (True, 4)) and num_groups == 1
+        is_plain = variant[2:] in PLAIN and num_groups == 1
         if name in few or is_plain:
             found.append((variant, "float64", name))
         if name == "uneven" and num_groups == 1:
@@ -181,9 +184,12 @@ def plan(world_size: int, num_groups: int) -> list[tuple[tuple, str, str]]:
     return found
 
 
-def fitting(name: str, dtype: str, mesh: ep.Mesh, device: torch.device) -> list[str]:
+PLAIN = ((False, 1), (True, 4))  # normalize and groups of the variants that run everything
+
+
+def fitting(variant: tuple, dtype: str, name: str, mesh: ep.Mesh, device: torch.device) -> list[str]:
     """The dispatchers that a case is tried with: all that can run here on `uneven`, else auto's."""
-    if name != "uneven" or dtype != "float64":
+    if (dtype, name) != ("float64", "uneven") or variant[2:] not in PLAIN:
         return ["auto"]
     some = ep.MoEConfig(dtype=dtype)
     kinds = ep.REGISTRIES["dispatcher"].items()
@@ -194,8 +200,9 @@ def parity_on(mesh: ep.Mesh, chosen: list[tuple[tuple, str, str]]) -> list[dict]
     """Each (variant, dtype, case) that the options allow -> results. Collective."""
     comm, results, device = mesh.batch, [], torch.device("cpu")
     known = plain_cases(comm.size)
-    for (router, balance, normalize, groups), dtype, name in chosen:
-        for dispatcher in fitting(name, dtype, mesh, device):
+    for variant, dtype, name in chosen:
+        router, balance, normalize, groups = variant
+        for dispatcher in fitting(variant, dtype, name, mesh, device):
             config = make_config(
                 known[name], router, balance, normalize, groups, dtype=dtype, dispatcher=dispatcher
             )
@@ -219,7 +226,7 @@ def parity_on(mesh: ep.Mesh, chosen: list[tuple[tuple, str, str]]) -> list[dict]
     return results
 
 
-@trial(1, 2, 4, limit_s=300)
+@trial(1, 2, 4, limit_s=900)
 def parity(mesh: ep.Mesh, folder: Path) -> list[dict] | None:
     """The plan on all ranks, and on four also as a 2 x 2 mesh -> the results, of rank 0."""
     size = mesh.batch.size
@@ -266,13 +273,13 @@ def curve_methods(num_tokens: int, world_size: int) -> dict[str, dict]:
         "bias and all losses": {
             "balance": "bias", "router": "sigmoid",
             "options": every | {
-                "bias_speed": 0.01, "normalize_topk": True, "num_groups": 4, "topk_groups": 2,
+                "bias_speed": 0.01, "normalize_topk": True, "num_groups": 4, "topk_groups": 1,
             },
         },
         "bias and all losses, recomputed": {
             "balance": "bias", "router": "sigmoid", "recomputed": True,
             "options": every | {
-                "bias_speed": 0.01, "normalize_topk": True, "num_groups": 4, "topk_groups": 2,
+                "bias_speed": 0.01, "normalize_topk": True, "num_groups": 4, "topk_groups": 1,
             },
         },
         "sequences of a fourth": {"balance": "none", "options": {"sequence_alpha": 1.0, "sequence_length": length}},
@@ -329,7 +336,7 @@ class Training:
 STEPS = 40
 
 
-@trial(4, limit_s=300)
+@trial(4, limit_s=900)
 def curves(mesh: ep.Mesh, folder: Path) -> list[dict] | None:
     """Curves on groups of 1, 2 and 4 ranks and on a 2 x 2 mesh, every rank with its own topics, 64 tokens a step
     and 3; all biases; of rank 0."""

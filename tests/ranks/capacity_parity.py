@@ -177,11 +177,14 @@ def limited_cases(world_size: int) -> dict[str, dict]:
     return found
 
 
-def cases_of(is_first: bool, dtype: str, names: list[str]) -> list[str]:
+def cases_of(is_first: bool, policy: dict, dtype: str, names: list[str]) -> list[str]:
     """The cases of a kind, the choices being the same for all: the first without fixed buffers and the first with them
-    run all, the others those that differ for them; low precision runs what rounding may change."""
+    run all, the others, to whom the order of dropping is all one, those that differ for them; low precision runs what
+    rounding may change."""
     if is_first:
         return [name for name in names if dtype == "float64" or name in LOW_PRECISION]
+    if policy["drop_order"] != "probs":
+        return []
     return [name for name in names if name in (SPARSE if dtype == "float64" else SPARSE[:1])]
 
 
@@ -197,7 +200,7 @@ def run_all(
             is_fixed = REGISTRIES["dispatcher"][dispatcher].needs_capacity
             is_first = is_fixed not in seen
             seen.add(is_fixed)
-            for name in cases_of(is_first, dtype, names or list(known)):
+            for name in cases_of(is_first, policy, dtype, names or list(known)):
                 case = known[name]
                 sizes = [case["tokens"][rank % len(case["tokens"])] for rank in range(comm.size)]
                 # A run tells the share; a layer alone finds it out. Both are tried.

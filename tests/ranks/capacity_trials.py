@@ -14,7 +14,7 @@ SMALL = ["--dtype", "float64", "--hidden-dim", "32", "--ffn-dim", "64", "--num-e
 GLOBAL = ["--tokens", "61", "--capacity-scope", "global", "--capacity-factor", "0.9", *SMALL]
 
 
-@trial(1, 2, 4, limit_s=300)
+@trial(1, 2, 4, limit_s=900)
 def parity(mesh: ep.Mesh, folder: Path) -> dict | None:
     """capacity_parity's results, and what global scope leaves of one batch; of rank 0."""
     results = run_all(list(LIMITS), None, mesh, torch.device("cpu"))

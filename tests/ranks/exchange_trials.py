@@ -1,6 +1,7 @@
 """Chapter 07's exact all-to-all on real ranks: bytes, corrupt counts, the exchange's backward, ranks with nothing."""
 
-import gc
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,10 +29,14 @@ def corrupted(stage: str, where: int, column: int) -> Callable:
     return all_to_all
 
 
-def try_corrupt(mesh: ep.Mesh, stage: str, where: int, column: int) -> str:
-    """What this rank says when a count is damaged in the second of two steps."""
+def try_corrupt(mesh: ep.Mesh, folder: Path, name: str, stage: str, where: int, column: int) -> None:
+    """Writes down what this rank says when a count is damaged in the second of two steps, and ends the process.
+
+    Played by itself: gloo tells the others at once where a process ends, and not before.
+    """
     config = ep.MoEConfig(num_experts=8, hidden_dim=16, ffn_dim=16, dispatcher="all_to_all")
     layer, honest = ep.EPMoE(config, mesh, seed=0), ep.Communicator.all_to_all
+    dist.set_debug_level(dist.DebugLevel.INFO)  # counts travel sealed
     layer(torch.randn(6, 16)).sum().backward()
     ep.Communicator.all_to_all = corrupted(stage, where, column)
     said = "noticed nothing"
@@ -41,24 +46,37 @@ def try_corrupt(mesh: ep.Mesh, stage: str, where: int, column: int) -> str:
         said = str(error)
     finally:
         ep.Communicator.all_to_all = honest
-    dist.destroy_process_group()  # as at the end of a process: whoever waits for this rank learns of it
-    gc.collect()
-    return said
+    found = {"error": "", "result": said}
+    (folder / f"{name}-{mesh.batch.size}-{mesh.batch.rank}.json").write_text(json.dumps(found))
+    os._exit(0)
 
 
 @trial(2)
-def corrupt_when_sent(mesh: ep.Mesh, folder: Path) -> str:
-    return try_corrupt(mesh, "sent", 0, 0)
+def corrupt_when_sent(mesh: ep.Mesh, folder: Path) -> None:
+    try_corrupt(mesh, folder, "corrupt_when_sent", "sent", 0, 0)
 
 
 @trial(2)
-def corrupt_when_received(mesh: ep.Mesh, folder: Path) -> str:
-    return try_corrupt(mesh, "received", 1, 2)
+def corrupt_when_received(mesh: ep.Mesh, folder: Path) -> None:
+    try_corrupt(mesh, folder, "corrupt_when_received", "received", 1, 2)
 
 
 @trial(4)
-def corrupt_for_one_of_four(mesh: ep.Mesh, folder: Path) -> str:
-    return try_corrupt(mesh, "sent", 0, 1)
+def corrupt_for_one_of_four(mesh: ep.Mesh, folder: Path) -> None:
+    try_corrupt(mesh, folder, "corrupt_for_one_of_four", "sent", 0, 1)
+
+
+@trial(2)
+def seals(mesh: ep.Mesh, folder: Path) -> None:
+    """Counts travel with a seal of three integers where torch's debug level says so, and only there."""
+    sent = {}
+    for level in (dist.DebugLevel.OFF, dist.DebugLevel.INFO):
+        dist.set_debug_level(level)
+        own = ep.Communicator()
+        ep.announce(torch.tensor([3, 0, 1, 2]), 64, own)()
+        sent[level] = own.meter.total("metadata")
+    dist.set_debug_level(dist.DebugLevel.OFF)
+    assert list(sent.values()) == [2 * 8, (2 + 3) * 8], sent
 
 
 @trial(2, 4)
@@ -81,12 +99,10 @@ def even_load(mesh: ep.Mesh, folder: Path) -> None:
     assert sent["all_to_all"].sum() > 0
 
 
-@trial(2)
-def nothing(mesh: ep.Mesh, folder: Path) -> None:
+def nothing_arrives(mesh: ep.Mesh, dispatcher: str, extras: tuple = ()) -> None:
     """Rank 1 has no tokens, and its experts get no rows: it enters everything all the same."""
-    config = ep.MoEConfig(
-        num_experts=4, top_k=2, hidden_dim=8, ffn_dim=8, dtype="float64", dispatcher="all_to_all"
-    )
+    sizes = {"num_experts": 4, "top_k": 2, "hidden_dim": 8, "ffn_dim": 8, "dtype": "float64"}
+    config = ep.MoEConfig(**sizes, dispatcher=dispatcher, extras=extras)
     layer, is_empty = ep.EPMoE(config, mesh, seed=0), mesh.batch.rank == 1
     x = torch.randn(0 if is_empty else 5, 8, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([[0, 1]]).expand(len(x), 2).clone()
@@ -106,6 +122,11 @@ def nothing(mesh: ep.Mesh, folder: Path) -> None:
     expert = [layer.experts(ep.Arrived(x.detach()[:1], torch.tensor([[e]]), one)) for e in (0, 1)]
     assert torch.allclose(y[0], (expert[0] + expert[1])[0] / 2)
     assert torch.allclose(weights.grad[0], torch.stack([e.sum() for e in expert]))
+
+
+@trial(2)
+def nothing(mesh: ep.Mesh, folder: Path) -> None:
+    nothing_arrives(mesh, "all_to_all")
 
 
 @trial(2, 4)

@@ -54,8 +54,9 @@ def refused(kind: type[BaseException], *words: str) -> Iterator[None]:
 
 
 def whole(state: dict[str, Tensor], layer_config: ep.MoEConfig, **more) -> ep.EPMoE:
-    """A layer of world size 1 with this state, on every rank by itself."""
+    """A layer of world size 1 with this state, on every rank by itself; without the exchange that is tried."""
     alone = ep.Communicator.alone()
+    layer_config = ep.replace(layer_config, dispatcher="local")
     layer = ep.EPMoE(layer_config, ep.Mesh(alone, alone, alone), seed=99, **more)
     layer.load_state_dict(state)
     return layer

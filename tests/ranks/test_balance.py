@@ -57,7 +57,7 @@ def test_parity_left_nothing_out(parity_results):
         found = {(r["router"], r["balance"]) for r in results if r["case"] == case}
         assert len(found) == 8, case
     dispatchers = {r["dispatcher"] for r in results if (r["case"], r["dtype"]) == ("uneven", "float64")}
-    assert dispatchers == {
+    assert dispatchers - {"auto"} == {
         name
         for name, kind in ep.REGISTRIES["dispatcher"].items()
         if kind.preference(ep.MoEConfig(), torch.device("cpu"), world_size) > 0

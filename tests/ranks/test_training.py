@@ -41,7 +41,7 @@ def test_a_rank_without_tokens_trains_along(played):
 def test_a_plugin_brings_experts_a_task_a_model_and_flags(world_size, played):
     measured = outcome(played, "plugin", world_size)[0]
     assert measured["took"]["experts"] == "mine"
-    assert 0 < measured["task_loss"][0] < 1e-4  # of tokens a thousandth as large
+    assert 0 < measured["task_loss"][0] < 1e-2  # of tokens a thousandth as large; of whole ones, 1/3
     sent = measured["bytes_sent_per_step"]  # of both layers
     assert sent["predicted"] == sent["counted"] and (sent["counted"] > 0) == (world_size > 1)
 

@@ -10,6 +10,7 @@ and what the trial returned. `play` starts it from a test, `outcome` reads it.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -17,7 +18,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,26 +28,14 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ep_launcher import launcher as ep  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Trial:
-    """function(mesh, folder), on so many ranks; a hang ends after limit_s. ends_ranks: its ranks leave as they are,
-    without a word to the others, so it comes last."""
-
-    function: Callable
-    world_sizes: tuple[int, ...]
-    limit_s: int
-    ends_ranks: bool
+TRIALS: dict[str, tuple[Callable, tuple[int, ...], int]] = {}
 
 
-TRIALS: dict[str, Trial] = {}
-
-
-def trial(*world_sizes: int, limit_s: int = 120, ends_ranks: bool = False) -> Callable:
-    """Decorator: this function is a Trial."""
+def trial(*world_sizes: int, limit_s: int = 300) -> Callable:
+    """Decorator: this function is tried on so many ranks, as function(mesh, folder); a hang ends after limit_s."""
 
     def add(function: Callable) -> Callable:
-        TRIALS[function.__name__] = Trial(function, world_sizes, limit_s, ends_ranks)
+        TRIALS[function.__name__] = function, world_sizes, limit_s
         return function
 
     return add
@@ -56,9 +44,8 @@ def trial(*world_sizes: int, limit_s: int = 120, ends_ranks: bool = False) -> Ca
 def trials_of(module: str) -> list[tuple[str, int]]:
     """[(name, world size)] of what a module tries, in the order in which they run."""
     importlib.import_module(module)
-    own = [(name, one) for name, one in TRIALS.items() if one.function.__module__ == module]
-    pairs = [(one.ends_ranks, -size, name) for name, one in own for size in one.world_sizes]
-    return [(name, -negative) for _, negative, name in sorted(pairs, key=lambda pair: pair[:2])]
+    own = [(name, sizes) for name, (f, sizes, _) in TRIALS.items() if f.__module__ == module]
+    return sorted(((name, size) for name, sizes in own for size in sizes), key=lambda pair: -pair[1])
 
 
 def train(argv: list[str], log_dir: Path | None = None) -> dict[str, Any]:
@@ -66,10 +53,17 @@ def train(argv: list[str], log_dir: Path | None = None) -> dict[str, Any]:
     config, options = ep.parse_flags([*argv, "--device", "cpu"])
     device, mesh = ep.check_run(config, options), ep.init_ep()
     log = ep.RunLog(log_dir, options.steps, 1 if log_dir is None else mesh.batch.rank)
-    run = ep.Run(config, options, mesh, device, ep.Heartbeat(None, mesh.meter), log)
+    run = ep.Run(config, options, mesh, device, log)
     measured = ep.train(run)
     log.close()
     return measured
+
+
+def leave_group() -> None:
+    """As at the end of a process: whoever waits for this rank learns of it at once."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # cycles hold the group, and its connections
 
 
 @contextlib.contextmanager
@@ -93,24 +87,25 @@ def copied_code(folder: Path) -> Iterator[None]:
         TRIALS.update(known)
 
 
-def run_trial(one: Trial, rank: int, size: int, store: dist.Store, folder: Path) -> dict:
+def run_trial(name: str, rank: int, size: int, store: dist.Store, folder: Path) -> dict:
     """One trial in a group of its own -> {"error", "result"} of this rank."""
+    function, _, limit_s = TRIALS[name]
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     if size > 1:
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+            "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120)
         )
-    signal.alarm(one.limit_s)
+    signal.alarm(limit_s)
     found = {"error": "", "result": None}
     try:
         torch.manual_seed(0)
-        found["result"] = one.function(ep.init_ep(), folder)
+        found["result"] = function(ep.init_ep(), folder)
     except Exception:
         found["error"] = traceback.format_exc()
     signal.alarm(0)
-    if dist.is_initialized() and not one.ends_ranks:
+    if dist.is_initialized():
         store.set(f"ended {rank}", "")
-        store.wait([f"ended {other}" for other in range(size)], timedelta(seconds=2 * one.limit_s))
+        store.wait([f"ended {other}" for other in range(size)], timedelta(seconds=2 * limit_s))
         dist.destroy_process_group()
     return found
 
@@ -129,7 +124,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, late)
     for name, size in trials_of(module):
         if rank < size <= started and (not names or name in names):
-            found = run_trial(TRIALS[name], rank, size, dist.PrefixStore(f"{name} {size}", store), folder)
+            found = run_trial(name, rank, size, dist.PrefixStore(f"{name} {size}", store), folder)
             (folder / f"{name}-{size}-{rank}.json").write_text(json.dumps(found))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,0 +1,233 @@
+"""%%ranks: whatever Python a cell holds, on fresh ranks; what failed, at which line; no process left behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import psutil
+import pytest
+import torch
+from IPython.core.interactiveshell import InteractiveShell
+from support import ROOT, processes, torchrun, wait_until
+
+from tools.launch import LaunchError
+from tools.ranks import ByRank, RanksError
+
+WORKER = str(ROOT / "tools" / "ranks" / "worker.py")  # of this checkout: others may run beside it
+
+
+@pytest.fixture(scope="module")
+def shell():
+    shell = InteractiveShell.instance()
+    shell.run_line_magic("load_ext", "tools.launch")
+    yield shell
+    InteractiveShell.clear_instance()
+
+
+def run_cell(shell: InteractiveShell, text: str):
+    """Runs a cell -> its result; what it raises is raised here."""
+    result = shell.run_cell(text, store_history=True)
+    if result.error_in_exec is not None:
+        raise result.error_in_exec
+    return result.result
+
+
+def test_ranks_collects_by_rank_and_prints_in_order(shell, capsys):
+    shell.user_ns |= {"n": 3, "secret": 1}
+    result = run_cell(
+        shell,
+        """%%ranks $n --collect rows parts
+def scaled(x):  # a function of the cell sees the cell's names and the launcher's
+    return x * world_size
+
+x = torch.randn(4)  # the same on every rank
+comm.all_reduce(x)
+rows = scaled(torch.full((2, 2), float(rank), requires_grad=True))
+parts = {"routing": Routing(x.long(), x, rows), "more": [x, (rank, "a")], "secret": "secret" in globals()}
+print("rank", dist.get_rank(ep_group), device.type, end="!\\n")
+print("to stderr", file=__import__("sys").stderr)
+""",
+    )
+    kind = "cuda" if torch.cuda.device_count() >= 3 else "cpu"
+    printed = [
+        line for line in capsys.readouterr().out.splitlines() if not line.startswith(("rows", "parts", "Out"))
+    ]
+    each = [(f"rank {rank}: rank {rank} {kind}!", f"rank {rank}: to stderr") for rank in range(3)]
+    assert printed[:6] == [line for pair in each for line in pair]
+    rows, parts = shell.user_ns["rows"], shell.user_ns["parts"]
+    assert result["rows"] is rows and isinstance(rows, ByRank) and len(rows) == len(parts) == 3
+    assert [float(row[0, 0]) for row in rows] == [0, 3, 6] and not rows[1].requires_grad
+    torch.manual_seed(0)
+    torch.testing.assert_close(parts[2]["routing"].topk_weights, 3 * torch.randn(4))
+    assert parts[1]["more"][1] == (1, "a") and parts[0]["secret"] is False
+    assert repr(rows).splitlines()[1] == "rank 1: float32 [2, 2] [[3.0, 3.0], [3.0, 3.0]]"
+    assert [line[:14] for line in repr(result).splitlines()[2:4]] == ["rows, rank 2: ", "parts, rank 0:"]
+
+
+def test_ranks_sends_definitions_along(shell, capsys):
+    run_cell(shell, "def double(x):\n    return base * x\n\n\nbase = 2\nsecret = 1\nx_kernel = len\n")
+    run_cell(
+        shell,
+        "from dataclasses import dataclass\n@dataclass\nclass Pair:\n    a: 'int' = 3\n"
+        "    def both(self):\n        return double(self.a)\n\nasync def late():\n    return 5",
+    )
+    body = "out = double(rank + 4), SeedEPMoE.__mro__[1].__name__, 'secret' in globals(), Pair().both(), await late()"
+    run_cell(shell, f"%%ranks 1 --with double SeedEPMoE Pair late --collect out\n{body}")
+    assert shell.user_ns["out"][0] == (8, "Module", False, 6, 5)
+    with pytest.raises(RanksError, match="--with nowhere: no executed cell and no seed cell defines it"):
+        run_cell(shell, "%%ranks 1 --with nowhere\npass")
+    with pytest.raises(
+        RanksError, match="--with x_kernel: it is a variable, of type builtin_function"
+    ) as caught:
+        run_cell(shell, "%%ranks 1 --with x_kernel\npass")
+    assert len(caught.value.lines) == 1
+
+
+ANY_PYTHON = """
+import asyncio, enum, pickle, typing
+from dataclasses import dataclass, field, replace
+@dataclass(frozen=True)
+class Point:
+    x: int
+    more: list = field(default_factory=list)
+class Color(enum.Enum):
+    RED = enum.auto()
+class Pair(typing.NamedTuple):
+    a: Point
+    b: str = "b"
+async def later(n):
+    await asyncio.sleep(0)
+    return n + rank
+def outer():
+    base = world_size
+    def inner(n):
+        return base * n
+    return inner
+things = [replace(Point(1), x=2), Color.RED, Pair(Point(3))]
+found = {
+    "awaited": [await later(n) for n in range(2)],
+    "nested": outer()(5),
+    "pickled": pickle.loads(pickle.dumps(things)) == things,
+    "types": Point.__annotations__["x"] is int and typing.get_type_hints(Pair)["a"] is Point,
+    "module": Point.__module__ == __name__,
+}
+"""
+
+
+def test_a_cell_may_hold_any_python(shell):
+    run_cell(shell, f"%%ranks 2 --collect found\n{ANY_PYTHON}")
+    for rank, found in enumerate(shell.user_ns["found"]):
+        right = {"awaited": [rank, rank + 1], "nested": 10, "pickled": True, "types": True, "module": True}
+        assert found == right
+
+
+MEETING = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+from ep_launcher import launcher
+from tools.ranks import worker as rank_worker
+rank, honest = int(os.environ["RANK"]), dist.init_process_group
+def late(*args, **kwargs):
+    honest(*args, **kwargs)
+    if rank == 0:
+        time.sleep(1)
+        (folder / "connected").touch()
+folder, dist.init_process_group = Path({folder!r}), late
+rank_worker.start_group({{"device": "cpu", "nproc": 2, "timeout_s": 60}}, rank, folder, launcher)
+sys.stdout.write(f"rank {{rank}} starts: {{(folder / 'connected').exists()}}\\n")
+"""
+
+
+def test_no_rank_starts_the_cell_before_all_are_connected(tmp_path):
+    """One that dies at once would break what the others still do, and they would report it as theirs."""
+    script = tmp_path / "late.py"
+    script.write_text(MEETING.format(root=str(ROOT), folder=str(tmp_path)))
+    done = torchrun(2, str(script))
+    assert done.stdout.count("starts: True") == 2, done.stdout + done.stderr[-1000:]
+
+
+@pytest.mark.parametrize(
+    ("line", "body", "says"),
+    [
+        ("2", "x = 1\nif rank:\n    raise ValueError('no good')\ncomm.all_reduce(torch.ones(1))",
+         r"rank 1, line 4 of the cell: ValueError: no good"),
+        ("2", "def f():\n    MoEConfig(top_k=99)\nf()",
+         r"ranks 0, 1, line 3 of the cell: ValueError: top_k is 99, above the 16 experts; lower --top-k "
+         r"\(notebooks/01_parallelism\.ipynb #config:\d+, in LayerSizes\.__post_init__\)"),
+        ("2", "x = = 1", r"ranks 0, 1, line 2 of the cell: SyntaxError: invalid syntax"),
+        ("2 --collect y", "if rank == 0:\n    y = 1", r"rank 1: NameError: the cell does not define `y`.*"),
+        ("2", "import os, signal\nif rank:\n    os.kill(os.getpid(), signal.SIGKILL)", r"rank 1: ended by SIGKILL"),
+        ("2 --timeout 4", "if rank:\n    comm.all_reduce(torch.ones(1))",
+         r"rank 1, line 3 of the cell: CollectiveError: rank 1, collective 1: Timed out waiting 2000ms.*; "
+         r"rank 0 ended the cell after 0 collectives"),
+        ("2 --timeout 1", "import time\nwhile rank:\n    time.sleep(0.01)",
+         r"the time limit of 1 s is over: rank 0 ended the cell; rank 1 was at line [34]; raise --timeout.*"),
+    ],
+)  # fmt: skip
+def test_ranks_names_what_failed(shell, line, body, says, capsys):
+    with pytest.raises(RanksError) as caught:
+        run_cell(shell, f"%%ranks {line} --device cpu\n{body}")
+    assert len(caught.value.lines) == 1 and re.fullmatch(says, caught.value.lines[0])
+    assert "Traceback" not in capsys.readouterr().out
+    assert not processes(WORKER)
+
+
+def test_ranks_refuses_and_expects(shell, capsys):
+    with pytest.raises(RanksError, match="unrecognized arguments: --colect"):
+        run_cell(shell, "%%ranks 2 --colect rows\nrows = 1")
+    with pytest.raises(RanksError, match="take 1 or more"):
+        run_cell(shell, "%%ranks 0\npass")
+    with pytest.raises(RanksError, match="every rank ended well, and --expect-failure"):
+        run_cell(shell, "%%ranks 1 --expect-failure\npass")
+    capsys.readouterr()
+    run_cell(shell, "%%ranks 1 --expect-failure\n1 / 0")
+    assert capsys.readouterr().out == "rank 0, line 2 of the cell: ZeroDivisionError: division by zero\n"
+
+
+def test_kernel_definitions_must_be_the_launchers(shell):
+    run_cell(shell, "def tp_bytes():\n    return 0")
+    try:
+        with pytest.raises(RanksError, match="`tp_bytes`"):
+            run_cell(shell, "%%ranks 1\ntp_bytes")
+        with pytest.raises(LaunchError, match="`tp_bytes`"):
+            run_cell(shell, "from tools.launch import launch\nlaunch(steps=1)")
+        run_cell(shell, "%%ranks 1 --with tp_bytes --collect zero\nzero = tp_bytes()")
+        assert shell.user_ns["zero"] == [0]
+    finally:
+        del shell.user_ns["tp_bytes"]
+
+
+def test_interrupting_ranks_ends_them(shell, tmp_path):
+    def interrupt() -> None:
+        wait_until((tmp_path / "started").exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt, match="every rank has ended"):
+        run_cell(
+            shell, f"%%ranks 2\nPath({str(tmp_path / 'started')!r}).touch()\nimport time; time.sleep(60)"
+        )
+    wait_until(lambda: not processes(WORKER))
+    thread.join()
+
+
+@pytest.mark.parametrize("killed", ["kernel", "worker too"])
+def test_no_rank_outlives_a_killed_kernel(killed, tmp_path):
+    started = tmp_path / "started"
+    body = f"Path({str(started)!r}).touch()\nimport time; time.sleep(60)"
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools.ranks import run_cell_on_ranks as run; "
+    )
+    kernel = subprocess.Popen([sys.executable, "-c", script + f"run({body!r}, 2)"])
+    wait_until(started.exists)
+    workers = psutil.Process(kernel.pid).children()
+    for process in [psutil.Process(kernel.pid), *workers[: killed == "worker too"]]:
+        process.kill()
+    kernel.wait()
+    wait_until(lambda: not processes(WORKER))

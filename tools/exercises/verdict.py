@@ -1,0 +1,73 @@
+"""One sentence about an answer, whatever it is: "right", or "not yet: " and what is wrong."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+class NotYet(Exception):
+    """What is wrong with an answer, in one line."""
+
+
+def shape_of(value: Any) -> list[int] | str:
+    return list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+def describe_error(error: BaseException, answer: Any) -> str:
+    """An error of the answer's own code: what, and in which line of its cell."""
+    parts = [answer, *vars(answer).values()] if hasattr(answer, "__dict__") else [answer]
+    files = {part.__code__.co_filename for part in parts if hasattr(part, "__code__")}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    where = f" (line {frames[-1].lineno} of the cell, in {frames[-1].name})" if frames else ""
+    return first_line(error) + where
+
+
+def plain_verdict(*types: type) -> Callable[[Callable[..., str]], Callable[..., str]]:
+    """Decorates a check(answer): its verdict is one line for every answer.
+
+    Also for a function that returns None, raises, or returns what is none of `types`; and for an answer that is no
+    function, where that is not of these types. A class is handed on as it is.
+    """
+
+    def expect(value: Any) -> Any:
+        if value is None:
+            raise NotYet("nothing came back")
+        if types and not isinstance(value, types):
+            wanted = " or ".join(kind.__name__ for kind in types)
+            raise NotYet(f"this wants {wanted}, and got {type(value).__name__}")
+        return value
+
+    def decorate(check: Callable[..., str]) -> Callable[..., str]:
+        @functools.wraps(check)
+        def checked(answer: Any, *arguments: Any, **options: Any) -> str:
+            came = [answer]
+
+            def watched(*given: Any, **named: Any) -> Any:
+                try:
+                    came.append(answer(*given, **named))
+                except (Exception, SystemExit) as error:
+                    raise NotYet(describe_error(error, answer)) from None
+                return expect(came[-1])
+
+            try:
+                if callable(answer) and not isinstance(answer, type):
+                    return check(watched, *arguments, **options)
+                return check(answer if isinstance(answer, type) else expect(answer), *arguments, **options)
+            except NotYet as wrong:
+                return f"not yet: {wrong}"
+            except Exception as error:  # of the check, at a value that it did not expect
+                what = " ".join(repr(came[-1]).split())[:80]
+                return f"not yet: the check cannot use {what} ({first_line(error)})"
+
+        return checked
+
+    return decorate

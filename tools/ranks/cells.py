@@ -1,0 +1,302 @@
+"""%%ranks: run a cell's body on several ranks and bring their tensors back. `%load_ext tools.launch` registers it.
+
+    %%ranks 4 --collect rows --with SeedAllToAll --timeout 20
+    rows = ...        in scope: the launcher's names, rank, world_size, device, ep_group, comm
+
+Every call starts fresh processes (worker.py), and none is left when it returns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import builtins
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from tools.ranks.failures import HERE, Interrupted, OneMessage, signal_name
+from tools.ranks.output import kernel
+from tools.ranks.processes import ROOT, start_worker
+from tools.stitch.fresh import assert_fresh, check_kernel_definitions
+from tools.stitch.reading import book_notebooks, read_notebook
+
+STARTUP_S = 120.0  # importing torch, on a busy machine
+
+
+class RanksError(OneMessage, RuntimeError):
+    """A %%ranks cell that could not start, failed on some rank, or did not end in time; a line per problem."""
+
+
+def brief(value: Any, width: int = 90) -> str:
+    """A value on one line: a small tensor's numbers, a large one's type and shape."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        kind = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        return f"{kind} {value.tolist()}" if value.numel() <= 8 and len(str(value.tolist())) <= 60 else kind
+    if isinstance(value, dict):
+        text = "{" + ", ".join(f"{key!r}: {brief(item, 40)}" for key, item in value.items()) + "}"
+    elif type(value) in (list, tuple):
+        text = "[" + ", ".join(brief(item, 40) for item in value) + "]"
+    else:
+        text = " ".join(repr(value).split())
+    return text if len(text) <= width else text[: width - 4] + " ..."
+
+
+class ByRank(list):
+    """What every rank collected under one name, by rank. Shown as one line a rank."""
+
+    def __repr__(self) -> str:
+        return "\n".join(f"rank {rank}: {brief(value)}" for rank, value in enumerate(self))
+
+
+class Collected(dict):
+    """{name: ByRank} of a %%ranks cell that collects several names. Shown as one line a name and rank."""
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            f"{name}, {line}" for name, ranks in self.items() for line in repr(ranks).splitlines()
+        )
+
+
+# ------------------------------------------------------------------------------------------- --with
+
+
+def parse_quietly(source: str) -> ast.Module | None:
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def names_in(statement: ast.stmt) -> tuple[set[str], set[str]]:
+    """(the names that a top-level statement binds, those that it reads at any depth)."""
+    names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    reads = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {statement.name}, reads
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return {(alias.asname or alias.name).partition(".")[0] for alias in statement.names}, reads
+    if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+        return {node.id for node in names if isinstance(node.ctx, ast.Store)}, reads
+    return set(), reads
+
+
+def lines_of(statement: ast.stmt) -> set[int]:
+    """The numbers of its lines, decorators included."""
+    starts = [statement.lineno, *(part.lineno for part in getattr(statement, "decorator_list", ()))]
+    return set(range(min(starts), statement.end_lineno + 1))
+
+
+def find_definitions(names: Sequence[str], namespace: dict[str, Any], provided: set[str]) -> dict[str, str]:
+    """{file name for tracebacks: source} of functions and classes, and of what they use.
+
+    Found in the kernel's executed cells, newest first, then in seed cells; what a definition uses comes from its own
+    cell, and definitions from any. Lines keep their numbers: what is not sent is blank. RanksError where a name is
+    defined nowhere.
+    """
+    history = [source for source in namespace.get("In", ()) if isinstance(source, str)]
+    executed = [(f"kernel cell {number}", source) for number, source in enumerate(history)]
+    notebooks = [read_notebook(path, f"notebooks/{path.name}") for path in book_notebooks(ROOT)]
+    seeds = [(cell.label, cell.text) for book in notebooks for cell in book.cells if "seed" in cell.tags]
+    trees = {label: parse_quietly(source) for label, source in seeds + executed}
+    place = {}  # name of a definition -> (cell, statement)
+    for label, _ in seeds + executed:  # the newest wins
+        for part in trees[label].body if trees[label] else ():
+            if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                place[part.name] = (label, part)
+    lines: dict[str, set[int]] = {}
+    wanted, seen = list(names), (provided | set(dir(builtins))) - set(names)
+    while wanted:
+        name = wanted.pop()
+        if name not in place and name in names:
+            raise RanksError([f"%%ranks: --with {name}: {why_not_sent(name, namespace)}"])
+        if name in place and name not in seen:
+            seen.add(name)
+            label, statement = place[name]
+            kept = lines.setdefault(label, set())
+            pending = [statement]
+            pending += [part for part in trees[label].body if getattr(part, "module", "") == "__future__"]
+            while pending:
+                part = pending.pop()
+                if part.lineno in kept:
+                    continue
+                kept |= lines_of(part)
+                reads = names_in(part)[1]
+                here = [other for other in trees[label].body if names_in(other)[0] & reads]
+                pending += here
+                wanted += sorted(reads.difference(*(names_in(other)[0] for other in here)))
+    sent = {}
+    for label, source in seeds + executed:  # in this order: a class may inherit from one of an earlier cell
+        if label in lines:
+            numbered = enumerate(source.split("\n"), 1)
+            sent[label] = (
+                "\n".join(text if number in lines[label] else "" for number, text in numbered) + "\n"
+            )
+    return sent
+
+
+def why_not_sent(name: str, namespace: dict[str, Any]) -> str:
+    value = namespace.get(name)
+    if name not in namespace or isinstance(value, (type, FunctionType)):
+        return "no executed cell and no seed cell defines it"
+    return f"it is a variable, of type {type(value).__name__}; functions and classes are sent: make it in the cell"
+
+
+# ------------------------------------------------------------------------------------------- the call
+
+
+def run_worker(folder: Path, limit_s: float) -> None:
+    """Runs the worker process until it has reported. An interrupt ends it, and its ranks with it."""
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"}
+    with open(folder / "worker.log", "wb") as log:
+        family = start_worker("ranks", folder, output=log, environment=environment)
+    deadline = time.monotonic() + STARTUP_S + limit_s
+    try:
+        while family.process.poll() is None and time.monotonic() < deadline:
+            family.note(every_s=1.0)
+            time.sleep(0.01)
+    except KeyboardInterrupt:
+        raise Interrupted(["every rank has ended"]) from None
+    finally:
+        if family.process.poll() is None:
+            family.end(patience_s=1.0)
+
+
+def other_ranks(report: dict[str, Any], failed: set[int]) -> str:
+    """What the ranks did that neither failed nor were ended: where each one was, after how many collectives."""
+    said = []
+    for rank, (state, count) in enumerate(zip(report["states"], report["collectives"], strict=True)):
+        after = f" after {count} collective{'s' * (count != 1)}" if any(report["collectives"]) else ""
+        if rank not in failed and str(rank) in report["inside"]:
+            line = report["inside"][str(rank)]
+            said.append(f"rank {rank} was {f'at line {line}' if line else 'outside the cell'}{after}")
+        elif rank not in failed and state == 1:
+            said.append(f"rank {rank} ended the cell{after}")
+    return "; ".join(said)
+
+
+def describe_report(report: dict[str, Any], timeout_s: float) -> list[str]:
+    """One line per problem of a %%ranks cell; empty where all is well."""
+    signals = {int(rank): number for rank, number in sorted(report["signals"].items())}
+    lines = [
+        f"rank {rank}: " + (f"ended by {signal_name(n)}" if n > 0 else f"exited with code {-n}")
+        for rank, n in signals.items()
+    ]
+    alike: dict[tuple, list[int]] = {}
+    for failure in sorted(report["failures"], key=lambda failure: failure["rank"]):
+        alike.setdefault((failure["line"], failure["what"], failure["where"]), []).append(failure["rank"])
+    failed = {failure["rank"] for failure in report["failures"]} | set(signals)
+    others = other_ranks(report, failed)
+    for (line, what, where), ranks in alike.items():
+        who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+        place = f", line {line} of the cell" if line else ""
+        has_waited = re.search(r"CollectiveError|[Tt]imed? ?out|DistBackendError|DistNetworkError", what)
+        lines.append(f"{who}{place}: {what}" + f" ({where})" * bool(where))
+        lines[-1] += f"; {others}" * bool(has_waited and others)
+    if report["out_of_time"] and not lines:
+        lines = [f"the time limit of {timeout_s:g} s is over: {others}; raise --timeout, or mend the wait"]
+    return lines
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What the worker reported. RanksError where it could not."""
+    path = folder / "report.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    said = (folder / "worker.log").read_text(errors="replace").strip().splitlines()
+    last = said[-1].replace(*HERE) if said else "it was ended before it could say why"
+    raise RanksError([f"%%ranks: the ranks could not start: {last}"])
+
+
+def run_cell_on_ranks(
+    body: str,
+    nproc: int = 2,
+    *,
+    collect: Sequence[str] = (),
+    sent: Sequence[str] = (),
+    timeout_s: float = 60.0,
+    device: str = "auto",
+    namespace: dict[str, Any] | None = None,
+) -> Collected:
+    """Runs Python source on nproc fresh ranks; what `%%ranks` does. namespace: the kernel's, for `sent`.
+
+    Prints each rank's output, grouped by rank. Returns {name: list by rank}. RanksError where a rank fails, or one
+    is still inside after timeout_s; a collective gives up after half of that. Costs about 4 s to start.
+    """
+    if nproc < 1 or not timeout_s > 0:
+        raise RanksError([f"%%ranks: {nproc} ranks for {timeout_s:g} s cannot run; take 1 or more of each"])
+    namespace = namespace or {}
+    try:
+        assert_fresh()
+        check_kernel_definitions({name: value for name, value in namespace.items() if name not in sent})
+    except RuntimeError as error:
+        raise RanksError([str(error)]) from None
+    import torch
+
+    from ep_launcher import launcher
+
+    provided = {name for name in vars(launcher) if not name.startswith("_")}
+    spec = {"body": body, "nproc": nproc, "collect": list(collect), "timeout_s": timeout_s, "device": device,
+            "cwd": os.getcwd(), "sent": find_definitions(sent, namespace, provided) if sent else {}}  # fmt: skip
+    folder = Path(tempfile.mkdtemp(prefix="ep-cell-"))
+    try:
+        (folder / "spec.json").write_text(json.dumps(spec))
+        run_worker(folder, timeout_s)
+        report = read_report(folder)
+        for rank in range(nproc):
+            path = folder / f"rank{rank}.out"
+            for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():
+                print(f"rank {rank}: {line}")
+        if problems := describe_report(report, timeout_s):
+            raise RanksError(problems)
+        # weights_only=False: the files come from our own ranks, and may hold the launcher's dataclasses.
+        found = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(nproc)]
+        return Collected({name: ByRank(of_rank[name] for of_rank in found) for name in collect})
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _RanksParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise RanksError([f"%%ranks: {message}; usage: {' '.join(self.format_usage().split()[1:])}"])
+
+
+def ranks_magic(line: str, cell: str) -> Any:
+    """%%ranks N --collect NAME... --with NAME... --timeout SECONDS --device auto|cpu|cuda --expect-failure
+
+    Runs the cell's body on N fresh ranks: gloo on the CPU, NCCL where there are N GPUs. In scope are the launcher's
+    public names and rank, world_size, device, ep_group, comm; the seed is 0 on every rank; the kernel's variables
+    are not there. --collect brings names back, as CPU copies in a list by rank, and binds them in the kernel.
+    --with sends the source of a function or class along. --expect-failure shows the failure in place of raising it.
+    """
+    parser = _RanksParser(prog="%%ranks", add_help=False, allow_abbrev=False)
+    parser.add_argument("nproc", nargs="?", type=int, default=2, metavar="N")
+    parser.add_argument("--collect", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--with", nargs="+", default=[], metavar="NAME", dest="sent")
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", dest="timeout_s")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--expect-failure", action="store_true")
+    options = vars(parser.parse_args(shlex.split(line)))
+    expects_failure = options.pop("expect_failure")
+    namespace = kernel().user_ns if kernel() is not None else {}
+    try:
+        collected = run_cell_on_ranks(cell, namespace=namespace, **options)
+    except RanksError as error:
+        if not expects_failure:
+            raise
+        print("\n".join(error.lines))
+        return None
+    if expects_failure:
+        raise RanksError(["%%ranks: every rank ended well, and --expect-failure says that one fails"])
+    namespace.update(collected)
+    return next(iter(collected.values())) if len(collected) == 1 else collected or None

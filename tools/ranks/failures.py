@@ -1,0 +1,118 @@
+"""What a reader is told of a run that failed: which rank, which cell, what to do; at most 15 lines, the culprit first.
+
+Which rank failed first, and how it ended, is known to torch.distributed.elastic (ChildFailedError), and worker.py
+brings its record. What the rank had to say stands in its own output, and whether it stands still, in the process table.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.ranks.processes import ROOT
+
+MOST_LINES = 15
+LIBRARY_LOG = re.compile(r"^\[[WIEF]\d{3,4} |^[WIEF]\d{4} |^\[Gloo\]")
+HERE = (str(ROOT) + os.sep, "")  # for str.replace: no path of this machine in an output
+TO_DO = {
+    "SIGKILL": "look at `dmesg`: if the memory ran out, take fewer tokens or ranks; else somebody ended it",
+    "SIGSEGV": "a fault in native code: run it again with PYTHONFAULTHANDLER=1 to see where",
+    "SIGTERM": "somebody ended it; start the run again",
+}
+
+
+class OneMessage(BaseException):
+    """An error that a notebook shows as its message alone: `lines`, without a traceback."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.lines = list(lines)[:MOST_LINES]
+        super().__init__("\n".join(self.lines))
+
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook for an exception's own look."""
+        return [f"{type(self).__name__}: {self.lines[0]}", *self.lines[1:]]
+
+
+class LaunchError(OneMessage, RuntimeError):
+    """A run that could not start, or failed. rank: the one to blame, None where it is not known.
+
+    lines: at most 15; log_dir: where the ranks' whole output is, or None; returncode: for a shell.
+    """
+
+    def __init__(
+        self, *lines: str, rank: int | None = None, log_dir: Path | None = None, returncode: int = 1
+    ) -> None:
+        super().__init__(lines)
+        self.rank, self.log_dir, self.returncode = rank, log_dir, returncode
+
+
+class Interrupted(OneMessage, KeyboardInterrupt):
+    """A run or a cell that was interrupted, after every process of it has ended."""
+
+
+def shown_path(path: str | os.PathLike[str]) -> str:
+    """A path as seen from the repository's root; absolute where it lies outside."""
+    absolute = os.path.abspath(path)
+    relative = os.path.relpath(absolute, ROOT)
+    return absolute if relative.startswith("..") else relative
+
+
+def signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+
+
+def cells_of_traceback(lines: list[str]) -> list[str]:
+    """The frames of a rank's traceback that come from cells: "notebooks/x.ipynb #id:12, in f: code"."""
+    frame = re.compile(r'^\s*File ".+", line \d+, in (\S+) \((\S+ #[A-Za-z0-9_-]+:\d+)\)$')
+    pairs = zip(map(frame.match, lines), [*lines[1:], ""], strict=True)
+    return [f"  {match[2]}, in {match[1]}: {code.strip()}" for match, code in pairs if match]
+
+
+def describe_failure(
+    report: dict[str, Any], errors: dict[int, list[str]], stopped: list[int]
+) -> tuple[int | None, list[str]]:
+    """(rank to blame, message). A message of one line is a refusal, which needs no log.
+
+    report: of worker.py: {"failures": [{"rank", "exitcode", "time"}], "error": of torchrun itself}.
+    errors: what each rank wrote to stderr, the one that said "error: ..." first before all others.
+    """
+    failures = sorted(report["failures"], key=lambda failure: failure["time"])
+    killed = [f for f in failures if f["exitcode"] < 0 and f["exitcode"] != -signal.SIGTERM]
+    rank, code = ((killed or failures)[0][key] for key in ("rank", "exitcode")) if failures else (None, 0)
+    speaker, said = next(
+        ((r, line) for r, lines in errors.items() for line in lines if line.startswith("error: ")), (None, "")
+    )
+    said = said.removeprefix("error: ")
+    then = [f"  then {said}"] if said else []
+    if stopped:
+        line = f"rank {stopped[0]} was stopped by SIGSTOP, and the others waited for it"
+        return stopped[0], [line, *then, "to do: find out who stopped it; `kill -CONT` lets a rank go on"]
+    if killed or (code == 130 and not said):  # 130: what the launcher makes of a SIGTERM
+        name = signal_name(-code) if code < 0 else "SIGTERM"
+        line = f"rank {rank} was ended by {name}; the other ranks were stopped"
+        return rank, [line, *then, f"to do: {TO_DO.get(name, 'look at its log')}"]
+    if said:
+        named = re.match(r"rank (\d+)\b", said)
+        lines = errors[speaker]
+        if "Traceback (most recent call last):" in lines:
+            frames = cells_of_traceback(lines)[-8:]
+            to_do = "to do: mend the last of these cells, save, `make launcher`, and launch again"
+            if not frames:
+                frames, to_do = (
+                    [f"  {text}" for text in lines[:-1][-8:]],
+                    "to do: mend what the last lines name",
+                )
+            return int(named[1]) if named else speaker, [said, *frames, to_do]
+        to_do = ["to do: see what the ranks said last, in rank*.err and rank*.out there"]
+        return int(named[1]) if named else speaker, [said, *to_do * (code != 2)]
+    if failures:
+        last = [f"  {text}" for text in errors.get(rank, []) if not LIBRARY_LOG.match(text)][-8:]
+        to_do = "to do: see what ends a process without an error: sys.exit, a library's abort"
+        return rank, [f"rank {rank} ended with exit code {code}", *last, to_do]
+    if "EADDRINUSE" in report["error"]:
+        return None, ["the port for the rendezvous is in use by another program; name another one"]
+    return None, ["torchrun failed", f"  {report['error']}"]

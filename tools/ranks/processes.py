@@ -1,0 +1,128 @@
+"""Starting, watching and ending a process with all that it starts.
+
+torchrun gives every rank a session of its own, and a killed notebook kernel cannot say goodbye. So whoever starts a
+family keeps a list of it, and every process that tools/ranks/worker.py runs ends once its parent is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+try:
+    import psutil
+except (
+    ImportError
+):  # a GPU box may lack it: then a rank that outlives torchrun is ended by Linux (die_with_parent)
+    psutil = None
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("worker.py")
+STOP_S = 3.0  # what a run gets to stop by itself before it is killed
+
+
+class Family:
+    """A process with all its descendants, also those that others have adopted since."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self.process, self.members, self.checked = process, {}, 0.0
+
+    def note(self, every_s: float = 0.5) -> None:
+        """Remembers the descendants; looking through all processes is dear, so not at each call."""
+        if psutil and time.monotonic() - self.checked >= every_s:
+            self.checked = time.monotonic()
+            with contextlib.suppress(psutil.Error):
+                found = psutil.Process(self.process.pid).children(recursive=True)
+                self.members |= {child.pid: child for child in found}
+
+    def statuses(self) -> dict[Any, str]:
+        """{descendant: what the system says of it}, of those that still live."""
+        found = {}
+        for member in self.members.values():
+            with contextlib.suppress(psutil.Error):
+                if member.is_running() and member.status() != psutil.STATUS_ZOMBIE:
+                    found[member] = member.status()
+        return found
+
+    def stopped_ranks(self) -> list[int]:
+        """The ranks that SIGSTOP holds."""
+        found = []
+        for member, status in self.statuses().items():
+            with contextlib.suppress(psutil.Error, KeyError):
+                if status == psutil.STATUS_STOPPED:
+                    found.append(int(member.environ()["RANK"]))
+        return sorted(found)
+
+    def end(self, patience_s: float = STOP_S) -> None:
+        """SIGTERM to the process, which ends its ranks; after patience_s SIGKILL to all that is left."""
+        self.note(every_s=0)
+        with uninterrupted():
+            with contextlib.suppress(OSError):
+                self.process.terminate()
+            deadline = time.monotonic() + patience_s
+            while (self.process.poll() is None or self.statuses()) and time.monotonic() < deadline:
+                self.note(every_s=0.2)
+                time.sleep(0.05)
+            for member in self.statuses():
+                with contextlib.suppress(psutil.Error):
+                    member.kill()
+            with contextlib.suppress(OSError):
+                self.process.kill()
+            self.process.wait()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """While processes are being ended, a second Ctrl-C changes nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupt(*_: Any) -> None:
+    """Signal handler: SIGTERM ends this process as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def start_worker(
+    *arguments: Any, output: Any, environment: dict[str, str], before: tuple[str, ...] = ()
+) -> Family:
+    """tools/ranks/worker.py in a session of its own; it ends when this process does. before: `ip netns exec NAME`."""
+    mode, *rest = map(str, arguments)
+    return Family(
+        subprocess.Popen(
+            [*before, sys.executable, str(WORKER), mode, str(os.getpid()), *rest],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
+    )
+
+
+def end_with_parent(parent: int) -> None:
+    """A thread's work: once the process `parent` is gone, ends this process and all below it within 3 s."""
+    while os.getppid() == parent:
+        time.sleep(0.3)
+    children = psutil.Process().children(recursive=True) if psutil else []
+    os.kill(os.getpid(), signal.SIGTERM)  # torchrun's own way to end its ranks
+    time.sleep(2)
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    os._exit(1)
