@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from trials import leave_group, trial
+from trials import trial
 
 from ep_launcher import launcher as ep
 
@@ -29,8 +29,11 @@ def corrupted(stage: str, where: int, column: int) -> Callable:
     return all_to_all
 
 
-def try_corrupt(mesh: ep.Mesh, stage: str, where: int, column: int, ends_process: bool = False) -> str:
-    """What this rank says when a count is damaged in the second of two steps."""
+def try_corrupt(mesh: ep.Mesh, folder: Path, name: str, stage: str, where: int, column: int) -> None:
+    """Writes down what this rank says when a count is damaged in the second of two steps, and ends the process.
+
+    Played by itself: gloo tells the others at once where a process ends, and not before.
+    """
     config = ep.MoEConfig(num_experts=8, hidden_dim=16, ffn_dim=16, dispatcher="all_to_all")
     layer, honest = ep.EPMoE(config, mesh, seed=0), ep.Communicator.all_to_all
     dist.set_debug_level(dist.DebugLevel.INFO)  # counts travel sealed
@@ -43,28 +46,24 @@ def try_corrupt(mesh: ep.Mesh, stage: str, where: int, column: int, ends_process
         said = str(error)
     finally:
         ep.Communicator.all_to_all = honest
-        dist.set_debug_level(dist.DebugLevel.OFF)
-    if not ends_process:
-        leave_group()
-    return said
+    found = {"error": "", "result": said}
+    (folder / f"{name}-{mesh.batch.size}-{mesh.batch.rank}.json").write_text(json.dumps(found))
+    os._exit(0)
 
 
 @trial(2)
-def corrupt_when_sent(mesh: ep.Mesh, folder: Path) -> str:
-    return try_corrupt(mesh, "sent", 0, 0)
+def corrupt_when_sent(mesh: ep.Mesh, folder: Path) -> None:
+    try_corrupt(mesh, folder, "corrupt_when_sent", "sent", 0, 0)
 
 
 @trial(2)
-def corrupt_when_received(mesh: ep.Mesh, folder: Path) -> str:
-    return try_corrupt(mesh, "received", 1, 2)
+def corrupt_when_received(mesh: ep.Mesh, folder: Path) -> None:
+    try_corrupt(mesh, folder, "corrupt_when_received", "received", 1, 2)
 
 
 @trial(4)
 def corrupt_for_one_of_four(mesh: ep.Mesh, folder: Path) -> None:
-    """Played by itself: in a larger group gloo tells the others at once where a process ends, and not before."""
-    found = {"error": "", "result": try_corrupt(mesh, "sent", 0, 1, ends_process=True)}
-    (folder / f"corrupt_for_one_of_four-4-{mesh.batch.rank}.json").write_text(json.dumps(found))
-    os._exit(0)
+    try_corrupt(mesh, folder, "corrupt_for_one_of_four", "sent", 0, 1)
 
 
 @trial(2)
