@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "10bade45ca7b8c70bf787bfa9ca2a56512e309642544d7d2f4e34dbc524f1c21"
+SOURCES_SHA256 = "87d5b89f3a91f5b627e47447ef9e63fe16668dcda5b7589a9f148f3f96eaa71d"
 
 
 # ==========================================================================================================
@@ -738,6 +738,9 @@ class Options:
 
     def check(self, config: Any) -> None:
         """ValueError where these options and the config do not fit together."""
+
+    def check_training(self, config: Any, training: Any) -> None:
+        """In the launcher, before anything starts. ValueError where these options would do nothing in this run."""
 
     def for_run(self, run: Any) -> "Options":
         """These options, fitted to a run of the launcher."""
@@ -1482,7 +1485,7 @@ class TrainingOptions:
     plugin: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in {"steps": 1, "log_interval": 1, "tokens": 0, "seed": 0}.items():
+        for name, least in {"steps": 1, "log_interval": 1, "tokens": 1, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, and must be at least {least}")
@@ -1490,6 +1493,10 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, and must be positive and finite")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}, and must be below 2**63, where int64 ends")
+        if self.timeout_s > 7 * 86400:
+            raise ValueError(f"timeout_s is {self.timeout_s}, and must be at most 604800, a week")
         if not 0 <= self.aux_alpha < math.inf:
             raise ValueError(f"aux_alpha is {self.aux_alpha}, and must be finite and not below 0")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -1967,6 +1974,36 @@ def parse_flags(argv: list[str] | None = None) -> tuple[MoEConfig, TrainingOptio
     return replace(config, extras=tuple(groups.values())), options
 
 
+# %% notebooks/05_launch.ipynb #count-memory
+def bytes_a_rank(config: MoEConfig, num_tokens: int, world_size: int) -> dict[str, int]:
+    """{part: bytes that a rank of a training run holds of it, at least}; each part names the flags that lower it."""
+    d, f, size = config.hidden_dim, config.ffn_dim, DTYPES[config.dtype].itemsize
+    num_experts = config.num_local_experts(world_size) + config.num_shared_experts
+    matrices = 3 if REGISTRIES["activation"][config.activation].is_gated else 2
+    wide, share = max(4, size), shard_sizes(num_tokens, world_size)[0]
+    return {
+        "experts (--num-experts, --hidden-dim, --ffn-dim)": 4 * size * num_experts * matrices * d * f,
+        "router (--num-experts, --hidden-dim)": 4 * wide * config.num_experts * d,
+        "teacher (--hidden-dim)": (size + 8) * d * d,
+        "tokens (--tokens, --hidden-dim)": 4 * num_tokens * d + 2 * size * share * d,
+        "choices (--tokens, --num-experts)": wide * share * config.num_experts,
+        "rows (--tokens, --top-k, --ffn-dim)": size * share * config.top_k * (matrices - 1) * f,
+    }
+
+
+def check_memory(parts: dict[str, int], device: torch.device) -> None:
+    """ValueError where the parts together are more than this rank's GPU has, or its share of the host's memory."""
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).total_memory
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // world_from_env()[3]
+    if (total := sum(parts.values())) > available:
+        largest = max(parts, key=parts.get)
+        raise ValueError(
+            f"a rank would hold {total // 10**9} GB at least, and has {available // 10**9} GB; most of it: {largest}"
+        )
+
+
 # %% notebooks/05_launch.ipynb #check-run
 def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     """This rank's device. ValueError, before anything starts, where config, world and machine do not fit."""
@@ -1982,6 +2019,9 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     if options.summary and not os.access(Path(options.summary).resolve().parent, os.W_OK):
         raise ValueError(f"cannot write the summary to {options.summary}; make its folder first")
     device = choose_device(options.device)
+    check_memory(bytes_a_rank(config, num_tokens, world_size), device)
+    for check_training in config.hooks("check_training"):
+        check_training(config, options)
     for kind in ("dispatcher", "experts"):
         pick(kind, config, device, world_size)
     return device
@@ -3309,6 +3349,10 @@ class CapacityOptions(Options):
                 raise ValueError(f"{f.name} {value} does nothing without a limit; set --capacity-factor")
         if factor is not None and not 0 < factor < math.inf:
             raise ValueError(f"capacity_factor is {factor}, and must be positive and finite")
+        if factor is not None and factor > 1e6:
+            raise ValueError(
+                f"capacity_factor is {factor}, and with 1e6 already no expert runs full; lower it"
+            )
 
     def check(self, config: MoEConfig) -> None:
         """ValueError where the config's dispatcher needs a limit on each rank, and there is none."""
@@ -3524,6 +3568,16 @@ class ClusterOptions(Options):
             raise ValueError(f"num_clusters is {self.num_clusters}, and must be at least 1")
         if not 0 <= self.zipf < math.inf:
             raise ValueError(f"zipf is {self.zipf}, and must be finite and not below 0")
+
+    def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
+        """ValueError where the task has no clusters, or they do not fit into the host's memory."""
+        task = REGISTRIES["task"][training.task]
+        if isinstance(task, type) and issubclass(task, ClusterStream):
+            num_bytes = 8 * self.num_clusters * config.hidden_dim**2
+            return check_memory({"teachers (--num-clusters, --hidden-dim)": num_bytes}, torch.device("cpu"))
+        for f in fields(self):
+            if (value := getattr(self, f.name)) != f.default:
+                raise ValueError(f"{f.name} {value} does nothing without clusters; take --task clusters")
 
 
 # %% notebooks/09_balance.ipynb #cluster-parts
@@ -3781,6 +3835,18 @@ class RoutingOptions(Options):
     def check(self, config: MoEConfig) -> None:
         """ValueError where config's experts do not fit these options; MoEConfig calls it."""
         check_routing(self, config)
+
+    def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
+        """ValueError where a setting would do nothing: a bias's speed without the bias, a length without its loss."""
+        usual = RoutingOptions()
+        if self.bias_speed != usual.bias_speed and not issubclass(
+            REGISTRIES["balance"][config.balance], BiasBalance
+        ):
+            raise ValueError(f"bias_speed {self.bias_speed} does nothing without a bias; take --balance bias")
+        if self.sequence_length != usual.sequence_length and not self.sequence_alpha:
+            raise ValueError(
+                f"sequence_length {self.sequence_length} does nothing without its loss; set --sequence-alpha"
+            )
 
     def limit_choice(self, keys: Tensor, config: MoEConfig) -> Tensor:
         """The router's hook before the choice: keys [T, E] -> [T, E]."""

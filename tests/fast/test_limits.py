@@ -281,7 +281,7 @@ def test_a_run_tells_the_share_of_its_tokens():
     mesh = ep.init_ep()
     mesh.batch.size = 4
     options = ep.CapacityOptions(1.0)
-    for tokens, share in ((9, 3), (8, 2), (0, 0), (None, 32)):
+    for tokens, share in ((9, 3), (8, 2), (1, 1), (None, 32)):
         training = ep.TrainingOptions(tokens=tokens)
         run = ep.Run(ep.MoEConfig(extras=(options,)), training, mesh, torch.device("cpu"), None)
         assert run.config.option(ep.CapacityOptions).capacity_share == share

@@ -6,7 +6,7 @@ with every router in test_balance.py: the dispatchers register themselves. Here 
 
 import pytest
 from support import copy_of_the_code, outcome, play, torchrun
-from traffic_trials import BROKEN, FEW, MACHINES
+from traffic_trials import BROKEN, BROKEN_ON, FEW, MACHINES
 
 from tools.parity import over_the_limit
 
@@ -30,7 +30,7 @@ def test_two_stage_on_machines(played, world_size):
 
 @pytest.mark.parametrize("number", range(len(BROKEN)), ids=list(BROKEN))
 def test_parity_refuses(played, number):
-    for code, printed in outcome(played, f"broken_copy_{number}", 2):
+    for code, printed in outcome(played, f"broken_copy_{number}", BROKEN_ON[number]):
         assert code == 1, printed
 
 
