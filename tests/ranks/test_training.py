@@ -121,8 +121,15 @@ sys.path.insert(0, {root!r})
 from ep_launcher import launcher as ep
 
 
+def name(thread):
+    try:
+        return (thread / "comm").read_text()
+    except OSError:  # it has ended meanwhile
+        return ""
+
+
 def look(run):
-    gloo = [t for t in Path("/proc/self/task").iterdir() if "gloo" in (t / "comm").read_text()]
+    gloo = [t for t in Path("/proc/self/task").iterdir() if "gloo" in name(t)]
     policies = sorted({{os.sched_getscheduler(int(t.name)) for t in gloo}})
     # whole lines: the ranks share this stream
     sys.stdout.write(f"policies {{policies}} {{os.sched_getscheduler(0)}}\n")
