@@ -25,9 +25,10 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/08_capacity.ipynb
 #   notebooks/09_balance.ipynb
 #   notebooks/10_less_traffic.ipynb
+#   notebooks/15_mesh.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "87d5b89f3a91f5b627e47447ef9e63fe16668dcda5b7589a9f148f3f96eaa71d"
+SOURCES_SHA256 = "7f42e6bf14f782df44845b6e4679599ab39c15f2572b41e20665501e7c607771"
 
 
 # ==========================================================================================================
@@ -260,6 +261,9 @@ def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | Non
         return None
     timeout = timedelta(seconds=timeout_s)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if world_from_env()[3] == world_size:  # on one machine, where all ranks are restarted equally often
+        # torchrun's restarts share one store, in which the addresses of the last attempt still stand.
+        store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return dist.PrefixStore("ep_launcher", store)
@@ -739,6 +743,10 @@ class Options:
     def check(self, config: Any) -> None:
         """ValueError where these options and the config do not fit together."""
 
+    def share_experts(self, world_size: int) -> int:
+        """In the launcher: by how many of its ranks the experts are shared out, the ep_size."""
+        return world_size
+
     def check_training(self, config: Any, training: Any) -> None:
         """In the launcher, before anything starts. ValueError where these options would do nothing in this run."""
 
@@ -764,6 +772,12 @@ class Options:
 
     def show(self, log: Any, step: int, layer: Any) -> None:
         """In the launcher, at every log interval, once for each layer. Collective."""
+
+    def begin(self, training: Any) -> None:
+        """In the launcher, before the first step. Collective. May set training.run.step, the step to begin with."""
+
+    def after_update(self, training: Any) -> None:
+        """In the launcher, after every step; training.run.step is its number. Collective."""
 
 
 # %% notebooks/03_experts.ipynb #router
@@ -1583,7 +1597,8 @@ class RunLog:
     """
 
     def __init__(self, log_dir: Path, num_steps: int, rank: int) -> None:
-        self.writer = self.bar = self.steps = None
+        self.bar = self.steps = None
+        self.first_step = 0  # of a run that goes on: TensorBoard drops what an earlier one left from there on
         if rank != 0:
             return
         try:
@@ -1594,10 +1609,15 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # a second's import that only rank 0 needs
         from tqdm import tqdm  # whoever imports the layer alone needs neither
 
-        self.writer = SummaryWriter(str(log_dir), purge_step=0)
+        self.open_writer = functools.partial(SummaryWriter, str(log_dir))
         self.bar = tqdm(total=num_steps, unit="step", disable=None, dynamic_ncols=True)
         if path := os.environ.get("EP_STEPS"):
             self.steps = os.open(path, os.O_WRONLY)
+
+    @functools.cached_property
+    def writer(self) -> Any:
+        """TensorBoard's, opened where it is first used; None on other ranks."""
+        return self.open_writer(purge_step=self.first_step) if self.bar else None
 
     def advance(self, step: int) -> None:
         """This step is done: moves the bar, and tells whoever waits at EP_STEPS, in about 1 us."""
@@ -1608,7 +1628,7 @@ class RunLog:
 
     def write(self, line: str) -> None:
         """A line on the screen and in train.log."""
-        if self.writer:
+        if self.bar:
             self.bar.write(line)
             sys.stdout.flush()
             self.text.write(line + "\n")
@@ -1621,7 +1641,7 @@ class RunLog:
 
     def close(self) -> None:
         """Everything to disk."""
-        if self.writer:
+        if self.bar:
             self.bar.close()
             self.writer.close()
             self.text.close()
@@ -1804,7 +1824,7 @@ def measured_summary(record: Record) -> dict[str, Any]:
     run, batch, meter = record.run, record.run.mesh.batch, record.run.mesh.meter
     record.timer.mark()
     sent = meter.total(*PASSES) - record.bytes_before
-    metadata = meter.total("metadata") // run.options.steps
+    metadata = meter.total("metadata") // (len(record.timer.marks) - 1)  # steps of this process
     record.history.end_interval(batch)
     tail = torch.stack(record.tail)
     check_finite(tail.sum(0), run.options.steps - 1)
@@ -1860,6 +1880,18 @@ def pick_step(run: Run, model: nn.Module) -> str:
 
 
 # %% notebooks/04_training.ipynb #train
+@dataclass
+class Training:
+    """What a run holds while it trains, for the hooks of option groups; notes: what they keep from step to step."""
+
+    run: Run
+    model: nn.Module
+    task: Any
+    optimizer: torch.optim.Optimizer
+    record: Record
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
 def train(run: Run) -> dict[str, Any]:
     """Trains the run's model on its task -> the measured part of the summary. Collective.
 
@@ -1874,14 +1906,19 @@ def train(run: Run) -> dict[str, Any]:
         model.parameters(), lr=options.lr, fused=True, capturable=device.type == "cuda"
     )
     advance = REGISTRIES["step"][took["step"]](run, model, task, optimizer)
-    run.log.write(
-        ", ".join(f"{kind} {name}" for kind, name in took.items()) + f", world size {mesh.batch.size}"
-    )
+    shared = "" if mesh.ep.size == mesh.batch.size else f", ep size {mesh.ep.size}"
+    names = ", ".join(f"{kind} {name}" for kind, name in took.items())
+    run.log.write(f"{names}, world size {mesh.batch.size}{shared}")
     record = Record(run, model)
-    for step in range(options.steps):
+    training = Training(run, model, task, optimizer, record)
+    for begin in run.config.hooks("begin"):
+        begin(training)
+    for step in range(run.step, options.steps):
         run.step = step
         record.begin_step()
         record.end_step(step, advance())
+        for after_update in run.config.hooks("after_update"):
+            after_update(training)
     return measured_summary(record) | {"took": took}
 
 
@@ -1975,10 +2012,17 @@ def parse_flags(argv: list[str] | None = None) -> tuple[MoEConfig, TrainingOptio
 
 
 # %% notebooks/05_launch.ipynb #count-memory
+def ep_size_of(config: MoEConfig, world_size: int) -> int:
+    """By how many of a run's ranks its experts are shared out: all, where no option group says otherwise."""
+    for share_experts in config.hooks("share_experts"):
+        world_size = share_experts(world_size)
+    return world_size
+
+
 def bytes_a_rank(config: MoEConfig, num_tokens: int, world_size: int) -> dict[str, int]:
     """{part: bytes that a rank of a training run holds of it, at least}; each part names the flags that lower it."""
     d, f, size = config.hidden_dim, config.ffn_dim, DTYPES[config.dtype].itemsize
-    num_experts = config.num_local_experts(world_size) + config.num_shared_experts
+    num_experts = config.num_local_experts(ep_size_of(config, world_size)) + config.num_shared_experts
     matrices = 3 if REGISTRIES["activation"][config.activation].is_gated else 2
     wide, share = max(4, size), shard_sizes(num_tokens, world_size)[0]
     return {
@@ -2008,7 +2052,8 @@ def check_memory(parts: dict[str, int], device: torch.device) -> None:
 def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     """This rank's device. ValueError, before anything starts, where config, world and machine do not fit."""
     _, world_size, _, _ = world_from_env()
-    config.num_local_experts(world_size)
+    ep_size = ep_size_of(config, world_size)
+    config.num_local_experts(ep_size)
     num_tokens = 32 * world_size if options.tokens is None else options.tokens
     share = shard_sizes(num_tokens, world_size)[0]
     if config.max_num_tokens is not None and share > config.max_num_tokens:
@@ -2023,7 +2068,7 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     for check_training in config.hooks("check_training"):
         check_training(config, options)
     for kind in ("dispatcher", "experts"):
-        pick(kind, config, device, world_size)
+        pick(kind, config, device, ep_size)
     return device
 
 
@@ -2209,7 +2254,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     if device.type == "cpu":
         schedule_in_batches()
     store = init_distributed(device, options.timeout_s)
-    run = Run(config, options, init_ep(), device, log)
+    run = Run(config, options, init_ep(ep_size_of(config, world_from_env()[1])), device, log)
     heartbeat = Heartbeat(store, run)
     signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -2942,6 +2987,7 @@ class GraphStep:
         """Warms up on a side stream, takes everything back, and records one step, with the bytes that it sends."""
         eager, generator = self.eager, self.eager.task.generator
         before = {name: t.clone() for name, t in self.model.state_dict().items()}, generator.get_state()
+        moments = {p: {k: t.clone() for k, t in held.items()} for p, held in eager.optimizer.state.items()}
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -2951,9 +2997,10 @@ class GraphStep:
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 tensor.copy_(before[0][name])
-            for state in eager.optimizer.state.values():
-                for tensor in state.values():
-                    tensor.zero_()
+            for parameter, state in eager.optimizer.state.items():
+                for name, tensor in state.items():  # a run that goes on has some already
+                    kept = moments.get(parameter, {}).get(name)
+                    tensor.zero_() if kept is None else tensor.copy_(kept)
         generator.set_state(before[1])
         self.graph.register_generator_state(generator)
         self.meter.sent.clear()
@@ -4302,6 +4349,508 @@ def choices_of(topk_ids: Tensor, machine: int, num_experts: int) -> Tensor:
     """topk_ids [T, K] -> the choices among the num_experts experts of a machine, by its own numbers; -1 elsewhere."""
     own = topk_ids.cpu() - machine * num_experts
     return torch.where((topk_ids.cpu() >= 0) & (own >= 0) & (own < num_experts), own, -1)
+
+
+# ==========================================================================================================
+# training: notebooks/15_mesh.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/15_mesh.ipynb #imports-mesh
+import shutil
+import warnings
+from concurrent.futures import Future
+
+
+# %% notebooks/15_mesh.ipynb #mesh-options
+@option_group
+@dataclass(frozen=True)
+class MeshOptions(Options):
+    """How the ranks are arranged. ValueError, before anything starts, where the number does not fit them.
+
+    ep_size: ranks that share out the experts, a divisor of all; the others hold copies (default: all of them)
+    """
+
+    ep_size: int | None = None
+
+    def share_experts(self, world_size: int) -> int:
+        """The launcher's hook: the ep_size of a run on so many ranks."""
+        if self.ep_size is None:
+            return world_size
+        if self.ep_size < 1 or world_size % self.ep_size:
+            raise ValueError(f"ep_size is {self.ep_size}, and must divide the {world_size} rank(s)")
+        return self.ep_size
+
+
+# %% notebooks/15_mesh.ipynb #whole-layer
+@functools.cache
+def device_mesh(mesh: Mesh, device_type: str) -> Any:
+    """torch's DeviceMesh (replicas, ep) over the groups that mesh has; of one dimension where the other has size 1."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    sizes = {"replicas": mesh.replicas, "ep": mesh.ep}
+    groups = {name: comm.group or dist.group.WORLD for name, comm in sizes.items() if comm.size > 1}
+    if len(groups) == 1:
+        return DeviceMesh.from_group(*groups.values(), device_type, mesh_dim_names=tuple(groups))
+    ranks = torch.arange(mesh.batch.size).view(-1, mesh.ep.size)
+    return DeviceMesh.from_group(list(groups.values()), device_type, ranks, mesh_dim_names=tuple(groups))
+
+
+def as_whole(stacked: Tensor, mesh: Mesh) -> Tensor:
+    """This rank's experts [L, ...] -> all experts [E, ...] as a DTensor, Shard(0) over mesh.ep, else replicated.
+
+    Its local part is the tensor itself, in the same memory; nothing is sent. With ep_size 1 there is nothing to do.
+    """
+    if mesh.ep.size == 1:
+        return stacked.detach()
+    from torch.distributed.tensor import DTensor, Replicate, Shard  # half a second, for those who save
+
+    placements = [Replicate()] * (mesh.replicas.size > 1) + [Shard(0)]
+    where = device_mesh(mesh, stacked.device.type)
+    return DTensor.from_local(stacked.detach(), where, placements, run_check=False)
+
+
+# %% notebooks/15_mesh.ipynb #named-tensors
+def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> dict[str, Tensor]:
+    """{name: tensor} of parameters, buffers and the optimiser's state, each in its own memory, experts as_whole.
+
+    As model/experts.w1 and optimizer/experts.w1/exp_avg. Names and shapes do not depend on the mesh.
+    """
+    shared_out, saved = owners(model), model.state_dict()
+    tensors = {f"model/{name}": buffer for name, buffer in model.named_buffers() if name in saved}
+    for name, p in model.named_parameters():
+        state = optimizer.state.get(p, {})
+        kept = {f"model/{name}": p} | {f"optimizer/{name}/{key}": value for key, value in state.items()}
+        for key, tensor in kept.items():
+            is_stacked = id(p) in shared_out and tensor.shape == p.shape
+            tensors[key] = as_whole(tensor, mesh) if is_stacked else tensor.detach()
+    return tensors
+
+
+# %% notebooks/15_mesh.ipynb #record-tensors
+def record_tensors(record: Record) -> dict[str, Tensor]:
+    """What a Record has seen so far, so that the summary is that of a run that never stopped. Collective."""
+    interval = record.run.mesh.batch.all_reduce(record.history.interval.clone()).cpu()
+    tensors = {"record/interval": interval}
+    if record.logged:
+        tensors["record/logged"] = torch.tensor(record.logged, dtype=torch.float64)
+        tensors["record/rows"] = torch.stack(record.history.rows)
+    if record.tail:
+        tensors["record/tail"] = torch.stack(record.tail).cpu()
+    return tensors
+
+
+def restore_record(record: Record, tensors: dict[str, Tensor]) -> None:
+    """Takes what record_tensors gave, at run.step. What the interval has counted so far goes to rank 0."""
+    run, history = record.run, record.history
+    if "record/logged" in tensors:
+        record.logged = [tuple(pair) for pair in tensors["record/logged"].tolist()]
+        history.rows = list(tensors["record/rows"].unbind(0))
+    if "record/tail" in tensors:  # of the last steps; with more --steps they may be no longer the last
+        left = run.step - (run.options.steps - max(1, run.options.steps // 20))
+        tail = tensors["record/tail"].to(run.device)
+        record.tail = list(tail[len(tail) - min(len(tail), max(0, left)) :].unbind(0))
+    history.interval.copy_(tensors["record/interval"] * (run.mesh.batch.rank == 0))
+
+
+# %% notebooks/15_mesh.ipynb #load-tensors
+def run_tensors(training: Training) -> dict[str, Tensor]:
+    """{name: tensor} of all that a run needs to go on. Collective."""
+    return {
+        **named_tensors(training.model, training.optimizer, training.run.mesh),
+        **record_tensors(training.record),
+        "generator": training.task.generator.get_state(),
+    }
+
+
+def load_tensors(folder: Path, training: Training, comm: Communicator) -> None:
+    """Fills model, optimiser, generator and record from a checkpoint, whatever mesh has written it. Collective.
+
+    The optimiser's state, which a new one does not have yet, is made as the checkpoint's metadata describe it.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    mesh, named, reader = (
+        training.run.mesh,
+        dict(training.model.named_parameters()),
+        dcp.FileSystemReader(folder),
+    )
+    wanted = named_tensors(training.model, training.optimizer, mesh)
+    for name, stored in reader.read_metadata().state_dict_metadata.items():
+        kind, _, rest = name.partition("/")
+        owner, _, key = rest.rpartition("/")
+        if kind == "optimizer":
+            p, whole = named[owner], wanted[f"model/{owner}"]
+            is_alike = stored.size == whole.shape
+            made = torch.zeros(
+                p.shape if is_alike else stored.size, dtype=stored.properties.dtype, device=p.device
+            )
+            training.optimizer.state[p][key] = made
+            wanted[name] = as_whole(made, mesh) if is_alike and whole.shape != p.shape else made
+        elif name not in wanted:
+            wanted[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
+    with comm.entering():
+        dcp.load(wanted, storage_reader=reader, process_group=comm.group)
+    training.task.generator.set_state(wanted["generator"])
+    restore_record(training.record, wanted)
+
+
+# %% notebooks/15_mesh.ipynb #manifest
+CHECKPOINT_FORMAT = 1
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Writes a file aside, forces it to disk and renames it: whoever looks finds the old one or the new one, whole."""
+    aside = path.with_name(path.name + ".aside")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # its new name is on the disk, too
+    os.close(folder)
+
+
+def digest_of(path: Path) -> list:
+    """A file's [number of bytes, SHA-256]; [None, None] where it is not there."""
+    if not path.is_file():
+        return [None, None]
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def sealed(body: dict[str, Any]) -> str:
+    """A manifest's text: its body with the body's own SHA-256."""
+    text = json.dumps(body, sort_keys=True)
+    return (
+        json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}, sort_keys=True) + "\n"
+    )
+
+
+# %% notebooks/15_mesh.ipynb #read-manifest
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The body of a checkpoint's manifest. ValueError where there is none, a damaged one, or one of a newer program."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise ValueError("it has no manifest.json, so this program has not written it, or not to its end")
+    try:
+        text = path.read_text("utf-8")
+        body = json.loads(text)["body"]
+        is_whole = text == sealed(body)
+    except (ValueError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError("manifest.json is damaged")
+    if body["format"] > CHECKPOINT_FORMAT:
+        raise ValueError(f"its format is {body['format']}, and this program reads up to {CHECKPOINT_FORMAT}")
+    return body
+
+
+def check_files(folder: Path, files: dict[str, list], rank: int, size: int) -> None:
+    """ValueError where one of this rank's share of a checkpoint's files is not what the manifest says."""
+    for name in sorted(files)[rank::size]:
+        (num_bytes, sha256), found = files[name], digest_of(folder / name)
+        if found[0] != num_bytes:
+            raise ValueError(
+                f"{name} is {'missing' if found[0] is None else f'{found[0]} bytes long'}, not {num_bytes}"
+            )
+        if found[1] != sha256:
+            raise ValueError(f"{name} is damaged: its SHA-256 is another one")
+
+
+# %% notebooks/15_mesh.ipynb #publish
+def finished(folder: Path) -> list[Path]:
+    """A folder's checkpoints, the newest first; unfinished ones end in `.part`."""
+    return sorted((path for path in folder.glob("step-*") if path.suffix != ".part"), reverse=True)
+
+
+def remove(checkpoint: Path) -> None:
+    """Removes a checkpoint; its name goes first, so that nobody finds half of one under it."""
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint.rename(checkpoint.with_name(checkpoint.name + ".old.part")))
+
+
+def publish(aside: Path, body: dict[str, Any], keep: int) -> None:
+    """Makes what was written aside the newest checkpoint: manifest, name, pointer; then the oldest go.
+
+    OSError where that fails. Killed anywhere in here, the folder still holds a whole one, this or the one before.
+    """
+    final = aside.with_suffix("")
+    if unseen := [name for name in body["files"] if not (aside / name).is_file()]:
+        raise OSError(f"rank 0 does not see {unseen[0]}; every rank must see the same folder")
+    write_durably(aside / "manifest.json", sealed(body))
+    remove(final)  # left by a run that came by here and was killed
+    aside.rename(final)
+    write_durably(final.parent / "latest", final.name + "\n")
+    for old in finished(final.parent)[keep:]:
+        remove(old)
+
+
+def candidates(folder: Path) -> list[Path]:
+    """A folder's checkpoints, best first: the one that the pointer names, then the others, the newest first."""
+    found = finished(folder)
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        named = (folder / "latest").read_text("utf-8").strip()
+        found.sort(key=lambda path: path.name != named)
+    return found
+
+
+# %% notebooks/15_mesh.ipynb #run-settings
+# May change when a run goes on: how it is computed, watched and saved, and the optimiser's numbers, which are shown.
+FREE_FLAGS = set(
+    "steps log_interval log_dir summary timeout_s plugin step device max_num_tokens dispatcher experts ranks_per_host "
+    "ep_size checkpoint_dir checkpoint_interval keep_checkpoints resume async_checkpoints".split()
+)
+SHOWN_FLAGS = {"lr", "aux_alpha", "max_grad_norm"}
+
+
+def run_settings(run: Run) -> dict[str, Any]:
+    """{flag: value} of what a run computes, with the global batch spelt out, which the default leaves to the ranks."""
+    groups = (run.config, run.options, *run.config.extras)
+    flags = {f.name: getattr(g, f.name) for g in groups for f in fields(g) if f.metadata.get("flag", True)}
+    kept = {name: value for name, value in flags.items() if name not in FREE_FLAGS}
+    return kept | {"tokens": run.num_global_tokens, "device": run.device.type}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], names: set[str]) -> str:
+    """Those of the names whose values differ, as one line. What only one of the two runs knows is no difference."""
+    pairs = {name: (before.get(name, now[name]), now[name]) for name in sorted(names & set(now))}
+    return ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in pairs.items() if old != new)
+
+
+# %% notebooks/15_mesh.ipynb #host-group
+def host_group(run: Run, new: bool = False) -> Communicator:
+    """All ranks, as a group that talks from CPU to CPU; on CPUs the batch itself, unless a new one is wanted."""
+    if run.mesh.batch.size == 1 or (run.device.type == "cpu" and not new):
+        return run.mesh.batch
+    limit = timedelta(seconds=run.options.timeout_s)
+    return Communicator(dist.new_group(backend="gloo", timeout=limit), run.mesh.meter)
+
+
+def gather_objects(value: Any, comm: Communicator) -> list[Any]:
+    """Every rank's value, by rank. Collective."""
+    values = [value] * comm.size
+    if comm.size > 1:
+        with comm.entering():
+            dist.all_gather_object(values, value, group=comm.group)
+    return values
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong in a save, in one line: of DCP's report the first rank's own error."""
+    error = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# %% notebooks/15_mesh.ipynb #write-aside
+def write_aside(
+    tensors: dict[str, Tensor], aside: Path, comm: Communicator, background: Communicator | None
+) -> Future:
+    """Writes a checkpoint's tensors into the folder aside, each once, by a rank that holds it. Collective.
+
+    With a background group it takes copies, and a thread writes them, talking over that group; without, the Future
+    is done. Where one rank cannot write, it has an exception on every rank.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    if comm.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+    if background is not None:
+        answer = dcp.async_save(tensors, checkpoint_id=aside, process_group=background.group)
+        return getattr(answer, "upload_completion", answer)
+    writing = Future()
+    try:
+        with comm.entering():
+            dcp.save(tensors, checkpoint_id=aside, process_group=comm.group)
+        writing.set_result(None)
+    except dcp.CheckpointException as error:
+        writing.set_exception(error)
+    return writing
+
+
+def own_files(aside: Path, rank: int) -> dict[str, list]:
+    """{name: [bytes, SHA-256]} of the files that this rank has written, as DCP names them; read from the disk."""
+    own = [*aside.glob(f"__{rank}_*.distcp"), *[aside / ".metadata"] * (rank == 0)]
+    return {path.name: digest_of(path) for path in own}
+
+
+def manifest_body(run: Run, step: int, files: dict[str, list]) -> dict[str, Any]:
+    """What a manifest says of a checkpoint: after how many steps, of which run, on which mesh, in which files."""
+    mesh = {"world_size": run.mesh.batch.size, "ep_size": run.mesh.ep.size}
+    facts = {"format": CHECKPOINT_FORMAT, "step": step, "torch": torch.__version__} | mesh
+    return facts | {"settings": run_settings(run), "files": files}
+
+
+# %% notebooks/15_mesh.ipynb #checkpoints
+class Checkpoints:
+    """Saves a run after its updates. Its methods are collective, but for the signal handler `ask_to_stop`.
+
+    pending: (steps done, folder aside, Future, when it began) of a save that does not count yet.
+    """
+
+    def __init__(self, options: Any, training: Training) -> None:
+        self.options, self.training, self.run = options, training, training.run
+        self.folder, self.is_stopping, self.pending = Path(options.checkpoint_dir), False, None
+        self.host = host_group(self.run)
+        self.background = host_group(self.run, new=True) if options.async_checkpoints else None
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP on one rank
+
+    def ask_to_stop(self, signum: int, frame: Any) -> None:
+        """SIGTERM, Ctrl-C: save after this step, then stop. After 20 s it stops anyway; torchrun waits for 30."""
+        self.is_stopping = True
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.alarm(20)
+
+    def after_update(self) -> None:
+        """After each step: the ranks agree on what to do. One all-reduce of two numbers between CPUs."""
+        done, interval = self.run.step + 1, self.options.checkpoint_interval
+        is_busy = self.pending is not None and not self.pending[2].done()
+        stops, busy = self.host.all_reduce(torch.tensor([int(self.is_stopping), int(is_busy)])).tolist()
+        is_last = done == self.run.options.steps
+        if not busy:
+            self.finish()
+        if stops or is_last or (interval and done % interval == 0):
+            self.save(done)
+        if stops or is_last:
+            self.finish()
+        if stops and not is_last:
+            raise KeyboardInterrupt
+
+    def save(self, done: int) -> None:
+        """Writes a checkpoint aside, or begins to."""
+        self.finish()
+        aside, tensors, began = (
+            self.folder / f"step-{done:08d}.part",
+            run_tensors(self.training),
+            time.perf_counter(),
+        )
+        self.pending = done, aside, write_aside(tensors, aside, self.host, self.background), began
+        if self.background is None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the pending save, if there is one, and makes it count. One that failed is a warning, no more."""
+        if self.pending is None:
+            return
+        (done, aside, writing, began), self.pending = self.pending, None
+        error = writing.exception()
+        told = ({}, reason(error)) if error else (own_files(aside, self.host.rank), "")
+        everyones = gather_objects(told, self.host)
+        files = {name: facts for held, _ in everyones for name, facts in held.items()}
+        problem = next((said for _, said in everyones if said), "")
+        if self.host.rank > 0:
+            return
+        try:
+            if problem:
+                raise OSError(problem)
+            publish(aside, manifest_body(self.run, done, files), self.options.keep_checkpoints)
+            num_bytes, seconds = sum(size for size, _ in files.values()), time.perf_counter() - began
+            self.run.log.write(f"[{aside.stem}] checkpoint of {num_bytes / 1e6:.1f} MB in {seconds:.2f} s")
+            self.run.log.scalars(done, checkpoint__seconds=seconds)
+        except OSError as error:
+            self.run.log.write(f"warning: {aside.stem} was not saved ({reason(error)}); training goes on")
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+# %% notebooks/15_mesh.ipynb #take-up
+def resume(kept: Checkpoints) -> None:
+    """Takes up the best checkpoint that is whole, where one is wanted. Collective. CannotRun where that cannot be.
+
+    Wanted by --resume, which refuses an empty folder; and by every restart of torchrun, which may find nothing yet.
+    """
+    run, folder, rank = kept.run, kept.folder, kept.host.rank
+    restarts = max(gather_objects(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), kept.host))
+    names = gather_objects([path.name for path in candidates(folder)], kept.host)[0]
+    if names and not (restarts or kept.options.resume):
+        raise CannotRun(
+            f"{folder} has checkpoints, the newest {names[0]}; add --resume, or take another folder"
+        )
+    if not names and kept.options.resume and not restarts:
+        raise CannotRun(f"nothing to resume in {folder}: there is no checkpoint")
+    for name in names:
+        body, problem = {}, ""
+        try:
+            body = read_manifest(folder / name)
+            check_files(folder / name, body["files"], rank, kept.host.size)
+        except (OSError, ValueError) as error:
+            problem = reason(error)
+        if problem := next(filter(None, gather_objects(problem, kept.host)), ""):
+            run.log.write(f"warning: {name} is left out: {problem}")
+            continue
+        return take_up(kept, folder / name, body)
+    if names:
+        raise CannotRun(
+            f"nothing to resume in {folder}: none of its checkpoints is whole ({name}: {problem})"
+        )
+
+
+def take_up(kept: Checkpoints, checkpoint: Path, body: dict[str, Any]) -> None:
+    """Goes on from this checkpoint. CannotRun where it is another run's, or has all the steps."""
+    run, before, now = kept.run, body["settings"], run_settings(kept.run)
+    if other := differences(before, now, set(now) - SHOWN_FLAGS):
+        raise CannotRun(f"{checkpoint} is of another run: {other}; give the same flags, or another folder")
+    if body["step"] >= run.options.steps:
+        raise CannotRun(f"{checkpoint} has {body['step']} steps already; raise --steps to go on")
+    run.step = run.log.first_step = body["step"]
+    load_tensors(checkpoint, kept.training, kept.host)
+    changed = differences(before, now, SHOWN_FLAGS)
+    by = f"written by {body['world_size']} rank(s), ep size {body['ep_size']}"
+    run.log.write(f"resumed at step {run.step} from {checkpoint.name}, {by}" + f"; {changed}" * bool(changed))
+    if run.log.bar:
+        run.log.bar.update(run.step)
+
+
+# %% notebooks/15_mesh.ipynb #checkpoint-options
+@option_group
+@dataclass(frozen=True)
+class CheckpointOptions(Options):
+    """Saving and resuming a run. ValueError where a flag would do nothing, or the folder cannot be written.
+
+    checkpoint_dir: a folder that every rank sees; saved to at the end, and where SIGTERM or Ctrl-C stops the run
+    checkpoint_interval: steps between two checkpoints
+    resume: go on from the newest whole checkpoint; a restart by torchrun does so by itself
+    keep_checkpoints: how many of them stay
+    async_checkpoints: write them to disk while training goes on
+    """
+
+    checkpoint_dir: str | None = None
+    checkpoint_interval: int | None = None
+    resume: bool = False
+    keep_checkpoints: int = 2
+    async_checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_interval", "keep_checkpoints"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        for f in fields(self)[1:]:
+            if not self.checkpoint_dir and getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name} does nothing without a folder; set --checkpoint-dir")
+
+    def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
+        """ValueError where the folder cannot be made or written."""
+        if self.checkpoint_dir:
+            try:
+                Path(self.checkpoint_dir).mkdir(parents=True, exist_ok=True)
+                is_writable = os.access(self.checkpoint_dir, os.W_OK)
+            except OSError:
+                is_writable = False
+            if not is_writable:
+                raise ValueError(f"cannot write checkpoints to {self.checkpoint_dir}; set --checkpoint-dir")
+
+    def begin(self, training: Training) -> None:
+        """The launcher's hook before the first step."""
+        if self.checkpoint_dir:
+            kept = training.notes["checkpoints"] = Checkpoints(self, training)
+            resume(kept)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, kept.ask_to_stop)
+
+    def after_update(self, training: Training) -> None:
+        """The launcher's hook after each step."""
+        if kept := training.notes.get("checkpoints"):
+            kept.after_update()
 
 
 # %% added by tools/extract.py

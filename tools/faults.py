@@ -1,0 +1,180 @@
+"""A run of the launcher that somebody breaks: torchrun with restarts, signals from outside, faults from inside.
+
+    from tools.faults import BrokenRun
+    with BrokenRun("build/runs/mine", nproc=2, steps=200, checkpoint_interval=20) as run:
+        run.wait_for_step(50)
+        run.send(1, signal.SIGKILL)
+        summary = run.finish()
+
+Nothing is left of it where the block ends, however it ends. `attempts` reads from the run's TensorBoard files which
+steps ran when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tools.ranks.failures import LIBRARY_LOG
+from tools.ranks.flags import LAUNCHER, check_flags, flag_arguments, torchrun_environment, torchrun_flags
+from tools.ranks.processes import start_worker
+
+PLUGIN = Path(__file__).with_name("faulty.py")
+Fault = tuple[str, int, int, int]  # what, rank, step, attempt: tools/faulty.py
+
+
+class BrokenRun:
+    """A run of nproc ranks in a new folder: checkpoints/, log/, output. flags: the launcher's; faults: from inside.
+
+    Its checkpoints are in the folder unless the flags name another place.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        nproc: int = 2,
+        max_restarts: int = 20,
+        faults: Iterable[Fault] = (),
+        **flags: Any,
+    ) -> None:
+        self.folder = Path(folder).resolve()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.checkpoints = self.folder / "checkpoints"
+        places = {"checkpoint_dir": self.checkpoints, "log_dir": self.folder / "log", "device": "cpu"}
+        flags = places | {"summary": self.folder / "summary.json"} | flags
+        check_flags(flag_arguments(flags))
+        inside = {"plugin": PLUGIN, "step": "faulty"} if (faults := list(faults)) else {}
+        arguments = flag_arguments(flags | inside)
+        of_torchrun = torchrun_flags(nproc)
+        environment = torchrun_environment(of_torchrun, threads=True)
+        self.steps = self.folder / "steps"
+        self.steps.write_bytes(bytes(8))
+        environment |= {"EP_STEPS": str(self.steps), "EP_FAULTS": json.dumps(faults)}
+        self.output = (self.folder / "output").open("wb")
+        command = [*of_torchrun, f"--max-restarts={max_restarts}", str(LAUNCHER), *arguments]
+        self.family = start_worker(
+            "torchrun", self.folder / "report.json", *command, output=self.output, environment=environment
+        )
+
+    def __enter__(self) -> BrokenRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.family.end(patience_s=0)
+        self.output.close()
+
+    @property
+    def step(self) -> int:
+        """Steps that the present attempt, or the one before, has done."""
+        return int.from_bytes(self.steps.read_bytes(), "little")
+
+    def wait_for_step(self, step: int, limit_s: float = 120) -> int:
+        """Until so many steps are done -> how many really are. RuntimeError where the run ends before, or is late."""
+        deadline = time.monotonic() + limit_s
+        while self.step < step:
+            if self.family.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"step {step} did not come, only {self.step}:\n{self.last_lines()}")
+            time.sleep(0.005)
+        return self.step
+
+    def rank(self, rank: int) -> psutil.Process:
+        """The process of this rank, in the attempt that runs."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            self.family.note(every_s=0)
+            for process in self.family.statuses():
+                with contextlib.suppress(psutil.Error):
+                    if process.environ().get("RANK") == str(rank) and str(LAUNCHER) in process.cmdline():
+                        return process
+            time.sleep(0.05)
+        raise RuntimeError(f"rank {rank} is not there:\n{self.last_lines()}")
+
+    def send(self, rank: int, number: int) -> float:
+        """Sends a signal to a rank -> when, in time.time()."""
+        self.rank(rank).send_signal(number)
+        return time.time()
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """Sends a signal to torchrun, as a scheduler does that wants the machine back."""
+        self.family.process.send_signal(number)
+
+    def finish(self, limit_s: float = 300) -> dict[str, Any]:
+        """Waits for the end -> the summary; {} where there is none. RuntimeError where it does not end in time."""
+        deadline = time.monotonic() + limit_s
+        while self.family.process.poll() is None:
+            self.family.note()
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the run did not end in {limit_s:g} s:\n{self.last_lines()}")
+            time.sleep(0.05)
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+    @property
+    def returncode(self) -> int | None:
+        """torchrun's, once it has ended."""
+        return self.family.process.poll()
+
+    def left(self) -> list[str]:
+        """Command lines of processes that have outlived the run; empty if all is well."""
+        return [" ".join(process.cmdline()[:3]) for process in self.family.statuses()]
+
+    def log(self) -> list[str]:
+        """The lines of train.log, of all attempts."""
+        path = self.folder / "log" / "train.log"
+        return path.read_text("utf-8").splitlines() if path.exists() else []
+
+    def last_lines(self, count: int = 12) -> str:
+        """What the ranks said last, without the libraries' logs."""
+        lines = (self.folder / "output").read_text("utf-8", "replace").splitlines()
+        return "\n".join([line for line in lines if not LIBRARY_LOG.match(line)][-count:])
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt of a run. steps: (when, number) of those that it logged; saves: (when, steps done, seconds).
+
+    Times are time.time()'s.
+    """
+
+    steps: list[tuple[float, int]]
+    saves: list[tuple[float, int, float]]
+
+
+def attempts(log_dir: str | Path) -> list[Attempt]:
+    """A run's attempts in their order, from the TensorBoard file that each has left. Needs --log-interval 1."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = []
+    for path in Path(log_dir).glob("events.out.tfevents.*"):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+        events.Reload()
+        names = events.Tags()["scalars"]
+        steps = [(e.wall_time, e.step) for e in events.Scalars("loss/task")] if "loss/task" in names else []
+        saves = events.Scalars("checkpoint/seconds") if "checkpoint/seconds" in names else []
+        if steps:
+            found.append(Attempt(steps, [(e.wall_time, e.step, e.value) for e in saves]))
+    return sorted(found, key=lambda attempt: attempt.steps[0])
+
+
+def recoveries(found: list[Attempt]) -> list[dict[str, float]]:
+    """For each attempt but the first: {"lost_steps": done again, "down_s": from the last step before to the first one
+    after, "back_s": until the run is further than it was}."""
+    told, furthest = [], -1
+    for before, after in zip(found, found[1:], strict=False):
+        furthest, (last, _) = max(furthest, before.steps[-1][1]), before.steps[-1]
+        beyond = [when for when, step in after.steps if step > furthest]
+        told.append({
+            "lost_steps": furthest + 1 - after.steps[0][1], "down_s": after.steps[0][0] - last,
+            "back_s": beyond[0] - last if beyond else float("nan"),
+        })  # fmt: skip
+    return told
