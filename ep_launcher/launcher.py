@@ -28,7 +28,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "7f42e6bf14f782df44845b6e4679599ab39c15f2572b41e20665501e7c607771"
+SOURCES_SHA256 = "3edce7dab75b43e7a9a709110d9ade46e974814542ae025ea2d9518f471e521a"
 
 
 # ==========================================================================================================
@@ -4682,31 +4682,46 @@ def manifest_body(run: Run, step: int, files: dict[str, list]) -> dict[str, Any]
     return facts | {"settings": run_settings(run), "files": files}
 
 
+# %% notebooks/15_mesh.ipynb #stop-signals
+class StopSignals:
+    """From now on SIGTERM and Ctrl-C only set `came`; until `leave`, or 20 s after the first: torchrun waits for 30."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self.handlers = {n: signal.signal(n, self.take) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def take(self, signum: int, frame: Any) -> None:
+        """Signal handler. Where no step comes to its end, an alarm ends the run as the signal would have done."""
+        self.came = True
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.alarm(20)
+
+    def leave(self) -> None:
+        """They do what they did before."""
+        signal.alarm(0)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
 # %% notebooks/15_mesh.ipynb #checkpoints
 class Checkpoints:
-    """Saves a run after its updates. Its methods are collective, but for the signal handler `ask_to_stop`.
+    """Saves a run after its updates. Every method is collective.
 
     pending: (steps done, folder aside, Future, when it began) of a save that does not count yet.
     """
 
     def __init__(self, options: Any, training: Training) -> None:
         self.options, self.training, self.run = options, training, training.run
-        self.folder, self.is_stopping, self.pending = Path(options.checkpoint_dir), False, None
+        self.folder, self.signals, self.pending = Path(options.checkpoint_dir), None, None
         self.host = host_group(self.run)
         self.background = host_group(self.run, new=True) if options.async_checkpoints else None
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP on one rank
-
-    def ask_to_stop(self, signum: int, frame: Any) -> None:
-        """SIGTERM, Ctrl-C: save after this step, then stop. After 20 s it stops anyway; torchrun waits for 30."""
-        self.is_stopping = True
-        signal.signal(signal.SIGALRM, interrupt)
-        signal.alarm(20)
 
     def after_update(self) -> None:
         """After each step: the ranks agree on what to do. One all-reduce of two numbers between CPUs."""
         done, interval = self.run.step + 1, self.options.checkpoint_interval
         is_busy = self.pending is not None and not self.pending[2].done()
-        stops, busy = self.host.all_reduce(torch.tensor([int(self.is_stopping), int(is_busy)])).tolist()
+        stops, busy = self.host.all_reduce(torch.tensor([int(self.signals.came), int(is_busy)])).tolist()
         is_last = done == self.run.options.steps
         if not busy:
             self.finish()
@@ -4714,6 +4729,7 @@ class Checkpoints:
             self.save(done)
         if stops or is_last:
             self.finish()
+            self.signals.leave()
         if stops and not is_last:
             raise KeyboardInterrupt
 
@@ -4844,8 +4860,7 @@ class CheckpointOptions(Options):
         if self.checkpoint_dir:
             kept = training.notes["checkpoints"] = Checkpoints(self, training)
             resume(kept)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, kept.ask_to_stop)
+            kept.signals = StopSignals()
 
     def after_update(self, training: Training) -> None:
         """The launcher's hook after each step."""
