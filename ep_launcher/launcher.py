@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "955f57211e7be834b35996778ba19ddb72bd353e9ad1dc58b0c20f0c0acd9127"
+SOURCES_SHA256 = "a8f911ea9a89b924273b17cbb38eb09023c0ef8bd2c31a3e6cbcf621942449a4"
 
 
 # ==========================================================================================================
@@ -3041,7 +3041,7 @@ def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[],
     received = comm.all_to_all(sent, [1] * comm.size, [1] * comm.size, "metadata")
     wait = copy_to_host(torch.stack([sent, received]))
     num_local = len(counts) // comm.size
-    experts = torch.arange(num_local, device=counts.device).repeat(comm.size)
+    experts = torch.arange(num_local, device=counts.device).repeat(comm.size) if num_local > 1 else None
 
     @functools.cache
     def plan() -> ExchangePlan:
@@ -3050,7 +3050,7 @@ def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[],
             check_seals(on_host, row_bytes, comm.rank)
         on_host = on_host[..., :num_local]
         input_splits, output_splits = on_host.sum(-1).tolist()
-        if num_local == 1:  # nothing to ask
+        if experts is None:  # one for each rank: nothing to ask
             ids = received.new_zeros(sum(output_splits))
         else:
             ids = experts.repeat_interleave(received[:, :num_local].flatten(), output_size=sum(output_splits))
