@@ -115,6 +115,16 @@ WRONG = {
         ("shares.byte().argmax(2)", "torch.arange(topk_ids.shape[1]).expand_as(owner)"),
     ],
     "solution-across": [("len(set(away))", "len(away)"), ("for e in line if e >= 0", "for e in line")],
+    "solution-often": [
+        ("2 * save_s", "save_s"),
+        ("2 * save_s * between_s", "between_s / save_s"),
+        ("math.sqrt", "float"),
+    ],
+    "solution-reshard": [
+        ("start : start + own", ":own"),
+        ("first // old, (", "0, ("),
+        ("(first + own - 1) // old + 1", "first // old + 1"),
+    ],
     "solution-copies": [("top_k * elsewhere", "top_k"), ("num_hosts) * elsewhere", "num_hosts)")],
 }
 

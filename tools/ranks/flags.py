@@ -69,7 +69,7 @@ def place_paths(arguments: list[str]) -> list[str]:
         flag, equals, value = argument.partition("=")
         if is_path and argument:
             argument = shown_path(os.path.expanduser(argument))
-        is_flag = flag in ("--log-dir", "--summary", "--plugin")
+        is_flag = flag in ("--log-dir", "--summary", "--plugin", "--checkpoint-dir")
         if is_flag and value:
             argument = f"{flag}={shown_path(os.path.expanduser(value))}"
         placed.append(argument)

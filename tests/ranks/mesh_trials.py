@@ -1,0 +1,62 @@
+"""Chapter 15 on real ranks: the curve on every mesh, checkpoints that change meshes. test_mesh.py reads it."""
+
+import shutil
+from pathlib import Path
+
+from trials import train, trial
+
+from ep_launcher import launcher as ep
+
+SMALL = "--dtype float64 --hidden-dim 16 --ffn-dim 16 --tokens 36 --lr 3e-3 --log-interval 1"
+KINDS = {
+    "bias, clipped": "--balance bias --bias-speed 0.01 --max-grad-norm 0.02",
+    "global capacity": "--capacity-factor 1 --capacity-scope global --overflow reroute",
+    "swiglu, shared expert": "--activation swiglu --num-shared-experts 1",
+    "groups": "--router sigmoid --num-groups 4 --topk-groups 2 --z-alpha 0.1",
+}
+MESHES = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 8: (2, 4)}
+DISPATCHERS = {4: ("all_gather", "gather_tokens", "dedup", "two_stage"), 8: ("dedup",)}
+SAVED = {8: 4, 4: 2}  # {world size: ep_size} of the runs that are saved
+STEPS = 8
+
+
+def curve(flags: str, steps: int = STEPS) -> list[float]:
+    return train(f"{SMALL} --steps {steps} {flags}".split())["task_loss"]
+
+
+@trial(8, 4, 2, 1)
+def every_mesh(mesh: ep.Mesh, folder: Path) -> dict[str, list[float]]:
+    """The losses of each kind of run on each mesh, and with each dispatcher that can run on the first."""
+    size, found = mesh.batch.size, {}
+    for ep_size in MESHES[size]:
+        for name, flags in KINDS.items():
+            found[f"{name}, ep {ep_size}"] = curve(f"{flags} --ep-size {ep_size}")
+    for name in DISPATCHERS.get(size, ()):
+        found[f"bias, clipped, {name}"] = curve(
+            f"{KINDS['bias, clipped']} --ep-size {MESHES[size][-1]} --dispatcher {name}"
+        )
+    return found
+
+
+@trial(8, 4, 2, 1)
+def saved_and_resumed(mesh: ep.Mesh, folder: Path) -> dict[str, list[float]]:
+    """Saves on two meshes; everybody goes on from both, in copies, with every ep_size."""
+    size, found, comm = mesh.batch.size, {}, mesh.batch
+    flags = KINDS["bias, clipped"]
+    for saved_on, ep_size in SAVED.items():
+        here = folder / f"saved-on-{saved_on}"
+        if size == saved_on:
+            kept = f"--checkpoint-dir {here} --checkpoint-interval 3 --keep-checkpoints 9 --ep-size {ep_size}"
+            found[f"never stopped, {saved_on}"] = curve(f"{flags} {kept}")
+        if size > saved_on:
+            continue
+        for own in MESHES[size]:
+            copy = folder / f"{saved_on}-to-{size}-{own}"
+            if comm.rank == 0:
+                shutil.copytree(here / "step-00000003", copy / "step-00000003")
+            comm.all_reduce(ep.torch.zeros(1))
+            found[f"{saved_on} x {ep_size}, then {size} x {own}"] = curve(
+                f"{flags} --resume --checkpoint-dir {copy} --ep-size {own}"
+                + " --async-checkpoints --checkpoint-interval 2" * (own == 1)
+            )
+    return found

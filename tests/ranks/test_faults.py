@@ -1,0 +1,117 @@
+"""Chapter 15's faults, in a short form: each kind once, two ranks, and the end is the undisturbed run's, bit by bit.
+
+measure/faults.py has the long form: every kind several times, eight random SIGKILLs over 600 steps, a long run.
+"""
+
+import shutil
+import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from support import torchrun
+
+from tools.faults import BrokenRun, attempts, recoveries
+
+FLAGS = {
+    "steps": 60, "checkpoint_interval": 10, "log_interval": 1, "hidden_dim": 16, "ffn_dim": 16, "tokens": 32,
+    "dtype": "float64", "balance": "bias", "bias_speed": 0.01, "timeout_s": 4,
+}  # fmt: skip
+PLANS = {  # what is broken: where and when, an attempt each
+    "deaths": [("raise", 1, 11, 0), ("exit", 0, 21, 1), ("SIGSEGV", 1, 34, 2), ("SIGTERM", 1, 43, 3)],
+    "saves": [("killed while it writes", 1, 15, 0), ("killed before the rename", 0, 25, 1), ("full disk", 1, 33, 2),
+              ("space again", 1, 44, 2)],
+    "SIGSTOP": [("SIGSTOP", 1, 12, 0)],
+    "hang": [("hang", 0, 12, 0)],
+}  # fmt: skip
+
+
+def alike(summary: dict) -> dict:
+    return {name: value for name, value in summary.items() if name not in ("ms_per_step", "config", "took")}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """{plan: (the summary, the run)}, all beside one another: most of the time they wait."""
+    folder = tmp_path_factory.mktemp("faults")
+
+    def play(name: str) -> tuple[dict, BrokenRun]:
+        with BrokenRun(folder / name, faults=PLANS.get(name, ()), **FLAGS) as run:
+            if name == "SIGKILL":
+                run.wait_for_step(25)
+                run.send(0, signal.SIGKILL)
+            return run.finish(), run
+
+    names = ["SIGSTOP", "hang", "calm", "deaths", "saves", "SIGKILL"]
+    with ThreadPoolExecutor(3) as pool:
+        return dict(zip(names, pool.map(play, names), strict=True))
+
+
+@pytest.mark.parametrize("name", [*PLANS, "SIGKILL"])
+def test_it_comes_back_and_ends_as_if_nothing_had_happened(ended, name):
+    summary, run = ended[name]
+    assert run.returncode == 0, run.last_lines()
+    assert alike(summary) == alike(ended["calm"][0]) and len(summary["task_loss"]) == FLAGS["steps"]
+    assert not run.left()
+    faults = [fault for fault in PLANS.get(name, ["SIGKILL"]) if fault[0] not in ("full disk", "space again")]
+    costs = recoveries(attempts(run.folder / "log"))
+    assert len(costs) == len(faults)
+    assert max(cost["lost_steps"] for cost in costs) <= FLAGS["checkpoint_interval"]
+    if name == "deaths":
+        assert costs[-1]["lost_steps"] == 0  # SIGTERM saved first
+
+
+def test_a_full_disk_is_one_warning(ended):
+    warnings = [line for line in ended["saves"][1].log() if line.startswith("warning")]
+    assert len(warnings) == 1 and warnings[0].startswith(
+        "warning: step-00000040 was not saved (File too large, "
+    )
+
+
+def test_torchrun_is_asked_to_stop_and_the_run_is_saved(tmp_path):
+    """As a scheduler does, which sends SIGTERM to torchrun: all ranks save; `--resume` goes on from there."""
+    with BrokenRun(tmp_path / "run", **FLAGS | {"steps": 10**6, "checkpoint_interval": None}) as run:
+        run.wait_for_step(20)
+        run.stop()
+        assert run.finish() == {} and not run.left()
+    (saved,) = run.checkpoints.glob("step-*")
+    stopped_at = int(saved.name.removeprefix("step-"))
+    assert stopped_at >= 20 and any(
+        line.startswith(f"stopped at step {stopped_at - 1}") for line in run.log()
+    )
+
+
+def test_a_refusal_is_one_line(tmp_path):
+    flags = ["--checkpoint-dir", str(tmp_path), "--resume", "--steps", "2", "--device", "cpu"]
+    done = torchrun(2, "ep_launcher/launcher.py", *flags, "--log-dir", str(tmp_path / "log"))
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0
+    assert said == [f"error: nothing to resume in {tmp_path}: there is no checkpoint"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 300 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if (
+        not shutil.which("mount")
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(place)], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("no right to mount a file system here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)])
+
+
+def test_a_disk_that_is_too_small(tmp_path, small_disk):
+    """Not one checkpoint fits; the run ends well, with a warning for each."""
+    flags = FLAGS | {"steps": 20, "hidden_dim": 32, "ffn_dim": 64, "max_restarts": 0}
+    with BrokenRun(tmp_path / "run", checkpoint_dir=small_disk, **flags) as run:
+        assert run.finish() and run.returncode == 0, run.last_lines()
+    warnings = [line for line in run.log() if line.startswith("warning")]
+    assert len(warnings) == 2 and all("not saved (" in line and " MB free" in line for line in warnings), (
+        warnings
+    )
+    assert not list(small_disk.iterdir())
