@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "87d5b89f3a91f5b627e47447ef9e63fe16668dcda5b7589a9f148f3f96eaa71d"
+SOURCES_SHA256 = "acaa6b9d0b942f77dfecbef793621e60154347b9b30a3b2639d6eb79a30bbcfc"
 
 
 # ==========================================================================================================
@@ -723,49 +723,6 @@ class GateLogits(torch.autograd.Function):
         return grad_x, (grad.t() @ x).to(weight_dtype)
 
 
-# %% notebooks/03_experts.ipynb #options
-class Options:
-    """What the option groups of later chapters inherit: the hooks by which they take part. Each does nothing here.
-
-    TypeError where a subclass has a public method that is no hook: a misspelt one would never be called.
-    """
-
-    def __init_subclass__(cls) -> None:
-        for name, value in vars(cls).items():
-            if callable(value) and not name.startswith("_") and not hasattr(Options, name):
-                known = ", ".join(hook for hook in vars(Options) if not hook.startswith("_"))
-                raise TypeError(f"{cls.__name__}.{name} is no hook; take one of {known}")
-
-    def check(self, config: Any) -> None:
-        """ValueError where these options and the config do not fit together."""
-
-    def check_training(self, config: Any, training: Any) -> None:
-        """In the launcher, before anything starts. ValueError where these options would do nothing in this run."""
-
-    def for_run(self, run: Any) -> "Options":
-        """These options, fitted to a run of the launcher."""
-        return self
-
-    def limit_choice(self, keys: Tensor, config: Any) -> Tensor:
-        """In the router, before the choice: keys [T, E] -> [T, E]."""
-        return keys
-
-    def scale_weights(self, weights: Tensor) -> Tensor:
-        """In the router, after the choice: topk_weights [T, K] -> [T, K]."""
-        return weights
-
-    def added_loss(self, routing: Any, config: Any, batch: Any) -> Tensor:
-        """In the layer, while it trains: this rank's share of a further loss, 0-dim."""
-        return routing.probs.new_zeros(())
-
-    def after_routing(self, routing: Any, config: Any, batch: Any) -> Any:
-        """In the layer, between router and dispatcher: Routing -> Routing."""
-        return routing
-
-    def show(self, log: Any, step: int, layer: Any) -> None:
-        """In the launcher, at every log interval, once for each layer. Collective."""
-
-
 # %% notebooks/03_experts.ipynb #router
 @register("router", "softmax")
 class Router(KeepsPrecision):
@@ -887,31 +844,6 @@ class Experts(nn.Module):
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
         """How much `auto` likes this implementation for this layer on so many ranks; 0 where it cannot run."""
         return 1
-
-
-# %% notebooks/03_experts.ipynb #name-shares
-def rename_own(experts: Experts, state: dict, prefix: str, is_saved: bool) -> None:
-    """Renames this rank's stacked parameters in a state dict: w1 <-> w1.8-15, the numbers of its experts."""
-    for name, _ in experts.named_parameters():
-        short, long = prefix + name, f"{prefix}{name}.{experts.own_range}"
-        old, new = (short, long) if is_saved else (long, short)
-        if old in state:
-            state[new] = state.pop(old)
-
-
-def save_own_names(experts: Experts, state: dict, prefix: str, metadata: dict) -> None:
-    """A state dict says whose weights it holds, so that ranks never overwrite one another's in one checkpoint."""
-    rename_own(experts, state, prefix, is_saved=True)
-
-
-def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> None:
-    """Another rank's weights are an error, which says what to do."""
-    if f"{prefix}w1.{experts.own_range}" not in state:
-        rest[-1].append(
-            f"this rank holds experts {experts.own_range}, and the state others; take a full_state_dict, and "
-            "load_full_state_dict(model, state, mesh)"
-        )
-    rename_own(experts, state, prefix, is_saved=False)
 
 
 # %% notebooks/03_experts.ipynb #experts-loop
@@ -1053,6 +985,49 @@ def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int 
         where = f"in {config.dtype} on {ep_size} {device.type} rank{'s' * (ep_size > 1)}"
         raise CannotRun(f"{kind} {name} cannot run {where}; take auto (here: {best})")
     return best if name == "auto" else name
+
+
+# %% notebooks/03_experts.ipynb #options
+class Options:
+    """What the option groups of later chapters inherit: the hooks by which they take part. Each does nothing here.
+
+    TypeError where a subclass has a public method that is no hook: a misspelt one would never be called.
+    """
+
+    def __init_subclass__(cls) -> None:
+        for name, value in vars(cls).items():
+            if callable(value) and not name.startswith("_") and not hasattr(Options, name):
+                known = ", ".join(hook for hook in vars(Options) if not hook.startswith("_"))
+                raise TypeError(f"{cls.__name__}.{name} is no hook; take one of {known}")
+
+    def check(self, config: Any) -> None:
+        """ValueError where these options and the config do not fit together."""
+
+    def check_training(self, config: Any, training: Any) -> None:
+        """In the launcher, before anything starts. ValueError where these options would do nothing in this run."""
+
+    def for_run(self, run: Any) -> "Options":
+        """These options, fitted to a run of the launcher."""
+        return self
+
+    def limit_choice(self, keys: Tensor, config: Any) -> Tensor:
+        """In the router, before the choice: keys [T, E] -> [T, E]."""
+        return keys
+
+    def scale_weights(self, weights: Tensor) -> Tensor:
+        """In the router, after the choice: topk_weights [T, K] -> [T, K]."""
+        return weights
+
+    def added_loss(self, routing: Any, config: Any, batch: Any) -> Tensor:
+        """In the layer, while it trains: this rank's share of a further loss, 0-dim."""
+        return routing.probs.new_zeros(())
+
+    def after_routing(self, routing: Any, config: Any, batch: Any) -> Any:
+        """In the layer, between router and dispatcher: Routing -> Routing."""
+        return routing
+
+    def show(self, log: Any, step: int, layer: Any) -> None:
+        """In the launcher, at every log interval, once for each layer. Collective."""
 
 
 # %% notebooks/03_experts.ipynb #check-tokens
@@ -1284,6 +1259,31 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
         parameter.grad.is_summed = True
     sum_over(mesh.batch, [p.grad for p in others] + list(extra))
     sum_over(mesh.replicas, [p.grad for p in local.values()])
+
+
+# %% notebooks/03_experts.ipynb #name-shares
+def rename_own(experts: Experts, state: dict, prefix: str, is_saved: bool) -> None:
+    """Renames this rank's stacked parameters in a state dict: w1 <-> w1.8-15, the numbers of its experts."""
+    for name, _ in experts.named_parameters():
+        short, long = prefix + name, f"{prefix}{name}.{experts.own_range}"
+        old, new = (short, long) if is_saved else (long, short)
+        if old in state:
+            state[new] = state.pop(old)
+
+
+def save_own_names(experts: Experts, state: dict, prefix: str, metadata: dict) -> None:
+    """A state dict says whose weights it holds, so that ranks never overwrite one another's in one checkpoint."""
+    rename_own(experts, state, prefix, is_saved=True)
+
+
+def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> None:
+    """Another rank's weights are an error, which says what to do."""
+    if f"{prefix}w1.{experts.own_range}" not in state:
+        rest[-1].append(
+            f"this rank holds experts {experts.own_range}, and the state others; take a full_state_dict, and "
+            "load_full_state_dict(model, state, mesh)"
+        )
+    rename_own(experts, state, prefix, is_saved=False)
 
 
 # %% notebooks/03_experts.ipynb #full-state

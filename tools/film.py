@@ -217,7 +217,10 @@ def film(flight: Flight, names: Sequence[str]) -> str:
         boxes = flight.one_of_each(places).items()
         parts += [wide_token(key, *to_pixels(*place), opacity, change) for key, place in boxes]
     size = f'viewBox="0 0 {150 + flight.num_ranks * step:.0f} 594" font-family="sans-serif" font-size="18"'
-    title = "<title>Rows leave their tokens, fly to the ranks of their experts, and fly home again.</title>"
+    title = (
+        f"<title>A film of {flight.num_ranks} ranks with two tokens each: every token opens into a row for each of "
+        "its experts, the rows fly to the ranks of these experts, rest there, and fly home again.</title>"
+    )
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{title}{"".join(parts)}</svg>'
 
 
@@ -265,6 +268,10 @@ def player(flight: Flight, names: Sequence[str], home: int = 0, token: int = 0) 
         ax.set_title(moment_title(flight, n, home, token), fontsize=16)
 
     moments = [(n, share / 6) for n in range(4) for share in range(6)] + [(4, 0.0)] * 2
-    shown = show_animation(FuncAnimation(fig, draw_frame, frames=moments, interval=300))
+    alt = (
+        f"Step by step: token {token} of rank {home} becomes a row for each of its experts; the rows move to the "
+        "ranks of these experts, are sorted there among pale rows of other tokens, and come back to one box."
+    )
+    shown = show_animation(FuncAnimation(fig, draw_frame, frames=moments, interval=300), alt)
     plt.close(fig)
     return shown

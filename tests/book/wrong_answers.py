@@ -18,11 +18,15 @@ WRONG = {
             "F.gelu(x @ w1 + b1) @ w2 + b2",
         ),
     ],
-    "solution-routing": [
-        ("% num_experts", "// top_k % num_experts"),
-        (
-            "torch.arange(num_tokens * top_k) % num_experts",
-            "torch.randint(num_experts, (num_tokens * top_k,))",
+    "solution-forward": [
+        ("token, home * weights", "torch.arange(len(home)) // ids.shape[1], home * weights"),
+        ("home * weights.flatten()[order, None]", "home"),
+        ("owner.argsort(stable=True)", "torch.arange(len(owner))"),
+        (', "combine")', ', "combine") if len(rows) else out'),
+        (  # right, and every row goes to every rank
+            'rows = comm.all_to_all(x[token], there.tolist(), here, "dispatch")',
+            'rows = comm.all_to_all(x[token], there.tolist(), here, "dispatch")\n'
+            '    comm.all_gather(torch.zeros(100, 16).double(), "dispatch")',
         ),
     ],
     "solution-half": [("ep_size / 2", "ep_size"), ("return k", "return ep_size // 2")],
