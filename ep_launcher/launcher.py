@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "acaa6b9d0b942f77dfecbef793621e60154347b9b30a3b2639d6eb79a30bbcfc"
+SOURCES_SHA256 = "159a493b3af30d9022872dbe0af23c4f565e76c03023205ce4c4db6bbc948ab5"
 
 
 # ==========================================================================================================
@@ -1743,7 +1743,7 @@ class Run:
         return 32 * self.mesh.batch.size if self.options.tokens is None else self.options.tokens
 
 
-# %% notebooks/04_training.ipynb #log-losses
+# %% notebooks/04_training.ipynb #record
 def log_losses(run: Run, step: int, task: float, aux: float, seconds: float) -> None:
     """One log line, and the same four numbers for TensorBoard. seconds: since the line before."""
     total = task + run.options.aux_alpha * aux
@@ -1752,7 +1752,6 @@ def log_losses(run: Run, step: int, task: float, aux: float, seconds: float) -> 
     run.log.scalars(step, loss__task=task, loss__aux=aux, loss__total=total, time__interval_s=seconds)
 
 
-# %% notebooks/04_training.ipynb #record
 class Record:
     """Watches a run: losses, time, load, bytes. Reads the device only at log intervals, on a GPU."""
 
@@ -1846,7 +1845,7 @@ class EagerStep:
         return losses
 
 
-# %% notebooks/04_training.ipynb #pick-step
+# %% notebooks/04_training.ipynb #train
 def pick_step(run: Run, model: nn.Module) -> str:
     """The name of the kind of step that --step names, or of the one that likes this run best. CannotRun for one
     that cannot run here."""
@@ -1859,7 +1858,6 @@ def pick_step(run: Run, model: nn.Module) -> str:
     return best if name == "auto" else name
 
 
-# %% notebooks/04_training.ipynb #train
 def train(run: Run) -> dict[str, Any]:
     """Trains the run's model on its task -> the measured part of the summary. Collective.
 
