@@ -99,7 +99,7 @@ Shape letters, in names and comments:
 T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R received rows, W ranks.
 """
 
-# Every cell keeps its own imports, so they are repeated, stand between definitions, and are sorted cell by cell:
+# Every cell keeps its own imports: they are repeated, stand between definitions, and are sorted by cell:
 # ruff: noqa: E402, F811, I001
 
 # Stitched from:

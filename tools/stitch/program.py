@@ -106,7 +106,7 @@ def assemble(chosen: Sequence[tuple[Cell, str]], is_launcher: bool) -> str:
     header = [
         LAUNCHER_DOC if is_launcher else OTHER_DOC,
         "",
-        "# Every cell keeps its own imports, so they are repeated, stand between definitions, and are sorted cell by cell:",
+        "# Every cell keeps its own imports: they are repeated, stand between definitions, and are sorted by cell:",
         "# ruff: noqa: E402, F811, I001",
         "",
         *([f"from __future__ import {', '.join(futures)}", ""] if futures else []),
