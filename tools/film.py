@@ -208,6 +208,14 @@ def film(flight: Flight, names: Sequence[str]) -> str:
         for n, line in enumerate(lines):
             at = to_pixels(0, y)[1] + 18 + 22 * n - 11 * (len(lines) - 1)
             parts.append(f'<text x="135" y="{at:.1f}" text-anchor="end" fill="{INK}">{line}</text>')
+    for places in flight.places[1:4]:  # where rows will rest, so that the film does not open on empty strips
+        for x, y in (to_pixels(*place) for place in places.values()):
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="17" height="22" rx="3" fill="none" stroke="#cfcfd6"/>'
+            )
+    for x, y in (to_pixels(*place) for place in flight.one_of_each(flight.places[4]).values()):
+        frame = f'<rect x="{x - 4:.1f}" y="{y - 5:.1f}" width="100" height="36" rx="5" fill="none" stroke="#cfcfd6"/>'
+        parts.append(frame)
     rows_a_rank = len(flight.places[0]) // flight.num_ranks
     parts += [flying_row(flight, key, number % rows_a_rank) for number, key in enumerate(flight.places[0])]
     for places, opacity, change in (
