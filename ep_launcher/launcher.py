@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "5d38357d3922d4fbfad72b7f97ddfa8a153baf6793d53a11bf3e65eee210b6e6"
+SOURCES_SHA256 = "b78415048158358a50235cc0d8d677eb01b2e09a492fc033897d9adfabd87bfb"
 
 
 # ==========================================================================================================
@@ -2366,7 +2366,7 @@ def copy_to_rows(x: Tensor, order: RowOrder, out: Tensor | None = None) -> Tenso
     the order has gaps. x and out may be the first columns of wider tensors."""
     (num_tokens, top_k), d, num_rows = order.row_of_choice.shape, x.shape[1], len(order.choice_of_row)
     if not uses_kernels(x):
-        rows = x[order.choice_of_row.clamp(min=0) // top_k] if num_tokens else x.new_zeros(num_rows, d)
+        rows = x[order.choice_of_row // top_k] if num_tokens else x.new_zeros(num_rows, d)
         rows = torch.where((order.choice_of_row < 0)[:, None], 0, rows) if order.has_gaps else rows
         return rows if out is None else out.copy_(rows)
     if out is None:
@@ -2557,10 +2557,10 @@ def swiglu_tiles(num_rows: int, num_columns: int) -> tuple[int, int, int]:
 
 
 def row_blocks(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
-    """The same rows of all tensors, block by block. On a CPU a block of [R, F] has 32,768 numbers, so that several
+    """The same rows of all tensors, block by block. On a CPU a block of [R, F] has 65,536 numbers, so that several
     steps in a row find it in the core's cache; on a GPU, where a step is a launch, it is everything."""
     first = tensors[0]
-    rows = max(1, len(first) if first.is_cuda else 2**15 // max(1, first.shape[1]))
+    rows = max(1, len(first) if first.is_cuda else 2**16 // max(1, first.shape[1]))
     for start in range(0, len(first), rows):
         yield [t if t is None else t[start : start + rows] for t in tensors]
 
