@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "a8f911ea9a89b924273b17cbb38eb09023c0ef8bd2c31a3e6cbcf621942449a4"
+SOURCES_SHA256 = "2a5ad1e1daaabbcbf5049f7267edae1f4c0f62e501e0e277654ec7beafbea8bc"
 
 
 # ==========================================================================================================
@@ -3938,17 +3938,21 @@ def pack_slots(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_slots: int
     return packed
 
 
-def sum_at_home(rows: Tensor, num_tokens: int, comm: Communicator, purpose: str) -> Tensor:
-    """rows [W * S, n], a block for every rank -> [T, n]: all ranks' sums for this one's tokens, a reduce-scatter.
+def rows_at_home(num_tokens: int, num_slots: int, num_ranks: int, device: torch.device) -> Tensor:
+    """int64 [T, W]: token t's row in each rank's block of S slots."""
+    rows = torch.arange(num_ranks * num_slots, device=device).view(num_ranks, num_slots)
+    return rows.t()[:num_tokens].contiguous()
 
-    Blocks travel in the rows' dtype and are added in float32 or wider, in the order of the ranks. Sends S rows to each
-    other rank. No host synchronisation.
+
+def sum_at_home(blocks: Tensor, at_home: Tensor, comm: Communicator, purpose: str) -> Tensor:
+    """blocks [W * S, n], one for every rank -> [T, n]: all ranks' sums for this one's tokens, a reduce-scatter.
+
+    at_home int64 [T, W]: see rows_at_home. Blocks travel in their dtype and are added in float32 or wider, in the order
+    of the ranks. Sends S rows to each other rank. No host synchronisation.
     """
-    num_slots = len(rows) // comm.size
-    blocks = comm.all_to_all(rows, [num_slots] * comm.size, [num_slots] * comm.size, purpose)
-    row = torch.arange(len(rows), device=rows.device)
-    row_of_rank = row.view(comm.size, num_slots).t()[:num_tokens].contiguous()  # token t's row in each block
-    return sum_rows(blocks, RowOrder(row_of_rank, row, row[:0]))
+    splits = [len(blocks) // comm.size] * comm.size
+    rows = comm.all_to_all(blocks, splits, splits, purpose)
+    return sum_rows(rows, RowOrder(at_home, at_home, at_home))  # of which it needs row_of_choice alone
 
 
 # %% notebooks/10_less_traffic.ipynb #gather-autograd
@@ -3961,10 +3965,11 @@ class GatherTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, num_slots: int, comm: Communicator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.comm, (num_tokens, top_k), d = comm, topk_ids.shape, x.shape[1]
-        ctx.num_tokens = num_tokens
+        ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, at_home: Tensor, num_slots: int,
+        comm: Communicator,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx.comm, top_k, d = comm, topk_ids.shape[1], x.shape[1]
+        ctx.save_for_backward(at_home)
         packed = pack_slots(x, topk_ids, topk_weights, num_slots)
         everyones = comm.all_gather(packed, "dispatch").flatten(0, 1)
         weights, ids = get_riders(everyones, d, 2 * top_k).split(top_k, dim=1)
@@ -3976,20 +3981,20 @@ class GatherTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
-        grad_x = None
+        (at_home,), grad_x = ctx.saved_tensors, None
         if ctx.needs_input_grad[0]:
-            grad_x = sum_at_home(grad_rows, ctx.num_tokens, ctx.comm, "dispatch backward")
-        home = sum_at_home(grad_weights, ctx.num_tokens, ctx.comm, "dispatch backward")
-        return grad_x, home, None, None, None
+            grad_x = sum_at_home(grad_rows, at_home, ctx.comm, "dispatch backward")
+        home = sum_at_home(grad_weights, at_home, ctx.comm, "dispatch backward")
+        return grad_x, home, None, None, None, None
 
 
 class SumAtHome(torch.autograd.Function):
     """y [W * S, D], partial sums for every rank's slots -> [T, D], this rank's sums. Backward is an all-gather."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, num_tokens: int, comm: Communicator) -> Tensor:
-        ctx.comm, ctx.padding = comm, len(y) // comm.size - num_tokens
-        return sum_at_home(y, num_tokens, comm, "combine")
+    def forward(ctx: Any, y: Tensor, at_home: Tensor, comm: Communicator) -> Tensor:
+        ctx.comm, ctx.padding = comm, len(y) // comm.size - len(at_home)
+        return sum_at_home(y, at_home, comm, "combine")
 
     @staticmethod
     @once_differentiable
@@ -4065,14 +4070,15 @@ class GatherTokensDispatcher(Dispatcher):
             num_slots = int(self.comm.all_gather(length, "metadata").max())
         if len(x) > num_slots:
             raise ValueError(f"{len(x)} tokens on one rank, and gather_tokens was made for {num_slots}")
-        rows, weights, ids = GatherTokens.apply(x, topk_weights, topk_ids, num_slots, self.comm)
+        at_home = rows_at_home(len(x), num_slots, self.comm.size, x.device)
+        rows, weights, ids = GatherTokens.apply(x, topk_weights, topk_ids, at_home, num_slots, self.comm)
         own = ids - self.comm.rank * local  # below 0 too where no choice was sent
         ids = torch.where((own >= 0) & (own < local), own, -1)
         most = len(rows) * min(topk_ids.shape[1], local)
-        return Arrived(rows, ids, weights, len(x), max_pairs=most)
+        return Arrived(rows, ids, weights, at_home, max_pairs=most)
 
-    def begin_combine(self, y: Tensor, handle: int) -> Tensor:
-        """See Dispatcher. Sends S rows to each other rank; handle is this rank's number of tokens."""
+    def begin_combine(self, y: Tensor, handle: Tensor) -> Tensor:
+        """See Dispatcher. Sends S rows to each other rank; handle as rows_at_home has it."""
         return SumAtHome.apply(y, handle, self.comm)
 
     def predict_bytes(
