@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "2a5ad1e1daaabbcbf5049f7267edae1f4c0f62e501e0e277654ec7beafbea8bc"
+SOURCES_SHA256 = "aade16a01d722ef3b9a2bbd9e447db354ef48a2e070ae6fdba9f52257cf0efea"
 
 
 # ==========================================================================================================
@@ -2368,7 +2368,7 @@ def copy_to_rows(x: Tensor, order: RowOrder, out: Tensor | None = None) -> Tenso
     the order has gaps. x and out may be the first columns of wider tensors."""
     (num_tokens, top_k), d, num_rows = order.row_of_choice.shape, x.shape[1], len(order.choice_of_row)
     if not uses_kernels(x):
-        rows = x[order.choice_of_row.clamp(min=0) // top_k] if num_tokens else x.new_zeros(num_rows, d)
+        rows = x[order.choice_of_row // top_k] if num_tokens else x.new_zeros(num_rows, d)
         rows = torch.where((order.choice_of_row < 0)[:, None], 0, rows) if order.has_gaps else rows
         return rows if out is None else out.copy_(rows)
     if out is None:
@@ -2559,10 +2559,10 @@ def swiglu_tiles(num_rows: int, num_columns: int) -> tuple[int, int, int]:
 
 
 def row_blocks(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
-    """The same rows of all tensors, block by block. On a CPU a block of [R, F] has 32,768 numbers, so that several
+    """The same rows of all tensors, block by block. On a CPU a block of [R, F] has 65,536 numbers, so that several
     steps in a row find it in the core's cache; on a GPU, where a step is a launch, it is everything."""
     first = tensors[0]
-    rows = max(1, len(first) if first.is_cuda else 2**15 // max(1, first.shape[1]))
+    rows = max(1, len(first) if first.is_cuda else 2**16 // max(1, first.shape[1]))
     for start in range(0, len(first), rows):
         yield [t if t is None else t[start : start + rows] for t in tensors]
 
