@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "67d101fa586a45ad3d079900f29821492ecc307727d67a3dc67cffe67d518d9e"
+SOURCES_SHA256 = "eb305416645ddb1bde0616bfa5c7c9d907251a35ff9b214eace2569f7df6769c"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1647,25 +1647,25 @@ class RunLog:
     def on_thread_error(self, args: Any) -> None:
         """TensorBoard writes in a thread of its own, whose errors come here."""
         is_ours = type(args.thread).__module__.startswith("tensorboard.")
-        self.warn(args.exc_value) if is_ours else self.usual_hook(args)
+        self.warn(args.exc_value, self.log_dir) if is_ours else self.usual_hook(args)
 
     @contextlib.contextmanager
-    def going_on(self, what: str = "the log", stream: Any = None) -> Iterator[None]:
-        """Inside, what cannot be written costs one warning, and a stream that fails writes nowhere from then on."""
+    def going_on(self, stream: Any = None) -> Iterator[None]:
+        """Inside, what cannot be written costs one warning; a stream that fails writes nowhere from then on."""
         try:
             yield
         except OSError as error:
-            self.warn(error, what)
+            self.warn(error, Path(os.path.realpath(f"/dev/fd/{stream.fileno()}")) if stream else self.log_dir)
             if stream:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
-    def warn(self, error: OSError, what: str = "the log") -> None:
+    def warn(self, error: OSError, path: Path) -> None:
         """Names the disk, the first time that something cannot be written."""
         if not self.has_warned:
-            self.has_warned, disk = True, self.log_dir.absolute()
+            self.has_warned, disk = True, path.absolute()
             while not disk.is_mount():
                 disk = disk.parent
-            said = f"cannot write {what} in {self.log_dir}, on the disk of {disk} ({error.strerror})"
+            said = f"cannot write to {path}, on the disk of {disk} ({error.strerror})"
             self.notes.warn(f"warning: {said}; the training goes on")
 
     def advance(self, step: int) -> None:
@@ -1678,7 +1678,7 @@ class RunLog:
         """A line on the screen and in train.log."""
         if not self.bar:
             return
-        with self.going_on("the output, or the log", sys.stdout):
+        with self.going_on(sys.stdout):
             self.bar.write(line)
             sys.stdout.flush()
         with self.going_on(), (self.log_dir / "train.log").open("a", encoding="utf-8") as text:
