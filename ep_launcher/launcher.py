@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "eb305416645ddb1bde0616bfa5c7c9d907251a35ff9b214eace2569f7df6769c"
+SOURCES_SHA256 = "bcd88248021031dce38edd67f42b1d38df94fce7b946df44d90f4b538e1f812c"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -261,7 +261,7 @@ def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | Non
     """Joins the process group that torchrun announced: NCCL for GPUs, gloo for CPUs.
 
     Returns the rendezvous store, through which ranks tell one another where they are; None at world size 1,
-    where no group is needed.
+    where no group is needed. CollectiveError, which names them, where ranks do not come within timeout_s.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -270,8 +270,18 @@ def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | Non
     timeout = timedelta(seconds=timeout_s)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return dist.PrefixStore("ep_launcher", store)
+    notes = dist.PrefixStore("ep_launcher", store)
+    notes.set(f"came/{rank}", "")
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistError:
+        absent = [str(other) for other in range(world_size) if not notes.check([f"came/{other}"])]
+        if not absent:
+            raise
+        if notes.add("reported", 1) > 1:
+            time.sleep(5)  # one rank says it; when it leaves, torchrun ends the others
+        raise CollectiveError(f"rank {', '.join(absent)} did not join within {timeout_s:g} s") from None
+    return notes
 
 
 @dataclass(frozen=True)
@@ -2388,6 +2398,9 @@ def main(argv: list[str] | None = None) -> int:
         return refuse(str(error))
     try:
         code = run_training(config, options, device)
+    except CollectiveError as error:  # a rank that never came
+        code = 1
+        print(f"error: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:  # while another failure was being told
         code = 130
     if code:
