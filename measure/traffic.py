@@ -63,12 +63,36 @@ def exchange(recorder: Recorder) -> dict:
         outgoing = torch.zeros(size * rows, d, dtype=x.dtype, device=device)
         incoming = torch.empty_like(outgoing)
         variants[f"{name}, wire alone"] = lambda i=incoming, o=outgoing: dist.all_to_all_single(i, o)
+    variants |= wires(recorder, num_tokens, d)
     samples = recorder.alternate(variants, 2 if recorder.args.small else 5)
     ms = record.medians(samples)
     for name, value in ms.items():
-        recorder.say(f"  {name:34} {value:8.3f} ms  {sent.get(name, 0) / 1e6:8.1f} MB leave")
+        recorder.say(f"  {name:48} {value:8.3f} ms  {sent.get(name, 0) / 1e6:8.1f} MB leave")
     return {"tokens": num_tokens, "hidden_dim": d, "num_experts": num_experts, "top_k": 8, "errors": errors,
             "mean_bytes_that_leave": sent, "median_ms": ms, "samples_ms": samples}  # fmt: skip
+
+
+def wires(recorder: Recorder, num_tokens: int, d: int) -> dict:
+    """Ways to move gather_tokens' slots, a block of [num_tokens, d] for every rank, and nothing else."""
+    size, rank = recorder.comm.size, recorder.comm.rank
+    blocks = torch.zeros(size * num_tokens, d, dtype=torch.bfloat16, device=recorder.device)
+    others = blocks[: (size - 1) * num_tokens]
+    own, into, away = (
+        torch.zeros_like(blocks[:num_tokens]),
+        torch.empty_like(blocks),
+        torch.empty_like(others),
+    )
+    splits = [num_tokens * (r != rank) for r in range(size)]
+    ways = {
+        "all_to_all": lambda: dist.all_to_all_single(into, blocks),
+        "all_to_all without the own block": lambda: dist.all_to_all_single(away, others, splits, splits),
+        "all_gather": lambda: dist.all_gather_into_tensor(into, own),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(own, blocks),
+        "sum": lambda: ep.sum_rows(into, order),
+    }
+    row = torch.arange(size * num_tokens, device=recorder.device)
+    order = ep.RowOrder(row.view(size, num_tokens).t().contiguous(), row, row[:0])
+    return {f"slots by {name}": run for name, run in ways.items() if recorder.on_gpu}
 
 
 def layers(recorder: Recorder) -> dict:

@@ -19,6 +19,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if folder in FOLDERS:
             item.add_marker(folder)
+        # Of pytest-xdist: a file's tests share what they have set up, so they stay together; notebooks do not.
+        alone = item.originalname in ("test_notebook_executes", "test_a_notebook_runs_by_plain_tools")
+        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
 
 
 @pytest.fixture(autouse=True)

@@ -67,12 +67,14 @@ def copy_of_the_code(folder: Path, right: str, wrong: str) -> Path:
 
 
 def processes(marker: str) -> list[psutil.Process]:
-    """The running processes with this text in their command line, this one left out."""
-    found = []
+    """The running processes with this text in their command line, this one left out, and what tests beside these
+    have started: pytest-xdist names its workers in the environment."""
+    found, own = [], os.environ.get("PYTEST_XDIST_WORKER")
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-                if any(marker in part for part in process.cmdline()):
+                is_ours = process.environ().get("PYTEST_XDIST_WORKER") == own
+                if is_ours and any(marker in part for part in process.cmdline()):
                     found.append(process)
     return found
 

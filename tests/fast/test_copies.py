@@ -14,7 +14,15 @@ def test_copies_of_a_token_by_hand():
     assert order.copies.counts.tolist() == [2, 2] and order.per_row == 4
     assert (order.copies.row_of_choice >= 0).sum(1).tolist() == [2, 1, 0, 1]
     ids = order.spread(torch.where(topk_ids < 0, -1, topk_ids % 4), -1)
-    assert ids[:4].tolist() == [[0, 1, -1, -1], [2, 0, 3, 1], [1, -1, -1, -1], [3, 2, 0, 1]]
+    assert ids[:4].tolist() == [[0, -1, 1, -1], [2, 0, 3, 1], [-1, 1, -1, -1], [3, 2, 0, 1]]
+
+
+def test_where_experts_are_fewer_than_choices_an_expert_has_a_place():
+    topk_ids = torch.tensor([[3, 1, 4], [5, -1, 2]])  # 3 ranks of 2 experts
+    order = ep.order_copies(topk_ids, 2, 3)
+    assert order.copies.counts.tolist() == [1, 2, 2] and order.per_row == 2
+    ids = order.spread(topk_ids, -1)
+    assert ids.tolist() == [[-1, 1], [-1, 3], [2, -1], [4, -1], [-1, 5], [-1, -1]]
 
 
 def test_slots_hold_the_share_of_a_run_or_the_largest_batch():

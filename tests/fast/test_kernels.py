@@ -127,3 +127,43 @@ def test_the_twin_of_the_backward_is_the_derivative():
     ours = ep.weighted_activation_backward_(ep.SwiGLU, *used, weights.detach(), torch.tensor(6))
     for mine, other in zip(ours, [hidden.detach(), *expected], strict=True):
         torch.testing.assert_close(mine, other)
+
+
+def placed(rank_sizes: tuple[int, int, int, int]) -> tuple[torch.Tensor, int, int]:
+    """(ids [T, K] of which some are not sent, local experts, ranks)."""
+    num_tokens, top_k, local, ranks = rank_sizes
+    torch.manual_seed(num_tokens)
+    ids = torch.rand(num_tokens, local * ranks).argsort(dim=1)[:, :top_k]
+    ids = torch.where(torch.rand(ids.shape) < 0.2, -1, ids)
+    ids[: num_tokens // 4] = -1
+    return ids.to(DEVICE), local, ranks
+
+
+COPIES = [(5, 2, 4, 2), (3000, 4, 3, 4), (40, 6, 2, 5), (7, 3, 1, 8), (1, 1, 2, 1), (0, 2, 2, 2)]
+
+
+@with_kernels
+@pytest.mark.parametrize("rank_sizes", COPIES, ids=str)
+def test_order_copies(rank_sizes):
+    ids, local, ranks = placed(rank_sizes)
+    ours, theirs = ep.order_copies(ids, local, ranks), twin(ep.order_copies, ids, local, ranks)
+    assert ours.per_row == theirs.per_row and torch.equal(ours.place_of_choice, theirs.place_of_choice)
+    for mine, other in zip(ours.copies.tensors, theirs.copies.tensors, strict=True):
+        assert mine.shape == other.shape and torch.equal(mine, other)
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.parametrize(
+    ("rank_sizes", "d"), list(zip(COPIES, (32, 8, 130, 17, 96, 8), strict=True)), ids=str
+)
+def test_pack_copies(rank_sizes, d, dtype):
+    ids, local, ranks = placed(rank_sizes)
+    order = ep.order_copies(ids, local, ranks)
+    x, weights = draw(len(ids), d + 8, dtype=dtype)[:, :d], torch.rand(ids.shape, device=DEVICE)
+    sent, arguments = int(order.copies.counts.sum()), (x, ids, weights, order, local)
+    used = d + 2 * order.per_row * 4 // dtype.itemsize  # behind: padding
+    ours, theirs = (run(ep.pack_copies, *arguments)[:sent, :used] for run in (direct, twin))
+    assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    held = ep.get_riders(ours, d, 2 * order.per_row)[:, order.per_row :]
+    assert int((held >= 0).sum()) == int((ids >= 0).sum())

@@ -13,9 +13,9 @@ from tools.parity import LIMITS, run_suite
 MACHINES = {2: [1], 4: [2], 8: [2, 4]}  # {world size: ranks a machine}
 FEW = ["uneven", "rank_without_tokens", "rank_without_rows"]
 BROKEN = {  # {what: (what stands in the launcher, what stands in its copy)}
-    "an id that is one off": ("row * per_row + earlier)", "row * per_row)"),
+    "an id that is one off": ("topk_ids % num_local_experts)", "(topk_ids + 1) % num_local_experts)"),
     "a choice on the wrong machine": ("own = topk_ids.cpu() - machine * num_experts", "own = topk_ids.cpu()"),
-    "a copy too many": ("torch.where(earlier == 0, owner, -1)", "owner"),
+    "a copy too many": ("is_copy = reached(owner, num_ranks)", "is_copy = reached(owner, num_ranks) * 0 + 1"),
 }
 
 BROKEN_ON = (2, 4, 2)  # ranks; a machine of one rank does not care how its choices are numbered
