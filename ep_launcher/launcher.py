@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # the cells tagged theory, all_to_all, experts, training, performance, routing.
 # Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "bcd88248021031dce38edd67f42b1d38df94fce7b946df44d90f4b538e1f812c"
+SOURCES_SHA256 = "5527cc5fa36caa676308c85563e7a342615c97b182e3d8a91a266c983065f49f"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2523,7 +2523,7 @@ def copy_to_rows(x: Tensor, order: RowOrder, out: Tensor | None = None) -> Tenso
     the order has gaps. x and out may be the first columns of wider tensors."""
     (num_tokens, top_k), d, num_rows = order.row_of_choice.shape, x.shape[1], len(order.choice_of_row)
     if not uses_kernels(x):
-        rows = x[order.choice_of_row.clamp(min=0) // top_k] if num_tokens else x.new_zeros(num_rows, d)
+        rows = x[order.choice_of_row // top_k] if num_tokens else x.new_zeros(num_rows, d)
         rows = torch.where((order.choice_of_row < 0)[:, None], 0, rows) if order.has_gaps else rows
         return rows if out is None else out.copy_(rows)
     if out is None:
@@ -2714,10 +2714,10 @@ def swiglu_tiles(num_rows: int, num_columns: int) -> tuple[int, int, int]:
 
 
 def row_blocks(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
-    """The same rows of all tensors, block by block. On a CPU a block of [R, F] has 32,768 numbers, so that several
+    """The same rows of all tensors, block by block. On a CPU a block of [R, F] has 65,536 numbers, so that several
     steps in a row find it in the core's cache; on a GPU, where a step is a launch, it is everything."""
     first = tensors[0]
-    rows = max(1, len(first) if first.is_cuda else 2**15 // max(1, first.shape[1]))
+    rows = max(1, len(first) if first.is_cuda else 2**16 // max(1, first.shape[1]))
     for start in range(0, len(first), rows):
         yield [t if t is None else t[start : start + rows] for t in tensors]
 
@@ -3196,7 +3196,7 @@ def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[],
     received = comm.all_to_all(sent, [1] * comm.size, [1] * comm.size, "metadata")
     wait = copy_to_host(torch.stack([sent, received]))
     num_local = len(counts) // comm.size
-    experts = torch.arange(num_local, device=counts.device).repeat(comm.size)
+    experts = torch.arange(num_local, device=counts.device).repeat(comm.size) if num_local > 1 else None
 
     @functools.cache
     def plan() -> ExchangePlan:
@@ -3205,7 +3205,10 @@ def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[],
             check_seals(on_host, row_bytes, comm.rank)
         on_host = on_host[..., :num_local]
         input_splits, output_splits = on_host.sum(-1).tolist()
-        ids = experts.repeat_interleave(received[:, :num_local].reshape(-1), output_size=sum(output_splits))
+        if experts is None:  # one for each rank: nothing to ask
+            ids = received.new_zeros(sum(output_splits))
+        else:
+            ids = experts.repeat_interleave(received[:, :num_local].flatten(), output_size=sum(output_splits))
         return ExchangePlan(input_splits, output_splits, ids[:, None], on_host[1].sum(0).tolist())
 
     return plan
@@ -4092,15 +4095,17 @@ def pack_slots(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_slots: int
     return packed
 
 
-def sum_at_home(rows: Tensor, comm: Communicator, purpose: str) -> Tensor:
-    """rows [W * S, n], a block for every rank -> [S, n]: the sum of all ranks' blocks for this one, a reduce-scatter.
+def sum_at_home(rows: Tensor, num_tokens: int, comm: Communicator, purpose: str) -> Tensor:
+    """rows [W * S, n], a block for every rank -> [T, n]: all ranks' sums for this one's tokens, a reduce-scatter.
 
     Blocks travel in the rows' dtype and are added in float32 or wider, in the order of the ranks. Sends S rows to each
-    other rank.
+    other rank. No host synchronisation.
     """
     num_slots = len(rows) // comm.size
     blocks = comm.all_to_all(rows, [num_slots] * comm.size, [num_slots] * comm.size, purpose)
-    return blocks.view(comm.size, num_slots, rows.shape[1]).sum(0)
+    row = torch.arange(len(rows), device=rows.device)
+    row_of_rank = row.view(comm.size, num_slots).t()[:num_tokens].contiguous()  # token t's row in each block
+    return sum_rows(blocks, RowOrder(row_of_rank, row, row[:0]))
 
 
 # %% notebooks/10_less_traffic.ipynb #gather-autograd
@@ -4130,9 +4135,9 @@ class GatherTokens(torch.autograd.Function):
     def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = sum_at_home(grad_rows, ctx.comm, "dispatch backward")[: ctx.num_tokens]
-        home = sum_at_home(grad_weights, ctx.comm, "dispatch backward")
-        return grad_x, home[: ctx.num_tokens], None, None, None
+            grad_x = sum_at_home(grad_rows, ctx.num_tokens, ctx.comm, "dispatch backward")
+        home = sum_at_home(grad_weights, ctx.num_tokens, ctx.comm, "dispatch backward")
+        return grad_x, home, None, None, None
 
 
 class SumAtHome(torch.autograd.Function):
@@ -4141,12 +4146,12 @@ class SumAtHome(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, num_tokens: int, comm: Communicator) -> Tensor:
         ctx.comm, ctx.padding = comm, len(y) // comm.size - num_tokens
-        return sum_at_home(y, comm, "combine")[:num_tokens]
+        return sum_at_home(y, num_tokens, comm, "combine")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        slots = F.pad(grad, (0, 0, 0, ctx.padding))
+        slots = F.pad(grad, (0, 0, 0, ctx.padding)) if ctx.padding else grad  # which copies, even by nothing
         return ctx.comm.all_gather(slots, "combine backward").flatten(0, 1), None, None
 
 
@@ -4227,8 +4232,8 @@ class GatherTokensDispatcher(Dispatcher):
         if len(x) > num_slots:
             raise ValueError(f"{len(x)} tokens on one rank, and gather_tokens was made for {num_slots}")
         rows, weights, ids = GatherTokens.apply(x, topk_weights, topk_ids, num_slots, self.comm)
-        own = ids - self.comm.rank * local
-        ids = torch.where((ids >= 0) & (own >= 0) & (own < local), own, -1)
+        own = ids - self.comm.rank * local  # below 0 too where no choice was sent
+        ids = torch.where((own >= 0) & (own < local), own, -1)
         most = len(rows) * min(topk_ids.shape[1], local)
         return Arrived(rows, ids, weights, len(x), max_pairs=most)
 
@@ -4250,11 +4255,11 @@ class GatherTokensDispatcher(Dispatcher):
 # %% notebooks/10_less_traffic.ipynb #copy-order
 @dataclass(frozen=True)
 class CopyOrder:
-    """Which copies of its token each choice shares, where one copy goes to each destination rank.
+    """Which copies of a token there are, one for each destination rank, and where in them each choice stands.
 
-    copies: RowOrder of the copies sorted by destination, in which a choice has a row if it is its token's first one
-    there, and -1 otherwise. place_of_choice int64 [T, K]: row * J + j, choice j of its row; -1 for one not sent.
-    per_row: J, local experts of a row at most.
+    copies: RowOrder of the copies sorted by destination, by token within it; what it calls a choice is a pair
+    (token, rank), so row_of_choice is [T, W]. place_of_choice int64 [T, K]: row * J + j, place j of the choice's row;
+    -1 for one not sent. per_row: J, local experts of a row at most.
     """
 
     copies: RowOrder
@@ -4271,16 +4276,149 @@ class CopyOrder:
 
 def order_copies(topk_ids: Tensor, num_local_experts: int, num_ranks: int) -> CopyOrder:
     """topk_ids int64 [T, K] of all experts, -1 where a choice is not sent -> CopyOrder. No host synchronisation."""
-    num_tokens, top_k = topk_ids.shape
-    owner = torch.where(topk_ids < 0, -1, topk_ids // num_local_experts)
-    shares = owner[:, :, None] == owner[:, None, :]  # [T, K, K]
-    earlier = shares.tril(-1).sum(2)  # choices of the same rank before this one
-    number = torch.arange(top_k, device=owner.device)
-    first = torch.where(shares, number, top_k).amin(2)
-    bound, per_row = num_tokens * min(top_k, num_ranks), min(top_k, num_local_experts)
-    copies = order_rows(torch.where(earlier == 0, owner, -1), num_ranks, bound)
-    row = copies.row_of_choice.gather(1, first)
-    return CopyOrder(copies, torch.where(row < 0, -1, row * per_row + earlier), per_row)
+    (num_tokens, top_k), local = topk_ids.shape, num_local_experts
+    bound, per_row = num_tokens * min(top_k, num_ranks), min(top_k, local)
+    if uses_kernels(topk_ids) and num_tokens:
+        return order_copies_at_once(topk_ids.contiguous(), local, num_ranks, bound)
+    owner = torch.where(topk_ids < 0, -1, topk_ids // local)
+    is_copy = reached(owner, num_ranks)
+    row = is_copy.t().flatten().cumsum(0).view(num_ranks, num_tokens).t() - 1
+    row = torch.where(is_copy > 0, row, -1)
+    pair = torch.arange(row.numel(), device=row.device)
+    pair_of_row = row.new_full((bound + 1,), -1)
+    pair_of_row.scatter_(0, torch.where(row < 0, bound, row).flatten(), pair)
+    own = torch.arange(top_k, device=row.device) if top_k <= local else topk_ids % local
+    place = row.gather(1, owner.clamp(min=0)) * per_row + own
+    copies = RowOrder(row, pair_of_row[:bound], is_copy.sum(0))
+    return CopyOrder(copies, torch.where(topk_ids < 0, -1, place), per_row)
+
+
+def reached(owner: Tensor, num_ranks: int) -> Tensor:
+    """owner int64 [T, K], a rank or below 0 for none -> int64 [T, W]: 1 where the token has a choice on the rank."""
+    column = torch.where(owner < 0, num_ranks, owner)
+    return owner.new_zeros(len(owner), num_ranks + 1).scatter(1, column, 1)[:, :num_ranks]
+
+
+# %% notebooks/10_less_traffic.ipynb #order-kernel
+@kernel
+def find_copies(topk_ids, token, rank, num_tokens, num_local, TOP_K: constexpr):
+    """token [BLOCK], rank [PLACES] -> int32 [BLOCK, PLACES]: 1 where the token has a choice on the rank."""
+    found = (token[:, None] < 0) & (rank[None, :] < 0)
+    for k in tl.static_range(TOP_K):
+        expert = tl.load(topk_ids + token * TOP_K + k, mask=token < num_tokens, other=-1).to(tl.int32)
+        owner = tl.where(expert < 0, -1, expert // num_local)
+        found = found | (owner[:, None] == rank[None, :])
+    return found.to(tl.int32)
+
+
+@kernel
+def order_copies_kernel(
+    topk_ids, counts, row_of_pair, pair_of_row, place_of_choice, num_tokens, num_local, num_ranks,
+    TOP_K: constexpr, PER_ROW: constexpr, PLACES: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """One program, a counting sort of the pairs (token, rank): counts each rank's copies, then numbers them."""
+    rank = tl.arange(0, PLACES)
+    counted = tl.zeros([PLACES], dtype=tl.int32)
+    start = 0
+    while start < num_tokens:
+        token = start + tl.arange(0, BLOCK)
+        counted += tl.sum(find_copies(topk_ids, token, rank, num_tokens, num_local, TOP_K), 0)
+        start += BLOCK
+    tl.store(counts + rank, counted.to(tl.int64), mask=rank < num_ranks)
+    first = tl.cumsum(counted, 0) - counted
+    start = 0
+    while start < num_tokens:
+        token = start + tl.arange(0, BLOCK)
+        found = find_copies(topk_ids, token, rank, num_tokens, num_local, TOP_K)
+        row = tl.where(found > 0, first[None, :] + tl.cumsum(found, 0) - 1, -1).to(tl.int64)
+        pair = token[:, None].to(tl.int64) * num_ranks + rank[None, :]
+        tl.store(row_of_pair + pair, row, mask=(token < num_tokens)[:, None] & (rank < num_ranks)[None, :])
+        tl.store(pair_of_row + row, pair, mask=found > 0)
+        for k in tl.static_range(TOP_K):
+            expert = tl.load(topk_ids + token * TOP_K + k, mask=token < num_tokens, other=-1).to(tl.int32)
+            own = tl.sum(tl.where((expert // num_local)[:, None] == rank[None, :], row, 0), 1)
+            place = own * PER_ROW + (k if PER_ROW == TOP_K else expert % num_local)
+            place = tl.where(expert < 0, -1, place)
+            tl.store(place_of_choice + token * TOP_K + k, place, mask=token < num_tokens)
+        first += tl.sum(found, 0)
+        start += BLOCK
+
+
+# %% notebooks/10_less_traffic.ipynb #order-at-once
+def order_copies_at_once(topk_ids: Tensor, num_local_experts: int, num_ranks: int, bound: int) -> CopyOrder:
+    """order_copies by its kernel; pair_of_row behind the last copy is -1."""
+    (num_tokens, top_k), places = topk_ids.shape, 1 << (num_ranks - 1).bit_length()
+    per_row, pair_of_row = min(top_k, num_local_experts), topk_ids.new_full((bound,), -1)
+    row, counts = topk_ids.new_empty(num_tokens, num_ranks), topk_ids.new_empty(num_ranks)
+    place, block = torch.empty_like(topk_ids), max(16, 1024 // places)
+    order_copies_kernel[(1,)](
+        topk_ids, counts, row, pair_of_row, place, num_tokens, num_local_experts, num_ranks, top_k, per_row,
+        places, block, num_warps=8,
+    )  # fmt: skip
+    return CopyOrder(RowOrder(row, pair_of_row, counts), place, per_row)
+
+
+# %% notebooks/10_less_traffic.ipynb #pack-kernel
+@kernel
+def pack_copies_kernel(
+    x, topk_ids, topk_weights, row_of_pair, place_of_choice, packed, riders, num_columns, num_local,
+    x_stride, packed_stride, riders_stride,
+    TOP_K: constexpr, NUM_PAIRS: constexpr, PER_ROW: constexpr, PAIRS: constexpr, PLACES: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """Program (t, block): reads a piece of token t once and writes it to each of its copies. The first one of a token
+    also writes each copy's PER_ROW weights, then as many ids."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    piece = tl.load(x + token * x_stride + column, mask=column < num_columns, other=0.0)
+    for destination in tl.static_range(NUM_PAIRS):
+        copy = tl.load(row_of_pair + token * NUM_PAIRS + destination)
+        tl.store(packed + copy * packed_stride + column, piece, mask=(column < num_columns) & (copy >= 0))
+    if tl.program_id(1) == 0:
+        pair = tl.arange(0, PAIRS)
+        j = tl.arange(0, PLACES)
+        row = tl.load(row_of_pair + token * NUM_PAIRS + pair, mask=pair < NUM_PAIRS, other=-1)[:, None]
+        weights = tl.zeros([PAIRS, PLACES], dtype=tl.float32)
+        ids = weights - 1
+        for k in tl.static_range(TOP_K):
+            place = tl.load(place_of_choice + token * TOP_K + k)
+            expert = tl.load(topk_ids + token * TOP_K + k).to(tl.int32) % num_local
+            is_here = (place == row * PER_ROW + j[None, :]) & (j < PER_ROW)[None, :]
+            weights = tl.where(is_here, tl.load(topk_weights + token * TOP_K + k).to(tl.float32), weights)
+            ids = tl.where(is_here, expert.to(tl.float32), ids)
+        rider = riders + row * riders_stride + j[None, :]
+        is_sent = (row >= 0) & (j < PER_ROW)[None, :]
+        tl.store(rider, weights, mask=is_sent)
+        tl.store(rider + PER_ROW, ids, mask=is_sent)
+
+
+# %% notebooks/10_less_traffic.ipynb #pack-copies
+def pack_copies(
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, order: CopyOrder, num_local_experts: int
+) -> Tensor:
+    """x [T, D], topk_ids of all experts, topk_weights [T, K] -> [R, D + C]: every copy with its weights and local ids
+    behind it. Rows behind the last copy hold anything. No host synchronisation."""
+    (num_tokens, d), per_row, copies = x.shape, order.per_row, order.copies
+    row_of_pair, wide = copies.row_of_choice, torch.promote_types(x.dtype, torch.float32)
+    packed = x.new_empty(len(copies.choice_of_row), d + rider_columns(d, x.dtype, 2 * per_row))
+    if not (uses_kernels(x) and num_tokens) or d * x.element_size() % wide.itemsize:
+        copy_to_rows(x, copies, packed[:, :d])
+        ids = torch.where(topk_ids < 0, -1, topk_ids % num_local_experts)
+        riders = order.spread(topk_weights, 0), order.spread(ids, -1).to(topk_weights.dtype)
+        set_riders(packed, d, torch.cat(riders, dim=1))
+        return packed
+    x = x if x.stride(1) == 1 else x.contiguous()
+    riders, block, num_pairs = (
+        packed.view(wide)[:, d * x.element_size() // 4 :],
+        column_block(d, 2048),
+        row_of_pair.shape[1],
+    )
+    pack_copies_kernel[num_tokens, triton.cdiv(d, block)](
+        x, topk_ids.contiguous(), topk_weights.contiguous(), row_of_pair, order.place_of_choice, packed, riders, d,
+        num_local_experts, x.stride(0), packed.stride(0), riders.stride(0),
+        topk_ids.shape[1], num_pairs, per_row, *(1 << (n - 1).bit_length() for n in (num_pairs, per_row)), block,
+        num_warps=4,
+    )  # fmt: skip
+    return packed
 
 
 # %% notebooks/10_less_traffic.ipynb #send-copies
@@ -4293,19 +4431,15 @@ class SendCopies(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, topk_weights: Tensor, ids: Tensor, order: CopyOrder, plan: Callable,
-        comm: Communicator,
+        ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, order: CopyOrder, num_local: int,
+        plan: Callable, comm: Communicator,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        d, copies, per_row = x.shape[1], order.copies, order.per_row
-        columns = d + rider_columns(d, x.dtype, 2 * per_row)
-        packed = x.new_empty(len(copies.choice_of_row), columns)
-        copy_to_rows(x, copies, packed[:, :d])
-        weights, ids = order.spread(topk_weights, 0), order.spread(ids, -1)
-        set_riders(packed, d, torch.cat([weights, ids.to(weights.dtype)], dim=1))
+        d, per_row = x.shape[1], order.per_row
+        packed = pack_copies(x, topk_ids, topk_weights, order, num_local)
         sent, received = plan().input_splits, plan().output_splits
         arrived = comm.all_to_all(packed[: sum(sent)], sent, received, "dispatch")
         ctx.comm, ctx.splits = comm, (received, sent)
-        ctx.save_for_backward(order.place_of_choice, *copies.tensors)
+        ctx.save_for_backward(order.place_of_choice, *order.copies.tensors)
         weights, ids = get_riders(arrived, d, 2 * per_row).split(per_row, dim=1)
         rows, weights, ids = arrived[:, :d], weights.contiguous(), ids.long()
         ctx.mark_non_differentiable(ids, *(() if ctx.needs_input_grad[0] else (rows,)))
@@ -4321,7 +4455,8 @@ class SendCopies(torch.autograd.Function):
             home = ctx.comm.all_to_all(grad_rows, *ctx.splits, "dispatch backward")
             grad_x = sum_rows(home, RowOrder(*copies))
         home = ctx.comm.all_to_all(grad_weights, *ctx.splits, "dispatch backward").flatten()
-        return grad_x, weights_of_choices(home, RowOrder(place, *copies[1:])), None, None, None, None
+        grad = weights_of_choices(home, RowOrder(place, *copies[1:]))
+        return grad_x, grad, None, None, None, None, None
 
 
 # %% notebooks/10_less_traffic.ipynb #dedup-dispatcher
@@ -4346,8 +4481,9 @@ class DedupDispatcher(AllToAllDispatcher):
         order = self.order(topk_ids)
         row_bytes = (d + rider_columns(d, x.dtype, 2 * order.per_row)) * x.element_size()
         plan = announce(order.copies.counts, row_bytes, comm)
-        ids = torch.where(topk_ids < 0, -1, topk_ids % self.num_local_experts)
-        rows, weights, ids = SendCopies.apply(x, topk_weights, ids, order, plan, comm)
+        rows, weights, ids = SendCopies.apply(
+            x, topk_weights, topk_ids, order, self.num_local_experts, plan, comm
+        )
         return Arrived(rows, ids, weights, RowsHandle(order.copies, plan()))
 
     def rows_between(self, topk_ids: list[Tensor]) -> Tensor:
@@ -4364,12 +4500,6 @@ class DedupDispatcher(AllToAllDispatcher):
         rider = rider_columns(hidden_dim, dtype, 2 * per_row) * dtype.itemsize
         weights = per_row * torch.promote_types(dtype, torch.float32).itemsize
         return bytes_by_pass(copies, copies.t(), row, rider, row * x_needs_grad + weights)
-
-
-def reached(owner: Tensor, num_ranks: int) -> Tensor:
-    """owner int64 [T, K], a rank or below 0 for none -> int64 [T, W]: 1 where the token has a choice on the rank."""
-    column = torch.where(owner < 0, num_ranks, owner)
-    return owner.new_zeros(len(owner), num_ranks + 1).scatter(1, column, 1)[:, :num_ranks]
 
 
 # %% notebooks/10_less_traffic.ipynb #machine-groups
