@@ -24,10 +24,12 @@ from typing import Any
 
 import psutil
 
+from ep_launcher.launcher import StepNotes
 from tools.ranks.failures import LIBRARY_LOG
 from tools.ranks.flags import LAUNCHER, check_flags, flag_arguments, torchrun_environment, torchrun_flags
 from tools.ranks.processes import start_worker
 
+STEPS_AT = StepNotes.WARNING_BYTES  # where rank 0 notes its steps
 PLUGIN = Path(__file__).with_name("faulty.py")
 Fault = tuple[str, int, int, int]  # what, rank, step, attempt: tools/faulty.py
 
@@ -58,13 +60,13 @@ class BrokenRun:
         of_torchrun = torchrun_flags(nproc)
         environment = torchrun_environment(of_torchrun, threads=True)
         self.steps = self.folder / "steps"
-        self.steps.write_bytes(bytes(8))
+        self.steps.write_bytes(bytes(STEPS_AT + 8 * nproc))
         environment |= {"EP_STEPS": str(self.steps), "EP_FAULTS": json.dumps(faults)}
         self.output = (self.folder / "output").open("wb")
         command = [*of_torchrun, f"--max-restarts={max_restarts}", str(LAUNCHER), *arguments]
-        self.family = start_worker(
-            "torchrun", self.folder / "report.json", *command, output=self.output, environment=environment
-        )
+        report = self.folder / "report.json"
+        self.family = start_worker("torchrun", report, output=self.output, environment=environment)
+        self.family.tell(command, environment)
 
     def __enter__(self) -> BrokenRun:
         return self
@@ -76,7 +78,7 @@ class BrokenRun:
     @property
     def step(self) -> int:
         """Steps that the present attempt, or the one before, has done."""
-        return int.from_bytes(self.steps.read_bytes(), "little")
+        return int.from_bytes(self.steps.read_bytes()[STEPS_AT : STEPS_AT + 8], "little")
 
     def wait_for_step(self, step: int, limit_s: float = 120) -> int:
         """Until so many steps are done -> how many really are. RuntimeError where the run ends before, or is late."""

@@ -14,10 +14,10 @@ KINDS = {
     "swiglu, shared expert": "--activation swiglu --num-shared-experts 1",
     "groups": "--router sigmoid --num-groups 4 --topk-groups 2 --z-alpha 0.1",
 }
-MESHES = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 8: (2, 4)}
-DISPATCHERS = {4: ("all_gather", "gather_tokens", "dedup", "two_stage"), 8: ("dedup",)}
+MESHES = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 8: (4,)}
+DISPATCHERS = {4: ("all_gather", "gather_tokens", "dedup", "two_stage")}
 SAVED = {8: 4, 4: 2}  # {world size: ep_size} of the runs that are saved
-STEPS = 8
+STEPS = 6
 
 
 def curve(flags: str, steps: int = STEPS) -> list[float]:
@@ -29,7 +29,7 @@ def every_mesh(mesh: ep.Mesh, folder: Path) -> dict[str, list[float]]:
     """The losses of each kind of run on each mesh, and with each dispatcher that can run on the first."""
     size, found = mesh.batch.size, {}
     for ep_size in MESHES[size]:
-        for name, flags in KINDS.items():
+        for name, flags in list(KINDS.items())[: 1 if size == 8 else None]:
             found[f"{name}, ep {ep_size}"] = curve(f"{flags} --ep-size {ep_size}")
     for name in DISPATCHERS.get(size, ()):
         found[f"bias, clipped, {name}"] = curve(
