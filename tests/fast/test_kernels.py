@@ -139,7 +139,7 @@ def placed(rank_sizes: tuple[int, int, int, int]) -> tuple[torch.Tensor, int, in
     return ids.to(DEVICE), local, ranks
 
 
-COPIES = [(5, 2, 4, 2), (3000, 4, 3, 4), (40, 6, 2, 5), (7, 3, 1, 8), (1, 1, 2, 1), (0, 2, 2, 2)]
+COPIES = [(5, 2, 4, 2), (600, 4, 3, 4), (40, 6, 2, 5), (7, 3, 1, 8), (1, 1, 2, 1), (0, 2, 2, 2)]
 
 
 @with_kernels
