@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "5d38357d3922d4fbfad72b7f97ddfa8a153baf6793d53a11bf3e65eee210b6e6"
+SOURCES_SHA256 = "ee9c30551186d625acee5d7977abdf3beea3bf658c16caa6e04fe9658b3695eb"
 
 
 # ==========================================================================================================
@@ -2458,7 +2458,6 @@ def weights_of_choices(weights: Tensor, order: RowOrder) -> Tensor:
     )
 
 
-# %% notebooks/06_grouped_experts.ipynb #local-dispatcher
 @register("dispatcher", "local")
 class LocalDispatcher(Dispatcher):
     """One rank: nothing travels, and what arrives is what was there."""
