@@ -133,8 +133,8 @@ WRONG = {
     ],
     "solution-proportional": [
         ("self.batch.all_reduce(self.load)", "self.load"),
-        (" / mean.clamp(min=1)", ""),
-        ("mean.clamp(min=1)", "mean"),
+        (" / mean.clamp(min=1e-9)", ""),
+        ("mean.clamp(min=1e-9)", "mean"),
         ("        self.load.zero_()\n", ""),
     ],
     "solution-policy": [
