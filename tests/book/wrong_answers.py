@@ -220,7 +220,7 @@ odd = [Unchanged, Raising, Text, lambda *_: None, None, 3]
 def odd_answers(definitions: str, check: ast.Call) -> str:
     """A cell that hands a check answers of other kinds: nothing, errors, wrong types, the class as it was given."""
     base = next(
-        (node.bases[0].id for node in ast.parse(definitions).body if isinstance(node, ast.ClassDef)), None
+        (n.bases[0].id for n in ast.parse(definitions).body if isinstance(n, ast.ClassDef) and n.bases), None
     )
     call = ast.Call(check.func, [ast.Name("answer"), *check.args[1:]], check.keywords)
     loop = f"for number, answer in enumerate(odd):\n    verdict = {ast.unparse(call)}\n    {ONE_LINE}, number, verdict)"

@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from tools.exercises.experts import Operations
+from tools.exercises.forward import check_ep_forward
 from tools.exercises.on_ranks import check
 from tools.exercises.played import play_ranks
 from tools.exercises.verdict import NotYet, plain_verdict
@@ -30,6 +31,7 @@ __all__ = [
     "NotYet",
     "Operations",
     "check_dispatcher",
+    "check_ep_forward",
     "check_experts",
     "check_overflow",
     "plain_verdict",
