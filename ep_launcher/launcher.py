@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "7dee1df27f012c1ce27be58d748b71aaa43ae234930c8297f15340c8fbd1e64b"
+SOURCES_SHA256 = "4fd355012cd77601ee9bfe7be02b9b8cd97a4634774b32b2c74abe66530ffb75"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2655,7 +2655,6 @@ def weights_of_choices(weights: Tensor, order: RowOrder) -> Tensor:
     )
 
 
-# %% notebooks/06_grouped_experts.ipynb #local-dispatcher
 @register("dispatcher", "local")
 class LocalDispatcher(Dispatcher):
     """One rank: nothing travels, and what arrives is what was there."""
