@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "5d38357d3922d4fbfad72b7f97ddfa8a153baf6793d53a11bf3e65eee210b6e6"
+SOURCES_SHA256 = "5bdb0f28420dea5a915d34eb6e287d620243c259595c7cdc1d2143b2ad65868e"
 
 
 # ==========================================================================================================
@@ -586,9 +586,8 @@ def gather_padded(rows: Tensor, metadata: Tensor, comm: Communicator, purpose: s
     metadata = pad_rows(metadata, max(lengths))
     metadata[len(rows) :, IS_PADDING] = 1
     all_metadata = comm.all_gather(metadata, "metadata")
-    return AllGather.apply(pad_rows(rows, max(lengths)), comm, purpose).flatten(0, 1), all_metadata.flatten(
-        0, 1
-    )
+    all_rows = AllGather.apply(pad_rows(rows, max(lengths)), comm, purpose)
+    return all_rows.flatten(0, 1), all_metadata.flatten(0, 1)
 
 
 # %% notebooks/02_all_to_all.ipynb #dispatch-all-gather
@@ -809,11 +808,9 @@ class Experts(nn.Module):
         shapes = {"w1": (d, f), "b1": bias and (f,), "w2": (f, d), "b2": bias and (d,)}
         shapes |= {"w3": gated and (d, f), "b3": gated and bias and (f,)}
         for name, shape in shapes.items():
-            stacked = (
-                torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device)
-                if shape
-                else None
-            )
+            stacked = None
+            if shape:
+                stacked = torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device)
             self.register_parameter(name, None if stacked is None else nn.Parameter(stacked))
         self.own_range = f"{self.first_expert}-{self.first_expert + self.num_local - 1}"
         if comm.size > 1:
@@ -884,9 +881,8 @@ class SharedExperts(nn.Module):
 
     def __init__(self, config: MoEConfig, seed: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        wide = replace(
-            config, num_experts=1, top_k=1, ffn_dim=config.num_shared_experts * config.ffn_dim, extras=()
-        )
+        width = config.num_shared_experts * config.ffn_dim
+        wide = replace(config, num_experts=1, top_k=1, ffn_dim=width, extras=())
         self.expert = Experts(wide, Communicator.alone(), seed=f"{seed} shared", device=device)
 
     def reset_parameters(self) -> None:
@@ -1180,9 +1176,9 @@ def aux_loss(model: nn.Module) -> Tensor:
         layer.aux_shares.clear()
     if not shares:
         return next(model.parameters()).new_zeros((), dtype=torch.float32)
-    return (
-        torch.stack([share.to(shares[0].dtype) for share in shares]).sum() if len(shares) > 1 else shares[0]
-    )
+    if len(shares) == 1:
+        return shares[0]
+    return torch.stack([share.to(shares[0].dtype) for share in shares]).sum()
 
 
 def after_step(model: nn.Module) -> None:
@@ -1330,11 +1326,8 @@ def load_full_state_dict(
 
     def own(name: str, tensor: Tensor) -> Tensor:
         experts = owner.get(id(named.get(name)))
-        if (
-            experts is None
-            or tensor.shape[1:] != named[name].shape[1:]
-            or len(tensor) != experts.config.num_experts
-        ):
+        is_stacked = experts is not None and tensor.shape[1:] == named[name].shape[1:]
+        if not is_stacked or len(tensor) != experts.config.num_experts:
             return tensor  # where it does not fit, load_state_dict says so
         return tensor[experts.first_expert : experts.first_expert + experts.num_local]
 
@@ -1674,9 +1667,8 @@ class LoadHistory:
 # %% notebooks/04_training.ipynb #step-bytes
 def every_ranks_ids(topk_ids: Tensor, comm: Communicator) -> list[Tensor]:
     """topk_ids int64 [T, K] -> every rank's, by rank, on the CPU. Collective; under the meter's name `metadata`."""
-    lengths = (
-        comm.all_gather(torch.tensor([len(topk_ids)], device=topk_ids.device), "metadata").flatten().tolist()
-    )
+    own_length = torch.tensor([len(topk_ids)], device=topk_ids.device)
+    lengths = comm.all_gather(own_length, "metadata").flatten().tolist()
     padded = F.pad(topk_ids, (0, 0, 0, max(lengths) - len(topk_ids)))
     gathered = comm.all_gather(padded, "metadata").cpu()
     return [block[:length] for block, length in zip(gathered, lengths, strict=True)]
@@ -1693,9 +1685,8 @@ def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, i
         ids, config = every_ranks_ids(layer.topk_ids, layer.mesh.ep), layer.config
         arguments = ids, config.hidden_dim, DTYPES[config.dtype], x_needs_grad or number > 0
         for name, sent in layer.dispatcher.predict_bytes(*arguments).items():
-            totals[name] += sum_over_ranks(
-                int(sent[layer.mesh.ep.rank].sum()), layer.mesh.batch, layer.topk_ids.device
-            )
+            own = int(sent[layer.mesh.ep.rank].sum())
+            totals[name] += sum_over_ranks(own, layer.mesh.batch, layer.topk_ids.device)
     return totals
 
 
@@ -1868,13 +1859,11 @@ def train(run: Run) -> dict[str, Any]:
     make_task = REGISTRIES["task"][options.task]
     task = make_task(run.config, options.seed, run.num_global_tokens, mesh.batch, device)
     took = moe_layers(model)[0].took | {"step": pick_step(run, model)}
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.lr, fused=True, capturable=device.type == "cuda"
-    )
+    is_capturable = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True, capturable=is_capturable)
     advance = REGISTRIES["step"][took["step"]](run, model, task, optimizer)
-    run.log.write(
-        ", ".join(f"{kind} {name}" for kind, name in took.items()) + f", world size {mesh.batch.size}"
-    )
+    kinds = ", ".join(f"{kind} {name}" for kind, name in took.items())
+    run.log.write(f"{kinds}, world size {mesh.batch.size}")
     record = Record(run, model)
     for step in range(options.steps):
         run.step = step
@@ -2070,16 +2059,13 @@ def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> None:
     for extra in flags.pop("extras"):
         flags |= extra
     flags |= {"log_dir": relative_to_root(log_dir), "summary": relative_to_root(options.summary)}
-    summary = (
-        {"world_size": run.mesh.batch.size, "steps": options.steps}
-        | measured
-        | {
-            "config": flags,
-            "device": device_model(run.device),
-            "torch": torch.__version__,
-            "launcher_sha256": hashlib.sha256((LAUNCHER_DIR / "launcher.py").read_bytes()).hexdigest(),
-        }
-    )
+    made_by = {
+        "config": flags,
+        "device": device_model(run.device),
+        "torch": torch.__version__,
+        "launcher_sha256": hashlib.sha256((LAUNCHER_DIR / "launcher.py").read_bytes()).hexdigest(),
+    }
+    summary = {"world_size": run.mesh.batch.size, "steps": options.steps} | measured | made_by
     aside = Path(options.summary + ".part")
     aside.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     aside.replace(options.summary)
@@ -2366,7 +2352,7 @@ def copy_to_rows(x: Tensor, order: RowOrder, out: Tensor | None = None) -> Tenso
     the order has gaps. x and out may be the first columns of wider tensors."""
     (num_tokens, top_k), d, num_rows = order.row_of_choice.shape, x.shape[1], len(order.choice_of_row)
     if not uses_kernels(x):
-        rows = x[order.choice_of_row.clamp(min=0) // top_k] if num_tokens else x.new_zeros(num_rows, d)
+        rows = x[order.choice_of_row // top_k] if num_tokens else x.new_zeros(num_rows, d)
         rows = torch.where((order.choice_of_row < 0)[:, None], 0, rows) if order.has_gaps else rows
         return rows if out is None else out.copy_(rows)
     if out is None:
@@ -2557,10 +2543,10 @@ def swiglu_tiles(num_rows: int, num_columns: int) -> tuple[int, int, int]:
 
 
 def row_blocks(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
-    """The same rows of all tensors, block by block. On a CPU a block of [R, F] has 32,768 numbers, so that several
+    """The same rows of all tensors, block by block. On a CPU a block of [R, F] has 65,536 numbers, so that several
     steps in a row find it in the core's cache; on a GPU, where a step is a launch, it is everything."""
     first = tensors[0]
-    rows = max(1, len(first) if first.is_cuda else 2**15 // max(1, first.shape[1]))
+    rows = max(1, len(first) if first.is_cuda else 2**16 // max(1, first.shape[1]))
     for start in range(0, len(first), rows):
         yield [t if t is None else t[start : start + rows] for t in tensors]
 
