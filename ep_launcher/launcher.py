@@ -27,7 +27,16 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "5bdb0f28420dea5a915d34eb6e287d620243c259595c7cdc1d2143b2ad65868e"
+SOURCES_SHA256 = "da80f87715ae63f317e41821298b39c7875882c3fb33b06a1eb1e5d75a1bb2ec"
+
+if __name__ == "__main__":  # while modules are read, and ranks are looked for
+    import os
+    import signal
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    else:
+        signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
 
 # ==========================================================================================================
@@ -252,7 +261,7 @@ def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | Non
     """Joins the process group that torchrun announced: NCCL for GPUs, gloo for CPUs.
 
     Returns the rendezvous store, through which ranks tell one another where they are; None at world size 1,
-    where no group is needed.
+    where no group is needed. CollectiveError, which names them, where ranks do not come within timeout_s.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -261,8 +270,18 @@ def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | Non
     timeout = timedelta(seconds=timeout_s)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return dist.PrefixStore("ep_launcher", store)
+    notes = dist.PrefixStore("ep_launcher", store)
+    notes.set(f"came/{rank}", "")
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistError:
+        absent = [str(other) for other in range(world_size) if not notes.check([f"came/{other}"])]
+        if not absent:
+            raise
+        if notes.add("reported", 1) > 1:
+            time.sleep(5)  # one rank says it; when it leaves, torchrun ends the others
+        raise CollectiveError(f"rank {', '.join(absent)} did not join within {timeout_s:g} s") from None
+    return notes
 
 
 @dataclass(frozen=True)
@@ -1568,56 +1587,119 @@ class StepTimer:
         return statistics.median(a.elapsed_time(b) if self.on_gpu else (b - a) * 1e3 for a, b in pairs)
 
 
+# %% notebooks/04_training.ipynb #step-notes
+class StepNotes:
+    """The file that `launch` names in EP_STEPS: room for one warning, then 8 bytes a rank, the steps it has done.
+
+    It has its full size from the beginning, so a full disk takes nothing from it. Without EP_STEPS nothing is noted.
+    """
+
+    WARNING_BYTES = 512
+
+    def __init__(self) -> None:
+        path = os.environ.get("EP_STEPS")
+        self.file = os.open(path, os.O_RDWR) if path else None
+
+    def place(self, rank: int) -> int:
+        """Where a rank's number stands."""
+        return self.WARNING_BYTES + 8 * rank
+
+    def note(self, rank: int, steps: int) -> None:
+        """This rank has done so many steps. Costs about 1 us."""
+        if self.file is not None:
+            os.pwrite(self.file, steps.to_bytes(8, "little"), self.place(rank))
+
+    def steps(self, rank: int) -> int:
+        """The steps that a rank of this machine has done; 0 where nobody noted them."""
+        return 0 if self.file is None else int.from_bytes(os.pread(self.file, 8, self.place(rank)), "little")
+
+    def warn(self, line: str) -> None:
+        """One line to whoever started the run: through the file, else on stderr."""
+        if self.file is not None:
+            os.pwrite(self.file, line.encode()[: self.WARNING_BYTES], 0)
+        else:
+            with contextlib.suppress(OSError):
+                print(line, file=sys.stderr, flush=True)
+
+
 # %% notebooks/04_training.ipynb #run-log
 class RunLog:
     """What rank 0 writes: the log lines (screen and train.log), TensorBoard, the progress bar. Others: nothing.
 
-    ValueError where log_dir cannot be written.
+    ValueError where log_dir cannot be written. What cannot be written later costs one warning, and the run goes on.
     """
 
     def __init__(self, log_dir: Path, num_steps: int, rank: int) -> None:
-        self.writer = self.bar = self.steps = None
+        self.log_dir, self.rank, self.notes = log_dir, rank, StepNotes()
+        self.writer, self.bar, self.has_warned = None, None, True  # until all stands, no warning
         if rank != 0:
             return
-        try:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            self.text = (log_dir / "train.log").open("a", encoding="utf-8", buffering=1)
-        except OSError as error:
-            raise ValueError(f"cannot write logs to {log_dir} ({error.strerror}); set --log-dir") from None
         from torch.utils.tensorboard import SummaryWriter  # a second's import that only rank 0 needs
         from tqdm import tqdm  # whoever imports the layer alone needs neither
 
-        self.writer = SummaryWriter(str(log_dir), purge_step=0)
+        self.usual_hook, threading.excepthook = threading.excepthook, self.on_thread_error
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+            (log_dir / "train.log").open("a").close()
+            self.writer = SummaryWriter(str(log_dir), purge_step=0)
+        except OSError as error:
+            raise ValueError(f"cannot write logs to {log_dir} ({error.strerror}); set --log-dir") from None
+        self.has_warned = False
         self.bar = tqdm(total=num_steps, unit="step", disable=None, dynamic_ncols=True)
-        if path := os.environ.get("EP_STEPS"):
-            self.steps = os.open(path, os.O_WRONLY)
+
+    def on_thread_error(self, args: Any) -> None:
+        """TensorBoard writes in a thread of its own, whose errors come here."""
+        is_ours = type(args.thread).__module__.startswith("tensorboard.")
+        self.warn(args.exc_value, self.log_dir) if is_ours else self.usual_hook(args)
+
+    @contextlib.contextmanager
+    def going_on(self, stream: Any = None) -> Iterator[None]:
+        """Inside, what cannot be written costs one warning; a stream that fails writes nowhere from then on."""
+        try:
+            yield
+        except OSError as error:
+            self.warn(error, Path(os.path.realpath(f"/dev/fd/{stream.fileno()}")) if stream else self.log_dir)
+            if stream:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    def warn(self, error: OSError, path: Path) -> None:
+        """Names the disk, the first time that something cannot be written."""
+        if not self.has_warned:
+            self.has_warned, disk = True, path.absolute()
+            while not disk.is_mount():
+                disk = disk.parent
+            said = f"cannot write to {path}, on the disk of {disk} ({error.strerror})"
+            self.notes.warn(f"warning: {said}; the training goes on")
 
     def advance(self, step: int) -> None:
-        """This step is done: moves the bar, and tells whoever waits at EP_STEPS, in about 1 us."""
+        """This step is done."""
+        self.notes.note(self.rank, step + 1)
         if self.bar:
             self.bar.update()
-        if self.steps is not None:
-            os.pwrite(self.steps, (step + 1).to_bytes(8, "little"), 0)
 
     def write(self, line: str) -> None:
         """A line on the screen and in train.log."""
-        if self.writer:
+        if not self.bar:
+            return
+        with self.going_on(sys.stdout):
             self.bar.write(line)
             sys.stdout.flush()
-            self.text.write(line + "\n")
+        with self.going_on(), (self.log_dir / "train.log").open("a", encoding="utf-8") as text:
+            text.write(line + "\n")
 
-    def scalars(self, step: int, **values: float) -> None:
-        """`loss__task=0.1` becomes TensorBoard's `loss/task`."""
-        for name, value in values.items():
-            if self.writer:
-                self.writer.add_scalar(name.replace("__", "/"), value, step)
+    def show(self, kind: str, step: int, **values: Any) -> None:
+        """For TensorBoard, on rank 0: kind is scalar, histogram or image; `loss__task=0.1` is its `loss/task`."""
+        for name, value in values.items() if self.writer else ():
+            with self.going_on():
+                getattr(self.writer, f"add_{kind}")(name.replace("__", "/"), value, step)
 
     def close(self) -> None:
         """Everything to disk."""
-        if self.writer:
+        if self.bar:
             self.bar.close()
-            self.writer.close()
-            self.text.close()
+            with self.going_on():
+                self.writer.close()
+            threading.excepthook = self.usual_hook
 
 
 # %% notebooks/04_training.ipynb #load-history
@@ -1657,11 +1739,13 @@ class LoadHistory:
         return 1 - (history / history.amax(dim=0).clamp(min=1))[None]
 
     def show(self, log: RunLog, step: int) -> None:
-        """The last interval as histogram, all of them as an image."""
+        """The last interval as histogram. All of them as an image at the 1st, 2nd, 4th, 8th ... time: each image holds
+        everything before it, and the files would grow with the square of the intervals."""
         if log.writer:
             load = self.rows[-1][:, :-1].double()
-            log.writer.add_histogram("load/per_expert", load / load.mean(1, keepdim=True).clamp(min=1), step)
-            log.writer.add_image("load/over_time", self.image(), step)
+            log.show("histogram", step, load__per_expert=load / load.mean(1, keepdim=True).clamp(min=1))
+            if len(self.rows).bit_count() == 1:
+                log.show("image", step, load__over_time=self.image())
 
 
 # %% notebooks/04_training.ipynb #step-bytes
@@ -1740,7 +1824,7 @@ def log_losses(run: Run, step: int, task: float, aux: float, seconds: float) -> 
     total = task + run.options.aux_alpha * aux
     line = f"task={task:.6f} aux={aux:.6f} total={total:.6f} interval_s={seconds:.2f}"
     run.log.write(f"[step {step:05d}] {line}")
-    run.log.scalars(step, loss__task=task, loss__aux=aux, loss__total=total, time__interval_s=seconds)
+    run.log.show("scalar", step, loss__task=task, loss__aux=aux, loss__total=total, time__interval_s=seconds)
 
 
 class Record:
@@ -1796,6 +1880,8 @@ def measured_summary(record: Record) -> dict[str, Any]:
     sent = meter.total(*PASSES) - record.bytes_before
     metadata = meter.total("metadata") // run.options.steps
     record.history.end_interval(batch)
+    if run.log.writer:
+        run.log.show("image", run.options.steps, load__over_time=record.history.image())
     tail = torch.stack(record.tail)
     check_finite(tail.sum(0), run.options.steps - 1)
     max_load_over_mean, dropped_fraction = record.history.newest()
@@ -1939,6 +2025,7 @@ def load_plugin(argv: list[str] | None) -> None:
     if path is None:
         return
     sys.modules["ep_launcher.launcher"] = sys.modules[register.__module__]
+    path = os.path.expanduser(path)
     try:
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -1953,6 +2040,8 @@ def parse_flags(argv: list[str] | None = None) -> tuple[MoEConfig, TrainingOptio
     """Command line -> config, with later chapters' groups as extras, and training options. ValueError if bad."""
     load_plugin(argv)
     values = vars(make_parser().parse_args(argv))
+    for name in ("log_dir", "summary"):  # a shell leaves the ~ in --log-dir=~/runs to us
+        values[name] = os.path.expanduser(values[name]) if values[name] else None
     groups = {}
     for group in OPTION_GROUPS:
         names = [f.name for f in fields(group) if f.metadata.get("flag", True)]
@@ -1991,10 +2080,35 @@ def check_memory(parts: dict[str, int], device: torch.device) -> None:
         )
 
 
+# %% notebooks/05_launch.ipynb #replace-file
+def replace_file(path: str | Path, text: str | None) -> None:
+    """Puts a file with this text at path, as a whole: written aside, then renamed. None: only tries whether that goes.
+
+    ValueError where it does not: a folder, a device or a link in its place, a full disk, a name too long.
+    """
+    place = Path(path)
+    aside = place.parent / f".{os.getpid()}.part"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(place)
+            if place.is_symlink() or not place.is_file():
+                raise OSError(0, "there is something else than a file")
+        aside.write_text(" " * 2**16 if text is None else text, encoding="utf-8")
+        if text is not None:
+            aside.replace(place)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path} ({error.strerror}); name a file in a folder that is there"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
 # %% notebooks/05_launch.ipynb #check-run
 def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     """This rank's device. ValueError, before anything starts, where config, world and machine do not fit."""
-    _, world_size, _, _ = world_from_env()
+    rank, world_size, _, _ = world_from_env()
     config.num_local_experts(world_size)
     num_tokens = 32 * world_size if options.tokens is None else options.tokens
     share = shard_sizes(num_tokens, world_size)[0]
@@ -2003,8 +2117,8 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
             f"{num_tokens} tokens over {world_size} ranks are up to {share} a rank, above max_num_tokens "
             f"{config.max_num_tokens}; lower --tokens or raise --max-num-tokens"
         )
-    if options.summary and not os.access(Path(options.summary).resolve().parent, os.W_OK):
-        raise ValueError(f"cannot write the summary to {options.summary}; make its folder first")
+    if options.summary and rank == 0:
+        replace_file(options.summary, None)
     device = choose_device(options.device)
     check_memory(bytes_a_rank(config, num_tokens, world_size), device)
     for check_training in config.hooks("check_training"):
@@ -2028,9 +2142,18 @@ def refuse(message: str) -> int:
 LAUNCHER_DIR = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 
 
-def default_log_dir() -> Path:
-    """TB_LOGDIR, or a new folder in ep_launcher/runs, named by the time."""
-    return Path(os.environ.get("TB_LOGDIR") or LAUNCHER_DIR / "runs" / time.strftime("%Y%m%d-%H%M%S"))
+def make_log_dir() -> Path:
+    """TB_LOGDIR, or a new folder in ep_launcher/runs, named by the time; -2, -3 ... for later ones."""
+    if given := os.environ.get("TB_LOGDIR"):
+        return Path(given).expanduser()
+    first, number = LAUNCHER_DIR / "runs" / time.strftime("%Y%m%d-%H%M%S"), 1
+    while True:
+        folder = first.with_name(first.name + f"-{number}" * (number > 1))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
 
 
 def relative_to_root(path: str | Path) -> str:
@@ -2050,11 +2173,11 @@ def device_model(device: torch.device) -> str:
 
 
 # %% notebooks/05_launch.ipynb #write-summary
-def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> None:
-    """The summary as JSON, where --summary asks for it; rank 0 only. Written aside, then renamed."""
+def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> int:
+    """The summary as JSON, where --summary asks for it; rank 0 only -> exit code. A full disk: in the log."""
     options = run.options
     if not options.summary or run.mesh.batch.rank != 0:
-        return
+        return 0
     flags = asdict(run.config) | asdict(options)
     for extra in flags.pop("extras"):
         flags |= extra
@@ -2066,35 +2189,43 @@ def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> None:
         "launcher_sha256": hashlib.sha256((LAUNCHER_DIR / "launcher.py").read_bytes()).hexdigest(),
     }
     summary = {"world_size": run.mesh.batch.size, "steps": options.steps} | measured | made_by
-    aside = Path(options.summary + ".part")
-    aside.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    aside.replace(options.summary)
+    try:
+        replace_file(options.summary, json.dumps(summary, indent=1) + "\n")
+    except ValueError as error:
+        run.log.write(f"summary: {json.dumps(summary)}")
+        print(f"error: {error}; the log holds the summary", file=sys.stderr, flush=True)
+        return 1
+    return 0
 
 
 # %% notebooks/05_launch.ipynb #stragglers
-def describe_positions(positions: list[tuple[int, int]]) -> str:
-    """One line on the ranks that entered fewer collectives than the others. positions: (step, collectives) by rank."""
+def describe_positions(positions: list[tuple[int, int]], silent: tuple[int, ...] = ()) -> str:
+    """One line on the ranks that entered fewer collectives than the others. positions: (step, collectives) by rank;
+    silent: ranks that say nothing any more, so that they may have entered more."""
     furthest = max(positions, key=lambda position: position[1])
     behind = [rank for rank, position in enumerate(positions) if position[1] < furthest[1]]
     if not behind:
         return f"all ranks are at step {furthest[0]}, after {furthest[1]} collectives"
-    return "; ".join(
-        f"rank {rank} stayed behind at step {positions[rank][0]}, after {positions[rank][1]} collectives "
-        f"(the others: step {furthest[0]}, {furthest[1]})"
-        for rank in behind
-    )
+    lines = []
+    for rank in behind:
+        step, count = positions[rank]
+        line = f"rank {rank} stayed behind at step {step}, after {count} collectives"
+        if rank in silent:
+            line = f"rank {rank} stands still, last heard of at step {step}: stopped, or its code keeps Python's lock"
+        lines.append(f"{line} (the others: step {furthest[0]}, {furthest[1]})")
+    return "; ".join(lines)
 
 
 # %% notebooks/05_launch.ipynb #heartbeat
 class Heartbeat:
     """Tells the other ranks, twice a second, how far this run has come; finds the straggler when it hangs.
 
-    A background thread writes `step collectives` to the store, also while the main thread waits.
+    A background thread writes `step collectives beat` to the store, also while the main thread waits.
     """
 
     def __init__(self, store: dist.Store | None, run: Run) -> None:
         self.store, self.run, self.meter = store, run, run.mesh.meter
-        self.stopped = threading.Event()
+        self.stopped, self.num_beats = threading.Event(), 0
         self.thread = threading.Thread(target=self.beat_until_stopped, daemon=True)
         if store is not None:
             self.beat()
@@ -2102,7 +2233,9 @@ class Heartbeat:
 
     def beat(self) -> None:
         """Writes this rank's position."""
-        self.store.set(f"position/{self.meter.rank}", f"{self.run.step} {self.meter.num_collectives}")
+        self.num_beats += 1
+        note = f"{self.run.step} {self.meter.num_collectives} {self.num_beats}"
+        self.store.set(f"position/{self.meter.rank}", note)
 
     def beat_until_stopped(self) -> None:
         """The thread: beats until stopped, or until the store is gone."""
@@ -2116,13 +2249,23 @@ class Heartbeat:
         if self.thread.is_alive():
             self.thread.join(timeout=5)
 
-    def stragglers(self) -> str:
-        """One line on the ranks that entered fewer collectives than the others. Waits 1.2 s for their beats."""
-        time.sleep(1.2)
+    def positions(self) -> list[list[int]]:
+        """Everybody's newest note; empty where not every rank has started."""
         keys = [f"position/{rank}" for rank in range(self.meter.size)]
         if not all(self.store.check([key]) for key in keys):
+            return []
+        return [list(map(int, self.store.get(key).split())) for key in keys]
+
+    def stragglers(self) -> str:
+        """One line on the ranks that entered fewer collectives than the others. Waits 1.2 s for their beats."""
+        before = self.positions()
+        time.sleep(1.2)
+        after = self.positions()
+        if not after:
             return "not every rank has started"
-        return describe_positions([tuple(map(int, self.store.get(key).split())) for key in keys])
+        silent = tuple(rank for rank, note in enumerate(after) if before and note[2] == before[rank][2])
+        noted = self.run.log.notes.steps
+        return describe_positions([(max(n[0], noted(rank)), n[1]) for rank, n in enumerate(after)], silent)
 
     def first_to_report(self) -> bool:
         """True on the first rank that asks: the one that prints what went wrong."""
@@ -2147,7 +2290,9 @@ def report_failure(heartbeat: Heartbeat, error: Exception) -> int:
 
 
 def interrupt(signum: int, frame: Any) -> None:
-    """Signal handler: SIGTERM, torchrun's way to stop a rank, ends the run as Ctrl-C does."""
+    """Signal handler: SIGTERM, torchrun's way to stop a rank, ends a run as Ctrl-C does; once."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -2185,26 +2330,29 @@ def schedule_in_batches() -> None:
 # %% notebooks/05_launch.ipynb #run-training
 def run_training(config: MoEConfig, options: TrainingOptions, device: torch.device) -> int:
     """One rank's whole run -> exit code: 0, 1 where a rank or the loss failed, 130 where it was stopped."""
-    rank, log_dir = world_from_env()[0], Path(options.log_dir or default_log_dir())
+    rank = world_from_env()[0]
     try:
+        log_dir = Path(options.log_dir or (make_log_dir() if rank == 0 else ""))
         log = RunLog(log_dir, options.steps, rank)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return refuse(str(error))
     if device.type == "cpu":
         schedule_in_batches()
     store = init_distributed(device, options.timeout_s)
     run = Run(config, options, init_ep(), device, log)
     heartbeat = Heartbeat(store, run)
-    signal.signal(signal.SIGTERM, interrupt)
+    usual = signal.getsignal(signal.SIGINT)
     try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, interrupt)
         measured = train(run)
-        write_summary(run, measured, log_dir)
+        code = write_summary(run, measured, log_dir)
         log.write(
             f"task loss {measured['final_task_loss']:.6f} after {options.steps} steps on {run.mesh.batch.size} "
             f"{device.type} rank(s), {measured['ms_per_step']:.2f} ms a step"
         )
         log.write(f"logs in {relative_to_root(log_dir)}; to look at them: make tensorboard")
-        return 0
+        return code
     except CannotRun as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # refuse waits for torchrun's
         return refuse(str(error))
@@ -2217,6 +2365,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
         heartbeat.first_to_report()  # the traceback below says it; the ranks that lose this one are silent
         raise
     finally:
+        signal.signal(signal.SIGINT, usual)
         heartbeat.stop()
         log.close()
 
@@ -2231,7 +2380,13 @@ def main(argv: list[str] | None = None) -> int:
         device = check_run(config, options)
     except ValueError as error:
         return refuse(str(error))
-    code = run_training(config, options, device)
+    try:
+        code = run_training(config, options, device)
+    except CollectiveError as error:  # a rank that never came
+        code = 1
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:  # while another failure was being told
+        code = 130
     if code:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -3773,9 +3928,9 @@ def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
 
 def show_routing(log: RunLog, step: int, layer: EPMoE) -> None:
     """TensorBoard's routing/entropy and, where there is one, the bias as histogram routing/bias. Collective."""
-    log.scalars(step, routing__entropy=float(mean_entropy(layer.probs, layer.mesh.batch)))
-    if log.writer and layer.balance.choice_bias is not None:
-        log.writer.add_histogram("routing/bias", layer.balance.choice_bias, step)
+    log.show("scalar", step, routing__entropy=float(mean_entropy(layer.probs, layer.mesh.batch)))
+    if layer.balance.choice_bias is not None:
+        log.show("histogram", step, routing__bias=layer.balance.choice_bias)
 
 
 # %% notebooks/09_balance.ipynb #routing-options
@@ -3824,12 +3979,14 @@ class RoutingOptions(Options):
         check_routing(self, config)
 
     def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
-        """ValueError where a setting would do nothing: a bias's speed without the bias, a length without its loss."""
-        usual = RoutingOptions()
-        if self.bias_speed != usual.bias_speed and not issubclass(
-            REGISTRIES["balance"][config.balance], BiasBalance
-        ):
+        """ValueError where a setting would do nothing: a bias's speed without the bias, a weight that is multiplied by
+        0, a length without its loss."""
+        usual, has_bias = RoutingOptions(), issubclass(REGISTRIES["balance"][config.balance], BiasBalance)
+        if self.bias_speed != usual.bias_speed and not has_bias:
             raise ValueError(f"bias_speed {self.bias_speed} does nothing without a bias; take --balance bias")
+        for name in ("z_alpha", "sequence_alpha"):
+            if (value := getattr(self, name)) and not training.aux_alpha:
+                raise ValueError(f"{name} {value} does nothing with aux_alpha 0; raise --aux-alpha")
         if self.sequence_length != usual.sequence_length and not self.sequence_alpha:
             raise ValueError(
                 f"sequence_length {self.sequence_length} does nothing without its loss; set --sequence-alpha"
@@ -3922,17 +4079,21 @@ def pack_slots(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_slots: int
     return packed
 
 
-def sum_at_home(rows: Tensor, num_tokens: int, comm: Communicator, purpose: str) -> Tensor:
-    """rows [W * S, n], a block for every rank -> [T, n]: all ranks' sums for this one's tokens, a reduce-scatter.
+def rows_at_home(num_tokens: int, num_slots: int, num_ranks: int, device: torch.device) -> Tensor:
+    """int64 [T, W]: token t's row in each rank's block of S slots."""
+    rows = torch.arange(num_ranks * num_slots, device=device).view(num_ranks, num_slots)
+    return rows.t()[:num_tokens].contiguous()
 
-    Blocks travel in the rows' dtype and are added in float32 or wider, in the order of the ranks. Sends S rows to each
-    other rank. No host synchronisation.
+
+def sum_at_home(blocks: Tensor, at_home: Tensor, comm: Communicator, purpose: str) -> Tensor:
+    """blocks [W * S, n], one for every rank -> [T, n]: all ranks' sums for this one's tokens, a reduce-scatter.
+
+    at_home int64 [T, W]: see rows_at_home. Blocks travel in their dtype and are added in float32 or wider, in the order
+    of the ranks. Sends S rows to each other rank. No host synchronisation.
     """
-    num_slots = len(rows) // comm.size
-    blocks = comm.all_to_all(rows, [num_slots] * comm.size, [num_slots] * comm.size, purpose)
-    row = torch.arange(len(rows), device=rows.device)
-    row_of_rank = row.view(comm.size, num_slots).t()[:num_tokens].contiguous()  # token t's row in each block
-    return sum_rows(blocks, RowOrder(row_of_rank, row, row[:0]))
+    splits = [len(blocks) // comm.size] * comm.size
+    rows = comm.all_to_all(blocks, splits, splits, purpose)
+    return sum_rows(rows, RowOrder(at_home, at_home, at_home))  # of which it needs row_of_choice alone
 
 
 # %% notebooks/10_less_traffic.ipynb #gather-autograd
@@ -3945,10 +4106,11 @@ class GatherTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, num_slots: int, comm: Communicator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.comm, (num_tokens, top_k), d = comm, topk_ids.shape, x.shape[1]
-        ctx.num_tokens = num_tokens
+        ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, at_home: Tensor, num_slots: int,
+        comm: Communicator,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx.comm, top_k, d = comm, topk_ids.shape[1], x.shape[1]
+        ctx.save_for_backward(at_home)
         packed = pack_slots(x, topk_ids, topk_weights, num_slots)
         everyones = comm.all_gather(packed, "dispatch").flatten(0, 1)
         weights, ids = get_riders(everyones, d, 2 * top_k).split(top_k, dim=1)
@@ -3960,20 +4122,20 @@ class GatherTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
-        grad_x = None
+        (at_home,), grad_x = ctx.saved_tensors, None
         if ctx.needs_input_grad[0]:
-            grad_x = sum_at_home(grad_rows, ctx.num_tokens, ctx.comm, "dispatch backward")
-        home = sum_at_home(grad_weights, ctx.num_tokens, ctx.comm, "dispatch backward")
-        return grad_x, home, None, None, None
+            grad_x = sum_at_home(grad_rows, at_home, ctx.comm, "dispatch backward")
+        home = sum_at_home(grad_weights, at_home, ctx.comm, "dispatch backward")
+        return grad_x, home, None, None, None, None
 
 
 class SumAtHome(torch.autograd.Function):
     """y [W * S, D], partial sums for every rank's slots -> [T, D], this rank's sums. Backward is an all-gather."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, num_tokens: int, comm: Communicator) -> Tensor:
-        ctx.comm, ctx.padding = comm, len(y) // comm.size - num_tokens
-        return sum_at_home(y, num_tokens, comm, "combine")
+    def forward(ctx: Any, y: Tensor, at_home: Tensor, comm: Communicator) -> Tensor:
+        ctx.comm, ctx.padding = comm, len(y) // comm.size - len(at_home)
+        return sum_at_home(y, at_home, comm, "combine")
 
     @staticmethod
     @once_differentiable
@@ -4003,6 +4165,15 @@ class TrafficOptions(Options):
         for name, value in vars(self).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, and must be at least 1")
+
+    def check_training(self, config: MoEConfig, training: Any) -> None:
+        """ValueError where the dispatcher does not ask for machines."""
+        kind = REGISTRIES["dispatcher"].get(config.dispatcher)
+        if self.ranks_per_host is not None and not getattr(kind, "uses_machines", False):
+            raise ValueError(
+                f"ranks_per_host {self.ranks_per_host} does nothing with dispatcher {config.dispatcher}; "
+                "take --dispatcher two_stage"
+            )
 
     def for_run(self, run: Any) -> "TrafficOptions":
         """These options, with the run's largest share of tokens."""
@@ -4049,14 +4220,15 @@ class GatherTokensDispatcher(Dispatcher):
             num_slots = int(self.comm.all_gather(length, "metadata").max())
         if len(x) > num_slots:
             raise ValueError(f"{len(x)} tokens on one rank, and gather_tokens was made for {num_slots}")
-        rows, weights, ids = GatherTokens.apply(x, topk_weights, topk_ids, num_slots, self.comm)
+        at_home = rows_at_home(len(x), num_slots, self.comm.size, x.device)
+        rows, weights, ids = GatherTokens.apply(x, topk_weights, topk_ids, at_home, num_slots, self.comm)
         own = ids - self.comm.rank * local  # below 0 too where no choice was sent
         ids = torch.where((own >= 0) & (own < local), own, -1)
         most = len(rows) * min(topk_ids.shape[1], local)
-        return Arrived(rows, ids, weights, len(x), max_pairs=most)
+        return Arrived(rows, ids, weights, at_home, max_pairs=most)
 
-    def begin_combine(self, y: Tensor, handle: int) -> Tensor:
-        """See Dispatcher. Sends S rows to each other rank; handle is this rank's number of tokens."""
+    def begin_combine(self, y: Tensor, handle: Tensor) -> Tensor:
+        """See Dispatcher. Sends S rows to each other rank; handle as rows_at_home has it."""
         return SumAtHome.apply(y, handle, self.comm)
 
     def predict_bytes(
@@ -4365,6 +4537,8 @@ class TwoStageHandle:
 @register("dispatcher", "two_stage")
 class TwoStageDispatcher(Dispatcher):
     """`dedup` between machines, to the rank of the same place there; then `dedup` inside (chapter 10)."""
+
+    uses_machines = True  # asks which ranks share one, so --ranks-per-host has a meaning
 
     def __init__(self, num_experts: int, comm: Communicator, ranks_per_host: int | None = None) -> None:
         super().__init__(num_experts, comm)

@@ -150,11 +150,11 @@ def start_host(name: str, number: int, program: list[str], log: Path, nproc: int
     environment = torchrun_environment(flags, threads=True)
     environment |= {"GLOO_SOCKET_IFNAME": INTERFACE, "TP_SOCKET_IFNAME": INTERFACE}
     environment.pop("TB_LOGDIR", None)  # it would win over --log-dir
-    command = ("torchrun", log.with_suffix(".json"), *flags, *program)
+    command, inside = ("torchrun", log.with_suffix(".json")), ("ip", "netns", "exec", name)
     with open(log, "wb") as file:
-        return start_worker(
-            *command, output=file, environment=environment, before=("ip", "netns", "exec", name)
-        )
+        host = start_worker(*command, output=file, environment=environment, before=inside)
+    host.tell([*flags, *program], environment)
+    return host
 
 
 def wait_for(hosts: list[Family], limit_s: float) -> bool:

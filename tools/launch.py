@@ -52,6 +52,7 @@ __all__ = ["LaunchError", "is_live_notebook", "launch", "load_ipython_extension"
 FAILED_S = (
     6.0  # what ranks get once one has left with an error; torchrun would wait 30 s for one that is stuck
 )
+WARNING_BYTES = 512  # of EP_STEPS, before the steps (launcher.py, StepNotes)
 SILENT_S = 20.0  # so long without a first step, and a line says what is waited for
 
 
@@ -70,7 +71,7 @@ def new_folder(path: Path) -> Path:
 def make_log_folder(given: str | None) -> tuple[Path, Path, list[Path]]:
     """(the run's log folder, a new folder for the ranks' output in it, the folders made, innermost first).
 
-    The ranks' folder is a temporary one where the log folder cannot be written: the ranks then say so.
+    The ranks' folder is a temporary one where nothing can be written to the log folder: the ranks then say so.
     """
     runs = LAUNCHER.parent / "runs"
     folder = ROOT / given if given else runs / time.strftime("%Y%m%d-%H%M%S")
@@ -82,7 +83,10 @@ def make_log_folder(given: str | None) -> tuple[Path, Path, list[Path]]:
             runs.mkdir(exist_ok=True)
             folder = new_folder(folder)
             made = [folder]
-        return folder, new_folder(folder / "ranks"), made
+        ranks = new_folder(folder / "ranks")
+        (ranks / "try").write_bytes(bytes(2**16))  # the disk may be full
+        (ranks / "try").unlink()
+        return folder, ranks, made
     except OSError:
         return folder, Path(tempfile.mkdtemp(prefix="ep-ranks-")), made
 
@@ -103,25 +107,29 @@ def waited_for(output: RankOutput, family: Family, flags: list[str]) -> str:
 
 
 def run_torchrun(
-    command: list[str], environment: dict[str, str], output: RankOutput, scratch: Path, limit_s: float | None
+    family: Family,
+    command: list[str],
+    environment: dict[str, str],
+    output: RankOutput,
+    scratch: Path,
+    limit_s: float | None,
 ) -> tuple[int, dict[str, Any], list[int]]:
-    """Runs torchrun until it ends -> (exit code, worker.py's report, the ranks that SIGSTOP held at the failure).
-
-    Ends everything on any exception.
+    """Tells torchrun what to run, until it ends -> (exit code, worker.py's report, the ranks that SIGSTOP held at the
+    failure). Ends everything on any exception.
     """
-    report, steps = scratch / "report.json", scratch / "steps"
-    steps.write_bytes(bytes(8))
-    with open(output.folder.parent / "torchrun.log", "wb") as log:
-        family = start_worker("torchrun", report, *command, output=log, environment=environment)
+    report, steps, warning = scratch / "report.json", scratch / "steps", ""
     process, start, failed_at, stopped = family.process, time.monotonic(), None, []
     is_silent = "EP_STEPS" in environment
+    family.tell(command, environment)
     try:
         while process.poll() is None:
             family.note()
             output.poll()
-            now, done = time.monotonic() - start, int.from_bytes(steps.read_bytes(), "little")
-            if done:
+            now, notes = time.monotonic() - start, steps.read_bytes()
+            if done := int.from_bytes(notes[WARNING_BYTES:][:8], "little"):
                 output.bar.reach(done)
+            if not warning and (warning := notes[:WARNING_BYTES].rstrip(b"\0").decode(errors="replace")):
+                output.bar.print(warning, sys.stderr)
             if is_silent and (done or now > SILENT_S):
                 is_silent = False
                 if not done and (line := waited_for(output, family, command)):
@@ -142,10 +150,38 @@ def run_torchrun(
 
 
 def run_command(
-    flags: list[str], arguments: list[str], script: Path, *, quiet: bool, limit_s: float | None
+    of_torchrun: dict[str, Any], arguments: list[str], script: Path, *, quiet: bool, limit_s: float | None
 ) -> dict[str, Any]:
     """One run, from flags to its summary. LaunchError where it fails."""
-    arguments = place_paths(arguments)
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix="ep-launch-"))
+        with open(scratch / "torchrun.log", "wb") as log:
+            # torchrun reads its modules while the flags are checked, which takes as long.
+            family = start_worker(
+                "torchrun", scratch / "report.json", output=log, environment=dict(os.environ)
+            )
+    except OSError as error:
+        raise LaunchError(
+            f"cannot write temporary files ({error.strerror}); set TMPDIR", returncode=2
+        ) from None
+    try:
+        return run_started(family, of_torchrun, arguments, script, scratch, quiet, limit_s)
+    finally:
+        family.end(patience_s=0)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def run_started(
+    family: Family,
+    of_torchrun: dict[str, Any],
+    arguments: list[str],
+    script: Path,
+    scratch: Path,
+    quiet: bool,
+    limit_s: float | None,
+) -> dict[str, Any]:
+    """run_command, once torchrun is on its way; scratch: a folder for what is only needed while it runs."""
+    flags, arguments = torchrun_flags(**of_torchrun), place_paths(arguments)
     values = check_flags(arguments, script)
     if not quiet:
         print(shlex.join(["torchrun", *flags, shown_path(script), *arguments]), flush=True)
@@ -156,9 +192,9 @@ def run_command(
     environment = torchrun_environment(flags, threads=values.get("device") != "cuda")
     if not values.get("log_dir"):
         environment["TB_LOGDIR"] = str(log_dir)
-    scratch = Path(tempfile.mkdtemp(prefix="ep-launch-"))
     summary = ROOT / values["summary"] if values.get("summary") else scratch / "summary.json"
     wanted = ["--summary", str(summary)] if values and not values.get("summary") else []
+    (scratch / "steps").write_bytes(bytes(2**13))  # for 960 ranks
     if values:
         environment["EP_STEPS"] = str(scratch / "steps")
     (ranks_dir / "now").mkdir()
@@ -167,7 +203,7 @@ def run_command(
     command = [*flags, "--redirects=3", f"--log-dir={output.folder}", str(script), *arguments, *wanted]
     logs, lines = shown_path(ranks_dir), []
     try:
-        code, report, stopped = run_torchrun(command, environment, output, scratch, limit_s)
+        code, report, stopped = run_torchrun(family, command, environment, output, scratch, limit_s)
         if code:
             rank, lines = describe_failure(report, output.errors, stopped)
             where = [f"whole output: {logs}"] if len(lines) > 1 else []
@@ -186,9 +222,9 @@ def run_command(
     finally:
         bar.close()
         output.settle()
-        shutil.rmtree(scratch, ignore_errors=True)
-        if not (log := ranks_dir / "torchrun.log").exists() or not log.stat().st_size:
-            log.unlink(missing_ok=True)
+        if (log := scratch / "torchrun.log").stat().st_size:
+            with contextlib.suppress(OSError):
+                shutil.copy(log, ranks_dir)
         if len(lines) == 1:  # a refusal: nothing to look at
             shutil.rmtree(ranks_dir, ignore_errors=True)
             for folder in made:
@@ -229,7 +265,8 @@ def launch(
                 check_kernel_definitions(kernel().user_ns)
     except RuntimeError as error:
         raise LaunchError(str(error), returncode=2) from None
-    of_torchrun = torchrun_flags(nproc, nnodes, master_port, rdzv_endpoint, rdzv_id, rdzv_conf)
+    of_torchrun = {"nproc": nproc, "nnodes": nnodes, "master_port": master_port, "rdzv_endpoint": rdzv_endpoint,
+                   "rdzv_id": rdzv_id, "rdzv_conf": rdzv_conf}  # fmt: skip
     return run_command(of_torchrun, flag_arguments(flags), script, quiet=quiet, limit_s=limit_s)
 
 
@@ -275,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(command_parser().format_help(), "\nThe flags of launcher.py:\n", sep="\n")
             print(launcher.make_parser().format_help())
             return 0
-        run_command(torchrun_flags(**of_torchrun), rest, LAUNCHER, quiet=False, limit_s=None)
+        run_command(of_torchrun, rest, LAUNCHER, quiet=False, limit_s=None)
         return 0
     except (LaunchError, RuntimeError) as error:  # RuntimeError: a stale launcher
         print(f"error: {error}", file=sys.stderr)

@@ -31,12 +31,15 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import nbformat
-import psutil
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from nbformat import NotebookNode
-from tqdm import tqdm
+if __name__ == "__main__":  # Ctrl-C while modules are read is one line, too
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+
+import nbformat  # noqa: E402
+import psutil  # noqa: E402
+from nbclient import NotebookClient  # noqa: E402
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError  # noqa: E402
+from nbformat import NotebookNode  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_TIMEOUT_S = 300.0
@@ -383,6 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line -> exit code."""
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         options = arguments(argv)
         jobs = [(path, read(path, options.in_place or options.clean)) for path in options.paths]

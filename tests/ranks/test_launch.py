@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -21,7 +23,6 @@ from tools.launch import LaunchError, launch
 from tools.ranks.failures import describe_failure
 from tools.ranks.flags import flag_arguments, place_paths, torchrun_environment, torchrun_flags
 
-WORKER = str(ROOT / "tools" / "ranks" / "worker.py")  # of this checkout: others may run beside it
 SMALL = {"hidden_dim": 16, "ffn_dim": 16, "device": "cpu"}
 SMALL_FLAGS = ["--hidden-dim", "16", "--ffn-dim", "16", "--device", "cpu"]
 
@@ -31,7 +32,9 @@ SMALL_FLAGS = ["--hidden-dim", "16", "--ffn-dim", "16", "--device", "cpu"]
 
 @pytest.fixture
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "start_worker", lambda *_, **__: pytest.fail("started"))
+    """torchrun may read its modules, and is told nothing."""
+    monkeypatch.setattr(launching, "start_worker", lambda *_, **__: SimpleNamespace(end=lambda **_: None))
+    monkeypatch.setattr(launching, "run_torchrun", lambda *_, **__: pytest.fail("started"))
 
 
 @pytest.mark.parametrize(
@@ -220,15 +223,35 @@ def test_an_error_in_a_rank_names_its_cell(tmp_path, capfd, monkeypatch):
     assert error._render_traceback_()[0] == f"LaunchError: {error.lines[0]}"
 
 
+# A rank that keeps Python's lock for ever, as native code may; it sleeps in C, through a library that does not let go.
+LOCKED = """
+import ctypes
+from ep_launcher.launcher import TokenStream, register
+@register("task", "locked")
+class Locked(TokenStream):
+    num_batches = 0
+    def next(self):
+        self.num_batches += 1
+        if self.num_batches == 16 and self.batch.rank == 1:
+            ctypes.PyDLL(None).sleep(600)
+        return super().next()
+"""
+
+
 class Shell:
     """A run of tools/launch.py, as `make train` starts it."""
 
     def __init__(self, log_dir: Path, *flags: str) -> None:
         self.log_dir = log_dir
+        scratch = log_dir.with_name(
+            f"{log_dir.name}-tmp"
+        )  # so that torchrun's command line holds the folder's name
+        scratch.mkdir()
         command = [sys.executable, "tools/launch.py", "--nproc", "2", "--steps", "1000000", *SMALL_FLAGS]
         self.process = subprocess.Popen(
             [*command, "--log-interval", "10", "--log-dir", str(log_dir), *flags],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env=os.environ | {"TMPDIR": str(scratch)},
         )  # fmt: skip
 
     def wait_for_steps(self) -> None:
@@ -249,12 +272,18 @@ class Shell:
 
 
 def test_signals(tmp_path):
-    """Runs beside one another: SIGINT at the start and later, SIGKILL of a rank, of launch.py, SIGSTOP of a rank."""
-    names = ("interrupted", "rank_killed", "launch_killed", "rank_stopped")
-    runs = {name: Shell(tmp_path / name, *["--timeout-s", "5"] * ("stopped" in name)) for name in names}
+    """Runs beside one another: SIGINT at the start and later, SIGKILL of a rank, SIGSTOP of one, one that keeps the
+    interpreter's lock, a log folder that goes, and then SIGKILL of launch.py."""
+    names = ("interrupted", "rank_killed", "launch_killed", "rank_stopped", "rank_locked")
+    plugin, short = tmp_path / "locked.py", ["--timeout-s", "8"]
+    plugin.write_text(LOCKED)
+    flags = {"rank_stopped": short, "rank_locked": [*short, "--plugin", str(plugin), "--task", "locked"]}
+    runs = {name: Shell(tmp_path / name, *flags.get(name, [])) for name in names}
     starting = Shell(tmp_path / "starting")
     try:
-        wait_until(lambda: any(WORKER in process.cmdline() for process in processes(str(starting.log_dir))))
+        wait_until(
+            lambda: any("RANK" in p.environ() for p in processes(str(starting.log_dir)) if p.is_running())
+        )
         starting.process.send_signal(signal.SIGINT)
         code, _, lines = starting.finish()
         assert code == 130 and len(lines) == 1 and lines[0].startswith("interrupted: every rank has ended")
@@ -262,8 +291,15 @@ def test_signals(tmp_path):
             run.wait_for_steps()
         runs["rank_stopped"].rank(1).suspend()
         runs["rank_killed"].rank(1).kill()
-        runs["launch_killed"].process.kill()
         runs["interrupted"].process.send_signal(signal.SIGINT)
+        killed, said = runs["launch_killed"], ""
+        shutil.rmtree(killed.log_dir)
+        while "warning: " not in said:  # it trains on, and its output still comes
+            said = killed.process.stderr.readline()
+        assert f"cannot write to {killed.log_dir}, on the disk of" in said and "No such file" in said
+        steps = [killed.process.stdout.readline() for _ in range(200)]
+        assert "[step " in steps[-1]
+        killed.process.kill()
         wait_until(lambda: not processes(str(runs["launch_killed"].log_dir)))
 
         code, out, lines = runs["interrupted"].finish()
@@ -277,11 +313,35 @@ def test_signals(tmp_path):
 
         code, _, lines = runs["rank_stopped"].finish()
         assert code == 1 and lines[0].startswith("error: rank 1 was stopped by SIGSTOP")
-        assert re.search(r"rank 1 stayed behind at step \d+, after \d+ collectives", lines[1])
+        assert re.search(r"rank 1 stands still, last heard of at step [1-9]\d+", lines[1])
         cell = r"rank 0, collective \d+: .+ \(notebooks/\d\d_\w+\.ipynb #[a-z-]+:\d+\)"
         assert re.search(cell, lines[1]), "the collective that failed does not name its cell"
+
+        code, _, lines = runs["rank_locked"].finish()
+        assert code == 1 and lines[0].startswith(
+            "error: rank 1 stands still, last heard of at step 15: stopped, or"
+        )
     finally:
         for run in (starting, *runs.values()):
             run.process.kill()
         for process in processes(str(tmp_path)):
             process.kill()
+
+
+@pytest.mark.parametrize("moment", ["modules", "steps"])
+def test_ctrl_c_of_the_launcher_itself_is_one_line(moment, tmp_path):
+    """Without torchrun: while torch is imported, and later."""
+    command = [sys.executable, "-u", "ep_launcher/launcher.py", "--steps", "1000000", "--log-interval", "10"]
+    process = subprocess.Popen(
+        [*command, *SMALL_FLAGS, "--log-dir", str(tmp_path / "log")],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    maps, log = Path(f"/proc/{process.pid}/maps"), tmp_path / "log" / "train.log"
+    if moment == "modules":
+        wait_until(lambda: "torch" in maps.read_text())
+    else:
+        wait_until(lambda: log.exists() and "[step 00010]" in log.read_text())
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[0].splitlines()
+    assert process.returncode == 130
+    assert said == ["interrupted"] if moment == "modules" else said[-1].startswith("stopped at step ")

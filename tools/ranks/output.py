@@ -78,7 +78,8 @@ class RankOutput:
 
     def __init__(self, folder: Path, bar: Bar, quiet: bool) -> None:
         self.folder, self.bar, self.quiet = folder, bar, quiet
-        self.read: dict[Path, tuple[int, bytes]] = {}  # file -> (bytes read, the line that has not ended yet)
+        # file -> (open, so that it can be read when its folder is gone; the line that has not ended yet)
+        self.files: dict[Path, tuple[Any, bytes]] = {}
         self.errors: dict[
             int, list[str]
         ] = {}  # rank -> its lines on stderr; the first to report an error stands first
@@ -88,19 +89,19 @@ class RankOutput:
 
     def poll(self, *, is_last: bool = False) -> None:
         """Reads what is new, and shows it; at the end also a line that no newline closes."""
-        for path in sorted(self.folder.glob("*/attempt_*/*/std*.log")):
-            offset, rest = self.read.get(path, (0, b""))
-            with contextlib.suppress(OSError), open(path, "rb") as file:
-                file.seek(offset)
-                new = file.read()
-                *lines, rest = (rest + new).split(b"\n")
-                if is_last and rest:
-                    lines, rest = [*lines, rest], b""
-                self.read[path] = (offset + len(new), rest)
-                for line in lines:
-                    text = RANK_PREFIX.sub("", line.decode("utf-8", "replace").rstrip("\r"))
-                    take = self.take_stdout if path.stem == "stdout" else self.take_stderr
-                    take(int(path.parent.name), text)
+        for path in self.folder.glob("*/attempt_*/*/std*.log"):
+            if path not in self.files:
+                with contextlib.suppress(OSError):
+                    self.files[path] = open(path, "rb"), b""
+        for path, (file, rest) in sorted(self.files.items()):
+            *lines, rest = (rest + file.read()).split(b"\n")
+            if is_last and rest:
+                lines, rest = [*lines, rest], b""
+            self.files[path] = file, rest
+            for line in lines:
+                text = RANK_PREFIX.sub("", line.decode("utf-8", "replace").rstrip("\r"))
+                take = self.take_stdout if path.stem == "stdout" else self.take_stderr
+                take(int(path.parent.name), text)
 
     def take_stdout(self, rank: int, line: str) -> None:
         if not self.quiet:
@@ -119,7 +120,8 @@ class RankOutput:
 
     def settle(self) -> None:
         """Puts each rank's files where a person finds them: rank0.out, rank0.err; empty ones go."""
-        for path in self.read:
+        for path, (file, _) in self.files.items():
+            file.close()
             with contextlib.suppress(OSError):
                 if path.stat().st_size:
                     path.replace(self.folder.parent / f"rank{path.parent.name}.{path.stem[3:]}")

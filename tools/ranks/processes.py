@@ -7,6 +7,7 @@ family keeps a list of it, and every process that tools/ranks/worker.py runs end
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -34,6 +35,11 @@ class Family:
 
     def __init__(self, process: subprocess.Popen) -> None:
         self.process, self.members, self.checked = process, {}, 0.0
+
+    def tell(self, arguments: list[str], environment: dict[str, str]) -> None:
+        """What a torchrun that was started ahead is to do. One that is gone already has reported why."""
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
+            pipe.write(json.dumps([arguments, environment]).encode())
 
     def note(self, every_s: float = 0.5) -> None:
         """Remembers the descendants; looking through all processes is dear, so not at each call."""
@@ -100,14 +106,17 @@ def interrupt(*_: Any) -> None:
 def start_worker(
     *arguments: Any, output: Any, environment: dict[str, str], before: tuple[str, ...] = ()
 ) -> Family:
-    """tools/ranks/worker.py in a session of its own; it ends when this process does. before: `ip netns exec NAME`."""
+    """tools/ranks/worker.py in a session of its own; it ends when this process does. before: `ip netns exec NAME`.
+
+    torchrun reads its modules, and waits for Family.tell.
+    """
     mode, *rest = map(str, arguments)
     return Family(
         subprocess.Popen(
             [*before, sys.executable, str(WORKER), mode, str(os.getpid()), *rest],
             cwd=ROOT,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if mode == "torchrun" else subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,

@@ -1,10 +1,11 @@
 """The process behind a run or a %%ranks cell; nobody starts this file by hand.
 
-    python tools/ranks/worker.py torchrun PARENT REPORT ARG...    torchrun, which ends when the process PARENT does
+    python tools/ranks/worker.py torchrun PARENT REPORT           torchrun, which ends when the process PARENT does
     python tools/ranks/worker.py ranks PARENT FOLDER              the ranks of one %%ranks cell, described in FOLDER
 
 `ranks` imports torch and the launcher once and forks the ranks from there, before any thread or GPU is in use; that
-takes the time of one import, not of one per rank.
+takes the time of one import, not of one per rank. `torchrun` imports torch while its parent, who may have to do the
+same, still looks at flags; its arguments and environment come on stdin.
 """
 
 from __future__ import annotations
@@ -45,13 +46,19 @@ GRACE_S = 1.0  # what the other ranks get, to fail or end by themselves, once on
 RUNNING, DONE, FAILED = range(3)  # how a rank stands
 
 
-def run_torchrun(parent: int, report: str, arguments: list[str]) -> None:
-    """torchrun with these arguments, in this process; what it records of failures goes to the file `report`."""
+def run_torchrun(parent: int, report: str) -> None:
+    """torchrun, in this process, once it is told what to do; what it records of failures goes to the file `report`."""
+    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
+    if not (told := sys.stdin.read()):  # the flags were refused, or the parent is gone
+        return
+    arguments, environment = json.loads(told)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the ranks inherit
     failures, error = [], ""
     try:
         run(parse_args(arguments))
@@ -329,8 +336,8 @@ def run_ranks(parent: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    mode, parent, first, *rest = sys.argv[1:]
+    mode, parent, first = sys.argv[1:]
     if mode == "torchrun":
-        run_torchrun(int(parent), first, rest)
+        run_torchrun(int(parent), first)
     else:
         run_ranks(int(parent), Path(first))

@@ -60,6 +60,19 @@ for _folder in _Path(__file__).resolve().parents:
         break
 """
 
+# Until a program takes over, Ctrl-C is one line: its own, or under torchrun torchrun's. Python's own way would wait
+# until a library comes back, such as the one that looks for the other ranks.
+EARLY = """
+if __name__ == "__main__":  # while modules are read, and ranks are looked for
+    import os
+    import signal
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    else:
+        signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\\n"), os._exit(130)))
+"""
+
 MAIN = 'if __name__ == "__main__":\n    import sys\n\n    install_traceback_hook()\n    sys.exit(main())\n'
 
 
@@ -116,12 +129,13 @@ def assemble(chosen: Sequence[tuple[Cell, str]], is_launcher: bool) -> str:
         "# A hash over the notebook, id, tag and source of every cell:",
         f'SOURCES_SHA256 = "{sources_sha256(chosen)}"\n',
     ]
-    footer = ""
+    early = footer = ""
     if re.search(r"^def main\(", body, re.M) and not re.search(r"^if __name__ == .__main__", body, re.M):
         sources = [inspect.getsource(function).rstrip("\n") for function in HOOK_FUNCTIONS]
         footer = "\n\n\n".join([f"\n\n{END_MARKER}\n{sources[0]}", *sources[1:], MAIN])
+        early = EARLY
     finds = not is_launcher and re.search(r"^\s*(?:from|import) ep_launcher\b", body, re.M)
-    return "\n".join(header) + (FIND_PACKAGE if finds else "") + body + footer
+    return "\n".join(header) + early + (FIND_PACKAGE if finds else "") + body + footer
 
 
 def markers_in(text: str) -> list[tuple[int, str]]:
