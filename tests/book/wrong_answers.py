@@ -198,23 +198,18 @@ class Unchanged({base}):
 
 
 class Raising({base}):
-    def begin_dispatch(self, x, topk_ids, topk_weights):
-        return [][0]
-
-    def forward(self, arrived):
+    def {method}(self, *_):
         return [][0]
 
 
 class Text({base}):
-    def begin_dispatch(self, x, topk_ids, topk_weights):
-        return "text"
-
-    def forward(self, arrived):
+    def {method}(self, *_):
         return "text"
 
 
 odd = [Unchanged, Raising, Text, lambda *_: None, None, 3]
 """
+METHODS = {"AllGatherDispatcher": "begin_dispatch", "LoopExperts": "forward", "Options": "limit_choice"}
 
 
 def odd_answers(definitions: str, check: ast.Call) -> str:
@@ -224,7 +219,8 @@ def odd_answers(definitions: str, check: ast.Call) -> str:
     )
     call = ast.Call(check.func, [ast.Name("answer"), *check.args[1:]], check.keywords)
     loop = f"for number, answer in enumerate(odd):\n    verdict = {ast.unparse(call)}\n    {ONE_LINE}, number, verdict)"
-    return (UNCHANGED.format(base=base) if base else ODD) + "\n\n" + loop
+    odd = UNCHANGED.format(base=base, method=METHODS.get(base, "begin_dispatch")) if base else ODD
+    return odd + "\n\n" + loop
 
 
 ONE_LINE = (
