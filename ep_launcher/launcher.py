@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "4fd355012cd77601ee9bfe7be02b9b8cd97a4634774b32b2c74abe66530ffb75"
+SOURCES_SHA256 = "25d172f85711a0c8f198da893195bd6748bab2307716229a44250678cc84c700"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -605,9 +605,8 @@ def gather_padded(rows: Tensor, metadata: Tensor, comm: Communicator, purpose: s
     metadata = pad_rows(metadata, max(lengths))
     metadata[len(rows) :, IS_PADDING] = 1
     all_metadata = comm.all_gather(metadata, "metadata")
-    return AllGather.apply(pad_rows(rows, max(lengths)), comm, purpose).flatten(0, 1), all_metadata.flatten(
-        0, 1
-    )
+    all_rows = AllGather.apply(pad_rows(rows, max(lengths)), comm, purpose)
+    return all_rows.flatten(0, 1), all_metadata.flatten(0, 1)
 
 
 # %% notebooks/02_all_to_all.ipynb #dispatch-all-gather
@@ -828,11 +827,9 @@ class Experts(nn.Module):
         shapes = {"w1": (d, f), "b1": bias and (f,), "w2": (f, d), "b2": bias and (d,)}
         shapes |= {"w3": gated and (d, f), "b3": gated and bias and (f,)}
         for name, shape in shapes.items():
-            stacked = (
-                torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device)
-                if shape
-                else None
-            )
+            stacked = None
+            if shape:
+                stacked = torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device)
             self.register_parameter(name, None if stacked is None else nn.Parameter(stacked))
         self.own_range = f"{self.first_expert}-{self.first_expert + self.num_local - 1}"
         if comm.size > 1:
@@ -903,9 +900,8 @@ class SharedExperts(nn.Module):
 
     def __init__(self, config: MoEConfig, seed: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        wide = replace(
-            config, num_experts=1, top_k=1, ffn_dim=config.num_shared_experts * config.ffn_dim, extras=()
-        )
+        width = config.num_shared_experts * config.ffn_dim
+        wide = replace(config, num_experts=1, top_k=1, ffn_dim=width, extras=())
         self.expert = Experts(wide, Communicator.alone(), seed=f"{seed} shared", device=device)
 
     def reset_parameters(self) -> None:
@@ -1199,9 +1195,9 @@ def aux_loss(model: nn.Module) -> Tensor:
         layer.aux_shares.clear()
     if not shares:
         return next(model.parameters()).new_zeros((), dtype=torch.float32)
-    return (
-        torch.stack([share.to(shares[0].dtype) for share in shares]).sum() if len(shares) > 1 else shares[0]
-    )
+    if len(shares) == 1:
+        return shares[0]
+    return torch.stack([share.to(shares[0].dtype) for share in shares]).sum()
 
 
 def after_step(model: nn.Module) -> None:
@@ -1349,11 +1345,8 @@ def load_full_state_dict(
 
     def own(name: str, tensor: Tensor) -> Tensor:
         experts = owner.get(id(named.get(name)))
-        if (
-            experts is None
-            or tensor.shape[1:] != named[name].shape[1:]
-            or len(tensor) != experts.config.num_experts
-        ):
+        is_stacked = experts is not None and tensor.shape[1:] == named[name].shape[1:]
+        if not is_stacked or len(tensor) != experts.config.num_experts:
             return tensor  # where it does not fit, load_state_dict says so
         return tensor[experts.first_expert : experts.first_expert + experts.num_local]
 
@@ -1758,9 +1751,8 @@ class LoadHistory:
 # %% notebooks/04_training.ipynb #step-bytes
 def every_ranks_ids(topk_ids: Tensor, comm: Communicator) -> list[Tensor]:
     """topk_ids int64 [T, K] -> every rank's, by rank, on the CPU. Collective; under the meter's name `metadata`."""
-    lengths = (
-        comm.all_gather(torch.tensor([len(topk_ids)], device=topk_ids.device), "metadata").flatten().tolist()
-    )
+    own_length = torch.tensor([len(topk_ids)], device=topk_ids.device)
+    lengths = comm.all_gather(own_length, "metadata").flatten().tolist()
     padded = F.pad(topk_ids, (0, 0, 0, max(lengths) - len(topk_ids)))
     gathered = comm.all_gather(padded, "metadata").cpu()
     return [block[:length] for block, length in zip(gathered, lengths, strict=True)]
@@ -1777,9 +1769,8 @@ def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, i
         ids, config = every_ranks_ids(layer.topk_ids, layer.mesh.ep), layer.config
         arguments = ids, config.hidden_dim, DTYPES[config.dtype], x_needs_grad or number > 0
         for name, sent in layer.dispatcher.predict_bytes(*arguments).items():
-            totals[name] += sum_over_ranks(
-                int(sent[layer.mesh.ep.rank].sum()), layer.mesh.batch, layer.topk_ids.device
-            )
+            own = int(sent[layer.mesh.ep.rank].sum())
+            totals[name] += sum_over_ranks(own, layer.mesh.batch, layer.topk_ids.device)
     return totals
 
 
@@ -1954,13 +1945,11 @@ def train(run: Run) -> dict[str, Any]:
     make_task = REGISTRIES["task"][options.task]
     task = make_task(run.config, options.seed, run.num_global_tokens, mesh.batch, device)
     took = moe_layers(model)[0].took | {"step": pick_step(run, model)}
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.lr, fused=True, capturable=device.type == "cuda"
-    )
+    is_capturable = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True, capturable=is_capturable)
     advance = REGISTRIES["step"][took["step"]](run, model, task, optimizer)
-    run.log.write(
-        ", ".join(f"{kind} {name}" for kind, name in took.items()) + f", world size {mesh.batch.size}"
-    )
+    kinds = ", ".join(f"{kind} {name}" for kind, name in took.items())
+    run.log.write(f"{kinds}, world size {mesh.batch.size}")
     record = Record(run, model)
     for step in range(options.steps):
         run.step = step
@@ -2193,16 +2182,13 @@ def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> int:
     for extra in flags.pop("extras"):
         flags |= extra
     flags |= {"log_dir": relative_to_root(log_dir), "summary": relative_to_root(options.summary)}
-    summary = (
-        {"world_size": run.mesh.batch.size, "steps": options.steps}
-        | measured
-        | {
-            "config": flags,
-            "device": device_model(run.device),
-            "torch": torch.__version__,
-            "launcher_sha256": hashlib.sha256((LAUNCHER_DIR / "launcher.py").read_bytes()).hexdigest(),
-        }
-    )
+    made_by = {
+        "config": flags,
+        "device": device_model(run.device),
+        "torch": torch.__version__,
+        "launcher_sha256": hashlib.sha256((LAUNCHER_DIR / "launcher.py").read_bytes()).hexdigest(),
+    }
+    summary = {"world_size": run.mesh.batch.size, "steps": options.steps} | measured | made_by
     try:
         replace_file(options.summary, json.dumps(summary, indent=1) + "\n")
     except ValueError as error:
