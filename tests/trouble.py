@@ -4,9 +4,8 @@
     python tests/trouble.py --only ctrl_c disk   these
     python tests/trouble.py --times 0.1          a tenth of the repetitions
 
-A trial is a function of an empty folder and of how often as usual, with the situation in its docstring and the right behaviour after "Right:". It yields a line for
-everything that was not right. Whatever the situation, three things are wrong: a process that is left, a Python
-traceback of ours, and more than 15 lines.
+A trial is a function of an empty folder and of how often as usual. Its docstring has the situation and the right
+behaviour. It yields a line for everything that is not right; always wrong are a process left, a traceback, 16 lines.
 """
 
 import argparse
