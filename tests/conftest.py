@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from support import ROOT
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `make test &`; the tests interrupt themselves
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if sys.flags.optimize:
+    pytest.exit("without assertions (PYTHONOPTIMIZE, -O) no test can fail; leave that out", returncode=2)
 
 FOLDERS = ("fast", "ranks", "book")  # a test's folder is its mark
 
