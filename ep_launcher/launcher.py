@@ -28,7 +28,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "005a2a12cf5bdd043f91d2faedb13939e4dec43adffff2ad900fcc45e653b398"
+SOURCES_SHA256 = "a7789aeaa4559690adaa7c04f15ad8844f13508d90959f05bbecc6ad0ed5f252"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -609,9 +609,8 @@ def gather_padded(rows: Tensor, metadata: Tensor, comm: Communicator, purpose: s
     metadata = pad_rows(metadata, max(lengths))
     metadata[len(rows) :, IS_PADDING] = 1
     all_metadata = comm.all_gather(metadata, "metadata")
-    return AllGather.apply(pad_rows(rows, max(lengths)), comm, purpose).flatten(0, 1), all_metadata.flatten(
-        0, 1
-    )
+    all_rows = AllGather.apply(pad_rows(rows, max(lengths)), comm, purpose)
+    return all_rows.flatten(0, 1), all_metadata.flatten(0, 1)
 
 
 # %% notebooks/02_all_to_all.ipynb #dispatch-all-gather
@@ -832,11 +831,9 @@ class Experts(nn.Module):
         shapes = {"w1": (d, f), "b1": bias and (f,), "w2": (f, d), "b2": bias and (d,)}
         shapes |= {"w3": gated and (d, f), "b3": gated and bias and (f,)}
         for name, shape in shapes.items():
-            stacked = (
-                torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device)
-                if shape
-                else None
-            )
+            stacked = None
+            if shape:
+                stacked = torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device)
             self.register_parameter(name, None if stacked is None else nn.Parameter(stacked))
         self.own_range = f"{self.first_expert}-{self.first_expert + self.num_local - 1}"
         if comm.size > 1:
@@ -907,9 +904,8 @@ class SharedExperts(nn.Module):
 
     def __init__(self, config: MoEConfig, seed: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        wide = replace(
-            config, num_experts=1, top_k=1, ffn_dim=config.num_shared_experts * config.ffn_dim, extras=()
-        )
+        width = config.num_shared_experts * config.ffn_dim
+        wide = replace(config, num_experts=1, top_k=1, ffn_dim=width, extras=())
         self.expert = Experts(wide, Communicator.alone(), seed=f"{seed} shared", device=device)
 
     def reset_parameters(self) -> None:
@@ -1216,9 +1212,9 @@ def aux_loss(model: nn.Module) -> Tensor:
         layer.aux_shares.clear()
     if not shares:
         return next(model.parameters()).new_zeros((), dtype=torch.float32)
-    return (
-        torch.stack([share.to(shares[0].dtype) for share in shares]).sum() if len(shares) > 1 else shares[0]
-    )
+    if len(shares) == 1:
+        return shares[0]
+    return torch.stack([share.to(shares[0].dtype) for share in shares]).sum()
 
 
 def after_step(model: nn.Module) -> None:
@@ -1366,11 +1362,8 @@ def load_full_state_dict(
 
     def own(name: str, tensor: Tensor) -> Tensor:
         experts = owner.get(id(named.get(name)))
-        if (
-            experts is None
-            or tensor.shape[1:] != named[name].shape[1:]
-            or len(tensor) != experts.config.num_experts
-        ):
+        is_stacked = experts is not None and tensor.shape[1:] == named[name].shape[1:]
+        if not is_stacked or len(tensor) != experts.config.num_experts:
             return tensor  # where it does not fit, load_state_dict says so
         return tensor[experts.first_expert : experts.first_expert + experts.num_local]
 
@@ -1775,9 +1768,8 @@ class LoadHistory:
 # %% notebooks/04_training.ipynb #step-bytes
 def every_ranks_ids(topk_ids: Tensor, comm: Communicator) -> list[Tensor]:
     """topk_ids int64 [T, K] -> every rank's, by rank, on the CPU. Collective; under the meter's name `metadata`."""
-    lengths = (
-        comm.all_gather(torch.tensor([len(topk_ids)], device=topk_ids.device), "metadata").flatten().tolist()
-    )
+    own_length = torch.tensor([len(topk_ids)], device=topk_ids.device)
+    lengths = comm.all_gather(own_length, "metadata").flatten().tolist()
     padded = F.pad(topk_ids, (0, 0, 0, max(lengths) - len(topk_ids)))
     gathered = comm.all_gather(padded, "metadata").cpu()
     return [block[:length] for block, length in zip(gathered, lengths, strict=True)]
@@ -1794,9 +1786,8 @@ def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, i
         ids, config = every_ranks_ids(layer.topk_ids, layer.mesh.ep), layer.config
         arguments = ids, config.hidden_dim, DTYPES[config.dtype], x_needs_grad or number > 0
         for name, sent in layer.dispatcher.predict_bytes(*arguments).items():
-            totals[name] += sum_over_ranks(
-                int(sent[layer.mesh.ep.rank].sum()), layer.mesh.batch, layer.topk_ids.device
-            )
+            own = int(sent[layer.mesh.ep.rank].sum())
+            totals[name] += sum_over_ranks(own, layer.mesh.batch, layer.topk_ids.device)
     return totals
 
 
@@ -1995,9 +1986,8 @@ def train(run: Run) -> dict[str, Any]:
     make_task = REGISTRIES["task"][options.task]
     task = make_task(run.config, options.seed, run.num_global_tokens, mesh.batch, device)
     took = moe_layers(model)[0].took | {"step": pick_step(run, model)}
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.lr, fused=True, capturable=device.type == "cuda"
-    )
+    is_capturable = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True, capturable=is_capturable)
     advance = REGISTRIES["step"][took["step"]](run, model, task, optimizer)
     shared = "" if mesh.ep.size == mesh.batch.size else f", ep size {mesh.ep.size}"
     names = ", ".join(f"{kind} {name}" for kind, name in took.items())
@@ -2252,16 +2242,13 @@ def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> int:
     for extra in flags.pop("extras"):
         flags |= extra
     flags |= {"log_dir": relative_to_root(log_dir), "summary": relative_to_root(options.summary)}
-    summary = (
-        {"world_size": run.mesh.batch.size, "steps": options.steps}
-        | measured
-        | {
-            "config": flags,
-            "device": device_model(run.device),
-            "torch": torch.__version__,
-            "launcher_sha256": hashlib.sha256((LAUNCHER_DIR / "launcher.py").read_bytes()).hexdigest(),
-        }
-    )
+    made_by = {
+        "config": flags,
+        "device": device_model(run.device),
+        "torch": torch.__version__,
+        "launcher_sha256": hashlib.sha256((LAUNCHER_DIR / "launcher.py").read_bytes()).hexdigest(),
+    }
+    summary = {"world_size": run.mesh.batch.size, "steps": options.steps} | measured | made_by
     try:
         replace_file(options.summary, json.dumps(summary, indent=1) + "\n")
     except ValueError as error:
@@ -2286,6 +2273,18 @@ def describe_positions(positions: list[tuple[int, int]], silent: tuple[int, ...]
         if rank in silent:
             line = f"rank {rank} stands still, last heard of at step {step}: stopped, or its code keeps Python's lock"
         lines.append(f"{line} (the others: step {furthest[0]}, {furthest[1]})")
+    return "; ".join(lines)
+
+
+# %% notebooks/05_launch.ipynb #silent-machines
+def silent_machines(silent: tuple[int, ...], size: int, ranks_per_machine: int) -> str:
+    """One line on the machines of which no rank is heard; empty where there is none, or one machine alone."""
+    lines = []
+    for machine, first in enumerate(range(0, size, ranks_per_machine), 1):
+        ranks = range(first, first + ranks_per_machine)
+        if size > ranks_per_machine and set(ranks) <= set(silent):
+            names = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {first}"
+            lines.append(f"machine {machine} of {size // ranks_per_machine} ({names}) is not heard any more")
     return "; ".join(lines)
 
 
@@ -2330,35 +2329,65 @@ class Heartbeat:
         return [list(map(int, self.store.get(key).split())) for key in keys]
 
     def stragglers(self) -> str:
-        """One line on the ranks that entered fewer collectives than the others. Waits 1.2 s for their beats."""
-        before = self.positions()
-        time.sleep(1.2)
+        """One line on machines that are silent, else on the ranks that entered fewer collectives than the others.
+
+        Waits 1.2 s for their beats, where there are several machines 3 s.
+        """
+        before, ranks_per_machine = self.positions(), world_from_env()[3]
+        time.sleep(1.2 if self.meter.size <= ranks_per_machine else 3)
         after = self.positions()
         if not after:
             return "not every rank has started"
         silent = tuple(rank for rank, note in enumerate(after) if before and note[2] == before[rank][2])
+        if gone := silent_machines(silent, self.meter.size, ranks_per_machine):
+            return gone
         noted = self.run.log.notes.steps
         return describe_positions([(max(n[0], noted(rank)), n[1]) for rank, n in enumerate(after)], silent)
 
-    def first_to_report(self) -> bool:
-        """True on the first rank that asks: the one that prints what went wrong."""
-        return self.store is None or self.store.add("reported", 1) == 1
+    def first_to_report(self) -> bool | None:
+        """True on the first rank that asks: the one that prints what went wrong. None where the store does not answer
+        in 5 s: it is lost, with the machine that it is on."""
+        answers = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(self.store is None or self.store.add("reported", 1) == 1)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(timeout=5)
+        return answers[0] if answers else None
+
+
+# %% notebooks/05_launch.ipynb #end-torchrun
+def end_torchrun() -> None:
+    """Kills the torchrun that started this process, and with it this machine's ranks (die_with_parent)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.kill(os.getppid(), signal.SIGKILL)
 
 
 # %% notebooks/05_launch.ipynb #report-failure
 def report_failure(heartbeat: Heartbeat, error: Exception) -> int:
-    """Prints one line on one rank, who stayed behind first, then in which cell a collective failed; returns 1."""
+    """Prints one line on one rank, who stayed behind first, then in which cell a collective failed; returns 1.
+
+    Where the store is lost, one rank of each machine does, and torchrun is ended.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if heartbeat.first_to_report():
+    is_first = heartbeat.first_to_report()
+    is_lost = is_first is None
+    if is_first or (is_lost and world_from_env()[2] == 0):
         line = str(error)
         if isinstance(error, CollectiveError):
             stitched = globals().get("install_traceback_hook")  # a stitched program knows its cells
             locate = getattr(stitched, "locate", lambda error: "")
             line = re.sub(r"\[\S+:\d+\] ", "", line)  # a place in a library's sources
-            line = f"{heartbeat.stragglers()}; {line}{locate(error)}"
+            lost = f"the machine of rank 0, {os.environ.get('MASTER_ADDR')}, does not answer"
+            line = f"{lost if is_lost else heartbeat.stragglers()}; {line}{locate(error)}"
         print(f"error: {line}", file=sys.stderr, flush=True)
     else:
         time.sleep(5)  # torchrun ends every rank when the first one leaves: let the reporting rank finish
+    if is_lost:
+        end_torchrun()
     return 1
 
 
@@ -2672,7 +2701,6 @@ def weights_of_choices(weights: Tensor, order: RowOrder) -> Tensor:
     )
 
 
-# %% notebooks/06_grouped_experts.ipynb #local-dispatcher
 @register("dispatcher", "local")
 class LocalDispatcher(Dispatcher):
     """One rank: nothing travels, and what arrives is what was there."""
