@@ -154,7 +154,7 @@ def main() -> None:
         "timeout_s": FLAGS["timeout_s"],
     }
     work = {
-        "faults": lambda: measure_faults(args.rounds), "saving": lambda: measure_saving(args.rounds),
+        "faults": lambda: measure_faults(args.rounds), "saving": lambda: measure_saving(3 * args.rounds),
         "soak": soak, "long": long_run,
     }  # fmt: skip
     for part in args.only:
