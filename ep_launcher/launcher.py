@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "25d172f85711a0c8f198da893195bd6748bab2307716229a44250678cc84c700"
+SOURCES_SHA256 = "cc7216f1e665410bb084b04a90e3c9a53d60f6b22cf72eff3444614d39624283"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2302,7 +2302,7 @@ class Heartbeat:
 # %% notebooks/05_launch.ipynb #end-torchrun
 def end_torchrun() -> None:
     """Kills the torchrun that started this process, and with it this machine's ranks (die_with_parent)."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() > 1:  # 1: it has ended already
         os.kill(os.getppid(), signal.SIGKILL)
 
 
