@@ -22,6 +22,7 @@ def write_much(log: ep.RunLog, before_line_50=lambda: None) -> None:
             log.writer.file_writer.event_writer._async_writer._byte_queue.join()  # its thread has tried to write
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("what", ["full", "deleted"])
 @pytest.mark.parametrize("is_launched", [False, True])
 def test_the_log_is_lost_and_the_run_goes_on(what, is_launched, tmp_path, capfd, monkeypatch):
