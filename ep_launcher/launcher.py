@@ -4,14 +4,14 @@ The mixture-of-experts training program of the book, stitched from the tagged co
 
     torchrun --nproc_per_node=2 ep_launcher/launcher.py --steps 2000
 
-Each cell stands below a line that names its notebook and its id, line for line as in the notebook; imports
-from this file itself are blanked. Tracebacks of this program name the cells.
+A line above each cell names its notebook and its id. The cell follows line for line, except that imports from
+this file itself are blanked. Tracebacks of this program name the cells.
 
 Shape letters, in names and comments:
 T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R received rows, W ranks.
 """
 
-# Cells bring their own imports, which so stand between definitions, repeat, and are sorted by cell:
+# Every cell keeps its own imports: they are repeated, stand between definitions, and are sorted by cell:
 # ruff: noqa: E402, F811, I001
 
 # Stitched from:
@@ -25,9 +25,9 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/08_capacity.ipynb
 #   notebooks/09_balance.ipynb
 #   notebooks/10_less_traffic.ipynb
-# the cells tagged theory, all_to_all, experts, training, performance, routing.
-# Of the notebook, id, tag and source of each:
-SOURCES_SHA256 = "5527cc5fa36caa676308c85563e7a342615c97b182e3d8a91a266c983065f49f"
+# from the cells tagged theory, all_to_all, experts, training, performance, routing.
+# A hash over the notebook, id, tag and source of every cell:
+SOURCES_SHA256 = "25d172f85711a0c8f198da893195bd6748bab2307716229a44250678cc84c700"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -605,9 +605,8 @@ def gather_padded(rows: Tensor, metadata: Tensor, comm: Communicator, purpose: s
     metadata = pad_rows(metadata, max(lengths))
     metadata[len(rows) :, IS_PADDING] = 1
     all_metadata = comm.all_gather(metadata, "metadata")
-    return AllGather.apply(pad_rows(rows, max(lengths)), comm, purpose).flatten(0, 1), all_metadata.flatten(
-        0, 1
-    )
+    all_rows = AllGather.apply(pad_rows(rows, max(lengths)), comm, purpose)
+    return all_rows.flatten(0, 1), all_metadata.flatten(0, 1)
 
 
 # %% notebooks/02_all_to_all.ipynb #dispatch-all-gather
@@ -742,49 +741,6 @@ class GateLogits(torch.autograd.Function):
         return grad_x, (grad.t() @ x).to(weight_dtype)
 
 
-# %% notebooks/03_experts.ipynb #options
-class Options:
-    """What the option groups of later chapters inherit: the hooks by which they take part. Each does nothing here.
-
-    TypeError where a subclass has a public method that is no hook: a misspelt one would never be called.
-    """
-
-    def __init_subclass__(cls) -> None:
-        for name, value in vars(cls).items():
-            if callable(value) and not name.startswith("_") and not hasattr(Options, name):
-                known = ", ".join(hook for hook in vars(Options) if not hook.startswith("_"))
-                raise TypeError(f"{cls.__name__}.{name} is no hook; take one of {known}")
-
-    def check(self, config: Any) -> None:
-        """ValueError where these options and the config do not fit together."""
-
-    def check_training(self, config: Any, training: Any) -> None:
-        """In the launcher, before anything starts. ValueError where these options would do nothing in this run."""
-
-    def for_run(self, run: Any) -> "Options":
-        """These options, fitted to a run of the launcher."""
-        return self
-
-    def limit_choice(self, keys: Tensor, config: Any) -> Tensor:
-        """In the router, before the choice: keys [T, E] -> [T, E]."""
-        return keys
-
-    def scale_weights(self, weights: Tensor) -> Tensor:
-        """In the router, after the choice: topk_weights [T, K] -> [T, K]."""
-        return weights
-
-    def added_loss(self, routing: Any, config: Any, batch: Any) -> Tensor:
-        """In the layer, while it trains: this rank's share of a further loss, 0-dim."""
-        return routing.probs.new_zeros(())
-
-    def after_routing(self, routing: Any, config: Any, batch: Any) -> Any:
-        """In the layer, between router and dispatcher: Routing -> Routing."""
-        return routing
-
-    def show(self, log: Any, step: int, layer: Any) -> None:
-        """In the launcher, at every log interval, once for each layer. Collective."""
-
-
 # %% notebooks/03_experts.ipynb #router
 @register("router", "softmax")
 class Router(KeepsPrecision):
@@ -871,11 +827,9 @@ class Experts(nn.Module):
         shapes = {"w1": (d, f), "b1": bias and (f,), "w2": (f, d), "b2": bias and (d,)}
         shapes |= {"w3": gated and (d, f), "b3": gated and bias and (f,)}
         for name, shape in shapes.items():
-            stacked = (
-                torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device)
-                if shape
-                else None
-            )
+            stacked = None
+            if shape:
+                stacked = torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device)
             self.register_parameter(name, None if stacked is None else nn.Parameter(stacked))
         self.own_range = f"{self.first_expert}-{self.first_expert + self.num_local - 1}"
         if comm.size > 1:
@@ -906,31 +860,6 @@ class Experts(nn.Module):
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
         """How much `auto` likes this implementation for this layer on so many ranks; 0 where it cannot run."""
         return 1
-
-
-# %% notebooks/03_experts.ipynb #name-shares
-def rename_own(experts: Experts, state: dict, prefix: str, is_saved: bool) -> None:
-    """Renames this rank's stacked parameters in a state dict: w1 <-> w1.8-15, the numbers of its experts."""
-    for name, _ in experts.named_parameters():
-        short, long = prefix + name, f"{prefix}{name}.{experts.own_range}"
-        old, new = (short, long) if is_saved else (long, short)
-        if old in state:
-            state[new] = state.pop(old)
-
-
-def save_own_names(experts: Experts, state: dict, prefix: str, metadata: dict) -> None:
-    """A state dict says whose weights it holds, so that ranks never overwrite one another's in one checkpoint."""
-    rename_own(experts, state, prefix, is_saved=True)
-
-
-def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> None:
-    """Another rank's weights are an error, which says what to do."""
-    if f"{prefix}w1.{experts.own_range}" not in state:
-        rest[-1].append(
-            f"this rank holds experts {experts.own_range}, and the state others; take a full_state_dict, and "
-            "load_full_state_dict(model, state, mesh)"
-        )
-    rename_own(experts, state, prefix, is_saved=False)
 
 
 # %% notebooks/03_experts.ipynb #experts-loop
@@ -971,9 +900,8 @@ class SharedExperts(nn.Module):
 
     def __init__(self, config: MoEConfig, seed: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        wide = replace(
-            config, num_experts=1, top_k=1, ffn_dim=config.num_shared_experts * config.ffn_dim, extras=()
-        )
+        width = config.num_shared_experts * config.ffn_dim
+        wide = replace(config, num_experts=1, top_k=1, ffn_dim=width, extras=())
         self.expert = Experts(wide, Communicator.alone(), seed=f"{seed} shared", device=device)
 
     def reset_parameters(self) -> None:
@@ -1072,6 +1000,49 @@ def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int 
         where = f"in {config.dtype} on {ep_size} {device.type} rank{'s' * (ep_size > 1)}"
         raise CannotRun(f"{kind} {name} cannot run {where}; take auto (here: {best})")
     return best if name == "auto" else name
+
+
+# %% notebooks/03_experts.ipynb #options
+class Options:
+    """What the option groups of later chapters inherit: the hooks by which they take part. Each does nothing here.
+
+    TypeError where a subclass has a public method that is no hook: a misspelt one would never be called.
+    """
+
+    def __init_subclass__(cls) -> None:
+        for name, value in vars(cls).items():
+            if callable(value) and not name.startswith("_") and not hasattr(Options, name):
+                known = ", ".join(hook for hook in vars(Options) if not hook.startswith("_"))
+                raise TypeError(f"{cls.__name__}.{name} is no hook; take one of {known}")
+
+    def check(self, config: Any) -> None:
+        """ValueError where these options and the config do not fit together."""
+
+    def check_training(self, config: Any, training: Any) -> None:
+        """In the launcher, before anything starts. ValueError where these options would do nothing in this run."""
+
+    def for_run(self, run: Any) -> "Options":
+        """These options, fitted to a run of the launcher."""
+        return self
+
+    def limit_choice(self, keys: Tensor, config: Any) -> Tensor:
+        """In the router, before the choice: keys [T, E] -> [T, E]."""
+        return keys
+
+    def scale_weights(self, weights: Tensor) -> Tensor:
+        """In the router, after the choice: topk_weights [T, K] -> [T, K]."""
+        return weights
+
+    def added_loss(self, routing: Any, config: Any, batch: Any) -> Tensor:
+        """In the layer, while it trains: this rank's share of a further loss, 0-dim."""
+        return routing.probs.new_zeros(())
+
+    def after_routing(self, routing: Any, config: Any, batch: Any) -> Any:
+        """In the layer, between router and dispatcher: Routing -> Routing."""
+        return routing
+
+    def show(self, log: Any, step: int, layer: Any) -> None:
+        """In the launcher, at every log interval, once for each layer. Collective."""
 
 
 # %% notebooks/03_experts.ipynb #check-tokens
@@ -1224,9 +1195,9 @@ def aux_loss(model: nn.Module) -> Tensor:
         layer.aux_shares.clear()
     if not shares:
         return next(model.parameters()).new_zeros((), dtype=torch.float32)
-    return (
-        torch.stack([share.to(shares[0].dtype) for share in shares]).sum() if len(shares) > 1 else shares[0]
-    )
+    if len(shares) == 1:
+        return shares[0]
+    return torch.stack([share.to(shares[0].dtype) for share in shares]).sum()
 
 
 def after_step(model: nn.Module) -> None:
@@ -1305,6 +1276,31 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
     sum_over(mesh.replicas, [p.grad for p in local.values()])
 
 
+# %% notebooks/03_experts.ipynb #name-shares
+def rename_own(experts: Experts, state: dict, prefix: str, is_saved: bool) -> None:
+    """Renames this rank's stacked parameters in a state dict: w1 <-> w1.8-15, the numbers of its experts."""
+    for name, _ in experts.named_parameters():
+        short, long = prefix + name, f"{prefix}{name}.{experts.own_range}"
+        old, new = (short, long) if is_saved else (long, short)
+        if old in state:
+            state[new] = state.pop(old)
+
+
+def save_own_names(experts: Experts, state: dict, prefix: str, metadata: dict) -> None:
+    """A state dict says whose weights it holds, so that ranks never overwrite one another's in one checkpoint."""
+    rename_own(experts, state, prefix, is_saved=True)
+
+
+def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> None:
+    """Another rank's weights are an error, which says what to do."""
+    if f"{prefix}w1.{experts.own_range}" not in state:
+        rest[-1].append(
+            f"this rank holds experts {experts.own_range}, and the state others; take a full_state_dict, and "
+            "load_full_state_dict(model, state, mesh)"
+        )
+    rename_own(experts, state, prefix, is_saved=False)
+
+
 # %% notebooks/03_experts.ipynb #full-state
 def owners(model: nn.Module) -> dict[int, Experts]:
     """{id of a parameter that mesh.ep shares out: the Experts that hold it}."""
@@ -1349,11 +1345,8 @@ def load_full_state_dict(
 
     def own(name: str, tensor: Tensor) -> Tensor:
         experts = owner.get(id(named.get(name)))
-        if (
-            experts is None
-            or tensor.shape[1:] != named[name].shape[1:]
-            or len(tensor) != experts.config.num_experts
-        ):
+        is_stacked = experts is not None and tensor.shape[1:] == named[name].shape[1:]
+        if not is_stacked or len(tensor) != experts.config.num_experts:
             return tensor  # where it does not fit, load_state_dict says so
         return tensor[experts.first_expert : experts.first_expert + experts.num_local]
 
@@ -1758,9 +1751,8 @@ class LoadHistory:
 # %% notebooks/04_training.ipynb #step-bytes
 def every_ranks_ids(topk_ids: Tensor, comm: Communicator) -> list[Tensor]:
     """topk_ids int64 [T, K] -> every rank's, by rank, on the CPU. Collective; under the meter's name `metadata`."""
-    lengths = (
-        comm.all_gather(torch.tensor([len(topk_ids)], device=topk_ids.device), "metadata").flatten().tolist()
-    )
+    own_length = torch.tensor([len(topk_ids)], device=topk_ids.device)
+    lengths = comm.all_gather(own_length, "metadata").flatten().tolist()
     padded = F.pad(topk_ids, (0, 0, 0, max(lengths) - len(topk_ids)))
     gathered = comm.all_gather(padded, "metadata").cpu()
     return [block[:length] for block, length in zip(gathered, lengths, strict=True)]
@@ -1777,9 +1769,8 @@ def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, i
         ids, config = every_ranks_ids(layer.topk_ids, layer.mesh.ep), layer.config
         arguments = ids, config.hidden_dim, DTYPES[config.dtype], x_needs_grad or number > 0
         for name, sent in layer.dispatcher.predict_bytes(*arguments).items():
-            totals[name] += sum_over_ranks(
-                int(sent[layer.mesh.ep.rank].sum()), layer.mesh.batch, layer.topk_ids.device
-            )
+            own = int(sent[layer.mesh.ep.rank].sum())
+            totals[name] += sum_over_ranks(own, layer.mesh.batch, layer.topk_ids.device)
     return totals
 
 
@@ -1827,7 +1818,7 @@ class Run:
         return 32 * self.mesh.batch.size if self.options.tokens is None else self.options.tokens
 
 
-# %% notebooks/04_training.ipynb #log-losses
+# %% notebooks/04_training.ipynb #record
 def log_losses(run: Run, step: int, task: float, aux: float, seconds: float) -> None:
     """One log line, and the same four numbers for TensorBoard. seconds: since the line before."""
     total = task + run.options.aux_alpha * aux
@@ -1836,7 +1827,6 @@ def log_losses(run: Run, step: int, task: float, aux: float, seconds: float) -> 
     run.log.show("scalar", step, loss__task=task, loss__aux=aux, loss__total=total, time__interval_s=seconds)
 
 
-# %% notebooks/04_training.ipynb #record
 class Record:
     """Watches a run: losses, time, load, bytes. Reads the device only at log intervals, on a GPU."""
 
@@ -1932,7 +1922,7 @@ class EagerStep:
         return losses
 
 
-# %% notebooks/04_training.ipynb #pick-step
+# %% notebooks/04_training.ipynb #train
 def pick_step(run: Run, model: nn.Module) -> str:
     """The name of the kind of step that --step names, or of the one that likes this run best. CannotRun for one
     that cannot run here."""
@@ -1945,7 +1935,6 @@ def pick_step(run: Run, model: nn.Module) -> str:
     return best if name == "auto" else name
 
 
-# %% notebooks/04_training.ipynb #train
 def train(run: Run) -> dict[str, Any]:
     """Trains the run's model on its task -> the measured part of the summary. Collective.
 
@@ -1956,13 +1945,11 @@ def train(run: Run) -> dict[str, Any]:
     make_task = REGISTRIES["task"][options.task]
     task = make_task(run.config, options.seed, run.num_global_tokens, mesh.batch, device)
     took = moe_layers(model)[0].took | {"step": pick_step(run, model)}
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.lr, fused=True, capturable=device.type == "cuda"
-    )
+    is_capturable = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True, capturable=is_capturable)
     advance = REGISTRIES["step"][took["step"]](run, model, task, optimizer)
-    run.log.write(
-        ", ".join(f"{kind} {name}" for kind, name in took.items()) + f", world size {mesh.batch.size}"
-    )
+    kinds = ", ".join(f"{kind} {name}" for kind, name in took.items())
+    run.log.write(f"{kinds}, world size {mesh.batch.size}")
     record = Record(run, model)
     for step in range(options.steps):
         run.step = step
@@ -2195,16 +2182,13 @@ def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> int:
     for extra in flags.pop("extras"):
         flags |= extra
     flags |= {"log_dir": relative_to_root(log_dir), "summary": relative_to_root(options.summary)}
-    summary = (
-        {"world_size": run.mesh.batch.size, "steps": options.steps}
-        | measured
-        | {
-            "config": flags,
-            "device": device_model(run.device),
-            "torch": torch.__version__,
-            "launcher_sha256": hashlib.sha256((LAUNCHER_DIR / "launcher.py").read_bytes()).hexdigest(),
-        }
-    )
+    made_by = {
+        "config": flags,
+        "device": device_model(run.device),
+        "torch": torch.__version__,
+        "launcher_sha256": hashlib.sha256((LAUNCHER_DIR / "launcher.py").read_bytes()).hexdigest(),
+    }
+    summary = {"world_size": run.mesh.batch.size, "steps": options.steps} | measured | made_by
     try:
         replace_file(options.summary, json.dumps(summary, indent=1) + "\n")
     except ValueError as error:
@@ -2229,6 +2213,18 @@ def describe_positions(positions: list[tuple[int, int]], silent: tuple[int, ...]
         if rank in silent:
             line = f"rank {rank} stands still, last heard of at step {step}: stopped, or its code keeps Python's lock"
         lines.append(f"{line} (the others: step {furthest[0]}, {furthest[1]})")
+    return "; ".join(lines)
+
+
+# %% notebooks/05_launch.ipynb #silent-machines
+def silent_machines(silent: tuple[int, ...], size: int, ranks_per_machine: int) -> str:
+    """One line on the machines of which no rank is heard; empty where there is none, or one machine alone."""
+    lines = []
+    for machine, first in enumerate(range(0, size, ranks_per_machine), 1):
+        ranks = range(first, first + ranks_per_machine)
+        if size > ranks_per_machine and set(ranks) <= set(silent):
+            names = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {first}"
+            lines.append(f"machine {machine} of {size // ranks_per_machine} ({names}) is not heard any more")
     return "; ".join(lines)
 
 
@@ -2273,35 +2269,65 @@ class Heartbeat:
         return [list(map(int, self.store.get(key).split())) for key in keys]
 
     def stragglers(self) -> str:
-        """One line on the ranks that entered fewer collectives than the others. Waits 1.2 s for their beats."""
-        before = self.positions()
-        time.sleep(1.2)
+        """One line on machines that are silent, else on the ranks that entered fewer collectives than the others.
+
+        Waits 1.2 s for their beats, where there are several machines 3 s.
+        """
+        before, ranks_per_machine = self.positions(), world_from_env()[3]
+        time.sleep(1.2 if self.meter.size <= ranks_per_machine else 3)
         after = self.positions()
         if not after:
             return "not every rank has started"
         silent = tuple(rank for rank, note in enumerate(after) if before and note[2] == before[rank][2])
+        if gone := silent_machines(silent, self.meter.size, ranks_per_machine):
+            return gone
         noted = self.run.log.notes.steps
         return describe_positions([(max(n[0], noted(rank)), n[1]) for rank, n in enumerate(after)], silent)
 
-    def first_to_report(self) -> bool:
-        """True on the first rank that asks: the one that prints what went wrong."""
-        return self.store is None or self.store.add("reported", 1) == 1
+    def first_to_report(self) -> bool | None:
+        """True on the first rank that asks: the one that prints what went wrong. None where the store does not answer
+        in 5 s: it is lost, with the machine that it is on."""
+        answers = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(self.store is None or self.store.add("reported", 1) == 1)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(timeout=5)
+        return answers[0] if answers else None
+
+
+# %% notebooks/05_launch.ipynb #end-torchrun
+def end_torchrun() -> None:
+    """Kills the torchrun that started this process, and with it this machine's ranks (die_with_parent)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.kill(os.getppid(), signal.SIGKILL)
 
 
 # %% notebooks/05_launch.ipynb #report-failure
 def report_failure(heartbeat: Heartbeat, error: Exception) -> int:
-    """Prints one line on one rank, who stayed behind first, then in which cell a collective failed; returns 1."""
+    """Prints one line on one rank, who stayed behind first, then in which cell a collective failed; returns 1.
+
+    Where the store is lost, one rank of each machine does, and torchrun is ended.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if heartbeat.first_to_report():
+    is_first = heartbeat.first_to_report()
+    is_lost = is_first is None
+    if is_first or (is_lost and world_from_env()[2] == 0):
         line = str(error)
         if isinstance(error, CollectiveError):
             stitched = globals().get("install_traceback_hook")  # a stitched program knows its cells
             locate = getattr(stitched, "locate", lambda error: "")
             line = re.sub(r"\[\S+:\d+\] ", "", line)  # a place in a library's sources
-            line = f"{heartbeat.stragglers()}; {line}{locate(error)}"
+            lost = f"the machine of rank 0, {os.environ.get('MASTER_ADDR')}, does not answer"
+            line = f"{lost if is_lost else heartbeat.stragglers()}; {line}{locate(error)}"
         print(f"error: {line}", file=sys.stderr, flush=True)
     else:
         time.sleep(5)  # torchrun ends every rank when the first one leaves: let the reporting rank finish
+    if is_lost:
+        end_torchrun()
     return 1
 
 
@@ -2615,7 +2641,6 @@ def weights_of_choices(weights: Tensor, order: RowOrder) -> Tensor:
     )
 
 
-# %% notebooks/06_grouped_experts.ipynb #local-dispatcher
 @register("dispatcher", "local")
 class LocalDispatcher(Dispatcher):
     """One rank: nothing travels, and what arrives is what was there."""
@@ -4095,17 +4120,21 @@ def pack_slots(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_slots: int
     return packed
 
 
-def sum_at_home(rows: Tensor, num_tokens: int, comm: Communicator, purpose: str) -> Tensor:
-    """rows [W * S, n], a block for every rank -> [T, n]: all ranks' sums for this one's tokens, a reduce-scatter.
+def rows_at_home(num_tokens: int, num_slots: int, num_ranks: int, device: torch.device) -> Tensor:
+    """int64 [T, W]: token t's row in each rank's block of S slots."""
+    rows = torch.arange(num_ranks * num_slots, device=device).view(num_ranks, num_slots)
+    return rows.t()[:num_tokens].contiguous()
 
-    Blocks travel in the rows' dtype and are added in float32 or wider, in the order of the ranks. Sends S rows to each
-    other rank. No host synchronisation.
+
+def sum_at_home(blocks: Tensor, at_home: Tensor, comm: Communicator, purpose: str) -> Tensor:
+    """blocks [W * S, n], one for every rank -> [T, n]: all ranks' sums for this one's tokens, a reduce-scatter.
+
+    at_home int64 [T, W]: see rows_at_home. Blocks travel in their dtype and are added in float32 or wider, in the order
+    of the ranks. Sends S rows to each other rank. No host synchronisation.
     """
-    num_slots = len(rows) // comm.size
-    blocks = comm.all_to_all(rows, [num_slots] * comm.size, [num_slots] * comm.size, purpose)
-    row = torch.arange(len(rows), device=rows.device)
-    row_of_rank = row.view(comm.size, num_slots).t()[:num_tokens].contiguous()  # token t's row in each block
-    return sum_rows(blocks, RowOrder(row_of_rank, row, row[:0]))
+    splits = [len(blocks) // comm.size] * comm.size
+    rows = comm.all_to_all(blocks, splits, splits, purpose)
+    return sum_rows(rows, RowOrder(at_home, at_home, at_home))  # of which it needs row_of_choice alone
 
 
 # %% notebooks/10_less_traffic.ipynb #gather-autograd
@@ -4118,10 +4147,11 @@ class GatherTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, num_slots: int, comm: Communicator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.comm, (num_tokens, top_k), d = comm, topk_ids.shape, x.shape[1]
-        ctx.num_tokens = num_tokens
+        ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, at_home: Tensor, num_slots: int,
+        comm: Communicator,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx.comm, top_k, d = comm, topk_ids.shape[1], x.shape[1]
+        ctx.save_for_backward(at_home)
         packed = pack_slots(x, topk_ids, topk_weights, num_slots)
         everyones = comm.all_gather(packed, "dispatch").flatten(0, 1)
         weights, ids = get_riders(everyones, d, 2 * top_k).split(top_k, dim=1)
@@ -4133,20 +4163,20 @@ class GatherTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
-        grad_x = None
+        (at_home,), grad_x = ctx.saved_tensors, None
         if ctx.needs_input_grad[0]:
-            grad_x = sum_at_home(grad_rows, ctx.num_tokens, ctx.comm, "dispatch backward")
-        home = sum_at_home(grad_weights, ctx.num_tokens, ctx.comm, "dispatch backward")
-        return grad_x, home, None, None, None
+            grad_x = sum_at_home(grad_rows, at_home, ctx.comm, "dispatch backward")
+        home = sum_at_home(grad_weights, at_home, ctx.comm, "dispatch backward")
+        return grad_x, home, None, None, None, None
 
 
 class SumAtHome(torch.autograd.Function):
     """y [W * S, D], partial sums for every rank's slots -> [T, D], this rank's sums. Backward is an all-gather."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, num_tokens: int, comm: Communicator) -> Tensor:
-        ctx.comm, ctx.padding = comm, len(y) // comm.size - num_tokens
-        return sum_at_home(y, num_tokens, comm, "combine")
+    def forward(ctx: Any, y: Tensor, at_home: Tensor, comm: Communicator) -> Tensor:
+        ctx.comm, ctx.padding = comm, len(y) // comm.size - len(at_home)
+        return sum_at_home(y, at_home, comm, "combine")
 
     @staticmethod
     @once_differentiable
@@ -4231,14 +4261,15 @@ class GatherTokensDispatcher(Dispatcher):
             num_slots = int(self.comm.all_gather(length, "metadata").max())
         if len(x) > num_slots:
             raise ValueError(f"{len(x)} tokens on one rank, and gather_tokens was made for {num_slots}")
-        rows, weights, ids = GatherTokens.apply(x, topk_weights, topk_ids, num_slots, self.comm)
+        at_home = rows_at_home(len(x), num_slots, self.comm.size, x.device)
+        rows, weights, ids = GatherTokens.apply(x, topk_weights, topk_ids, at_home, num_slots, self.comm)
         own = ids - self.comm.rank * local  # below 0 too where no choice was sent
         ids = torch.where((own >= 0) & (own < local), own, -1)
         most = len(rows) * min(topk_ids.shape[1], local)
-        return Arrived(rows, ids, weights, len(x), max_pairs=most)
+        return Arrived(rows, ids, weights, at_home, max_pairs=most)
 
-    def begin_combine(self, y: Tensor, handle: int) -> Tensor:
-        """See Dispatcher. Sends S rows to each other rank; handle is this rank's number of tokens."""
+    def begin_combine(self, y: Tensor, handle: Tensor) -> Tensor:
+        """See Dispatcher. Sends S rows to each other rank; handle as rows_at_home has it."""
         return SumAtHome.apply(y, handle, self.comm)
 
     def predict_bytes(

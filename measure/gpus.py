@@ -14,7 +14,6 @@ A part that fails says so, and the next one runs; the exit code then is 1. After
 """
 
 import argparse
-import statistics
 import sys
 import time
 import traceback
@@ -35,7 +34,7 @@ from torch.distributed._functional_collectives import (  # noqa: E402
 )
 
 from ep_launcher import launcher as ep  # noqa: E402
-from measure import before, layer, peers, record  # noqa: E402
+from measure import before, layer, peers, record, traffic  # noqa: E402
 from measure.record import ROOT, Recorder  # noqa: E402
 from tools import parity  # noqa: E402
 
@@ -196,39 +195,19 @@ def torchtitan_layer(recorder: Recorder, ours: ep.EPMoE) -> layer.Variant:
 
 def run_bandwidth(recorder: Recorder) -> dict:
     """Dispatch and combine, forward, of 4,096 tokens a rank, hidden 7,168, top-8 of 256 experts, bfloat16."""
-    comm, device, size = recorder.comm, recorder.device, recorder.comm.size
-    num_tokens, d, num_experts = (64, 64, 16) if recorder.args.small else (4096, 7168, 256)
-    config = ep.MoEConfig(num_experts, 8, d, 2048, max_num_tokens=num_tokens, dtype="bfloat16")
-    torch.manual_seed(comm.rank)
-    weights, ids = torch.rand(num_tokens, num_experts, device=device).topk(config.top_k)
-    weights = weights / config.top_k
-    x = torch.randn(num_tokens, d, device=device).to(torch.bfloat16)
-    expected = x.float() * weights.sum(1, keepdim=True)
-    every_ids = [torch.tensor(i) for i in recorder.gather(ids.tolist())]
-    variants, sent, errors = {}, {}, {}
+    comm, device, size, config = (
+        recorder.comm,
+        recorder.device,
+        recorder.comm.size,
+        traffic.exchange_config(recorder),
+    )
+    num_tokens, d, num_experts = config.max_num_tokens, config.hidden_dim, config.num_experts
     kinds = dispatchers(recorder, config, comm) | {"plain glue": PlainDispatcher(num_experts, comm)}
     gather_gb = 4 * size * num_tokens * config.top_k * d * 2 / 1e9  # gathered, twice on the way, kept
     if "all_gather" in kinds and gather_gb > LARGEST_GATHER_GB:
         recorder.say(f"  dispatcher all_gather left out: it would hold {gather_gb:.0f} GB a rank")
         del kinds["all_gather"]
-    for name, kind in kinds.items():
-        sent_before = {way: comm.meter.total(way) for way in ("dispatch", "combine")}
-        arrived = kind.dispatch(x, ids, weights)
-        weight = torch.where(arrived.topk_ids < 0, 0, arrived.topk_weights).sum(1, keepdim=True)
-        echo = arrived.x * weight.to(x.dtype)
-        y = kind.combine(echo, arrived.handle)
-        predicted = kind.predict_bytes(every_ids, d, x.dtype)
-        for way, earlier in sent_before.items():
-            own, counted = int(predicted[way][comm.rank].sum()), comm.meter.total(way) - earlier
-            sent[f"{name}, {way}"] = statistics.mean(recorder.gather(own))
-            if name != "plain glue" and counted != own:  # its exchange passes no meter
-                recorder.failures.append(f"{name}, {way} sent {counted} bytes, not {own}")
-        errors[name] = max(recorder.gather(float((y.float() - expected).norm() / expected.norm())))
-        if not errors[name] <= 2e-2:
-            recorder.failures.append(f"{name}: tokens came back {errors[name]:.1e} off")
-        variants[f"{name}, dispatch"] = lambda kind=kind: kind.dispatch(x, ids, weights)
-        handle = arrived.handle
-        variants[f"{name}, combine"] = lambda kind=kind, y=echo, handle=handle: kind.combine(y, handle)
+    variants, sent, errors = traffic.there_and_back(recorder, config, kinds, unmetered=("plain glue",))
     outgoing = torch.zeros(num_tokens * config.top_k, d, dtype=torch.bfloat16, device=device)
     incoming = torch.empty_like(outgoing)
     plain = f"plain {dist.get_backend()} all-to-all"

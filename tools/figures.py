@@ -5,6 +5,7 @@ a shade per token, wherever it travels.
 """
 
 import base64
+import html
 import io
 import re
 import zlib
@@ -47,7 +48,7 @@ def rank_color(rank: int) -> str:
 
 def token_color(rank: int, token: int, num_tokens: int = 4) -> tuple[float, float, float]:
     """The colour of a token: its home rank's, lighter from token to token. RGB in 0 to 1."""
-    share = 0.55 * (token % num_tokens) / max(1, num_tokens - 1)
+    share = 0.38 * (token % num_tokens) / max(1, num_tokens - 1)
     red, green, blue = (channel + (1 - channel) * share for channel in to_rgb(rank_color(rank)))
     return red, green, blue
 
@@ -96,10 +97,11 @@ def fewer_colors(frame: re.Match[str]) -> str:
     return base64.b64encode(small.getvalue()).decode()
 
 
-def show_animation(animation: Animation) -> HTML:
+def show_animation(animation: Animation, alt: str) -> HTML:
     """The animation as a player for the page, with frames inside; nothing is fetched from the network.
 
     matplotlib's own player draws its buttons with an icon font that it loads from a server; here they are letters.
+    alt: what one sees, in words.
     """
     player = re.sub(
         r"(?<=data:image/png;base64,)[\w+/=\\\s]+", fewer_colors, animation.to_jshtml(default_mode="once")
@@ -107,6 +109,7 @@ def show_animation(animation: Animation) -> HTML:
     player = re.sub(r'<link rel="stylesheet"\s+href="https?://[^"]*">', "", player)
     for name, sign in BUTTONS.items():
         player = player.replace(f'<i class="fa fa-{name}"></i>', sign)
+    player = player.replace("<img id=", f'<img alt="{html.escape(alt)}" id=')
     # matplotlib names the player at random; a committed output is the same in every run.
     for name in set(re.findall(r"[0-9a-f]{32}", player)):
         player = player.replace(name, f"{zlib.crc32(player.replace(name, '').encode()):08x}")

@@ -208,6 +208,14 @@ def film(flight: Flight, names: Sequence[str]) -> str:
         for n, line in enumerate(lines):
             at = to_pixels(0, y)[1] + 18 + 22 * n - 11 * (len(lines) - 1)
             parts.append(f'<text x="135" y="{at:.1f}" text-anchor="end" fill="{INK}">{line}</text>')
+    for places in flight.places[1:4]:  # where rows will rest, so that the film does not open on empty strips
+        for x, y in (to_pixels(*place) for place in places.values()):
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="17" height="22" rx="3" fill="none" stroke="#cfcfd6"/>'
+            )
+    for x, y in (to_pixels(*place) for place in flight.one_of_each(flight.places[4]).values()):
+        frame = f'<rect x="{x - 4:.1f}" y="{y - 5:.1f}" width="100" height="36" rx="5" fill="none" stroke="#cfcfd6"/>'
+        parts.append(frame)
     rows_a_rank = len(flight.places[0]) // flight.num_ranks
     parts += [flying_row(flight, key, number % rows_a_rank) for number, key in enumerate(flight.places[0])]
     for places, opacity, change in (
@@ -217,7 +225,10 @@ def film(flight: Flight, names: Sequence[str]) -> str:
         boxes = flight.one_of_each(places).items()
         parts += [wide_token(key, *to_pixels(*place), opacity, change) for key, place in boxes]
     size = f'viewBox="0 0 {150 + flight.num_ranks * step:.0f} 594" font-family="sans-serif" font-size="18"'
-    title = "<title>Rows leave their tokens, fly to the ranks of their experts, and fly home again.</title>"
+    title = (
+        f"<title>A film of {flight.num_ranks} ranks with two tokens each: every token opens into a row for each of "
+        "its experts, the rows fly to the ranks of these experts, rest there, and fly home again.</title>"
+    )
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{title}{"".join(parts)}</svg>'
 
 
@@ -265,6 +276,10 @@ def player(flight: Flight, names: Sequence[str], home: int = 0, token: int = 0) 
         ax.set_title(moment_title(flight, n, home, token), fontsize=16)
 
     moments = [(n, share / 6) for n in range(4) for share in range(6)] + [(4, 0.0)] * 2
-    shown = show_animation(FuncAnimation(fig, draw_frame, frames=moments, interval=300))
+    alt = (
+        f"Step by step: token {token} of rank {home} becomes a row for each of its experts; the rows move to the "
+        "ranks of these experts, are sorted there among pale rows of other tokens, and come back to one box."
+    )
+    shown = show_animation(FuncAnimation(fig, draw_frame, frames=moments, interval=300), alt)
     plt.close(fig)
     return shown

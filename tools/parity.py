@@ -20,7 +20,7 @@ from dataclasses import replace
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -458,6 +458,18 @@ def print_summary(what: str, results: list[dict], failed: list[dict], dtypes: li
     print(f"{what}: {len(results) - len(failed)} of {len(results)} within limits; worst {errors}")
 
 
+def finish(what: str, args: argparse.Namespace, comm: Communicator, results: list[dict], failed: list[dict],
+           written: Any) -> int:  # fmt: skip
+    """Rank 0 writes `written` where --output says and prints the summary; all leave the group -> exit code."""
+    if comm.rank == 0:
+        if args.output:
+            Path(args.output).write_text(json.dumps(written, indent=1) + "\n")
+        print_summary(f"{what} at world size {comm.size} on {args.device}", results, failed, args.dtypes)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 1 if failed or not results else 0
+
+
 def main() -> int:
     args, device = begin()
     mesh = init_ep()
@@ -467,16 +479,7 @@ def main() -> int:
     except Exception:
         sys.stdout.flush()
         os._exit(1)  # told already; the other ranks wait for this one, and torchrun ends them
-    failed = over_the_limit(results)
-    if mesh.batch.rank == 0:
-        if args.output:
-            Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
-        print_summary(
-            f"parity at world size {mesh.batch.size} on {device.type}", results, failed, args.dtypes
-        )
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 1 if failed or not results else 0
+    return finish("parity", args, mesh.batch, results, over_the_limit(results), results)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
 from support import ROOT
 from wrong_answers import with_wrong_answers
 
@@ -84,12 +85,26 @@ def test_the_readme_has_a_line_for_each_chapter_and_each_target():
     assert named <= set(targets), f"README.md names targets that are not there: {named - set(targets)}"
 
 
+def pictures_of(page: str) -> list[tuple[str, str]]:
+    """(alt, src or id) of a page's figures and players; a picture inside a notebook has no words of its own."""
+    pictures = BeautifulSoup(page, "html.parser").find_all("img")
+    found = [(tag.get("alt", ""), tag.get("src") or tag.get("id", "")) for tag in pictures]
+    return [(alt, src) for alt, src in found if not src.startswith("data:")]
+
+
+def test_a_picture_without_words_is_found():
+    page = '<img alt="06 rows" src="images/06_rows.svg"><img id="_anim_img1"><img alt="x" src="data:image/png;base64,">'
+    assert pictures_of(page) == [("06 rows", "images/06_rows.svg"), ("", "_anim_img1")]
+
+
 def test_the_site_is_built_and_needs_no_network(build):
     """Every notebook is a page; tools/site.py itself refuses a page that would fetch something or lacks a figure."""
     done = run(sys.executable, "tools/site.py", "--output", str(build / "site-test"))
     assert done.returncode == 0, done.stderr
     for path in NOTEBOOKS:
         page = (build / "site-test" / f"{path.stem}.html").read_text(encoding="utf-8")
+        silent = [src for alt, src in pictures_of(page) if len(alt.split()) < 12]
+        assert not silent, f"{path.stem}.html does not say in words what one sees in {', '.join(silent)}"
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "code":
                 assert f'id="{cell["id"]}"' in page, f"{path.stem}.html lacks #{cell['id']}"

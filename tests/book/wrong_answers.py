@@ -18,11 +18,15 @@ WRONG = {
             "F.gelu(x @ w1 + b1) @ w2 + b2",
         ),
     ],
-    "solution-routing": [
-        ("% num_experts", "// top_k % num_experts"),
-        (
-            "torch.arange(num_tokens * top_k) % num_experts",
-            "torch.randint(num_experts, (num_tokens * top_k,))",
+    "solution-forward": [
+        ("token, home * weights", "torch.arange(len(home)) // ids.shape[1], home * weights"),
+        ("home * weights.flatten()[order, None]", "home"),
+        ("owner.argsort(stable=True)", "torch.arange(len(owner))"),
+        (', "combine")', ', "combine") if len(rows) else out'),
+        (  # right, and every row goes to every rank
+            'rows = comm.all_to_all(x[token], there.tolist(), here, "dispatch")',
+            'rows = comm.all_to_all(x[token], there.tolist(), here, "dispatch")\n'
+            '    comm.all_gather(torch.zeros(100, 16).double(), "dispatch")',
         ),
     ],
     "solution-half": [("ep_size / 2", "ep_size"), ("return k", "return ep_size // 2")],
@@ -38,36 +42,63 @@ WRONG = {
         ("weights[mine], AllGather", "weights[mine].flip(1), AllGather"),
         ("(owners == rank).any(dim=1)", "(owners == rank)"),
     ],
-    "solution-topk": [
-        ("logit - max(logits)", "logit"),
-        ("-probs[e]", "probs[e]"),
-        ("return ids, ", "return torch.tensor(ids), "),
+    "solution-activation": [
+        ("grad * 2 * F.relu(gate), None", "2 * F.relu(gate), None"),
+        ("grad * 2 * F.relu(gate), None", "grad * 2 * F.relu(gate)"),
+        ("has_bias, is_gated = False, False", "has_bias, is_gated = True, False"),
+        ("F.relu(gate).square()", "gate.square()"),
+        (  # right, by autograd
+            "return grad * 2 * F.relu(gate), None",
+            "gate = gate.detach().requires_grad_()\n"
+            "        return torch.autograd.grad(F.relu(gate).square(), gate, grad)[0], None",
+        ),
     ],
-    "solution-switch": [("1.35", "0.45"), ("[0.75, 0.0, 0.25]", "[0.5, 0.2, 0.3]")],
-    "solution-count": [
-        ("num_experts // ep_size * expert", "num_experts * expert"),
-        ("(hidden_dim + 1)", "hidden_dim"),
+    "solution-service": [
+        ("keys.index_fill(", "keys.index_fill_("),  # right choices, and the probabilities are overwritten
+        ("-math.inf", "0.5"),
+        ("if self.expert < 0:", "if self.expert <= 0:"),
+        ("if not -1 <= self.expert < config.num_experts:", "if False:"),
+        ("if self.expert >= 0 and config", "if False and config"),
     ],
     "solution-sparing": [(" or [0]", ""), ("w2[e], b2[e]", "w2[e], b2[0]")],
-    "solution-largest": [
-        (".abs()", ""),
-        ("places[comm.rank] = own", "places[:] = own"),
-        ("return comm", "comm.all_reduce(torch.zeros(1))\n    return comm"),
-    ],
     "solution-mean": [
         ("mean_loss * num_tokens", "mean_loss"),
         (".clamp(min=1)", ""),
         ("return both", "comm.all_reduce(torch.zeros(1))\n    return both"),
+    ],
+    "solution-evaluate": [
+        ("    model.eval()\n", ""),
+        ("with torch.no_grad():", "with torch.enable_grad():"),
+        ("model.train(was_training)", "model.train()"),
+        (" / len(batches)", ""),
+        ("return mesh.batch.all_reduce(total).item()", "return total.item()"),
+        ("sum(task.loss(model, batch)", "sum(mesh.batch.all_reduce(task.loss(model, batch))"),
+        ("total = sum(", "total = 0 * sum("),
     ],
     "solution-alpha": [("aux_alpha=aux_alpha", "aux_alpha=0.0"), ("steps=300", "steps=20")],
     "solution-message": [
         ("int(rank)", "rank"),
         ("return int(rank), notebook, cell_id", "return cell_id, notebook"),
     ],
+    "solution-flag-of-your-own": [
+        ("@option_group\n", ""),
+        ("keys.index_fill(1", "keys.clone() if True else keys.index_fill(1"),
+        ("[self.out_of_service]", "[3]"),
+        ("raise ValueError(", "print("),
+        ("out_of_service: int", "outofservice: int"),
+    ],
     "solution-command": [("--num-experts 48", "--num-experts 16"), ("--nnodes=3", "--nnodes=2")],
     "solution-splits": [("rows, rows.T", "rows.T, rows"), ("rows, rows.T", "rows, rows")],
     "solution-seal": [("[4, 5, 3]", "[3, 4, 5]"), ("[4, 5, 3]", "[6, 2, 4]")],
     "solution-bytes": [("(ids >= 0) & ", ""), ("3 * hidden_dim", "4 * hidden_dim"), ("+ 16 + 4", "")],
+    "solution-home": [
+        ("output_splits, input_splits,", "input_splits, output_splits,"),
+        ("    set_riders(packed, d, grad_weights)\n", ""),
+        (
+            "home[:, :d], get_riders(home, d)",
+            "home[:, :d], comm.all_to_all(grad_weights, output_splits, input_splits, 'dispatch backward')",
+        ),
+    ],
     "solution-sum": [
         ("torch.where(is_sent, picked, 0)", "picked"),
         (">= 0", "> 0"),
@@ -80,7 +111,11 @@ WRONG = {
         ("2 + 4 + 4 + 4 + 4 + 2", "2 + 2 + 2 + 2 + 2 + 2"),
         ("(2 + 2) * numbers", "2 * numbers"),
     ],
-    "solution-padding": [("len(counts) * ", ""), (" if sum(counts) else 1.0", "")],
+    "solution-bias-gradient": [
+        ("right=True", "right=False"),
+        ("return sums[:-1]", "return sums[: int((counts >= 0).sum())]"),  # a number on the host
+        ("return sums[:-1]", "return torch.stack([sums[e] for e in range(len(counts))])"),
+    ],
     "solution-num-dropped": [(".clamp(min=0)", ""), ("(load - capacity).clamp(min=0)", "(load > capacity)")],
     "solution-first-choices": [("-torch", "torch"), (".repeat(", ".repeat_interleave(")],
     "solution-factor": [
@@ -96,9 +131,11 @@ WRONG = {
         ("// experts_per_machine", "% experts_per_machine"),
         ("marked.sum(1).mean().item()", "float(topk_ids.shape[1])"),
     ],
-    "solution-tremble": [
-        ("bias_speed=speed", "bias_speed=0.001"),
-        ('result["max / mean"], result["above"]', 'result["above"], result["max / mean"]'),
+    "solution-proportional": [
+        ("self.batch.all_reduce(self.load)", "self.load"),
+        (" / mean.clamp(min=1e-9)", ""),
+        ("mean.clamp(min=1e-9)", "mean"),
+        ("        self.load.zero_()\n", ""),
     ],
     "solution-policy": [
         ("topk_ids.T.flatten()", "topk_ids.flatten()"),
@@ -112,10 +149,10 @@ WRONG = {
     ],
     "solution-own": [
         ("shares.tril(-1).sum(2)", "shares.tril().sum(2)"),
-        ("shares.byte().argmax(2)", "torch.arange(topk_ids.shape[1]).expand_as(owner)"),
+        ("shares.byte().argmax(2)", "torch.arange(owner.shape[1]).expand_as(owner)"),
+        ("shares.byte().argmax(2), ", ""),
     ],
     "solution-across": [("len(set(away))", "len(away)"), ("for e in line if e >= 0", "for e in line")],
-    "solution-copies": [("top_k * elsewhere", "top_k"), ("num_hosts) * elsewhere", "num_hosts)")],
 }
 
 
@@ -161,33 +198,29 @@ class Unchanged({base}):
 
 
 class Raising({base}):
-    def begin_dispatch(self, x, topk_ids, topk_weights):
-        return [][0]
-
-    def forward(self, arrived):
+    def {method}(self, *_):
         return [][0]
 
 
 class Text({base}):
-    def begin_dispatch(self, x, topk_ids, topk_weights):
-        return "text"
-
-    def forward(self, arrived):
+    def {method}(self, *_):
         return "text"
 
 
 odd = [Unchanged, Raising, Text, lambda *_: None, None, 3]
 """
+METHODS = {"AllGatherDispatcher": "begin_dispatch", "LoopExperts": "forward", "Options": "limit_choice"}
 
 
 def odd_answers(definitions: str, check: ast.Call) -> str:
     """A cell that hands a check answers of other kinds: nothing, errors, wrong types, the class as it was given."""
     base = next(
-        (node.bases[0].id for node in ast.parse(definitions).body if isinstance(node, ast.ClassDef)), None
+        (n.bases[0].id for n in ast.parse(definitions).body if isinstance(n, ast.ClassDef) and n.bases), None
     )
     call = ast.Call(check.func, [ast.Name("answer"), *check.args[1:]], check.keywords)
     loop = f"for number, answer in enumerate(odd):\n    verdict = {ast.unparse(call)}\n    {ONE_LINE}, number, verdict)"
-    return (UNCHANGED.format(base=base) if base else ODD) + "\n\n" + loop
+    odd = UNCHANGED.format(base=base, method=METHODS.get(base, "begin_dispatch")) if base else ODD
+    return odd + "\n\n" + loop
 
 
 ONE_LINE = (

@@ -92,21 +92,21 @@ The mixture-of-experts training program of the book, stitched from the tagged co
 
     torchrun --nproc_per_node=2 ep_launcher/launcher.py --steps 2000
 
-Each cell stands below a line that names its notebook and its id, line for line as in the notebook; imports
-from this file itself are blanked. Tracebacks of this program name the cells.
+A line above each cell names its notebook and its id. The cell follows line for line, except that imports from
+this file itself are blanked. Tracebacks of this program name the cells.
 
 Shape letters, in names and comments:
 T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R received rows, W ranks.
 """
 
-# Cells bring their own imports, which so stand between definitions, repeat, and are sorted by cell:
+# Every cell keeps its own imports: they are repeated, stand between definitions, and are sorted by cell:
 # ruff: noqa: E402, F811, I001
 
 # Stitched from:
 #   notebooks/01_disc.ipynb
 #   notebooks/02_ring.ipynb
-# the cells tagged theory, training.
-# Of the notebook, id, tag and source of each:
+# from the cells tagged theory, training.
+# A hash over the notebook, id, tag and source of every cell:
 SOURCES_SHA256 = "{hashlib.sha256(json.dumps(ROWS).encode()).hexdigest()}"
 
 

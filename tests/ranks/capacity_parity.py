@@ -7,7 +7,6 @@ tools/parity.py does, "kept": {policy: the choices that global scope leaves of o
 error is over its limit.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -15,7 +14,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -33,11 +31,11 @@ from tools.parity import (  # noqa: E402
     LIMITS,
     begin,
     collect,
+    finish,
     gather_uneven,
     make_layer,
     over_the_limit,
     plain_cases,
-    print_summary,
     run_case,
 )
 
@@ -228,15 +226,7 @@ def main() -> int:
     results = run_all(args.dtypes, args.cases, mesh, device, args.dispatcher)
     kept = kept_choices(mesh, device)
     failed = [r for r in results if not r["same_choices"] or r in over_the_limit([r])]
-    if mesh.batch.rank == 0:
-        if args.output:
-            Path(args.output).write_text(json.dumps({"results": results, "kept": kept}) + "\n")
-        print_summary(
-            f"capacity at world size {mesh.batch.size} on {device.type}", results, failed, args.dtypes
-        )
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 1 if failed or not results else 0
+    return finish("capacity", args, mesh.batch, results, failed, {"results": results, "kept": kept})
 
 
 if __name__ == "__main__":

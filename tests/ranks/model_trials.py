@@ -6,6 +6,7 @@ import gc
 import io
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -261,35 +262,37 @@ def wide_sums(mesh: ep.Mesh, folder: Path) -> None:
     assert abs(third.item() - mesh.batch.size / 3) < 1e-15, "float64 beside bfloat16"
 
 
+def every_kind(mesh: ep.Mesh) -> Iterator[tuple[str, ep.EPMoE, torch.Tensor]]:
+    """(names, layer, tokens that need a gradient): every experts with every dispatcher."""
+    for dispatcher, experts in product(MANY, EXPERTS):
+        layer = ep.EPMoE(config(experts=experts, dispatcher=dispatcher), mesh, seed=2)
+        x = tokens(6, mesh.batch.rank, mesh.batch.size, torch.float32).requires_grad_()
+        yield f"{experts} {dispatcher}", layer, x
+
+
 @trial(2)
 def gradient_penalty(mesh: ep.Mesh, folder: Path) -> None:
     """Second derivatives through an exchange are refused: they would miss what other ranks did."""
-    for dispatcher in MANY:
-        for experts in EXPERTS:
-            layer = ep.EPMoE(config(experts=experts, dispatcher=dispatcher), mesh, seed=2)
-            x = tokens(6, mesh.batch.rank, mesh.batch.size, torch.float32).requires_grad_()
-            (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-            with refused(RuntimeError, "once_differentiable"):
-                grad.square().sum().backward()
+    for _, layer, x in every_kind(mesh):
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        with refused(RuntimeError, "once_differentiable"):
+            grad.square().sum().backward()
 
 
 @trial(2)
 def retain_graph(mesh: ep.Mesh, folder: Path) -> None:
     """A second backward adds the same gradients again, or is refused; never anything else."""
-    for dispatcher in MANY:
-        for experts in EXPERTS:
-            layer = ep.EPMoE(config(experts=experts, dispatcher=dispatcher), mesh, seed=2)
-            x = tokens(6, mesh.batch.rank, mesh.batch.size, torch.float32).requires_grad_()
-            loss = layer(x).square().sum()
-            loss.backward(retain_graph=True)
-            first = [p.grad.clone() for p in (x, *layer.parameters())]
-            if experts in ("blocks", "grouped"):
-                with refused(RuntimeError, "a second backward", "take experts bmm or loop"):
-                    loss.backward()
-                continue
-            loss.backward()
-            for p, once in zip((x, *layer.parameters()), first, strict=True):
-                close(p.grad, 2 * once, 1e-5, f"{experts} {dispatcher}")
+    for kinds, layer, x in every_kind(mesh):
+        loss = layer(x).square().sum()
+        loss.backward(retain_graph=True)
+        first = [p.grad.clone() for p in (x, *layer.parameters())]
+        if layer.config.experts in ("blocks", "grouped"):
+            with refused(RuntimeError, "a second backward", "take experts bmm or loop"):
+                loss.backward()
+            continue
+        loss.backward()
+        for p, once in zip((x, *layer.parameters()), first, strict=True):
+            close(p.grad, 2 * once, 1e-5, kinds)
 
 
 @trial(2)

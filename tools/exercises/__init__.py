@@ -10,6 +10,8 @@ expert and rank. Last it runs every case of tools/parity.py (on_ranks.py).
 
     @plain_verdict(Tensor)
     def check_mine(answer): ...               a check of a chapter's own: one line for whatever an answer does
+
+    play_ranks(4, lambda comm: ...)           ranks that are threads (played.py), for a check that wants many sizes
 """
 
 from __future__ import annotations
@@ -20,10 +22,21 @@ from typing import Any
 from torch import Tensor
 
 from tools.exercises.experts import Operations
+from tools.exercises.forward import check_ep_forward
 from tools.exercises.on_ranks import check
+from tools.exercises.played import play_ranks
 from tools.exercises.verdict import NotYet, plain_verdict
 
-__all__ = ["NotYet", "Operations", "check_dispatcher", "check_experts", "check_overflow", "plain_verdict"]
+__all__ = [
+    "NotYet",
+    "Operations",
+    "check_dispatcher",
+    "check_ep_forward",
+    "check_experts",
+    "check_overflow",
+    "plain_verdict",
+    "play_ranks",
+]
 
 
 def check_dispatcher(answer: type, ranks: int = 4, namespace: dict[str, Any] | None = None) -> str:

@@ -64,7 +64,11 @@ def plain_verdict(*types: type) -> Callable[[Callable[..., str]], Callable[..., 
                 return check(answer if isinstance(answer, type) else expect(answer), *arguments, **options)
             except NotYet as wrong:
                 return f"not yet: {wrong}"
-            except Exception as error:  # of the check, at a value that it did not expect
+            except (
+                Exception
+            ) as error:  # of a class's own code, or of the check, at a value that it did not expect
+                if isinstance(answer, type):
+                    return f"not yet: {describe_error(error, answer)}"
                 what = " ".join(repr(came[-1]).split())[:80]
                 return f"not yet: the check cannot use {what} ({first_line(error)})"
 

@@ -33,8 +33,8 @@ The mixture-of-experts training program of the book, stitched from the tagged co
 
     torchrun --nproc_per_node=2 ep_launcher/launcher.py --steps 2000
 
-Each cell stands below a line that names its notebook and its id, line for line as in the notebook; imports
-from this file itself are blanked. Tracebacks of this program name the cells.
+A line above each cell names its notebook and its id. The cell follows line for line, except that imports from
+this file itself are blanked. Tracebacks of this program name the cells.
 
 Shape letters, in names and comments:
 T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R received rows, W ranks.
@@ -44,7 +44,7 @@ OTHER_DOC = f'''{GENERATED_LINE}again:
 
     python tools/extract.py [NB...] --tags TAG... --output FILE
 
-Each cell stands below a line that names its notebook and its id, line for line as in the notebook.
+A line above each cell names its notebook and its id. The cell follows line for line.
 """'''
 
 # The only import-time effect a stitched file may have, and only where it imports from the book's package.
@@ -119,14 +119,14 @@ def assemble(chosen: Sequence[tuple[Cell, str]], is_launcher: bool) -> str:
     header = [
         LAUNCHER_DOC if is_launcher else OTHER_DOC,
         "",
-        "# Cells bring their own imports, which so stand between definitions, repeat, and are sorted by cell:",
+        "# Every cell keeps its own imports: they are repeated, stand between definitions, and are sorted by cell:",
         "# ruff: noqa: E402, F811, I001",
         "",
         *([f"from __future__ import {', '.join(futures)}", ""] if futures else []),
         "# Stitched from:",
         *(f"#   {notebook}" for notebook in dict.fromkeys(cell.notebook for cell, _ in chosen)),
-        "# the cells tagged " + one_line(", ".join(dict.fromkeys(tag for _, tag in chosen))) + ".",
-        "# Of the notebook, id, tag and source of each:",
+        "# from the cells tagged " + one_line(", ".join(dict.fromkeys(tag for _, tag in chosen))) + ".",
+        "# A hash over the notebook, id, tag and source of every cell:",
         f'SOURCES_SHA256 = "{sources_sha256(chosen)}"\n',
     ]
     early = footer = ""
