@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "25d172f85711a0c8f198da893195bd6748bab2307716229a44250678cc84c700"
+SOURCES_SHA256 = "fb45abe9f28fcb0af9fac3e5bd71a35de8a1eb75ce614b87bef2e150d2d8bfd4"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2203,7 +2203,7 @@ def describe_positions(positions: list[tuple[int, int]], silent: tuple[int, ...]
     """One line on the ranks that entered fewer collectives than the others. positions: (step, collectives) by rank;
     silent: ranks that say nothing any more, so that they may have entered more."""
     furthest = max(positions, key=lambda position: position[1])
-    behind = [rank for rank, position in enumerate(positions) if position[1] < furthest[1]]
+    behind = [r for r, position in enumerate(positions) if position[1] < furthest[1] or r in silent]
     if not behind:
         return f"all ranks are at step {furthest[0]}, after {furthest[1]} collectives"
     lines = []

@@ -152,7 +152,7 @@ def test_a_rank_that_stands_still_is_told_from_one_that_is_late(monkeypatch):
     run = SimpleNamespace(step=40, mesh=mesh, log=log)
     heart = ep.Heartbeat(store, run)
     store.set("position/1", "39 60 1")
-    store.set("position/2", "0 0 1")
+    store.set("position/2", "0 63 1")  # it stands inside the collective that the others wait in
     monkeypatch.setattr(ep.time, "sleep", lambda _: (heart.beat(), store.set("position/1", "39 60 2")))
     try:
         late, still = heart.stragglers().split("; ")
