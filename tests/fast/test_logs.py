@@ -145,6 +145,7 @@ def test_a_tilde_is_the_users_home_and_nothing_the_default(monkeypatch):
 
 def test_a_rank_that_stands_still_is_told_from_one_that_is_late(monkeypatch):
     """Notes of three ranks in the store: rank 1 beats on, rank 2 does not, and `launch` has read its steps."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # one machine
     store = ep.dist.HashStore()
     meter = SimpleNamespace(rank=0, size=3, num_collectives=63)
     notes = SimpleNamespace(steps={0: 0, 1: 0, 2: 37}.get)
