@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "cc7216f1e665410bb084b04a90e3c9a53d60f6b22cf72eff3444614d39624283"
+SOURCES_SHA256 = "40175ef107832affc3d81a127abc47da2abb28aef74deae5de80512ded7be89d"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2203,7 +2203,7 @@ def describe_positions(positions: list[tuple[int, int]], silent: tuple[int, ...]
     """One line on the ranks that entered fewer collectives than the others. positions: (step, collectives) by rank;
     silent: ranks that say nothing any more, so that they may have entered more."""
     furthest = max(positions, key=lambda position: position[1])
-    behind = [rank for rank, position in enumerate(positions) if position[1] < furthest[1]]
+    behind = [r for r, position in enumerate(positions) if position[1] < furthest[1] or r in silent]
     if not behind:
         return f"all ranks are at step {furthest[0]}, after {furthest[1]} collectives"
     lines = []
