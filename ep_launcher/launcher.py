@@ -27,7 +27,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "da80f87715ae63f317e41821298b39c7875882c3fb33b06a1eb1e5d75a1bb2ec"
+SOURCES_SHA256 = "25d172f85711a0c8f198da893195bd6748bab2307716229a44250678cc84c700"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2216,6 +2216,18 @@ def describe_positions(positions: list[tuple[int, int]], silent: tuple[int, ...]
     return "; ".join(lines)
 
 
+# %% notebooks/05_launch.ipynb #silent-machines
+def silent_machines(silent: tuple[int, ...], size: int, ranks_per_machine: int) -> str:
+    """One line on the machines of which no rank is heard; empty where there is none, or one machine alone."""
+    lines = []
+    for machine, first in enumerate(range(0, size, ranks_per_machine), 1):
+        ranks = range(first, first + ranks_per_machine)
+        if size > ranks_per_machine and set(ranks) <= set(silent):
+            names = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {first}"
+            lines.append(f"machine {machine} of {size // ranks_per_machine} ({names}) is not heard any more")
+    return "; ".join(lines)
+
+
 # %% notebooks/05_launch.ipynb #heartbeat
 class Heartbeat:
     """Tells the other ranks, twice a second, how far this run has come; finds the straggler when it hangs.
@@ -2257,35 +2269,65 @@ class Heartbeat:
         return [list(map(int, self.store.get(key).split())) for key in keys]
 
     def stragglers(self) -> str:
-        """One line on the ranks that entered fewer collectives than the others. Waits 1.2 s for their beats."""
-        before = self.positions()
-        time.sleep(1.2)
+        """One line on machines that are silent, else on the ranks that entered fewer collectives than the others.
+
+        Waits 1.2 s for their beats, where there are several machines 3 s.
+        """
+        before, ranks_per_machine = self.positions(), world_from_env()[3]
+        time.sleep(1.2 if self.meter.size <= ranks_per_machine else 3)
         after = self.positions()
         if not after:
             return "not every rank has started"
         silent = tuple(rank for rank, note in enumerate(after) if before and note[2] == before[rank][2])
+        if gone := silent_machines(silent, self.meter.size, ranks_per_machine):
+            return gone
         noted = self.run.log.notes.steps
         return describe_positions([(max(n[0], noted(rank)), n[1]) for rank, n in enumerate(after)], silent)
 
-    def first_to_report(self) -> bool:
-        """True on the first rank that asks: the one that prints what went wrong."""
-        return self.store is None or self.store.add("reported", 1) == 1
+    def first_to_report(self) -> bool | None:
+        """True on the first rank that asks: the one that prints what went wrong. None where the store does not answer
+        in 5 s: it is lost, with the machine that it is on."""
+        answers = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(self.store is None or self.store.add("reported", 1) == 1)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(timeout=5)
+        return answers[0] if answers else None
+
+
+# %% notebooks/05_launch.ipynb #end-torchrun
+def end_torchrun() -> None:
+    """Kills the torchrun that started this process, and with it this machine's ranks (die_with_parent)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.kill(os.getppid(), signal.SIGKILL)
 
 
 # %% notebooks/05_launch.ipynb #report-failure
 def report_failure(heartbeat: Heartbeat, error: Exception) -> int:
-    """Prints one line on one rank, who stayed behind first, then in which cell a collective failed; returns 1."""
+    """Prints one line on one rank, who stayed behind first, then in which cell a collective failed; returns 1.
+
+    Where the store is lost, one rank of each machine does, and torchrun is ended.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if heartbeat.first_to_report():
+    is_first = heartbeat.first_to_report()
+    is_lost = is_first is None
+    if is_first or (is_lost and world_from_env()[2] == 0):
         line = str(error)
         if isinstance(error, CollectiveError):
             stitched = globals().get("install_traceback_hook")  # a stitched program knows its cells
             locate = getattr(stitched, "locate", lambda error: "")
             line = re.sub(r"\[\S+:\d+\] ", "", line)  # a place in a library's sources
-            line = f"{heartbeat.stragglers()}; {line}{locate(error)}"
+            lost = f"the machine of rank 0, {os.environ.get('MASTER_ADDR')}, does not answer"
+            line = f"{lost if is_lost else heartbeat.stragglers()}; {line}{locate(error)}"
         print(f"error: {line}", file=sys.stderr, flush=True)
     else:
         time.sleep(5)  # torchrun ends every rank when the first one leaves: let the reporting rank finish
+    if is_lost:
+        end_torchrun()
     return 1
 
 
@@ -2599,7 +2641,6 @@ def weights_of_choices(weights: Tensor, order: RowOrder) -> Tensor:
     )
 
 
-# %% notebooks/06_grouped_experts.ipynb #local-dispatcher
 @register("dispatcher", "local")
 class LocalDispatcher(Dispatcher):
     """One rank: nothing travels, and what arrives is what was there."""

@@ -5,13 +5,15 @@
 
 Dispatch and combine, forward, float32. In one process group a rate, the dispatchers in turn, every sample that of the
 slowest rank. Beside each, what its ranks handed over for the other machine, by the meter, and what went through the
-cable. Needs Linux and root.
+cable. And the same rows across and back by themselves, in two plain exchanges: what the cable and TCP take. Needs Linux
+and root.
 """
 
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,7 +27,7 @@ NAMES = ("all_to_all", "dedup", "gather_tokens", "two_stage")
 SHAPE = {"num_tokens": 256, "hidden_dim": 512, "num_experts": 16}
 TOP_KS = (1, 4, 8)
 CABLE = Path("/sys/class/net/ep0/statistics/tx_bytes")
-MARK = "links: "
+MARK, ALONE = "links: ", ", rows alone"
 
 
 def work(rounds: int) -> None:
@@ -38,24 +40,28 @@ def work(rounds: int) -> None:
         x, ids, weights = tokens(comm.rank, top_k)
         config = ep.MoEConfig(num_experts, top_k, d, max_num_tokens=len(x))
         kinds = {name: ep.REGISTRIES["dispatcher"][name].for_layer(config, comm) for name in NAMES}
-        samples = {name: [] for name in NAMES}
-        facts = {name: {} for name in NAMES}
 
         def there_and_back(kind: ep.Dispatcher, x=x, ids=ids, weights=weights) -> None:
             arrived = kind.dispatch(x, ids, weights)
             kind.combine(arrived.x, arrived.handle)
 
+        variants = {name: (lambda kind=kind: there_and_back(kind)) for name, kind in kinds.items()}
+        if rounds > 1:
+            variants |= {name + ALONE: rows_alone(comm, kind, top_k) for name, kind in kinds.items()}
+        samples = {name: [] for name in variants}
+        facts = {name: {} for name in NAMES}
+
         for turn in range(-1, rounds):
-            for name, kind in kinds.items():
+            for name, run in variants.items():
                 comm.all_reduce(torch.zeros(1))
                 before, meter = int(CABLE.read_text()), sent(comm, others)
                 start = time.perf_counter()
-                there_and_back(kind)
+                run()
                 ms = (time.perf_counter() - start) * 1e3
                 comm.all_reduce(torch.zeros(1))
                 if turn >= 0:
                     samples[name].append(ms)
-                else:
+                elif name in facts:
                     pair = [sent(comm, others) - meter, int(CABLE.read_text()) - before]
                     facts[name] = dict(zip(("metered_bytes", "cable_bytes"), gather(comm, pair), strict=True))
         slowest = {
@@ -66,10 +72,29 @@ def work(rounds: int) -> None:
             name: facts[name]
             | {"median_ms": statistics.median(own), "samples_ms": [round(ms, 3) for ms in own]}
             for name, own in slowest.items()
+            if name in facts
         }
+        for name, own in found[top_k].items():
+            if name + ALONE in slowest:
+                own["rows_alone_ms"] = statistics.median(slowest[name + ALONE])
     if comm.rank == 0:
         print(MARK + json.dumps(found), flush=True)
     torch.distributed.destroy_process_group()
+
+
+def rows_alone(comm: ep.Communicator, kind: ep.Dispatcher, top_k: int) -> Callable[[], None]:
+    """What sends the rows that cross, there and back again, as two plain exchanges."""
+    d, ids = SHAPE["hidden_dim"], [tokens(rank, top_k)[1] for rank in range(4)]
+    rows = kind.predict_bytes(ids, d, torch.float32)["combine"].t() // (4 * d)  # that went there
+    machine = torch.arange(4) // 2
+    rows = torch.where(machine[:, None] == machine, 0, rows)
+    there, back = rows[comm.rank].tolist(), rows[:, comm.rank].tolist()
+    x = torch.zeros(sum(there), d)
+
+    def run() -> None:
+        comm.all_to_all(comm.all_to_all(x, there, back, "alone"), back, there, "alone")
+
+    return run
 
 
 def tokens(rank: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -48,7 +48,7 @@ def rank_color(rank: int) -> str:
 
 def token_color(rank: int, token: int, num_tokens: int = 4) -> tuple[float, float, float]:
     """The colour of a token: its home rank's, lighter from token to token. RGB in 0 to 1."""
-    share = 0.55 * (token % num_tokens) / max(1, num_tokens - 1)
+    share = 0.38 * (token % num_tokens) / max(1, num_tokens - 1)
     red, green, blue = (channel + (1 - channel) * share for channel in to_rgb(rank_color(rank)))
     return red, green, blue
 

@@ -306,12 +306,18 @@ def check_private(name: str, cells: Sequence[NotebookNode]) -> None:
 
 
 def write(notebook: NotebookNode, path: Path) -> None:
-    """Writes a notebook as a whole, or not at all; a new file takes the mode of the old one."""
+    """Writes a notebook as a whole, or not at all; a new file takes the mode of the old one. Stopped if it cannot."""
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text(nbformat.writes(notebook) + "\n", "utf-8")
-    if path.exists():
-        shutil.copymode(path, aside)
-    aside.replace(path)
+    try:
+        aside.write_text(nbformat.writes(notebook) + "\n", "utf-8")
+        if path.exists():
+            shutil.copymode(path, aside)
+        aside.replace(path)
+    except OSError as error:
+        raise Stopped(1, f"error: cannot write {shown(path)}: {error.strerror}; see --output-dir") from None
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def write_clean(path: Path, original: str, notebook: NotebookNode) -> None:
@@ -347,8 +353,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help=f"for each notebook (default: {DEFAULT_TIMEOUT_S:g})")  # fmt: skip
     parser.add_argument("--output-dir", type=Path, default=ROOT / "build" / "notebooks", metavar="DIR",
                         help="where copies go (default: build/notebooks)")  # fmt: skip
-    options = parser.parse_intermixed_args(argv)
-    options.parameters = {name: read_value(value) for name, value in options.parameter}
+    words = sys.argv[1:] if argv is None else argv
+    # A number like -1e-3 would pass for a flag, were it not for a space.
+    options = parser.parse_intermixed_args([re.sub(r"^(?=-[\d.])", " ", word) for word in words])
+    options.parameters = {
+        name: read_value(re.sub(r"^ (?=-[\d.])", "", value)) for name, value in options.parameter
+    }
+    if sys.flags.optimize:
+        raise refuse(
+            "without assertions (PYTHONOPTIMIZE, -O) no check of a notebook can fail; leave that out"
+        )
     if not options.timeout > 0:
         raise refuse(f"--timeout is {options.timeout:g}, and must be positive")
     if options.parameters and (options.in_place or options.clean):
@@ -358,6 +372,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise refuse(f"--output-dir {shown(folder)} holds the notebooks themselves; take another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise refuse(f"cannot write to --output-dir {shown(folder)}: {error.strerror}") from None
     return options
@@ -372,8 +387,12 @@ def run_one(path: Path, notebook: NotebookNode, options: argparse.Namespace) -> 
         try:
             execute(name, notebook, path.parent, options.timeout)
         except Stopped as stopped:
-            write(notebook, copy)
-            raise Stopped(stopped.code, *stopped.lines, f"  executed copy: {shown(copy)}") from None
+            last = f"  executed copy: {shown(copy)}"
+            try:
+                write(notebook, copy)
+            except Stopped as unwritten:
+                last = unwritten.lines[0].replace("error:", " ")
+            raise Stopped(stopped.code, *stopped.lines, last) from None
     if options.in_place or options.clean:
         write_clean(path, original, notebook)
     else:

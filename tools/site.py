@@ -167,7 +167,11 @@ def main() -> int:
             count = build(made)
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
-    except (ValueError, OSError) as error:
+    except OSError as error:  # of copytree: a list of (from, to, why)
+        why = error.strerror or str(error.args[0][0][2]).partition(": ")[0]
+        print(f"error: cannot write to --output {folder}: {why}", file=sys.stderr)
+        return 1
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

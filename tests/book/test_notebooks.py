@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def test_unknown_parameters_are_refused_before_anything_starts(tmp_path, nothing
         ),
         (["{folder}/a.ipynb", "--output-dir", "{folder}/text.ipynb/x"], "cannot write to --output-dir"),
         (["{folder}/a.ipynb", "--output-dir", "{folder}"], "holds the notebooks themselves"),
+        (["{folder}/a.ipynb", "--output-dir", "/proc"], "cannot write to --output-dir"),
         (["{folder}/a.ipynb", "--timeout", "0"], "--timeout is 0, and must be positive"),
         (["{folder}/a.ipynb", "--inplace"], "unrecognized arguments: --inplace"),
         (["{folder}/old.ipynb", "--in-place"], "has a cell without an id of its own"),
@@ -95,6 +97,20 @@ def test_bad_input_is_one_line(arguments, says, tmp_path, nothing_starts, capsys
 def test_values_of_parameters():
     given = ["2", "0.5", "true", "None", "[1, 2]", "all_to_all", "'2'"]
     assert [notebooks.read_value(text) for text in given] == [2, 0.5, True, None, [1, 2], "all_to_all", "2"]
+    words = ["notebooks/01_parallelism.ipynb", "-p", "a", "-1e-3", "-p", "b", "-.5", "-p", "c", " x"]
+    assert notebooks.arguments(words).parameters == {"a": -0.001, "b": -0.5, "c": " x"}
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(tmp_path):
+    path = make_notebook(tmp_path / "a.ipynb", ranks=2)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+        with pytest.raises(notebooks.Stopped, match="^error: cannot write .*a.ipynb: File too large"):
+            notebooks.write(nbformat.read(path, 4), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 # ------------------------------------------------------------------------------------------- running

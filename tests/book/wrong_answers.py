@@ -91,6 +91,14 @@ WRONG = {
     "solution-splits": [("rows, rows.T", "rows.T, rows"), ("rows, rows.T", "rows, rows")],
     "solution-seal": [("[4, 5, 3]", "[3, 4, 5]"), ("[4, 5, 3]", "[6, 2, 4]")],
     "solution-bytes": [("(ids >= 0) & ", ""), ("3 * hidden_dim", "4 * hidden_dim"), ("+ 16 + 4", "")],
+    "solution-home": [
+        ("output_splits, input_splits,", "input_splits, output_splits,"),
+        ("    set_riders(packed, d, grad_weights)\n", ""),
+        (
+            "home[:, :d], get_riders(home, d)",
+            "home[:, :d], comm.all_to_all(grad_weights, output_splits, input_splits, 'dispatch backward')",
+        ),
+    ],
     "solution-sum": [
         ("torch.where(is_sent, picked, 0)", "picked"),
         (">= 0", "> 0"),
@@ -103,7 +111,11 @@ WRONG = {
         ("2 + 4 + 4 + 4 + 4 + 2", "2 + 2 + 2 + 2 + 2 + 2"),
         ("(2 + 2) * numbers", "2 * numbers"),
     ],
-    "solution-padding": [("len(counts) * ", ""), (" if sum(counts) else 1.0", "")],
+    "solution-bias-gradient": [
+        ("right=True", "right=False"),
+        ("return sums[:-1]", "return sums[: int((counts >= 0).sum())]"),  # a number on the host
+        ("return sums[:-1]", "return torch.stack([sums[e] for e in range(len(counts))])"),
+    ],
     "solution-num-dropped": [(".clamp(min=0)", ""), ("(load - capacity).clamp(min=0)", "(load > capacity)")],
     "solution-first-choices": [("-torch", "torch"), (".repeat(", ".repeat_interleave(")],
     "solution-factor": [
@@ -119,9 +131,11 @@ WRONG = {
         ("// experts_per_machine", "% experts_per_machine"),
         ("marked.sum(1).mean().item()", "float(topk_ids.shape[1])"),
     ],
-    "solution-tremble": [
-        ("bias_speed=speed", "bias_speed=0.001"),
-        ('result["max / mean"], result["above"]', 'result["above"], result["max / mean"]'),
+    "solution-proportional": [
+        ("self.batch.all_reduce(self.load)", "self.load"),
+        (" / mean.clamp(min=1e-9)", ""),
+        ("mean.clamp(min=1e-9)", "mean"),
+        ("        self.load.zero_()\n", ""),
     ],
     "solution-policy": [
         ("topk_ids.T.flatten()", "topk_ids.flatten()"),
@@ -135,7 +149,8 @@ WRONG = {
     ],
     "solution-own": [
         ("shares.tril(-1).sum(2)", "shares.tril().sum(2)"),
-        ("shares.byte().argmax(2)", "torch.arange(topk_ids.shape[1]).expand_as(owner)"),
+        ("shares.byte().argmax(2)", "torch.arange(owner.shape[1]).expand_as(owner)"),
+        ("shares.byte().argmax(2), ", ""),
     ],
     "solution-across": [("len(set(away))", "len(away)"), ("for e in line if e >= 0", "for e in line")],
 }

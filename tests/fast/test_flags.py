@@ -78,6 +78,8 @@ def test_300_flag_values_are_refused_in_one_line_or_train(tmp_path):
     ("--zipf 2", "zipf 2.0 does nothing without clusters; take --task clusters"),
     ("--sort-tokens", "does nothing without clusters"), ("--num-clusters 7", "does nothing without clusters"),
     ("--bias-speed 0.1", "bias_speed 0.1 does nothing without a bias; take --balance bias"),
+    ("--z-alpha 0.1 --aux-alpha 0", "z_alpha 0.1 does nothing with aux_alpha 0; raise --aux-alpha"),
+    ("--ranks-per-host 2", "ranks_per_host 2 does nothing with dispatcher auto; take --dispatcher two_stage"),
     ("--sequence-length 8", "does nothing without its loss; set --sequence-alpha"),
     ("--num-shared-experts -1", "num_shared_experts is -1"), ("--aux-alpha -1", "aux_alpha is -1.0"),
     ("--tokens 129", "129 tokens over 1 ranks are up to 129 a rank, above max_num_tokens 128"),

@@ -131,3 +131,36 @@ def test_a_cable_of_a_given_speed():
         assert "tbf" not in hosts.ip("-n", names[0], "qdisc", "show", "dev", hosts.INTERFACE, program="tc")
     with pytest.raises(HostsUnavailable, match="`nothing` is not installed"):
         hosts.ip(program="nothing")
+
+
+@needs_hosts
+def test_a_cut_cable_ends_both_hosts_and_names_the_machine_that_went(tmp_path):
+    flags = ["--hidden-dim", "16", "--ffn-dim", "16", "--steps", "1000000", "--log-interval", "1"]
+    program = [
+        str(hosts.LAUNCHER),
+        *flags,
+        "--device",
+        "cpu",
+        "--timeout-s",
+        "5",
+        "--dispatcher",
+        "two_stage",
+    ]
+    logs = [tmp_path / f"ep-hosts-{number}.log" for number in (1, 2)]
+    with hosts.two_namespaces() as names:
+        running = [
+            hosts.start_host(name, number, [*program, "--log-dir", str(tmp_path)], log, 2)
+            for number, (name, log) in enumerate(zip(names, logs, strict=True), 1)
+        ]
+        try:
+            wait_until(lambda: "[step 00003]" in logs[0].read_text())
+            hosts.ip("-n", names[0], "link", "set", hosts.INTERFACE, "down")
+            codes = [host.process.wait(timeout=5 + 30) for host in running]
+            assert not processes(str(tmp_path))  # no torchrun and no rank
+        finally:
+            for host in running:
+                host.end()
+    said = [[line for line in log.read_text().splitlines() if line.startswith("error: ")] for log in logs]
+    assert all(codes) and [len(lines) for lines in said] == [1, 1], said
+    assert said[0][0].startswith("error: machine 2 of 2 (ranks 2 to 3) is not heard any more; rank ")
+    assert said[1][0].startswith("error: the machine of rank 0, 10.77.0.1, does not answer; rank ")

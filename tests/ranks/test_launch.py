@@ -49,6 +49,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--nproc", "x"], "invalid int value: 'x'"),
         (["--nnodes", "2"], "--rdzv-endpoint"),
         (["--master-port", "99999"], "no port 99999"),
+        (["--nnodes", "2", "--rdzv-endpoint", "no.invalid:1"], "no address is known for no.invalid"),
     ],
 )
 def test_refused_before_anything_starts(flags, says, nothing_starts, capfd):

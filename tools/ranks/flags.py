@@ -104,6 +104,12 @@ def torchrun_flags(
     if not rdzv_endpoint:
         message = f"{nnodes} hosts must find one another; give each the same --rdzv-endpoint HOST:PORT"
         raise LaunchError(message, returncode=2)
+    host = rdzv_endpoint.rpartition(":")[0].strip("[]") or rdzv_endpoint
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        message = f"no address is known for {host}; give an --rdzv-endpoint that every host can reach"
+        raise LaunchError(message, returncode=2) from None
     return [
         f"--nnodes={nnodes}", f"--nproc_per_node={nproc}", "--rdzv-backend=c10d",
         f"--rdzv-endpoint={rdzv_endpoint}", f"--rdzv-id={rdzv_id}", *[f"--rdzv-conf={rdzv_conf}"] * bool(rdzv_conf),
