@@ -35,7 +35,7 @@ launcher: $(ENV) ## stitch notebooks/ into ep_launcher/launcher.py, if it is sta
 	@$(PY) tools/extract.py
 
 test: $(ENV) ## run every check: tests, lint, every notebook
-	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
 
 build/triton: $(ENV)  # beside the environment, whose torch may want another Triton
 	@mkdir -p build

@@ -18,14 +18,23 @@ if sys.flags.optimize:
 FOLDERS = ("fast", "ranks", "book")  # a test's folder is its mark
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        if folder in FOLDERS:
-            item.add_marker(folder)
-        # Of pytest-xdist: a file's tests share what they have set up, so they stay together; notebooks do not.
-        alone = item.originalname in ("test_notebook_executes", "test_a_notebook_runs_by_plain_tools")
-        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    folder = item.path.relative_to(ROOT / "tests").parts[0]
+    if folder in FOLDERS:
+        item.add_marker(folder)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """A file's tests stay together, because they share what they have set up; notebooks share nothing."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            alone = "test_notebook_executes" in nodeid or "test_a_notebook_runs_by_plain_tools" in nodeid
+            return nodeid if alone else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
