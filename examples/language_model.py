@@ -38,11 +38,10 @@ def main(args: argparse.Namespace) -> None:
     mesh, device, dtype = ep.init_ep(args.ep_size), ep.choose_device(), getattr(torch, args.dtype)
     config = ep.MoEConfig(8, top_k=2, hidden_dim=WIDTH, ffn_dim=64, activation="swiglu", dtype=args.dtype)
     torch.manual_seed(0)  # whatever is not an expert begins alike on every rank
-    with device:  # made where it will run, so that each layer takes what suits this device
-        blocks = [Block(config, mesh, seed) for seed in range(NUM_LAYERS)]  # each layer has a seed of its own
+    with device:  # made where it will run, so that a layer takes what suits it; each has a seed of its own
+        blocks = [Block(config, mesh, seed) for seed in range(NUM_LAYERS)]
         model = nn.Sequential(nn.Embedding(256, WIDTH), *blocks, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 256))
-    model.to(dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.to(dtype).parameters(), lr=3e-3)
     text, losses = torch.tensor(list("\n".join(topics.values()).encode())), []  # Python's own manual
     if args.load:
         saved = torch.load(args.load, map_location=device)

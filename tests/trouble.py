@@ -183,8 +183,10 @@ def disk(folder: Path, times: float) -> Iterator[str]:
     flags = ["--steps", "400", *SMALL, "--log-interval", "1", "--summary", str(summary)]
     starters = {"alone": [LAUNCHER], "launch": ["tools/launch.py"], "torchrun": [*TORCHRUN, LAUNCHER]}
     for (name, command), case in itertools.product(starters.items(), ("fills", "full", "goes", "read-only")):
-        size = f"size={16 if case == 'full' else 300}k" + ",ro" * (case == "read-only")
+        size = f"size={4 if case == 'full' else 300}k" + ",ro" * (case == "read-only")
         subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(place)], check=True)
+        if case == "full":
+            (place / "all").write_bytes(bytes(4096))
         summary.unlink(missing_ok=True)
         process = start(folder, *command, *flags, "--log-dir", str(place / "log"))
         while case == "goes" and process.poll() is None and not (place / "log" / "train.log").exists():

@@ -22,6 +22,7 @@ def write_much(log: ep.RunLog, before_line_50=lambda: None) -> None:
             log.writer.file_writer.event_writer._async_writer._byte_queue.join()  # its thread has tried to write
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("what", ["full", "deleted"])
 @pytest.mark.parametrize("is_launched", [False, True])
 def test_the_log_is_lost_and_the_run_goes_on(what, is_launched, tmp_path, capfd, monkeypatch):
@@ -144,6 +145,7 @@ def test_a_tilde_is_the_users_home_and_nothing_the_default(monkeypatch):
 
 def test_a_rank_that_stands_still_is_told_from_one_that_is_late(monkeypatch):
     """Notes of three ranks in the store: rank 1 beats on, rank 2 does not, and `launch` has read its steps."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # one machine
     store = ep.dist.HashStore()
     meter = SimpleNamespace(rank=0, size=3, num_collectives=63)
     notes = SimpleNamespace(steps={0: 0, 1: 0, 2: 37}.get)
@@ -151,7 +153,7 @@ def test_a_rank_that_stands_still_is_told_from_one_that_is_late(monkeypatch):
     run = SimpleNamespace(step=40, mesh=mesh, log=log)
     heart = ep.Heartbeat(store, run)
     store.set("position/1", "39 60 1")
-    store.set("position/2", "0 0 1")
+    store.set("position/2", "0 63 1")  # it stands inside the collective that the others wait in
     monkeypatch.setattr(ep.time, "sleep", lambda _: (heart.beat(), store.set("position/1", "39 60 2")))
     try:
         late, still = heart.stragglers().split("; ")
