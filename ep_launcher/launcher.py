@@ -28,7 +28,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "a7789aeaa4559690adaa7c04f15ad8844f13508d90959f05bbecc6ad0ed5f252"
+SOURCES_SHA256 = "e45ee7a7ea37e8740edc8adb508e7fb67b5795f099cf617fcab1ff4ff5bd1360"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2263,7 +2263,7 @@ def describe_positions(positions: list[tuple[int, int]], silent: tuple[int, ...]
     """One line on the ranks that entered fewer collectives than the others. positions: (step, collectives) by rank;
     silent: ranks that say nothing any more, so that they may have entered more."""
     furthest = max(positions, key=lambda position: position[1])
-    behind = [rank for rank, position in enumerate(positions) if position[1] < furthest[1]]
+    behind = [r for r, position in enumerate(positions) if position[1] < furthest[1] or r in silent]
     if not behind:
         return f"all ranks are at step {furthest[0]}, after {furthest[1]} collectives"
     lines = []
@@ -2362,7 +2362,7 @@ class Heartbeat:
 # %% notebooks/05_launch.ipynb #end-torchrun
 def end_torchrun() -> None:
     """Kills the torchrun that started this process, and with it this machine's ranks (die_with_parent)."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() > 1:  # 1: it has ended already
         os.kill(os.getppid(), signal.SIGKILL)
 
 
