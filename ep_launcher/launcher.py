@@ -28,7 +28,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "e45ee7a7ea37e8740edc8adb508e7fb67b5795f099cf617fcab1ff4ff5bd1360"
+SOURCES_SHA256 = "4a7243958763e4818e79e49edc8bf1c15f63b2fc8920dac2cecd336d95c8224b"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -4598,7 +4598,7 @@ class DedupDispatcher(AllToAllDispatcher):
 # %% notebooks/10_less_traffic.ipynb #machine-groups
 @functools.cache
 def machine_groups(comm: Communicator, ranks_per_host: int) -> tuple[Communicator, Communicator]:
-    """(the ranks of comm on this rank's machine, those of the same place on every machine); made once. Collective.
+    """(the ranks of comm on this rank's machine, those of the same lane, one per machine); made once. Collective.
 
     Rank r of the job is on machine r // ranks_per_host, as torchrun counts. CannotRun where the ranks of comm do not
     fill their machines evenly.
@@ -4611,8 +4611,8 @@ def machine_groups(comm: Communicator, ranks_per_host: int) -> tuple[Communicato
             f"give --ranks-per-host a divisor of {comm.size}"
         )
     grid = torch.arange(comm.size).view(-1, size)
-    machine, place = divmod(comm.rank, size)
-    return subgroup(comm, grid[machine].tolist()), subgroup(comm, grid[:, place].tolist())
+    machine, lane = divmod(comm.rank, size)
+    return subgroup(comm, grid[machine].tolist()), subgroup(comm, grid[:, lane].tolist())
 
 
 def subgroup(comm: Communicator, members: list[int]) -> Communicator:
@@ -4639,7 +4639,7 @@ class TwoStageHandle:
 
 @register("dispatcher", "two_stage")
 class TwoStageDispatcher(Dispatcher):
-    """`dedup` between machines, to the rank of the same place there; then `dedup` inside (chapter 10)."""
+    """`dedup` between machines, to the rank of the same lane there; then `dedup` inside (chapter 10)."""
 
     uses_machines = True  # asks which ranks share one, so --ranks-per-host has a meaning
 
@@ -4677,10 +4677,10 @@ class TwoStageDispatcher(Dispatcher):
         size, experts = self.inside.comm.size, self.inside.num_experts
         rest = hidden_dim, dtype, x_needs_grad
         total = {name: torch.zeros(len(topk_ids), len(topk_ids), dtype=torch.int64) for name in PASSES}
-        lanes = [topk_ids[place::size] for place in range(size)]  # a rank on each machine
-        for place, lane in enumerate(lanes):
+        lanes = [topk_ids[number::size] for number in range(size)]  # a rank on each machine
+        for number, lane in enumerate(lanes):
             for name, sent in self.between.predict_bytes(lane, *rest).items():
-                total[name][place::size, place::size] += sent
+                total[name][number::size, number::size] += sent
         for machine in range(len(lanes[0])):
             arrived = [torch.cat([choices_of(ids, machine, experts) for ids in lane]) for lane in lanes]
             its_ranks = slice(machine * size, (machine + 1) * size)

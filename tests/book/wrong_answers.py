@@ -153,6 +153,12 @@ WRONG = {
         ("shares.byte().argmax(2), ", ""),
     ],
     "solution-across": [("len(set(away))", "len(away)"), ("for e in line if e >= 0", "for e in line")],
+    "solution-room": [
+        ("copies * per_row", "copies"),
+        ("slots * per_row", "choices"),
+        ("max(map(len, topk_ids))", "len(topk_ids[rank])"),
+        ("(ids // local == rank)", "(ids % len(topk_ids) == rank)"),
+    ],
     "solution-often": [
         ("2 * save_s", "save_s"),
         ("2 * save_s * between_s", "between_s / save_s"),
