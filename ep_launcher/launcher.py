@@ -28,7 +28,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "4a7243958763e4818e79e49edc8bf1c15f63b2fc8920dac2cecd336d95c8224b"
+SOURCES_SHA256 = "2d8b71d58546938ebacd43737926bcb89440add8beba252e65b96e4c1191f023"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2532,7 +2532,7 @@ class RowOrder:
     """Which row each choice becomes when rows are sorted by expert; the map between tokens and rows.
 
     row_of_choice int64 [T, K]: -1 for a choice that is not sent. choice_of_row int64 [R]: rows behind the last one
-    sent hold choices that are not, or -1. counts int64 [E]: rows an expert. has_gaps: rows of choice -1 must hold
+    sent hold choices that are not, or -1. counts int64 [E]: rows per expert. has_gaps: rows of choice -1 must hold
     zeros. Nothing here reaches the host.
     """
 
@@ -2855,7 +2855,7 @@ def weighted_activation_backward_(
 
 # %% notebooks/06_grouped_experts.ipynb #products
 class BlockProducts:
-    """Products of an expert's rows with its weights, one call an expert, each into its place in the result.
+    """Products of an expert's rows with its weights, one call per expert, each into its place in the result.
 
     Needs the counts on the host: one synchronisation on a GPU where nobody has brought them, nothing on a CPU.
     """
@@ -3048,7 +3048,7 @@ class GroupedExperts(FusedExperts):
 
 @register("experts", "blocks")
 class BlockExperts(FusedExperts):
-    """One product an expert, into one buffer for all; the counts come to the host, if they are not there."""
+    """One product per expert, into one buffer for all; the counts come to the host, if they are not there."""
 
     products = BlockProducts
 
@@ -3141,7 +3141,7 @@ class BmmExperts(Experts):
         return Unpermute.apply(F.pad(results, (0, 0, 0, 1))[slot], order)
 
     def weighted(self, rows: Tensor, weights: Tensor, capacity: int) -> Tensor:
-        """rows [L * C, D], C an expert, weights [L * C, 1] -> [L * C, D]: results times weights."""
+        """rows [L * C, D], C per expert, weights [L * C, 1] -> [L * C, D]: results times weights."""
         _, _, w2, b2, _, _ = self.in_dtype(rows.dtype)
         weights = weights.view(self.num_local, capacity, 1)
         hidden = self.hidden(rows.view(self.num_local, capacity, -1)).to(weights.dtype) * weights
@@ -3740,7 +3740,7 @@ def swap_blocks(rows: Tensor, first: int, length: int) -> Tensor:
 class CapacityDispatcher(AllToAllDispatcher):
     """Buffers of a fixed size: each rank sends each expert C rows, whatever the routing (chapter 08).
 
-    Needs a capacity in local scope. The experts see all rows, empty ones as zeros of weight 0: W * C rows an expert.
+    Needs a capacity in local scope. The experts see all rows, empty ones as zeros of weight 0: W * C rows per expert.
     Nobody reads what they make of an empty row, so no gradient comes back to it. No host synchronisation.
     """
 
@@ -3772,7 +3772,7 @@ class CapacityDispatcher(AllToAllDispatcher):
         return order, lambda: plan
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
-        """See Dispatcher. One block of rows an expert, whoever sent them."""
+        """See Dispatcher. One block of rows per expert, whoever sent them."""
         arrived = super().begin_dispatch(x, topk_ids, topk_weights)
         rows, weights = (
             swap_blocks(t, self.comm.size, self.capacity) for t in (arrived.x, arrived.topk_weights)

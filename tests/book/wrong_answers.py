@@ -117,7 +117,11 @@ WRONG = {
         ("return sums[:-1]", "return torch.stack([sums[e] for e in range(len(counts))])"),
     ],
     "solution-num-dropped": [(".clamp(min=0)", ""), ("(load - capacity).clamp(min=0)", "(load > capacity)")],
-    "solution-first-choices": [("-torch", "torch"), (".repeat(", ".repeat_interleave(")],
+    "solution-safe-factor": [
+        ("config.num_experts / config.top_k", "float(config.num_experts)"),
+        ("config.num_experts / config.top_k", "config.num_experts / 2"),
+        ("/ config.top_k", "/ (config.top_k + 1)"),
+    ],
     "solution-factor": [
         ("< load.max()", "<= load.max()"),
         ("load.max()", "load.float().mean()"),
