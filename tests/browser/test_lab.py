@@ -116,7 +116,7 @@ def test_committed_figures_show_and_solutions_are_folded(page, lab):
             "picture-figure",
             "[...document.images].some((i) => /03_routing/.test(i.src) && i.naturalWidth > 0)",
         ),
-        ("solution-topk", "document.querySelector('.jp-InputPlaceholder')"),
+        ("solution-activation", "document.querySelector('.jp-InputPlaceholder')"),
     ):
         number = ids.index(cell_id)
         page.evaluate(f"() => window.jupyterapp.shell.currentWidget.content.scrollToItem({number}, 'center')")
