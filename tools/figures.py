@@ -26,6 +26,11 @@ from PIL import Image
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 # Lightness falls and rises again between neighbours: dark blue, orange, green, light blue, red, yellow, ...
 RANK_COLORS = ("#0b4f8a", "#f2a33a", "#2a7f62", "#9fd0ee", "#b5372a", "#f4e04d", "#6d3f8c", "#c9c9c9")
+# A way to compute a layer has one colour in every figure that compares several.
+METHOD_COLORS = {
+    "ours": RANK_COLORS[2], "plain PyTorch": RANK_COLORS[1], "loop": RANK_COLORS[4],
+    "transformers": RANK_COLORS[6], "torchtitan": RANK_COLORS[3],
+}  # fmt: skip
 INK, FAINT = "#1d1d1f", "#b8bcc2"
 BUTTONS = {"minus": "−", "fast-backward": "|◀◀", "step-backward": "|◀", "play fa-flip-horizontal": "◀", "pause": "❚❚",
            "play": "▶", "step-forward": "▶|", "fast-forward": "▶▶|", "plus": "+"}  # of a player, by icon  # fmt: skip

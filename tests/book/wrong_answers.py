@@ -122,7 +122,11 @@ WRONG = {
         ("return sums[:-1]", "return torch.stack([sums[e] for e in range(len(counts))])"),
     ],
     "solution-num-dropped": [(".clamp(min=0)", ""), ("(load - capacity).clamp(min=0)", "(load > capacity)")],
-    "solution-first-choices": [("-torch", "torch"), (".repeat(", ".repeat_interleave(")],
+    "solution-safe-factor": [
+        ("config.num_experts / config.top_k", "float(config.num_experts)"),
+        ("config.num_experts / config.top_k", "config.num_experts / 2"),
+        ("/ config.top_k", "/ (config.top_k + 1)"),
+    ],
     "solution-factor": [
         ("< load.max()", "<= load.max()"),
         ("load.max()", "load.float().mean()"),
@@ -158,6 +162,12 @@ WRONG = {
         ("shares.byte().argmax(2), ", ""),
     ],
     "solution-across": [("len(set(away))", "len(away)"), ("for e in line if e >= 0", "for e in line")],
+    "solution-room": [
+        ("copies * per_row", "copies"),
+        ("slots * per_row", "choices"),
+        ("max(map(len, topk_ids))", "len(topk_ids[rank])"),
+        ("(ids // local == rank)", "(ids % len(topk_ids) == rank)"),
+    ],
     "solution-often": [
         ("2 * save_s", "save_s"),
         ("2 * save_s * between_s", "between_s / save_s"),
