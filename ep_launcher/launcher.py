@@ -28,7 +28,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "004d2bcbcc81b1c649ccfb97e9beb9ea58bf49f1ddafa2b57a52fa5b2998fca9"
+SOURCES_SHA256 = "2dc0f7d1dfb02bdeefbca4efee4cb3487da92f27ee94dd1417e5efba447f61e1"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2536,7 +2536,7 @@ class RowOrder:
     """Which row each choice becomes when rows are sorted by expert; the map between tokens and rows.
 
     row_of_choice int64 [T, K]: -1 for a choice that is not sent. choice_of_row int64 [R]: rows behind the last one
-    sent hold choices that are not, or -1. counts int64 [E]: rows an expert. has_gaps: rows of choice -1 must hold
+    sent hold choices that are not, or -1. counts int64 [E]: rows per expert. has_gaps: rows of choice -1 must hold
     zeros. Nothing here reaches the host.
     """
 
@@ -2859,7 +2859,7 @@ def weighted_activation_backward_(
 
 # %% notebooks/06_grouped_experts.ipynb #products
 class BlockProducts:
-    """Products of an expert's rows with its weights, one call an expert, each into its place in the result.
+    """Products of an expert's rows with its weights, one call per expert, each into its place in the result.
 
     Needs the counts on the host: one synchronisation on a GPU where nobody has brought them, nothing on a CPU.
     """
@@ -3052,7 +3052,7 @@ class GroupedExperts(FusedExperts):
 
 @register("experts", "blocks")
 class BlockExperts(FusedExperts):
-    """One product an expert, into one buffer for all; the counts come to the host, if they are not there."""
+    """One product per expert, into one buffer for all; the counts come to the host, if they are not there."""
 
     products = BlockProducts
 
@@ -3145,7 +3145,7 @@ class BmmExperts(Experts):
         return Unpermute.apply(F.pad(results, (0, 0, 0, 1))[slot], order)
 
     def weighted(self, rows: Tensor, weights: Tensor, capacity: int) -> Tensor:
-        """rows [L * C, D], C an expert, weights [L * C, 1] -> [L * C, D]: results times weights."""
+        """rows [L * C, D], C per expert, weights [L * C, 1] -> [L * C, D]: results times weights."""
         _, _, w2, b2, _, _ = self.in_dtype(rows.dtype)
         weights = weights.view(self.num_local, capacity, 1)
         hidden = self.hidden(rows.view(self.num_local, capacity, -1)).to(weights.dtype) * weights
@@ -3744,7 +3744,7 @@ def swap_blocks(rows: Tensor, first: int, length: int) -> Tensor:
 class CapacityDispatcher(AllToAllDispatcher):
     """Buffers of a fixed size: each rank sends each expert C rows, whatever the routing (chapter 08).
 
-    Needs a capacity in local scope. The experts see all rows, empty ones as zeros of weight 0: W * C rows an expert.
+    Needs a capacity in local scope. The experts see all rows, empty ones as zeros of weight 0: W * C rows per expert.
     Nobody reads what they make of an empty row, so no gradient comes back to it. No host synchronisation.
     """
 
@@ -3776,7 +3776,7 @@ class CapacityDispatcher(AllToAllDispatcher):
         return order, lambda: plan
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
-        """See Dispatcher. One block of rows an expert, whoever sent them."""
+        """See Dispatcher. One block of rows per expert, whoever sent them."""
         arrived = super().begin_dispatch(x, topk_ids, topk_weights)
         rows, weights = (
             swap_blocks(t, self.comm.size, self.capacity) for t in (arrived.x, arrived.topk_weights)
@@ -4602,7 +4602,7 @@ class DedupDispatcher(AllToAllDispatcher):
 # %% notebooks/10_less_traffic.ipynb #machine-groups
 @functools.cache
 def machine_groups(comm: Communicator, ranks_per_host: int) -> tuple[Communicator, Communicator]:
-    """(the ranks of comm on this rank's machine, those of the same place on every machine); made once. Collective.
+    """(the ranks of comm on this rank's machine, those of the same lane, one per machine); made once. Collective.
 
     Rank r of the job is on machine r // ranks_per_host, as torchrun counts. CannotRun where the ranks of comm do not
     fill their machines evenly.
@@ -4615,8 +4615,8 @@ def machine_groups(comm: Communicator, ranks_per_host: int) -> tuple[Communicato
             f"give --ranks-per-host a divisor of {comm.size}"
         )
     grid = torch.arange(comm.size).view(-1, size)
-    machine, place = divmod(comm.rank, size)
-    return subgroup(comm, grid[machine].tolist()), subgroup(comm, grid[:, place].tolist())
+    machine, lane = divmod(comm.rank, size)
+    return subgroup(comm, grid[machine].tolist()), subgroup(comm, grid[:, lane].tolist())
 
 
 def subgroup(comm: Communicator, members: list[int]) -> Communicator:
@@ -4643,7 +4643,7 @@ class TwoStageHandle:
 
 @register("dispatcher", "two_stage")
 class TwoStageDispatcher(Dispatcher):
-    """`dedup` between machines, to the rank of the same place there; then `dedup` inside (chapter 10)."""
+    """`dedup` between machines, to the rank of the same lane there; then `dedup` inside (chapter 10)."""
 
     uses_machines = True  # asks which ranks share one, so --ranks-per-host has a meaning
 
@@ -4681,10 +4681,10 @@ class TwoStageDispatcher(Dispatcher):
         size, experts = self.inside.comm.size, self.inside.num_experts
         rest = hidden_dim, dtype, x_needs_grad
         total = {name: torch.zeros(len(topk_ids), len(topk_ids), dtype=torch.int64) for name in PASSES}
-        lanes = [topk_ids[place::size] for place in range(size)]  # a rank on each machine
-        for place, lane in enumerate(lanes):
+        lanes = [topk_ids[number::size] for number in range(size)]  # a rank on each machine
+        for number, lane in enumerate(lanes):
             for name, sent in self.between.predict_bytes(lane, *rest).items():
-                total[name][place::size, place::size] += sent
+                total[name][number::size, number::size] += sent
         for machine in range(len(lanes[0])):
             arrived = [torch.cat([choices_of(ids, machine, experts) for ids in lane]) for lane in lanes]
             its_ranks = slice(machine * size, (machine + 1) * size)
