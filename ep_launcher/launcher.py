@@ -28,7 +28,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "2d8b71d58546938ebacd43737926bcb89440add8beba252e65b96e4c1191f023"
+SOURCES_SHA256 = "2dc0f7d1dfb02bdeefbca4efee4cb3487da92f27ee94dd1417e5efba447f61e1"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1293,6 +1293,36 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
     sum_over(mesh.replicas, [p.grad for p in local.values()])
 
 
+# %% notebooks/03_experts.ipynb #dense-reference
+def dense_moe(
+    x: Tensor,
+    parameters: dict[str, Tensor],
+    top_k: int,
+    topk_ids: Tensor | None = None,
+    activation: str = "gelu",
+) -> tuple[Tensor, Tensor]:
+    """The reference: every expert computes every token, and the weights pick. No communication, no sorting.
+
+    x [T, D], the tokens of all ranks; parameters: the state dict of a layer at world size 1, in x's dtype.
+    topk_ids [T, K]: use these choices instead of the router's own (in low precision, or where -1 leaves some out).
+    Returns y [T, D] and Switch's aux loss. 4 * T * E * D * F operations.
+    """
+    gate = F.linear(x, parameters["router.gate.weight"], parameters.get("router.gate.bias"))
+    probs = gate.softmax(dim=-1)
+    topk_ids = probs.topk(top_k).indices if topk_ids is None else topk_ids
+    chosen = F.one_hot(topk_ids + 1, probs.shape[1] + 1)[..., 1:].sum(1).to(probs.dtype)
+    w1, b1, w2, b2, w3, b3 = (parameters.get(f"experts.{n}") for n in ("w1", "b1", "w2", "b2", "w3", "b3"))
+    first = torch.einsum("td,edf->etf", x, w1) + (0 if b1 is None else b1[:, None])
+    third = None if w3 is None else torch.einsum("td,edf->etf", x, w3) + (0 if b3 is None else b3[:, None])
+    hidden = REGISTRIES["activation"][activation].apply(first, third)
+    every = torch.einsum("etf,efd->etd", hidden, w2) + (0 if b2 is None else b2[:, None])
+    y = torch.einsum("te,etd->td", probs * chosen, every)
+    num_tokens, num_experts = probs.shape
+    load = chosen.sum(0) / max(1, num_tokens * top_k)
+    aux = num_experts * (load * probs.sum(0)).sum() / max(1, num_tokens)
+    return y, aux if num_experts > 1 else aux * 0
+
+
 # %% notebooks/03_experts.ipynb #name-shares
 def rename_own(experts: Experts, state: dict, prefix: str, is_saved: bool) -> None:
     """Renames this rank's stacked parameters in a state dict: w1 <-> w1.8-15, the numbers of its experts."""
@@ -1378,36 +1408,6 @@ def load_full_state_dict(
         optimizer.state[named[name]] = {key: own(name, value).clone() for key, value in kept.items()}
 
 
-# %% notebooks/03_experts.ipynb #dense-reference
-def dense_moe(
-    x: Tensor,
-    parameters: dict[str, Tensor],
-    top_k: int,
-    topk_ids: Tensor | None = None,
-    activation: str = "gelu",
-) -> tuple[Tensor, Tensor]:
-    """The reference: every expert computes every token, and the weights pick. No communication, no sorting.
-
-    x [T, D], the tokens of all ranks; parameters: the state dict of a layer at world size 1, in x's dtype.
-    topk_ids [T, K]: use these choices instead of the router's own (in low precision, or where -1 leaves some out).
-    Returns y [T, D] and Switch's aux loss. 4 * T * E * D * F operations.
-    """
-    gate = F.linear(x, parameters["router.gate.weight"], parameters.get("router.gate.bias"))
-    probs = gate.softmax(dim=-1)
-    topk_ids = probs.topk(top_k).indices if topk_ids is None else topk_ids
-    chosen = F.one_hot(topk_ids + 1, probs.shape[1] + 1)[..., 1:].sum(1).to(probs.dtype)
-    w1, b1, w2, b2, w3, b3 = (parameters.get(f"experts.{n}") for n in ("w1", "b1", "w2", "b2", "w3", "b3"))
-    first = torch.einsum("td,edf->etf", x, w1) + (0 if b1 is None else b1[:, None])
-    third = None if w3 is None else torch.einsum("td,edf->etf", x, w3) + (0 if b3 is None else b3[:, None])
-    hidden = REGISTRIES["activation"][activation].apply(first, third)
-    every = torch.einsum("etf,efd->etd", hidden, w2) + (0 if b2 is None else b2[:, None])
-    y = torch.einsum("te,etd->td", probs * chosen, every)
-    num_tokens, num_experts = probs.shape
-    load = chosen.sum(0) / max(1, num_tokens * top_k)
-    aux = num_experts * (load * probs.sum(0)).sum() / max(1, num_tokens)
-    return y, aux if num_experts > 1 else aux * 0
-
-
 # ==========================================================================================================
 # training: notebooks/04_training.ipynb
 # ==========================================================================================================
@@ -1486,7 +1486,7 @@ class TrainingOptions:
     max_grad_norm: gradients are scaled down to this norm where theirs is larger (default: never)
     log_interval: steps between two log lines
     seed: of parameters, teacher and tokens
-    tokens: tokens a step over all ranks, shared out as evenly as possible (default: 32 a rank)
+    tokens: tokens per step over all ranks, shared out as evenly as possible (default: 32 per rank)
     device: auto (cuda if there are at least as many GPUs as local ranks, else cpu), cpu or cuda
     log_dir: for TensorBoard and the text log (default: a new folder in ep_launcher/runs; TB_LOGDIR overrides)
     summary: write the run's summary to this JSON file
@@ -1538,15 +1538,19 @@ def train_step(
 ) -> Tensor:
     """Forward and backward of each micro-batch, then gradients summed over ranks, once; the update is the caller's.
 
-    Returns float32 or wider [2]: task and aux loss before the update, summed over ranks and micro-batches.
+    Returns float32 or wider [2], before the update and summed over ranks: the task loss, summed over the micro-batches,
+    and the aux loss, their mean. In the loss too, each micro-batch's aux loss counts 1 / their number.
     """
-    losses = []
+    losses, aux_weight = [], options.aux_alpha / len(batches)
     for batch in batches:
         task_loss = task.loss(model, batch)
         aux = aux_loss(model)
-        (task_loss + options.aux_alpha * aux).backward()
+        (task_loss + aux_weight * aux).backward()
         losses.append(torch.stack([task_loss, aux.to(task_loss.dtype)]).detach())
-    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
+    total = losses[0]
+    if len(losses) > 1:
+        total = torch.stack(losses).sum(0)
+        total[1] /= len(losses)
     sync_gradients(model, mesh, total)
     if options.max_grad_norm is not None:
         clip_grad_norm_(model, options.max_grad_norm, mesh)
@@ -1606,7 +1610,7 @@ class StepTimer:
 
 # %% notebooks/04_training.ipynb #step-notes
 class StepNotes:
-    """The file that `launch` names in EP_STEPS: room for one warning, then 8 bytes a rank, the steps it has done.
+    """The file that `launch` names in EP_STEPS: room for one warning, then 8 bytes per rank, the steps it has done.
 
     It has its full size from the beginning, so a full disk takes nothing from it. Without EP_STEPS nothing is noted.
     """

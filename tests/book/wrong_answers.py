@@ -76,9 +76,14 @@ WRONG = {
         ("total = sum(", "total = 0 * sum("),
     ],
     "solution-alpha": [("aux_alpha=aux_alpha", "aux_alpha=0.0"), ("steps=300", "steps=20")],
-    "solution-message": [
-        ("int(rank)", "rank"),
-        ("return int(rank), notebook, cell_id", "return cell_id, notebook"),
+    "solution-culprit": [
+        ("note[2] == before[rank][2]", "False"),
+        (
+            "for rank, note in enumerate(after):\n        if note[1]",
+            "for rank, note in enumerate(before):\n        if note[1]",
+        ),
+        ("_, collectives, _ in after", "collectives, _, _ in after"),
+        ("note[1] < most", "note[0] < max(step for step, _, _ in after)"),
     ],
     "solution-flag-of-your-own": [
         ("@option_group\n", ""),

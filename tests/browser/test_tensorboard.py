@@ -62,4 +62,6 @@ def test_the_routing_image(board, page):
     picture.wait_for()
     page.wait_for_function("(picture) => picture.naturalWidth > 0", arg=picture.element_handle())
     size = picture.evaluate("(picture) => [picture.naturalWidth, picture.naturalHeight]")
-    assert size == [13, 16], "a column for each of 12 intervals and for the steps behind them, a row for each expert"
+    assert size == [13, 16], (
+        "a column for each of 12 intervals and for the steps behind them, a row for each expert"
+    )

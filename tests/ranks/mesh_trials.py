@@ -14,9 +14,9 @@ KINDS = {
     "swiglu, shared expert": "--activation swiglu --num-shared-experts 1",
     "groups": "--router sigmoid --num-groups 4 --topk-groups 2 --z-alpha 0.1",
 }
-MESHES = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 8: (4,)}
+MESHES = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 8: (4, 8)}
 DISPATCHERS = {4: ("all_gather", "gather_tokens", "dedup", "two_stage")}
-SAVED = {8: 4, 4: 2}  # {world size: ep_size} of the runs that are saved
+SAVED = [(8, 4), (8, 8), (4, 2)]  # (world size, ep_size) of the runs that are saved
 STEPS = 6
 
 
@@ -40,18 +40,18 @@ def every_mesh(mesh: ep.Mesh, folder: Path) -> dict[str, list[float]]:
 
 @trial(8, 4, 2, 1)
 def saved_and_resumed(mesh: ep.Mesh, folder: Path) -> dict[str, list[float]]:
-    """Saves on two meshes; everybody goes on from both, in copies, with every ep_size."""
+    """Saves on three meshes; all that are no larger go on from each, in copies, with every ep_size."""
     size, found, comm = mesh.batch.size, {}, mesh.batch
     flags = KINDS["bias, clipped"]
-    for saved_on, ep_size in SAVED.items():
-        here = folder / f"saved-on-{saved_on}"
+    for saved_on, ep_size in SAVED:
+        here = folder / f"saved-on-{saved_on}-{ep_size}"
         if size == saved_on:
             kept = f"--checkpoint-dir {here} --checkpoint-interval 3 --keep-checkpoints 9 --ep-size {ep_size}"
-            found[f"never stopped, {saved_on}"] = curve(f"{flags} {kept}")
+            found[f"never stopped, {saved_on} x {ep_size}"] = curve(f"{flags} {kept}")
         if size > saved_on:
             continue
         for own in MESHES[size]:
-            copy = folder / f"{saved_on}-to-{size}-{own}"
+            copy = folder / f"{saved_on}-{ep_size}-to-{size}-{own}"
             if comm.rank == 0:
                 shutil.copytree(here / "step-00000003", copy / "step-00000003")
             comm.all_reduce(ep.torch.zeros(1))

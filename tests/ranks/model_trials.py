@@ -232,6 +232,23 @@ def micro_batches(mesh: ep.Mesh, folder: Path) -> None:
 
 
 @trial(2)
+def micro_batches_weigh_their_aux_loss(mesh: ep.Mesh, folder: Path) -> None:
+    """The same batch once or three times: the aux loss and what it adds to the gate's gradient do not grow."""
+    x, found = tokens(4, mesh.batch.rank, mesh.batch.size), []
+    for batches in ([x], [x] * 3):
+        grads = []
+        for aux_alpha in (0.0, 1.0):
+            model = ep.EPMoE(config(dtype="float64"), mesh, seed=4)
+            options = ep.TrainingOptions(aux_alpha=aux_alpha)
+            losses = ep.train_step(model, mesh, SumTask(23), batches, options)
+            grads.append(model.router.gate.weight.grad)
+        found.append((losses[1], grads[1] - grads[0]))
+    assert found[0][1].abs().max() > 1e-4
+    for one, three, what in zip(*found, ("aux loss", "its gradient"), strict=True):
+        close(three, one, what=what)
+
+
+@trial(2)
 def summed_once(mesh: ep.Mesh, folder: Path) -> None:
     layer = ep.EPMoE(config(), mesh, seed=1)
     x = tokens(3, mesh.batch.rank, mesh.batch.size, torch.float32)

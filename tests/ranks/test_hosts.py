@@ -1,10 +1,13 @@
 """tools/hosts.py: a run over two namespaces gives what one host gives, and leaves nothing behind."""
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 from support import ROOT, processes, wait_until
 
@@ -168,3 +171,62 @@ def test_a_cut_cable_ends_both_hosts_and_names_the_machine_that_went(tmp_path):
     assert all(codes) and [len(lines) for lines in said] == [1, 1], said
     assert said[0][0].startswith("error: machine 2 of 2 (ranks 2 to 3) is not heard any more; rank ")
     assert said[1][0].startswith("error: the machine of rank 0, 10.77.0.1, does not answer; rank ")
+
+
+RESUMED_RUN = [
+    *("--hidden-dim", "16", "--ffn-dim", "16", "--tokens", "32", "--dtype", "float64", "--balance", "bias"),
+    *("--steps", "120", "--log-interval", "1", "--timeout-s", "4", "--device", "cpu"),
+]
+
+
+@contextlib.contextmanager
+def two_machines(folder, *flags):
+    """A run of two ranks, a machine each, whose checkpoints both see -> (namespaces, torchruns, their logs)."""
+    folder.mkdir()
+    logs = [folder / f"ep-hosts-{number}.log" for number in (1, 2)]
+    places = ["--log-dir", str(folder), "--summary", str(folder / "summary.json")]
+    program = [str(hosts.LAUNCHER), *RESUMED_RUN, *places, *flags]
+    running = []
+    with hosts.two_namespaces() as names:
+        try:
+            for number, (name, log) in enumerate(zip(names, logs, strict=True), 1):
+                running.append(hosts.start_host(name, number, program, log))
+            yield names, running, logs
+        finally:
+            for host in running:
+                host.end()
+
+
+def lose(name, host) -> None:
+    """A machine goes: its cable is dead, and every process of it ends at once, torchrun first."""
+    host.note(every_s=0)
+    hosts.ip("-n", name, "link", "set", hosts.INTERFACE, "down")
+    host.process.kill()
+    for process in host.statuses():
+        with contextlib.suppress(psutil.Error):  # Linux ends a rank whose torchrun is gone
+            process.kill()
+
+
+def summary_of(folder) -> dict:
+    found = json.loads((folder / "summary.json").read_text())
+    return {name: value for name, value in found.items() if name not in ("ms_per_step", "config", "took")}
+
+
+@needs_hosts
+def test_a_lost_machine_is_replaced_and_the_end_is_the_same(tmp_path):
+    """The machine that goes has rank 0 and the meeting point. Who is left ends in time; then both start again."""
+    saves = ["--checkpoint-dir", str(tmp_path / "checkpoints"), "--checkpoint-interval", "20"]
+    with two_machines(tmp_path / "calm") as (_, running, logs):
+        assert [host.process.wait(timeout=90) for host in running] == [0, 0], logs[0].read_text()
+    with two_machines(tmp_path / "broken", *saves) as (names, (first, second), logs):
+        wait_until(lambda: "[step 00023]" in logs[0].read_text())
+        lose(names[0], first)
+        assert second.process.wait(timeout=4 + 30)
+        assert not processes(str(tmp_path))  # no torchrun and no rank, on neither machine
+        said = [line for line in logs[1].read_text().splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and said[0].startswith("error: the machine of rank 0, 10.77.0.1, does not answer; ")
+    assert not (tmp_path / "broken" / "summary.json").exists()
+    with two_machines(tmp_path / "again", *saves, "--resume") as (_, running, logs):
+        assert [host.process.wait(timeout=90) for host in running] == [0, 0], logs[0].read_text()
+    assert "\nresumed at step " in logs[0].read_text()
+    assert summary_of(tmp_path / "again") == summary_of(tmp_path / "calm")
