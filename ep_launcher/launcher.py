@@ -29,7 +29,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "00842681af1ca5f60b2082acf8465d1e251422a320127fd18117c0f42956076a"
+SOURCES_SHA256 = "3a119c5861c96d7ba82b8d98093e2108a77c926b963a66bc6bc069e67d186666"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -4756,7 +4756,7 @@ def comes_last(counter, num_parts):
     return before == num_parts - 1
 
 
-# %% notebooks/13_inference.ipynb #choose-parts
+# %% notebooks/13_inference.ipynb #logits-piece
 @kernel
 def logits_piece(
     x, gate, token, expert, is_token, part, D: constexpr, E: constexpr, SPLIT: constexpr, BLOCK: constexpr
@@ -4776,26 +4776,32 @@ def logits_piece(
     return total
 
 
+# %% notebooks/13_inference.ipynb #best-experts
 @kernel
 def best_experts(
-    logits, choice_bias, expert, E: constexpr, K: constexpr, WIDTH: constexpr, SIGMOID: constexpr
-):
+    logits, choice_bias, expert, E: constexpr, K: constexpr, WIDTH: constexpr, SIGMOID: constexpr,
+    HAS_BIAS: constexpr,
+):  # fmt: skip
     """logits float32 [tokens, experts] -> ids int32 and scores float32, [tokens, WIDTH], of which K count."""
     if SIGMOID:
         scores = tl.sigmoid(logits)
     else:
         scores = tl.exp(logits - tl.max(logits, axis=1)[:, None])
         scores = scores / tl.sum(scores, axis=1)[:, None]
-    keys = scores + tl.load(choice_bias + expert, mask=expert < E, other=0.0)[None, :]
-    keys = tl.where((expert < E)[None, :], keys, float("-inf"))
+    keys = tl.where((expert < E)[None, :], scores, float("-inf"))
+    if HAS_BIAS:
+        keys += tl.load(choice_bias + expert, mask=expert < E, other=0.0)[None, :]
     place = tl.arange(0, WIDTH)[None, :]
     ids = tl.zeros([logits.shape[0], WIDTH], dtype=tl.int32)
     weights = tl.zeros([logits.shape[0], WIDTH], dtype=tl.float32)
     for k in tl.static_range(K):
-        best = tl.minimum(tl.argmax(keys, axis=1), E - 1)  # also where all is NaN
+        score, best = tl.max(keys, axis=1, return_indices=True)
+        best = tl.minimum(best, E - 1)  # also where all is NaN
         is_best = expert[None, :] == best[:, None]
+        if HAS_BIAS:  # which is for the choice alone
+            score = tl.sum(tl.where(is_best, scores, 0.0), axis=1)
         ids = tl.where(place == k, best[:, None], ids)
-        weights = tl.where(place == k, tl.sum(tl.where(is_best, scores, 0.0), axis=1)[:, None], weights)
+        weights = tl.where(place == k, score[:, None], weights)
         keys = tl.where(is_best, float("-inf"), keys)
     return ids, weights
 
@@ -4805,8 +4811,8 @@ def best_experts(
 def choose_kernel(
     x, gate, bias, choice_bias, num_tokens, pieces, arrived, topk_ids, topk_weights, counts, active, choices,
     room, scale, D: constexpr, E: constexpr, EXPERTS: constexpr, K: constexpr, WIDTH: constexpr,
-    SPLIT: constexpr, TOKENS: constexpr, BLOCK: constexpr, SIGMOID: constexpr, NORMALIZE: constexpr,
-    LISTS: constexpr,
+    SPLIT: constexpr, TOKENS: constexpr, BLOCK: constexpr, SIGMOID: constexpr, HAS_BIAS: constexpr,
+    NORMALIZE: constexpr, LISTS: constexpr,
 ):  # fmt: skip
     """Program (tokens, part): a part of the logits; who comes last adds up all parts, in their order, and chooses."""
     part, size = tl.program_id(1), tl.num_programs(0) * TOKENS * EXPERTS
@@ -4821,7 +4827,7 @@ def choose_kernel(
             logits += tl.load(pieces + p * size + at, cache_modifier=".cg")
         logits += tl.load(bias + expert, mask=expert < E, other=0.0)[None, :]
         logits = tl.where((expert < E)[None, :], logits, float("-inf"))
-        ids, weights = best_experts(logits, choice_bias, expert, E, K, WIDTH, SIGMOID)
+        ids, weights = best_experts(logits, choice_bias, expert, E, K, WIDTH, SIGMOID, HAS_BIAS)
         if NORMALIZE:
             weights = weights / tl.maximum(tl.sum(weights, axis=1), 1.1754944e-38)[:, None]
         k = tl.arange(0, WIDTH)[None, :]
@@ -4902,10 +4908,9 @@ def hidden_kernel(
 def rows_kernel(
     hidden, w2, counts, active, choices, rows, num_experts, room,
     D: constexpr, F: constexpr, J: constexpr, ROWS: constexpr, BLOCK_D: constexpr, BLOCK_F: constexpr,
-    SPLIT: constexpr,
 ):  # fmt: skip
-    """Program (active expert, columns, part): hidden w2 for the expert's rows, a row a choice [SPLIT, R * J, D]."""
-    slot, part = tl.program_id(0), tl.program_id(2)
+    """Program (active expert, columns): hidden w2 for the expert's rows, a row a choice [R * J, D]."""
+    slot = tl.program_id(0)
     if slot < tl.load(counts + num_experts):
         e = tl.load(active + slot).to(tl.int64)
         num_rows, start = tl.load(counts + e), 0
@@ -4915,31 +4920,32 @@ def rows_kernel(
             is_row = place < num_rows
             choice = tl.load(choices + e * room + place, mask=is_row, other=0).to(tl.int64)
             total = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
-            for n in range(F // (SPLIT * BLOCK_F)):
-                deep = (n * SPLIT + part) * BLOCK_F + tl.arange(0, BLOCK_F)
+            for n in range(F // BLOCK_F):
+                deep = n * BLOCK_F + tl.arange(0, BLOCK_F)
                 h = tl.load(hidden + choice[:, None] * F + deep[None, :], mask=is_row[:, None], other=0.0)
                 weight = tl.load(w2 + e * F * D + deep[:, None] * D + column[None, :])
                 total = tl.dot(h, weight, total, input_precision="ieee")
-            out = (part * room * J + choice[:, None]) * D + column[None, :]
-            tl.store(rows + out, total.to(rows.dtype.element_ty), mask=is_row[:, None])
+            tl.store(
+                rows + choice[:, None] * D + column[None, :],
+                total.to(rows.dtype.element_ty),
+                mask=is_row[:, None],
+            )
             start += ROWS
 
 
 # %% notebooks/13_inference.ipynb #sum-choices-kernel
 @kernel
 def sum_choices_kernel(
-    rows, topk_ids, y, counts, num_experts, num_rows,
-    D: constexpr, J: constexpr, SPLIT: constexpr, BLOCK: constexpr, LISTED: constexpr,
-):  # fmt: skip
-    """Program (row, block): the sum over a row's choices and their parts, in their order; nobody is on a list then."""
+    rows, topk_ids, y, counts, num_experts, D: constexpr, J: constexpr, BLOCK: constexpr, LISTED: constexpr
+):
+    """Program (row, block): the sum over a row's choices, in their order. And nobody is on a list then."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for j in tl.static_range(J):
         is_sent = tl.load(topk_ids + row * J + j) >= 0
-        for part in tl.static_range(SPLIT):
-            at = ((part * num_rows + row) * J + j) * D + column
-            total += tl.load(rows + at, mask=(column < D) & is_sent, other=0.0).to(tl.float32)
+        at = (row * J + j) * D + column
+        total += tl.load(rows + at, mask=(column < D) & is_sent, other=0.0).to(tl.float32)
     tl.store(y + row * D + column, total.to(y.dtype.element_ty), mask=column < D)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         expert = tl.arange(0, LISTED)
@@ -4947,7 +4953,9 @@ def sum_choices_kernel(
 
 
 # %% notebooks/13_inference.ipynb #decode-tiles
-PROGRAMS = 384  # so many programs keep the memory of a large GPU busy; where there are fewer, sums are split
+PROGRAMS = (
+    384  # so many programs keep the memory of a large GPU busy; where there are fewer, the long sum is split
+)
 
 
 def tile_of(length: int, limit: int) -> int:
@@ -4955,57 +4963,50 @@ def tile_of(length: int, limit: int) -> int:
     return min(limit, length & -length)
 
 
-def split_of(num_programs: int, length: int, block: int) -> int:
-    """Into how many parts a sum over `length` is cut, so that there is a program for everybody: 1, 2, 4 or 8."""
-    split = 1
-    while split < 8 and num_programs * split < PROGRAMS and length % (2 * split * block) == 0:
-        split *= 2
-    return split
-
-
 @dataclass(frozen=True)
 class DecodeTiles:
-    """What a program of the decode kernels takes: rows; for each product columns, depth, parts, loads in flight."""
+    """What a program of the decode kernels takes: rows; columns and depth of both products; parts of the first."""
 
     rows: int
-    hidden: tuple[int, int, int, int]
-    output: tuple[int, int, int, int]
+    hidden: tuple[int, int]
+    parts: int
+    output: tuple[int, int]
 
 
 def decode_tiles(num_rows: int, top_k: int, num_experts: int, d: int, f: int) -> DecodeTiles:
     """Tiles for num_rows rows of top_k choices among num_experts experts [d, f]."""
     num_active = min(num_experts, num_rows * top_k)
-    wide_f, deep_d, wide_d, deep_f = tile_of(f, 128), tile_of(d, 64), tile_of(d, 128), tile_of(f, 64)
-    return DecodeTiles(
-        16 if num_rows * top_k <= 8 * num_experts else 64,
-        (wide_f, deep_d, split_of(num_active * f // wide_f, d, deep_d), 3),
-        (wide_d, deep_f, split_of(num_active * d // wide_d, f, deep_f), 3),
-    )
+    rows, output = 16 if num_rows * top_k <= 8 * num_experts else 32, (tile_of(d, 128), tile_of(f, 64))
+    wide, deep, parts = tile_of(f, 128), tile_of(d, 32), 1
+    if num_active * f // wide < PROGRAMS:
+        wide, deep = tile_of(f, 64), tile_of(d, 64)
+        while parts < 8 and num_active * f // wide * parts < PROGRAMS and d % (2 * parts * deep) == 0:
+            parts *= 2
+    return DecodeTiles(rows, (wide, deep), parts, output)
 
 
 # %% notebooks/13_inference.ipynb #decode-kernels
 class DecodeKernels:
     """The kernels for few tokens, and what they write, allocated once: for R rows of J choices among L experts.
 
-    Experts are SwiGLU's, w1, w3 [L, D, F] and w2 [L, F, D]. Memory: 4 * L * R bytes of lists, and a row a choice, or
-    several where sums are split. One at a time: a second call writes over what the first one left.
+    Experts are SwiGLU's, w1, w3 [L, D, F] and w2 [L, F, D]. Memory: 4 * L * R bytes of lists, and two rows a choice,
+    more where the long sum is split. One at a time: a second call writes over what the first one left.
     """
 
     def __init__(self, num_rows: int, top_k: int, w1: Tensor, tiles: DecodeTiles | None = None) -> None:
         (self.num_experts, self.d, self.f), self.top_k, self.num_rows = w1.shape, top_k, num_rows
         self.tiles = tiles or decode_tiles(num_rows, top_k, *w1.shape)
         self.lists, num_choices = TokenLists.empty(self.num_experts, num_rows, w1.device), num_rows * top_k
-        (wide, _, parts, _), (*_, split, _), rows = self.tiles.hidden, self.tiles.output, self.tiles.rows
+        (wide, _), parts, rows = self.tiles.hidden, self.tiles.parts, self.tiles.rows
         self.num_active = min(self.num_experts, num_choices)
-        self.hidden = w1.new_empty(num_choices, self.f)
+        self.hidden, self.rows = (w1.new_empty(num_choices, n) for n in (self.f, self.d))
         self.halves = w1.new_empty(2 * parts * num_choices * self.f if parts > 1 else 0, dtype=torch.float32)
         counters = self.num_active * (self.f // wide) * -(-num_rows // rows)
         self.arrived = torch.zeros(counters, dtype=torch.int32, device=w1.device)
-        self.rows = w1.new_empty(split, num_choices, self.d, dtype=torch.float32 if split > 1 else w1.dtype)
         self.y = w1.new_empty(num_rows, self.d)
 
     def put_on_lists(self, topk_ids: Tensor) -> None:
-        """topk_ids int64 [R, J] of local experts, -1 for none -> the lists."""
+        """topk_ids int64 [R, J] of local experts, contiguous, -1 for none -> the lists."""
         grid = (-(-topk_ids.numel() // 1024),)
         list_choices_kernel[grid](
             topk_ids, *vars(self.lists).values(), topk_ids.numel(), self.num_experts, self.num_rows, 1024
@@ -5013,28 +5014,27 @@ class DecodeKernels:
 
     def compute(self, x: Tensor, topk_weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> None:
         """x [R, D], topk_weights [R, J] -> for every listed choice a row of results, times its weight."""
-        wide, deep, parts, stages = self.tiles.hidden
+        (wide, deep), parts, rows = self.tiles.hidden, self.tiles.parts, self.tiles.rows
         lists, sizes = (
             vars(self.lists).values(),
             (self.num_experts, self.num_rows, self.d, self.f, self.top_k),
         )
         hidden_kernel[(self.num_active, self.f // wide, parts)](
             x, x.stride(0), w1, w3, topk_weights, *lists, self.hidden, self.halves, self.arrived, *sizes,
-            self.tiles.rows, wide, deep, parts, num_warps=4, num_stages=stages,
+            rows, wide, deep, parts, num_warps=4, num_stages=4,
         )  # fmt: skip
-        wide, deep, split, stages = self.tiles.output
-        rows_kernel[(self.num_active, self.d // wide, split)](
-            self.hidden, w2, *lists, self.rows, *sizes, self.tiles.rows, wide, deep, split,
-            num_warps=4, num_stages=stages,
-        )  # fmt: skip
+        wide, deep = self.tiles.output
+        rows_kernel[(self.num_active, self.d // wide)](
+            self.hidden, w2, *lists, self.rows, *sizes, rows, wide, deep, num_warps=4, num_stages=4
+        )
 
     def sum_up(self, topk_ids: Tensor) -> Tensor:
         """topk_ids [R, J] -> y [R, D], each row's sum over its choices, in float32, in order. Empties the lists."""
         block = column_block(self.d, 1024)
         listed = 1 << self.num_experts.bit_length()
         sum_choices_kernel[(self.num_rows, -(-self.d // block))](
-            self.rows, topk_ids, self.y, self.lists.counts, self.num_experts, self.num_rows, self.d, self.top_k,
-            len(self.rows), block, listed, num_warps=4,
+            self.rows, topk_ids, self.y, self.lists.counts, self.num_experts, self.d, self.top_k, block, listed,
+            num_warps=4,
         )  # fmt: skip
         return self.y
 
@@ -5058,7 +5058,7 @@ class ChooseKernel:
     def __init__(self, num_rows: int, config: MoEConfig, device: torch.device) -> None:
         self.config, self.num_rows, self.tokens = config, num_rows, 16
         self.block = tile_of(config.hidden_dim, 64)
-        self.split = tile_of(config.hidden_dim // self.block, 16)
+        self.split = tile_of(config.hidden_dim // self.block, 8)
         self.experts = max(16, 1 << (config.num_experts - 1).bit_length())
         tiles = -(-num_rows // self.tokens)
         self.pieces = torch.empty(self.split, tiles * self.tokens, self.experts, device=device)
@@ -5087,7 +5087,7 @@ class ChooseKernel:
             x, gate.weight, bias, self.no_bias if choice_bias is None else choice_bias, num_tokens, self.pieces,
             self.arrived, self.topk_ids, self.topk_weights, *known, self.num_rows, options.routed_scaling_factor,
             c.hidden_dim, c.num_experts, self.experts, c.top_k, width, self.split, self.tokens, self.block,
-            c.router == "sigmoid", options.normalize_topk, lists is not None, num_warps=8,
+            c.router == "sigmoid", choice_bias is not None, options.normalize_topk, lists is not None, num_warps=8,
         )  # fmt: skip
         return self.topk_ids, self.topk_weights
 
@@ -5138,7 +5138,7 @@ def takes_few(experts: Experts, num_rows: int, top_k: int, x: Tensor) -> bool:
     return is_fit and uses_kernels(x) and 0 < num_rows * top_k <= 32 * experts.num_local
 
 
-def batch_sizes(max_num_tokens: int, limit: int = 512) -> tuple[int, ...]:
+def batch_sizes(max_num_tokens: int, limit: int = 4096) -> tuple[int, ...]:
     """The sizes to record: 1, 2, 4 ... and the largest, none above limit."""
     largest = min(max_num_tokens, limit)
     return tuple(size for size in (1 << n for n in range(largest.bit_length())) if size < largest) + (
@@ -5226,11 +5226,12 @@ class ForwardStep:
 
     def few(self, arrived: Arrived) -> Tensor:
         """The experts' sums for few rows, by the decode kernels: y [R, D]."""
-        decode = self.decode_kernels(*arrived.topk_ids.shape)
+        topk_ids, e = arrived.topk_ids.contiguous(), self.experts
+        decode = self.decode_kernels(*topk_ids.shape)
         if not (self.stays and self.choose):  # who put them on the lists already
-            decode.put_on_lists(arrived.topk_ids)
-        decode.compute(arrived.x, arrived.topk_weights, self.experts.w1, self.experts.w2, self.experts.w3)
-        return decode.sum_up(arrived.topk_ids)
+            decode.put_on_lists(topk_ids)
+        decode.compute(arrived.x, arrived.topk_weights.contiguous(), e.w1, e.w2, e.w3)
+        return decode.sum_up(topk_ids)
 
 
 # %% notebooks/13_inference.ipynb #inference-layer
@@ -5324,16 +5325,17 @@ def for_inference(
     """A layer for forward passes alone, of at most max_num_tokens tokens a rank, prepared once. Collective.
 
     sizes: batches of fixed size, to which fewer tokens are padded, each recorded as a CUDA graph; by default 1, 2, 4
-    ... 512 on a GPU where the layer can be recorded, and none elsewhere. placement: int64 [P], the expert of each
-    physical expert (`plan_copies`); their weights are copied. ValueError where a number makes no sense, CannotRun where named
-    sizes cannot be fixed.
+    ... 4096 on a GPU where the layer can be recorded, and none elsewhere. placement: int64 [P], the expert of each
+    physical expert (`plan_copies`); their weights are copied. ValueError where a number makes no sense,
+    CannotRun where named sizes cannot be fixed.
     """
     if max_num_tokens < 1:
         raise ValueError(f"max_num_tokens is {max_num_tokens}, and must be at least 1")
     config = replace(layer.config, max_num_tokens=max_num_tokens)
     experts, copies = (layer.experts, None) if placement is None else with_copies(layer, placement)
     step = ForwardStep(layer, config, experts, copies)
-    wanted = sizes or (batch_sizes(max_num_tokens) if experts.w1.is_cuda else ())
+    by_default = batch_sizes(max_num_tokens) if experts.w1.is_cuda else ()
+    wanted = by_default if sizes is None else sizes
     if bad := [size for size in wanted if not 1 <= size <= max_num_tokens]:
         raise ValueError(f"sizes has {bad[0]}, and goes from 1 to max_num_tokens {max_num_tokens}")
     possible = tuple(size for size in wanted if not fixed_problem(step, size))
