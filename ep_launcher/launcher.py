@@ -29,7 +29,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "3a119c5861c96d7ba82b8d98093e2108a77c926b963a66bc6bc069e67d186666"
+SOURCES_SHA256 = "2ef442eb4834dcc37e6a4d163d4f372549dfebd2d9e45ede77f6f67bc690290d"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5602,6 +5602,7 @@ class CachedMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.router, self.cache, self.choice_bias, self.ahead = router, cache, choice_bias, ahead
+        self.decode: DecodeKernels | None = None
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -5613,33 +5614,53 @@ class CachedMoE(nn.Module):
         needed = sorted(
             set(chosen), key=lambda e: (e not in cache.slot_of, e)
         )  # those that are here come first
-        rows = x.new_empty(len(chosen), x.shape[1])
+        self.decode = decode_for(cache, routing.topk_ids, x, self.decode)
+        rows = x.new_empty(len(chosen), x.shape[1]) if self.decode is None else self.decode.rows
+        compute = functools.partial(compute_choices, x, routing, cache, chosen, rows, self.decode)
         for start in range(0, len(needed), cache.num_slots):
             here = needed[start : start + cache.num_slots]
             cache.fetch(here)
             coming = [e for e in here if e in cache.coming]
-            compute_choices(x, routing, cache, chosen, [e for e in here if e not in coming], rows)
+            compute([e for e in here if e not in coming])
             cache.wait()
-            compute_choices(x, routing, cache, chosen, coming, rows)
+            compute(coming)
         cache.policy.use(needed)
         cache.prefetch([e for e in likely if e not in needed][: self.ahead], here)
         wide = rows.view(*routing.topk_ids.shape, -1).to(torch.promote_types(x.dtype, torch.float32))
         return wide.sum(1).to(x.dtype)
 
 
+# %% notebooks/13_inference.ipynb #compute-choices
+def decode_for(
+    cache: ExpertCache, topk_ids: Tensor, x: Tensor, kept: DecodeKernels | None
+) -> DecodeKernels | None:
+    """The decode kernels for such a batch over the cache's slots, the kept ones where they fit; None without a GPU."""
+    is_fit = cache.activation is SwiGLU and all(n % 16 == 0 for n in cache.slots["w1"].shape[1:])
+    if not (is_fit and uses_kernels(x) and 0 < topk_ids.numel() <= 32 * cache.num_slots):
+        return None
+    return kept if kept and kept.num_rows == len(x) else DecodeKernels(*topk_ids.shape, cache.slots["w1"])
+
+
 def compute_choices(
-    x: Tensor, routing: Routing, cache: ExpertCache, chosen: list[int], experts: list[int], rows: Tensor
-) -> None:
+    x: Tensor, routing: Routing, cache: ExpertCache, chosen: list[int], rows: Tensor,
+    decode: DecodeKernels | None, experts: list[int],
+) -> None:  # fmt: skip
     """For every choice of these experts, which are on the device: its result times its weight, into rows [T * K, D]."""
-    weights, top_k = routing.topk_weights.flatten(), routing.topk_ids.shape[1]
+    slots, slot_of, top_k = cache.slots, cache.slot_of, routing.topk_ids.shape[1]
+    if decode is not None and experts:
+        wanted = torch.tensor([slot_of[e] if e in experts else -1 for e in chosen], device=x.device)
+        decode.put_on_lists(wanted.view(-1, top_k))
+        decode.compute(x, routing.topk_weights, slots["w1"], slots["w2"], slots["w3"])
+        decode.lists.counts.zero_()
+        return
+    weights = routing.topk_weights.flatten()
     for e in experts:
-        choice = torch.tensor([n for n, chosen_one in enumerate(chosen) if chosen_one == e], device=x.device)
-        own = {name: slots[cache.slot_of[e]] for name, slots in cache.slots.items()}
+        choice = torch.tensor([n for n, other in enumerate(chosen) if other == e], device=x.device)
+        own = {name: tensor[slot_of[e]] for name, tensor in slots.items()}
         block = x[choice // top_k]
         up = affine(block, own["w3"], own.get("b3")) if "w3" in own else None
         hidden = cache.activation.apply(affine(block, own["w1"], own.get("b1")), up)
-        result = affine(hidden, own["w2"], own.get("b2"))
-        rows[choice] = (result * weights[choice, None]).to(x.dtype)
+        rows[choice] = (affine(hidden, own["w2"], own.get("b2")) * weights[choice, None]).to(x.dtype)
 
 
 # %% notebooks/13_inference.ipynb #predict-hits
