@@ -28,7 +28,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "2dc0f7d1dfb02bdeefbca4efee4cb3487da92f27ee94dd1417e5efba447f61e1"
+SOURCES_SHA256 = "6ab0e1909119492799c1fe10e945dddb2fb9def012761467442c4955a3335d46"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -625,7 +625,7 @@ class AllGatherHandle:
 def dispatch_all_gather(
     x: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_local_experts: int, comm: Communicator
 ) -> Arrived:
-    """x [T, D], topk_ids, topk_weights [T, K] -> Arrived: the rows for this rank's experts, one choice a row.
+    """x [T, D], topk_ids, topk_weights [T, K] -> Arrived: the rows for this rank's experts, one choice per row.
 
     Gathers everything, the weights in a message of their own, and keeps what is for this rank: W times the bytes
     that are needed.
@@ -869,10 +869,10 @@ class Experts(nn.Module):
 # %% notebooks/03_experts.ipynb #experts-loop
 @register("experts", "loop")
 class LoopExperts(Experts):
-    """One expert after the other: two matrix products each, 4 * R * D * F operations a forward pass in all."""
+    """One expert after the other: two matrix products each, 4 * R * D * F operations per forward pass in all."""
 
     def forward(self, arrived: Arrived) -> Tensor:
-        """See Experts. A host synchronisation an expert, for the numbers of its rows.
+        """See Experts. A host synchronisation per expert, for the numbers of its rows.
 
         An expert without rows runs on an empty block, so that its gradient is zero and not missing.
         """
@@ -1006,6 +1006,82 @@ def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int 
     return best if name == "auto" else name
 
 
+# %% notebooks/03_experts.ipynb #ep-moe
+class EPMoE(nn.Module):
+    """A mixture-of-experts layer whose experts are shared out over the ranks of mesh.ep.
+
+    Gradients follow one rule: every rank's loss is its share of the global loss, and a parameter's gradient is
+    the sum over the ranks that hold a copy of it (`sync_gradients`). Nothing is divided by W anywhere.
+    seed: of the parameters; no default, since layers of one seed are equal. mesh: where None, init_ep().
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        mesh: Mesh | None = None,
+        *,
+        seed: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.mesh = config, mesh or init_ep()
+        device = torch.get_default_device() if device is None else torch.device(device)
+        self.took = {
+            kind: pick(kind, config, device, self.mesh.ep.size) for kind in ("dispatcher", "experts")
+        }
+        dispatcher, experts = (REGISTRIES[kind][name] for kind, name in self.took.items())
+        self.router = REGISTRIES["router"][config.router](config, seed, device)
+        self.balance = REGISTRIES["balance"][config.balance](config, self.mesh.batch, device)
+        self.dispatcher = dispatcher.for_layer(config, self.mesh.ep)
+        self.experts = experts(config, self.mesh.ep, seed, device)
+        self.shared = SharedExperts(config, seed, device) if config.num_shared_experts else None
+        self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
+        self.aux_shares, self.recorded_aux = AuxShares(), True
+        self.run = kept_from_compiler(type(self).forward_tokens, self.mesh.ep.size)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, in place, from the seed: after `to_empty` has moved them off the meta device."""
+        for part in (self.router, self.experts, self.balance, self.shared):
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> y [..., D]. What the balance adds to the loss waits for `aux_loss`.
+
+        The number of tokens may differ from rank to rank, and be 0. Under autocast the experts compute in its
+        dtype, and the router in float32 as ever. ValueError where x does not fit the config.
+        """
+        check_tokens(x, self.config)
+        refuse_wrappers(self)
+        kind = x.device.type
+        if x.is_meta or not torch.is_autocast_enabled(kind):
+            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+
+    def route(self, x: Tensor) -> Routing:
+        """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
+        routing = self.router(x, self.balance.choice_bias)
+        if self.training:
+            aux = self.balance(routing)
+            for added_loss in self.config.hooks("added_loss"):
+                aux = aux + added_loss(routing, self.config, self.mesh.batch)
+            keep_share(self, aux, routing)
+        for after_routing in self.config.hooks("after_routing"):
+            routing = after_routing(routing, self.config, self.mesh.batch)
+        self.topk_ids, self.probs = routing.topk_ids, routing.probs.detach()
+        return routing
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """x [T, D] -> y [T, D]."""
+        routing = self.route(x)
+        pending = self.dispatcher.begin_dispatch(x, routing.topk_ids, routing.topk_weights)
+        arrived = self.dispatcher.end_dispatch(pending)
+        y = self.dispatcher.combine(self.experts(arrived), arrived.handle)
+        return y if self.shared is None else y + self.shared(x)
+
+
 # %% notebooks/03_experts.ipynb #options
 class Options:
     """What the option groups of later chapters inherit: the hooks by which they take part. Each does nothing here.
@@ -1117,82 +1193,6 @@ def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
             layer.aux_shares.add(aux)
     elif not layer.recorded_aux:
         raise RuntimeError("a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)")
-
-
-# %% notebooks/03_experts.ipynb #ep-moe
-class EPMoE(nn.Module):
-    """A mixture-of-experts layer whose experts are shared out over the ranks of mesh.ep.
-
-    Gradients follow one rule: every rank's loss is its share of the global loss, and a parameter's gradient is
-    the sum over the ranks that hold a copy of it (`sync_gradients`). Nothing is divided by W anywhere.
-    seed: of the parameters; no default, since layers of one seed are equal. mesh: where None, init_ep().
-    """
-
-    def __init__(
-        self,
-        config: MoEConfig,
-        mesh: Mesh | None = None,
-        *,
-        seed: int,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.config, self.mesh = config, mesh or init_ep()
-        device = torch.get_default_device() if device is None else torch.device(device)
-        self.took = {
-            kind: pick(kind, config, device, self.mesh.ep.size) for kind in ("dispatcher", "experts")
-        }
-        dispatcher, experts = (REGISTRIES[kind][name] for kind, name in self.took.items())
-        self.router = REGISTRIES["router"][config.router](config, seed, device)
-        self.balance = REGISTRIES["balance"][config.balance](config, self.mesh.batch, device)
-        self.dispatcher = dispatcher.for_layer(config, self.mesh.ep)
-        self.experts = experts(config, self.mesh.ep, seed, device)
-        self.shared = SharedExperts(config, seed, device) if config.num_shared_experts else None
-        self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
-        self.aux_shares, self.recorded_aux = AuxShares(), True
-        self.run = kept_from_compiler(type(self).forward_tokens, self.mesh.ep.size)
-
-    def reset_parameters(self) -> None:
-        """Draws all parameters anew, in place, from the seed: after `to_empty` has moved them off the meta device."""
-        for part in (self.router, self.experts, self.balance, self.shared):
-            if hasattr(part, "reset_parameters"):
-                part.reset_parameters()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> y [..., D]. What the balance adds to the loss waits for `aux_loss`.
-
-        The number of tokens may differ from rank to rank, and be 0. Under autocast the experts compute in its
-        dtype, and the router in float32 as ever. ValueError where x does not fit the config.
-        """
-        check_tokens(x, self.config)
-        refuse_wrappers(self)
-        kind = x.device.type
-        if x.is_meta or not torch.is_autocast_enabled(kind):
-            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
-        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
-            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
-
-    def route(self, x: Tensor) -> Routing:
-        """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
-        routing = self.router(x, self.balance.choice_bias)
-        if self.training:
-            aux = self.balance(routing)
-            for added_loss in self.config.hooks("added_loss"):
-                aux = aux + added_loss(routing, self.config, self.mesh.batch)
-            keep_share(self, aux, routing)
-        for after_routing in self.config.hooks("after_routing"):
-            routing = after_routing(routing, self.config, self.mesh.batch)
-        self.topk_ids, self.probs = routing.topk_ids, routing.probs.detach()
-        return routing
-
-    def forward_tokens(self, x: Tensor) -> Tensor:
-        """x [T, D] -> y [T, D]."""
-        routing = self.route(x)
-        pending = self.dispatcher.begin_dispatch(x, routing.topk_ids, routing.topk_weights)
-        arrived = self.dispatcher.end_dispatch(pending)
-        y = self.dispatcher.combine(self.experts(arrived), arrived.handle)
-        return y if self.shared is None else y + self.shared(x)
 
 
 # %% notebooks/03_experts.ipynb #of-a-model
@@ -1608,50 +1608,16 @@ class StepTimer:
         return statistics.median(a.elapsed_time(b) if self.on_gpu else (b - a) * 1e3 for a, b in pairs)
 
 
-# %% notebooks/04_training.ipynb #step-notes
-class StepNotes:
-    """The file that `launch` names in EP_STEPS: room for one warning, then 8 bytes per rank, the steps it has done.
-
-    It has its full size from the beginning, so a full disk takes nothing from it. Without EP_STEPS nothing is noted.
-    """
-
-    WARNING_BYTES = 512
-
-    def __init__(self) -> None:
-        path = os.environ.get("EP_STEPS")
-        self.file = os.open(path, os.O_RDWR) if path else None
-
-    def place(self, rank: int) -> int:
-        """Where a rank's number stands."""
-        return self.WARNING_BYTES + 8 * rank
-
-    def note(self, rank: int, steps: int) -> None:
-        """This rank has done so many steps. Costs about 1 us."""
-        if self.file is not None:
-            os.pwrite(self.file, steps.to_bytes(8, "little"), self.place(rank))
-
-    def steps(self, rank: int) -> int:
-        """The steps that a rank of this machine has done; 0 where nobody noted them."""
-        return 0 if self.file is None else int.from_bytes(os.pread(self.file, 8, self.place(rank)), "little")
-
-    def warn(self, line: str) -> None:
-        """One line to whoever started the run: through the file, else on stderr."""
-        if self.file is not None:
-            os.pwrite(self.file, line.encode()[: self.WARNING_BYTES], 0)
-        else:
-            with contextlib.suppress(OSError):
-                print(line, file=sys.stderr, flush=True)
-
-
 # %% notebooks/04_training.ipynb #run-log
 class RunLog:
     """What rank 0 writes: the log lines (screen and train.log), TensorBoard, the progress bar. Others: nothing.
 
-    ValueError where log_dir cannot be written. What cannot be written later costs one warning, and the run goes on.
+    notes: whoever else is to hear of steps and of a warning (chapter 05's StepNotes). ValueError where log_dir cannot
+    be written. What cannot be written later costs one warning, and the run goes on.
     """
 
-    def __init__(self, log_dir: Path, num_steps: int, rank: int) -> None:
-        self.log_dir, self.rank, self.notes = log_dir, rank, StepNotes()
+    def __init__(self, log_dir: Path, num_steps: int, rank: int, notes: Any = None) -> None:
+        self.log_dir, self.rank, self.notes = log_dir, rank, notes
         self.writer, self.bar, self.has_warned = None, None, True  # until all stands, no warning
         if rank != 0:
             return
@@ -1689,12 +1655,15 @@ class RunLog:
             self.has_warned, disk = True, path.absolute()
             while not disk.is_mount():
                 disk = disk.parent
-            said = f"cannot write to {path}, on the disk of {disk} ({error.strerror})"
-            self.notes.warn(f"warning: {said}; the training goes on")
+            line = f"warning: cannot write to {path}, on the disk of {disk} ({error.strerror}); the training goes on"
+            if not (self.notes and self.notes.warn(line)):
+                with contextlib.suppress(OSError):
+                    print(line, file=sys.stderr, flush=True)
 
     def advance(self, step: int) -> None:
         """This step is done."""
-        self.notes.note(self.rank, step + 1)
+        if self.notes:
+            self.notes.note(self.rank, step + 1)
         if self.bar:
             self.bar.update()
 
@@ -1725,7 +1694,7 @@ class RunLog:
 
 # %% notebooks/04_training.ipynb #load-history
 class LoadHistory:
-    """Choices per layer and expert, a row a log interval, over all ranks: for TensorBoard and the summary."""
+    """Choices per layer and expert, a row per log interval, over all ranks: for TensorBoard and the summary."""
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device | str = "cpu") -> None:
         # int64: float32 stops counting at 2^24. The last column counts choices not sent.
@@ -1738,13 +1707,13 @@ class LoadHistory:
         self.interval[layer].scatter_add_(0, place, torch.ones_like(place))
 
     def end_interval(self, batch: Communicator) -> None:
-        """Sums the interval over the ranks and begins the next. One all-reduce of E + 1 numbers a layer."""
+        """Sums the interval over the ranks and begins the next. One all-reduce of E + 1 numbers per layer."""
         self.rows.append(batch.all_reduce(self.interval.clone()).cpu())
         self.interval.zero_()
 
     def newest(self, least_choices: int = 6400) -> tuple[float, float]:
         """(largest load over mean load of any layer, fraction of choices not sent) in the newest intervals that hold
-        least_choices a layer together, or in all intervals where there are fewer. 0 where there is nothing."""
+        least_choices per layer together, or in all intervals where there are fewer. 0 where there is nothing."""
         total = torch.zeros_like(self.rows[-1])
         for row in reversed(self.rows):
             total += row
@@ -2178,7 +2147,7 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     share = shard_sizes(num_tokens, world_size)[0]
     if config.max_num_tokens is not None and share > config.max_num_tokens:
         raise ValueError(
-            f"{num_tokens} tokens over {world_size} ranks are up to {share} a rank, above max_num_tokens "
+            f"{num_tokens} tokens over {world_size} ranks are up to {share} per rank, above max_num_tokens "
             f"{config.max_num_tokens}; lower --tokens or raise --max-num-tokens"
         )
     if options.summary and rank == 0:
@@ -2290,6 +2259,39 @@ def silent_machines(silent: tuple[int, ...], size: int, ranks_per_machine: int) 
             names = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {first}"
             lines.append(f"machine {machine} of {size // ranks_per_machine} ({names}) is not heard any more")
     return "; ".join(lines)
+
+
+# %% notebooks/05_launch.ipynb #step-notes
+class StepNotes:
+    """The file that `launch` names in EP_STEPS: room for one warning, then 8 bytes per rank, the steps it has done.
+
+    It has its full size from the beginning, so a full disk takes nothing from it. Without EP_STEPS nothing is noted.
+    """
+
+    WARNING_BYTES = 512
+
+    def __init__(self) -> None:
+        path = os.environ.get("EP_STEPS")
+        self.file = os.open(path, os.O_RDWR) if path else None
+
+    def place(self, rank: int) -> int:
+        """Where a rank's number stands."""
+        return self.WARNING_BYTES + 8 * rank
+
+    def note(self, rank: int, steps: int) -> None:
+        """This rank has done so many steps. Costs about 1 us."""
+        if self.file is not None:
+            os.pwrite(self.file, steps.to_bytes(8, "little"), self.place(rank))
+
+    def steps(self, rank: int) -> int:
+        """The steps that a rank of this machine has done; 0 where nobody noted them."""
+        return 0 if self.file is None else int.from_bytes(os.pread(self.file, 8, self.place(rank)), "little")
+
+    def warn(self, line: str) -> bool:
+        """One line to whoever started the run -> whether there is such a file to write it to."""
+        if self.file is not None:
+            os.pwrite(self.file, line.encode()[: self.WARNING_BYTES], 0)
+        return self.file is not None
 
 
 # %% notebooks/05_launch.ipynb #heartbeat
@@ -2439,7 +2441,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     rank = world_from_env()[0]
     try:
         log_dir = Path(options.log_dir or (make_log_dir() if rank == 0 else ""))
-        log = RunLog(log_dir, options.steps, rank)
+        log = RunLog(log_dir, options.steps, rank, StepNotes())
     except (ValueError, OSError) as error:
         return refuse(str(error))
     if device.type == "cpu":
@@ -2455,7 +2457,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
         code = write_summary(run, measured, log_dir)
         log.write(
             f"task loss {measured['final_task_loss']:.6f} after {options.steps} steps on {run.mesh.batch.size} "
-            f"{device.type} rank(s), {measured['ms_per_step']:.2f} ms a step"
+            f"{device.type} rank(s), {measured['ms_per_step']:.2f} ms per step"
         )
         log.write(f"logs in {relative_to_root(log_dir)}; to look at them: make tensorboard")
         return code
@@ -3277,7 +3279,7 @@ class ExchangePlan:
 
 
 def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[], ExchangePlan]:
-    """counts int64 [E], this rank's rows an expert -> a function that waits and returns the plan.
+    """counts int64 [E], this rank's rows per expert -> a function that waits and returns the plan.
 
     One message of L numbers to each rank, L + 3 where seals are on, and one copy to the host, which that function waits
     for; it raises CollectiveError where a seal is broken.
@@ -3585,7 +3587,9 @@ class CapacityOptions(Options):
     capacity_scope: str = "local"
     overflow: str = "drop"
     drop_order: str = "probs"
-    capacity_share: int | None = field(default=None, metadata={"flag": False})  # tokens a rank, set by a run
+    capacity_share: int | None = field(
+        default=None, metadata={"flag": False}
+    )  # tokens per rank, set by a run
 
     def __post_init__(self) -> None:
         factor, known = self.capacity_factor, {"capacity_scope": ("local", "global")}
@@ -4125,7 +4129,7 @@ class BiasBalance(Balance):
     """Balance without a loss: a bias on the choice that follows the load (DeepSeek-V3 report, section 2.1.2).
 
     bias float32 [E], a buffer: saved with the parameters, the same on every rank, since all see the same global
-    counts. The loss is 0. One all-reduce of E numbers a step, no host synchronisation.
+    counts. The loss is 0. One all-reduce of E numbers per step, no host synchronisation.
     """
 
     def __init__(

@@ -12,6 +12,8 @@ expert and rank. Last it runs every case of tools/parity.py (on_ranks.py).
     def check_mine(answer): ...               a check of a chapter's own: one line for whatever an answer does
 
     play_ranks(4, lambda comm: ...)           ranks that are threads (played.py), for a check that wants many sizes
+
+    play_kernel(my_kernel, grid, ...)         a Triton kernel's programs in PyTorch (programs.py), on any machine
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from tools.exercises.experts import Operations
 from tools.exercises.forward import check_ep_forward
 from tools.exercises.on_ranks import check
 from tools.exercises.played import play_ranks
+from tools.exercises.programs import play_kernel
 from tools.exercises.verdict import NotYet, plain_verdict
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "check_experts",
     "check_overflow",
     "plain_verdict",
+    "play_kernel",
     "play_ranks",
 ]
 
