@@ -28,7 +28,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "6ab0e1909119492799c1fe10e945dddb2fb9def012761467442c4955a3335d46"
+SOURCES_SHA256 = "f461a470778e014af8286b7d3e3769886e972a9a571b669cc1ae2e6490847755"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -3587,9 +3587,8 @@ class CapacityOptions(Options):
     capacity_scope: str = "local"
     overflow: str = "drop"
     drop_order: str = "probs"
-    capacity_share: int | None = field(
-        default=None, metadata={"flag": False}
-    )  # tokens per rank, set by a run
+    # tokens per rank, set by a run
+    capacity_share: int | None = field(default=None, metadata={"flag": False})
 
     def __post_init__(self) -> None:
         factor, known = self.capacity_factor, {"capacity_scope": ("local", "global")}
