@@ -46,7 +46,7 @@ __all__ = [
 def check_dispatcher(answer: type, ranks: int = 4, namespace: dict[str, Any] | None = None) -> str:
     """Runs a Dispatcher class on one rank and on `ranks` -> "right", or "not yet: ..." in one line.
 
-    answer(num_experts, comm) makes one, and nothing but its interface is used: any number J of local experts a row,
+    answer(num_experts, comm) makes one, and nothing but its interface is used: any number J of local experts per row,
     rows in any order. namespace: where the class was defined, {"In": [its source]}; the notebook's kernel by default.
     Costs about 6 s.
     """
