@@ -3,9 +3,11 @@
     python measure/faults.py                       ten minutes: every fault, saves in the background, a soak, a long run
     python measure/faults.py --rounds 1 --only faults --output build
     python measure/faults.py --only soak --output build      8 random SIGKILLs over 600 steps, bit by bit
+    python measure/faults.py --device cuda --only saving     what a save costs beside GPUs, into h100_faults.json
 
-Two ranks on the CPU. Each run ends, after however many restarts, and its summary is compared with the undisturbed
-run's: equal in everything that is no time and no folder. Exit code 1 where one is not, or a process is left.
+Two ranks, on the CPU unless --device says otherwise. Each run ends, after however many restarts, and its summary is
+compared with the undisturbed run's: equal in everything that is no time and no folder. Exit code 1 where one is not,
+or a process is left.
 """
 
 import random
@@ -17,8 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil  # noqa: E402
-import torch  # noqa: E402
 
+from ep_launcher import launcher as ep  # noqa: E402
 from measure import record  # noqa: E402
 from tools.faults import BrokenRun, attempts, recoveries  # noqa: E402
 from tools.original import ROOT  # noqa: E402
@@ -81,18 +83,16 @@ def measure_faults(rounds: int) -> dict:
 
 
 def measure_saving(rounds: int) -> dict:
-    """What saves of the default model cost a run: without, stopping, in the background, in turn."""
+    """What three saves cost a run: without, stopping, in the background, in turn. A GPU's steps are short: it makes
+    more of them, so that a save ends before the next begins."""
+    interval = 15 if FLAGS["device"] == "cpu" else 600
+    steps = 4 * interval
     sizes = {
-        "steps": 60,
-        "hidden_dim": 256,
-        "ffn_dim": 1024,
-        "tokens": 128,
-        "dtype": "float32",
-        "timeout_s": 60,
-    }
+        "steps": steps, "hidden_dim": 256, "ffn_dim": 1024, "tokens": 128, "dtype": "float32", "timeout_s": 60,
+    }  # fmt: skip
     ways = {
-        "without": {"checkpoint_interval": None}, "stopping": {"checkpoint_interval": 15},
-        "background": {"checkpoint_interval": 15, "async_checkpoints": True},
+        "without": {"checkpoint_interval": None}, "stopping": {"checkpoint_interval": interval},
+        "background": {"checkpoint_interval": interval, "async_checkpoints": True},
     }  # fmt: skip
     found = {name: {"run_s": [], "longest_step_ms": []} for name in ways}
     for _ in range(rounds):
@@ -103,9 +103,9 @@ def measure_saving(rounds: int) -> dict:
             found[name]["run_s"].append(round(times[-1] - times[0], 3))
             longest = max(b - a for a, b in zip(times[1:], times[2:], strict=False))
             found[name]["longest_step_ms"].append(round(longest * 1e3, 1))
-            num_bytes = sum(path.stat().st_size for path in run.checkpoints.glob("step-00000060/*"))
+            num_bytes = sum(path.stat().st_size for path in run.checkpoints.glob(f"step-{steps:08d}/*"))
         print({name: statistics.median(kept["run_s"]) for name, kept in found.items()}, flush=True)
-    return found | {"megabytes": num_bytes / 1e6, "interval": 15, "saves": 3, "steps": 60}
+    return found | {"megabytes": num_bytes / 1e6, "interval": interval, "saves": 3, "steps": steps}
 
 
 def soak(kills: int = 8, steps: int = 600) -> dict:
@@ -145,22 +145,24 @@ def long_run(steps: int = 3000) -> dict:
 
 def main() -> None:
     """All parts, or one."""
-    parser = record.parser(__doc__, rounds=3)
+    parser = record.parser(__doc__, rounds=3, device="cpu")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
+    device = ep.choose_device(args.device)
+    FLAGS["device"] = device.type
     result: dict = {
         "ranks": 2,
         "checkpoint_interval": FLAGS["checkpoint_interval"],
         "timeout_s": FLAGS["timeout_s"],
     }
     work = {
-        "faults": lambda: measure_faults(args.rounds), "saving": lambda: measure_saving(3 * args.rounds),
+        "faults": lambda: measure_faults(args.rounds), "saving": lambda: measure_saving(args.rounds),
         "soak": soak, "long": long_run,
     }  # fmt: skip
     for part in args.only:
         result[part] = work[part]()
         print(part, "done", flush=True)
-        record.write(args.output, "faults", torch.device("cpu"), result)
+        record.write(args.output, "faults", device, result)
     judged = [*result.get("faults", {}).values(), *([result["soak"]] if "soak" in result else [])]
     sys.exit(0 if all(found["equal"] and not found["orphans"] for found in judged) else 1)
 
