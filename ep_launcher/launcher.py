@@ -28,7 +28,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "2dc0f7d1dfb02bdeefbca4efee4cb3487da92f27ee94dd1417e5efba447f61e1"
+SOURCES_SHA256 = "1ce34daeedee1868277d97f59d418228cd78a3dde5a787d3b01af05ddfded6e7"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2194,9 +2194,14 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
 
 # %% notebooks/05_launch.ipynb #refuse
 def refuse(message: str) -> int:
-    """Prints one line, once a host, and returns the exit code 2. The other ranks wait for torchrun to end them."""
+    """Prints one line, once a host, and returns the exit code 2. The other ranks wait for torchrun to end them.
+
+    A torchrun that would try again is ended: what was refused once would be refused again, or no longer noticed.
+    """
     if world_from_env()[2] == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+            end_torchrun()
     else:
         time.sleep(20)
     return 2
@@ -4705,6 +4710,7 @@ def choices_of(topk_ids: Tensor, machine: int, num_experts: int) -> Tensor:
 
 
 # %% notebooks/15_mesh.ipynb #mesh-options
+import importlib
 import shutil
 import warnings
 from concurrent.futures import Future
@@ -5084,6 +5090,7 @@ class Checkpoints:
         self.host = host_group(self.run)
         self.background = host_group(self.run, new=True) if options.async_checkpoints else None
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP on one rank
+        importlib.import_module("torch.distributed.checkpoint")  # half a second, which no step shall lose
 
     def after_update(self) -> None:
         """After each step: the ranks agree on what to do. One all-reduce of two numbers between CPUs."""

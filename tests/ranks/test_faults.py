@@ -122,6 +122,18 @@ def test_a_refusal_is_one_line(tmp_path):
     assert said == [f"error: nothing to resume in {tmp_path}: there is no checkpoint"]
 
 
+def test_a_refusal_is_not_tried_again(tmp_path):
+    """A restart takes up what it finds, or begins anew: so it must not come after a refusal, which says neither."""
+    small = FLAGS | {"steps": 2, "checkpoint_interval": None, "max_restarts": 3}
+    with BrokenRun(tmp_path / "nothing", resume=True, **small) as run:
+        assert run.finish() == {} and run.returncode != 0 and not run.left()
+    said = (run.folder / "output").read_text().splitlines()
+    assert [line for line in said if line.startswith("error: ")] == [
+        f"error: nothing to resume in {run.checkpoints}: there is no checkpoint"
+    ]
+    assert not list(run.checkpoints.iterdir())
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 300 kB."""
