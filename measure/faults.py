@@ -14,6 +14,7 @@ import random
 import signal
 import statistics
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,7 +23,8 @@ import psutil  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
 from measure import record  # noqa: E402
-from tools.faults import BrokenRun, attempts, recoveries  # noqa: E402
+from tools.faults import BrokenPair, BrokenRun, attempts, recoveries  # noqa: E402
+from tools.hosts import HostsUnavailable  # noqa: E402
 from tools.original import ROOT  # noqa: E402
 
 FLAGS = {
@@ -34,7 +36,8 @@ QUICK = {  # fault: (rank, step), one an attempt
     "killed before the rename": (0, 57), "SIGTERM": (1, 65),
 }  # fmt: skip
 SLOW = {"SIGSTOP": (1, 25), "hang": (0, 25)}
-PARTS = ("faults", "saving", "soak", "long")
+LOST = {"machine of rank 0": 0, "the other machine": 1}
+PARTS = ("faults", "machines", "saving", "soak", "long")
 OWN = {"ms_per_step", "config", "took"}  # of a run: no two have the same
 RUNS = ROOT / "build" / "runs" / "faults"
 
@@ -79,6 +82,45 @@ def measure_faults(rounds: int) -> dict:
         "down_s": [0.0], "back_s": [0.0], "lost_steps": [0], "equal": is_equal(summary, calm),
         "orphans": len(run.left()), "warnings": warnings,
     }  # fmt: skip
+    return found
+
+
+def measure_machines(rounds: int) -> dict:
+    """One machine of two is lost; the other's torchrun ends; both start again by hand, at once: as measure_faults.
+
+    ended_s: from the loss to the end of the other's torchrun. {} where this machine allows no two hosts.
+    """
+    found = {
+        n: {"down_s": [], "back_s": [], "lost_steps": [], "ended_s": [], "equal": True, "orphans": 0}
+        for n in LOST
+    }
+    try:
+        with BrokenPair(RUNS / "pair", **FLAGS) as run:
+            calm = run.finish()
+    except HostsUnavailable as why:
+        print(f"machines left out: {why}", flush=True)
+        return {}
+    for name, machine in [pair for pair in LOST.items() for _ in range(rounds)]:
+        with BrokenPair(RUNS / "pair", **FLAGS) as broken:
+            broken.wait_for_step(25)
+            since = time.monotonic()
+            broken.lose(machine)
+            broken.machines[1 - machine].process.wait(timeout=FLAGS["timeout_s"] + 30)
+            ended_s = time.monotonic() - since
+            left = len(broken.left())
+        again = {"checkpoint_dir": broken.checkpoints, "log_dir": broken.folder / "log", "resume": True}
+        with BrokenPair(RUNS / "pair-again", **FLAGS | again) as resumed:
+            summary = resumed.finish()
+        (cost,) = recoveries(attempts(broken.folder / "log"))
+        kept = found[name]
+        for key, value in (cost | {"ended_s": ended_s}).items():
+            kept[key].append(round(value, 2))
+        kept["equal"] = kept["equal"] and is_equal(summary, calm)
+        kept["orphans"] += left + len(resumed.left())
+        print(
+            f"{name:26} ended after {ended_s:.1f} s, down {cost['down_s']:5.1f} s, {kept['equal']}",
+            flush=True,
+        )
     return found
 
 
@@ -156,14 +198,16 @@ def main() -> None:
         "timeout_s": FLAGS["timeout_s"],
     }
     work = {
-        "faults": lambda: measure_faults(args.rounds), "saving": lambda: measure_saving(args.rounds),
+        "faults": lambda: measure_faults(args.rounds), "machines": lambda: measure_machines(args.rounds),
+        "saving": lambda: measure_saving(args.rounds),
         "soak": soak, "long": long_run,
     }  # fmt: skip
     for part in args.only:
         result[part] = work[part]()
         print(part, "done", flush=True)
         record.write(args.output, "faults", device, result)
-    judged = [*result.get("faults", {}).values(), *([result["soak"]] if "soak" in result else [])]
+    judged = [found for part in ("faults", "machines") for found in result.get(part, {}).values()]
+    judged += [result["soak"]] if "soak" in result else []
     sys.exit(0 if all(found["equal"] and not found["orphans"] for found in judged) else 1)
 
 
