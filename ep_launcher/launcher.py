@@ -28,7 +28,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "1ce34daeedee1868277d97f59d418228cd78a3dde5a787d3b01af05ddfded6e7"
+SOURCES_SHA256 = "5e5e0c6dd84facfe3bfc4e97ecff59714d13e734e23f994736be730dc8179b95"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1582,15 +1582,24 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
 
 
 # %% notebooks/04_training.ipynb #step-timer
+import itertools
+from collections import deque
+
+
 class StepTimer:
-    """Milliseconds between marks, without stopping the device: CUDA events on a GPU, the clock on a CPU."""
+    """Milliseconds between marks, without stopping the device: CUDA events on a GPU, the clock on a CPU.
+
+    marks: the newest 4,000; num_marks: all that there were.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.marks: list[Any] = []
+        self.marks: deque[Any] = deque(maxlen=4_000)
+        self.num_marks = 0
 
     def mark(self) -> None:
         """Ends one interval and begins the next."""
+        self.num_marks += 1
         if self.on_gpu:
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
@@ -1601,7 +1610,7 @@ class StepTimer:
         """The median interval, the first tenth left out; 0 where there is none. Waits for the device."""
         if self.on_gpu:
             torch.cuda.synchronize()
-        pairs = list(zip(self.marks[:-1], self.marks[1:], strict=True))
+        pairs = list(itertools.pairwise(self.marks))
         pairs = pairs[int(len(pairs) * skip_fraction) :]
         if not pairs:
             return 0.0
@@ -1911,7 +1920,7 @@ def measured_summary(record: Record) -> dict[str, Any]:
     run, batch, meter = record.run, record.run.mesh.batch, record.run.mesh.meter
     record.timer.mark()
     sent = meter.total(*PASSES) - record.bytes_before
-    metadata = meter.total("metadata") // (len(record.timer.marks) - 1)  # steps of this process
+    metadata = meter.total("metadata") // (record.timer.num_marks - 1)  # steps of this process
     record.history.end_interval(batch)
     if run.log.writer:
         run.log.show("image", run.options.steps, load__over_time=record.history.image())
@@ -1998,10 +2007,10 @@ def train(run: Run) -> dict[str, Any]:
     run.log.write(f"{names}, world size {mesh.batch.size}{shared}")
     record = Record(run, model)
     training = Training(run, model, task, optimizer, record)
-    for begin in run.config.hooks("begin"):
-        begin(training)
-    begin_log(run.log, run.step)
     try:
+        for begin in run.config.hooks("begin"):
+            begin(training)
+        begin_log(run.log, run.step)
         for step in range(run.step, options.steps):
             run.step = step
             record.begin_step()
@@ -4885,12 +4894,14 @@ def sealed(body: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The body of a checkpoint's manifest. ValueError where there is none, a damaged one, or one of a newer program."""
     path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise ValueError("it is not there, and `latest` names it")
     if not path.is_file():
         raise ValueError("it has no manifest.json: not written by this program, or not to its end")
     try:
         text = path.read_text("utf-8")
         body = json.loads(text)["body"]
-        is_whole = text == sealed(body)
+        is_whole = text == sealed(body) and isinstance(body["format"], int)
     except (ValueError, KeyError, TypeError):
         is_whole = False
     if not is_whole:
@@ -4913,14 +4924,20 @@ def check_files(folder: Path, files: dict[str, list], rank: int, size: int) -> N
 
 
 # %% notebooks/15_mesh.ipynb #publish
+STEP_NAME = r"step-\d{8,}"
+
+
 def finished(folder: Path) -> list[Path]:
-    """A folder's checkpoints, the newest first; unfinished ones end in `.part`."""
-    return sorted((path for path in folder.glob("step-*") if path.suffix != ".part"), reverse=True)
+    """A folder's checkpoints, the newest first. Unfinished ones, `.part`, and your copies have other names."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(STEP_NAME, path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def remove(checkpoint: Path) -> None:
-    """Removes a checkpoint; its name goes first, so that nobody finds half of one under it."""
-    if checkpoint.exists():
+    """Removes a checkpoint; its name goes first, so that nobody finds half of one under it. Of a link only the link."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    elif checkpoint.exists():
         shutil.rmtree(checkpoint.rename(checkpoint.with_name(checkpoint.name + ".old.part")))
 
 
@@ -4941,21 +4958,33 @@ def publish(aside: Path, body: dict[str, Any], keep: int) -> None:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """A folder's checkpoints, best first: the one that the pointer names, then the others, the newest first."""
+    """A folder's checkpoints, best first: the one that the pointer names, there or not, then the newest first."""
     found = finished(folder)
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        named = (folder / "latest").read_text("utf-8").strip()
-        found.sort(key=lambda path: path.name != named)
+        if re.fullmatch(STEP_NAME, named := (folder / "latest").read_text("utf-8").strip()):
+            return [folder / named, *[path for path in found if path.name != named]]
     return found
 
 
-def made_ready(folder: Path) -> tuple[list[str], str]:
-    """Makes the folder -> (the names of its candidates, what is wrong with it or "")."""
+def made_ready(folder: Path) -> tuple[int | None, list[str], str]:
+    """Makes the folder and locks it -> (the lock, the names of its candidates, what is wrong with it or "").
+
+    The lock ends with the process, however that ends. Where the file system knows no locks, it locks nothing.
+    """
+    import fcntl
+
+    lock = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [path.name for path in candidates(folder)], ""
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None, [], "another run is saving there"
     except (OSError, ValueError) as error:
-        return [], reason(error)
+        if lock is None:
+            return None, [], reason(error)
+    return lock, [path.name for path in candidates(folder)], ""
 
 
 # %% notebooks/15_mesh.ipynb #run-settings
@@ -5015,6 +5044,12 @@ def own_files(aside: Path, rank: int) -> dict[str, list]:
     return {path.name: digest_of(path) for path in own}
 
 
+def sweep(folder: Path) -> None:
+    """Removes what killed saves have left, whether they were writing or removing."""
+    for left in folder.glob("step-*.part"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def write_aside(
     tensors: dict[str, Tensor], aside: Path, comm: Communicator, background: Communicator | None
 ) -> Future:
@@ -5035,7 +5070,7 @@ def write_aside(
             files.set_exception(error)
 
     if comm.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+        sweep(aside.parent)
     if background is not None:
         answer = dcp.async_save(tensors, checkpoint_id=aside, process_group=background.group)
         saved = getattr(answer, "upload_completion", answer)
@@ -5086,11 +5121,18 @@ class Checkpoints:
 
     def __init__(self, options: Any, training: Training) -> None:
         self.options, self.training, self.run = options, training, training.run
-        self.folder, self.signals, self.pending = Path(options.checkpoint_dir), None, None
+        self.folder, self.signals, self.pending, self.lock = Path(options.checkpoint_dir), None, None, None
         self.host = host_group(self.run)
         self.background = host_group(self.run, new=True) if options.async_checkpoints else None
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP on one rank
         importlib.import_module("torch.distributed.checkpoint")  # half a second, which no step shall lose
+
+    def leave(self) -> None:
+        """At the end, however it comes: signals do what they did before, and the folder is free."""
+        if self.signals:
+            self.signals.leave()
+        if self.lock is not None:
+            os.close(self.lock)
 
     def after_update(self) -> None:
         """After each step: the ranks agree on what to do. One all-reduce of two numbers between CPUs."""
@@ -5153,7 +5195,8 @@ def resume(kept: Checkpoints) -> None:
     """
     run, folder, rank = kept.run, kept.folder, kept.host.rank
     restarts = max(gather_objects(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), kept.host))
-    names, problem = gather_objects(made_ready(folder) if rank == 0 else None, kept.host)[0]
+    lock, *told = made_ready(folder) if rank == 0 else (None,)
+    kept.lock, (names, problem) = lock, gather_objects(told, kept.host)[0]
     if problem:
         raise CannotRun(f"cannot write checkpoints to {folder} ({problem}); set --checkpoint-dir")
     if names and not (restarts or kept.options.resume):
@@ -5216,6 +5259,8 @@ class CheckpointOptions(Options):
         for name in ("checkpoint_interval", "keep_checkpoints"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        if self.checkpoint_dir is not None and not self.checkpoint_dir.strip():
+            raise ValueError("checkpoint_dir is empty; name a folder, or leave it out")
         for f in fields(self)[1:]:
             if not self.checkpoint_dir and getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name} does nothing without a folder; set --checkpoint-dir")
@@ -5245,9 +5290,9 @@ class CheckpointOptions(Options):
             kept.after_update()
 
     def leave(self, training: Training) -> None:
-        """The launcher's hook at the end: signals do what they did before."""
-        if (kept := training.notes.get("checkpoints")) and kept.signals:
-            kept.signals.leave()
+        """The launcher's hook at the end."""
+        if kept := training.notes.get("checkpoints"):
+            kept.leave()
 
 
 # %% added by tools/extract.py

@@ -1,6 +1,6 @@
 """Chapter 15's run, broken in every way: what each fault costs, what saving costs, into results/cpu_faults.json.
 
-    python measure/faults.py                       ten minutes: every fault, saves in the background, a soak, a long run
+    python measure/faults.py                       all of it, a quarter of an hour
     python measure/faults.py --rounds 1 --only faults --output build
     python measure/faults.py --only soak --output build      8 random SIGKILLs over 600 steps, bit by bit
     python measure/faults.py --device cuda --only saving     what a save costs beside GPUs, into h100_faults.json
@@ -11,6 +11,7 @@ or a process is left.
 """
 
 import random
+import re
 import signal
 import statistics
 import sys
@@ -168,19 +169,23 @@ def soak(kills: int = 8, steps: int = 600) -> dict:
     }  # fmt: skip
 
 
-def long_run(steps: int = 3000) -> dict:
-    """Resident memory (MB) and open files of the ranks, at some steps of a long run with saves."""
-    seen = {"step": [], "rss_mb": [], "open_files": []}
-    with BrokenRun(
-        RUNS / "long", **FLAGS | {"steps": steps, "checkpoint_interval": 100, "log_interval": 50}
-    ) as run:
-        for step in (*range(steps // 10, steps, steps // 10), steps - 30):
+def long_run(steps: int = 9000) -> dict:
+    """Resident memory and what malloc has given out (MB), and open files of the ranks, in a long run with saves."""
+    seen = {"step": [], "rss_mb": [], "heap_mb": [], "open_files": []}
+    places = [*range(steps // 10, steps, steps // 10), steps - 30]
+    faults = [("heap", rank, step, 0) for step in places for rank in range(2)]
+    flags = FLAGS | {"steps": steps, "checkpoint_interval": 100, "log_interval": 50}
+    with BrokenRun(RUNS / "long", faults=faults, **flags) as run:
+        for step in places:
             run.wait_for_step(step)
             ranks: list[psutil.Process] = [run.rank(number) for number in range(2)]
             seen["step"].append(step)
             seen["rss_mb"].append([round(rank.memory_info().rss / 1e6, 1) for rank in ranks])
             seen["open_files"].append([rank.num_fds() for rank in ranks])
         run.finish()
+    said = (run.folder / "output").read_text()
+    heaps = [re.findall(rf"^heap of rank {rank}: (\d+)", said, re.MULTILINE) for rank in range(2)]
+    seen["heap_mb"] = [[round(int(own) / 1e6, 2) for own in both] for both in zip(*heaps, strict=True)]
     print(seen, flush=True)
     return seen
 
