@@ -204,7 +204,7 @@ def main() -> None:
     }
     work = {
         "faults": lambda: measure_faults(args.rounds), "machines": lambda: measure_machines(args.rounds),
-        "saving": lambda: measure_saving(args.rounds),
+        "saving": lambda: measure_saving(3 * args.rounds),
         "soak": soak, "long": long_run,
     }  # fmt: skip
     for part in args.only:
