@@ -28,7 +28,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "5e5e0c6dd84facfe3bfc4e97ecff59714d13e734e23f994736be730dc8179b95"
+SOURCES_SHA256 = "d906c589f7005f7811d6261bf279c0ffcf52303506aec2cc5a04d63d822176fa"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5059,6 +5059,7 @@ def write_aside(
     cannot write, the Future has an exception on every rank.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
     saved, files = Future(), Future()
 
@@ -5072,7 +5073,10 @@ def write_aside(
     if comm.rank == 0:
         sweep(aside.parent)
     if background is not None:
-        answer = dcp.async_save(tensors, checkpoint_id=aside, process_group=background.group)
+        # DCP copies ahead on a CUDA stream, in a new thread that of GPU 0: every rank would take memory there.
+        writer = dcp.FileSystemWriter(aside, per_thread_copy_ahead=0)
+        ways = {"storage_writer": writer, "async_stager": DefaultStager(StagingOptions(*[False] * 4))}
+        answer = dcp.async_save(tensors, process_group=background.group, **ways)
         saved = getattr(answer, "upload_completion", answer)
     else:
         try:

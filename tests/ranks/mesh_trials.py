@@ -44,6 +44,17 @@ def every_mesh(mesh: ep.Mesh, folder: Path) -> dict[str, list[float]]:
     return found
 
 
+@trial(4, 2)
+def gpus_of_a_rank(mesh: ep.Mesh, folder: Path) -> list[bool]:
+    """Whether this rank has memory on each GPU, after saves in the background: a thread begins on GPU 0."""
+    here = (
+        f"--checkpoint-dir {folder / f'gpus-{mesh.batch.size}'} --checkpoint-interval 3 --async-checkpoints"
+    )
+    curve(f"{here} --dtype float32")
+    count = ep.torch.cuda.device_count()
+    return [ep.torch._C._cuda_hasPrimaryContext(gpu) for gpu in range(count)]  # nothing public says it
+
+
 @trial(8, 4, 2, 1)
 def saved_and_resumed(mesh: ep.Mesh, folder: Path) -> dict[str, list[float]]:
     """Saves on each mesh that there are ranks for; all that are no larger go on in copies, at every ep_size."""

@@ -64,6 +64,13 @@ def test_a_checkpoint_goes_on_on_any_mesh(played, device, world_size):
     assert len(found) == (len(own) + len(saved) * len(MESHES[world_size])) * len(RUN_AS[device])
 
 
+@pytest.mark.skipif(NUM_GPUS < 2, reason="each rank needs a GPU of its own")
+def test_a_save_in_the_background_stays_on_its_gpu_cuda(played):
+    size = min(4, max(WORLDS["cuda"]))
+    for rank, found in enumerate(outcome(played("cuda"), "gpus_of_a_rank", size)):
+        assert [gpu for gpu, has in enumerate(found) if has] == [rank]
+
+
 @pytest.mark.skipif(NUM_GPUS < 2, reason="one GPU has no replicas")
 def test_the_cells_of_the_chapter_on_cuda():
     """ZeRO-1, FSDP2 and DTensor as the chapter shows them, over NCCL: its cells run, and its checks hold."""
