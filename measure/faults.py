@@ -171,10 +171,10 @@ def soak(kills: int = 8, steps: int = 600) -> dict:
 
 def long_run(steps: int = 9000) -> dict:
     """Resident memory and what malloc has given out (MB), and open files of the ranks, in a long run with saves."""
-    seen = {"step": [], "rss_mb": [], "heap_mb": [], "open_files": []}
+    seen = {"log_interval": 50, "step": [], "rss_mb": [], "heap_mb": [], "open_files": []}
     places = [*range(steps // 10, steps, steps // 10), steps - 30]
     faults = [("heap", rank, step, 0) for step in places for rank in range(2)]
-    flags = FLAGS | {"steps": steps, "checkpoint_interval": 100, "log_interval": 50}
+    flags = FLAGS | {"steps": steps, "checkpoint_interval": 100, "log_interval": seen["log_interval"]}
     with BrokenRun(RUNS / "long", faults=faults, **flags) as run:
         for step in places:
             run.wait_for_step(step)
