@@ -25,10 +25,11 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/08_capacity.ipynb
 #   notebooks/09_balance.ipynb
 #   notebooks/10_less_traffic.ipynb
+#   notebooks/11_peer_memory.ipynb
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "f461a470778e014af8286b7d3e3769886e972a9a571b669cc1ae2e6490847755"
+SOURCES_SHA256 = "0e6e3594024f7e3ae989cd146d43001cfb4c33d1f229aa6d50d3b3f3609cde0c"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -131,6 +132,7 @@ class TrafficMeter:
         self.rank, self.size = rank, size
         self.sent: dict[str, list[int]] = {}
         self.num_collectives = 0
+        self.on_device: list[tuple[str, list[int], Tensor]] = []  # what kernels count (chapter 11)
 
     def record(self, purpose: str, bytes_by_destination: list[int], ranks: list[int] | None = None) -> None:
         """Adds one collective's bytes to each destination, the rank's own share left out.
@@ -142,8 +144,16 @@ class TrafficMeter:
             if destination != self.rank:
                 totals[destination] += num_bytes
 
+    def fetch(self) -> dict[str, list[int]]:
+        """sent, with what kernels have counted since the last call: a host synchronisation where there are any."""
+        for purpose, ranks, counted in self.on_device:
+            self.record(purpose, counted.tolist(), ranks)
+            counted.zero_()
+        return self.sent
+
     def total(self, *purposes: str) -> int:
         """Bytes sent for these purposes so far, to all other ranks together."""
+        self.fetch()
         return sum(sum(self.sent.get(purpose, ())) for purpose in purposes)
 
 
@@ -1582,15 +1592,24 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
 
 
 # %% notebooks/04_training.ipynb #step-timer
+import itertools
+from collections import deque
+
+
 class StepTimer:
-    """Milliseconds between marks, without stopping the device: CUDA events on a GPU, the clock on a CPU."""
+    """Milliseconds between marks, without stopping the device: CUDA events on a GPU, the clock on a CPU.
+
+    marks: the newest 4,000; num_marks: all that there were.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.marks: list[Any] = []
+        self.marks: deque[Any] = deque(maxlen=4_000)
+        self.num_marks = 0
 
     def mark(self) -> None:
         """Ends one interval and begins the next."""
+        self.num_marks += 1
         if self.on_gpu:
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
@@ -1601,7 +1620,7 @@ class StepTimer:
         """The median interval, the first tenth left out; 0 where there is none. Waits for the device."""
         if self.on_gpu:
             torch.cuda.synchronize()
-        pairs = list(zip(self.marks[:-1], self.marks[1:], strict=True))
+        pairs = list(itertools.pairwise(self.marks))
         pairs = pairs[int(len(pairs) * skip_fraction) :]
         if not pairs:
             return 0.0
@@ -1842,9 +1861,10 @@ class Record:
         self.bytes_before = 0
 
     def begin_step(self) -> None:
-        """Reads the meter; a step's bytes are the difference."""
+        """Reads the meter before the last step, whose bytes are the difference to the end."""
         self.timer.mark()
-        self.bytes_before = self.run.mesh.meter.total(*PASSES)
+        if self.run.step == self.run.options.steps - 1:
+            self.bytes_before = self.run.mesh.meter.total(*PASSES)
 
     def end_step(self, step: int, losses: Tensor) -> None:
         """Takes the global losses [2] of this step, logs them where it is time, stops at NaN."""
@@ -1880,7 +1900,7 @@ def measured_summary(record: Record) -> dict[str, Any]:
     run, batch, meter = record.run, record.run.mesh.batch, record.run.mesh.meter
     record.timer.mark()
     sent = meter.total(*PASSES) - record.bytes_before
-    metadata = meter.total("metadata") // (len(record.timer.marks) - 1)  # steps of this process
+    metadata = meter.total("metadata") // (record.timer.num_marks - 1)  # steps of this process
     record.history.end_interval(batch)
     if run.log.writer:
         run.log.show("image", run.options.steps, load__over_time=record.history.image())
@@ -1967,10 +1987,10 @@ def train(run: Run) -> dict[str, Any]:
     run.log.write(f"{names}, world size {mesh.batch.size}{shared}")
     record = Record(run, model)
     training = Training(run, model, task, optimizer, record)
-    for begin in run.config.hooks("begin"):
-        begin(training)
-    begin_log(run.log, run.step)
     try:
+        for begin in run.config.hooks("begin"):
+            begin(training)
+        begin_log(run.log, run.step)
         for step in range(run.step, options.steps):
             run.step = step
             record.begin_step()
@@ -2163,9 +2183,14 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
 
 # %% notebooks/05_launch.ipynb #refuse
 def refuse(message: str) -> int:
-    """Prints one line, once a host, and returns the exit code 2. The other ranks wait for torchrun to end them."""
+    """Prints one line, once a host, and returns the exit code 2. The other ranks wait for torchrun to end them.
+
+    A torchrun that would try again is ended: what was refused once would be refused again, or no longer noticed.
+    """
     if world_from_env()[2] == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+            end_torchrun()
     else:
         time.sleep(20)
     return 2
@@ -4703,11 +4728,631 @@ def choices_of(topk_ids: Tensor, machine: int, num_experts: int) -> Tensor:
 
 
 # ==========================================================================================================
+# performance: notebooks/11_peer_memory.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/11_peer_memory.ipynb #imports-peer
+import itertools
+import tempfile
+
+
+# %% notebooks/11_peer_memory.ipynb #share-memory
+def share_memory(comm: Communicator, num_bytes: int, device: torch.device) -> list[Tensor]:
+    """num_bytes of every rank, zeros at first: uint8 tensors, by rank, that this rank can read and write. Collective.
+
+    Symmetric memory on GPUs, a mapped file on CPUs. The ranks must be on one machine.
+    """
+    if comm.size == 1:
+        return [torch.zeros(num_bytes, dtype=torch.uint8, device=device)]
+    if device.type == "cuda":
+        from torch.distributed import _symmetric_memory as symmetric  # there is no public name for it yet
+
+        own = symmetric.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
+        shared = symmetric.rendezvous(own, comm.group or dist.group.WORLD)
+        blocks = [shared.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(comm.size)]
+        blocks[comm.rank] = own  # which holds the memory
+    else:
+        folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        path = [tempfile.mkstemp(prefix="ep_launcher-", dir=folder)[1] if comm.rank == 0 else ""]
+        dist.broadcast_object_list(path, comm.ranks[0], comm.group)
+        file = torch.from_file(path[0], True, comm.size * num_bytes, dtype=torch.uint8)
+        blocks = list(file.view(comm.size, -1))
+    comm.all_reduce(torch.zeros(1, device=device))  # now all have mapped it
+    if device.type == "cpu" and comm.rank == 0:
+        os.unlink(path[0])
+    return blocks
+
+
+# %% notebooks/11_peer_memory.ipynb #peer-memory
+class PeerMemory:
+    """The memory of every rank of a group as this rank sees it: a flag for each rank, then slots that take turns.
+
+    blocks: uint8 tensors, by rank, of equal size. turns: how many slots; a rank writes to one while a peer still reads
+    the other. For kernels: table int64 [2, W], the addresses of the ranks' slots and of their flags; state int64 [2],
+    exchanges so far and programs of the running kernel that are done; looks, how often they look at a flag before they
+    give up; missing int64 [W], 1 for a rank on which one gave up, where the host can read it; sent {pass: int64 [W]}.
+    """
+
+    def __init__(self, rank: int, blocks: list[Tensor], limit_s: float = 60, turns: int = 2) -> None:
+        device, self.flag_bytes = blocks[rank].device, -(-8 * len(blocks) // 128) * 128
+        self.rank, self.blocks, self.turns, self.turn, self.limit_s = rank, blocks, turns, 0, limit_s
+        self.slot_bytes = (blocks[rank].numel() - self.flag_bytes) // turns // 128 * 128
+        flags = torch.tensor([block.data_ptr() for block in blocks], device=device)
+        self.table = torch.stack([flags + self.flag_bytes, flags])
+        self.state = torch.zeros(2, dtype=torch.int64, device=device)
+        self.looks = int(limit_s * 5e6)  # a look takes about 0.2 microseconds
+        self.missing = torch.zeros(len(blocks), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.sent = {name: torch.zeros(len(blocks), dtype=torch.int64, device=device) for name in PASSES}
+
+    def slot(self, rank: int, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """shape (R, D, C) -> the slot whose turn it is in a rank's memory: rows [R, D] of dtype, and riders [R, C] of
+        float32 or wider."""
+        (num_rows, d, columns), wide = shape, torch.promote_types(dtype, torch.float32)
+        row_bytes, rider_bytes = num_rows * d * dtype.itemsize, num_rows * columns * wide.itemsize
+        slot = self.blocks[rank][self.flag_bytes + self.turn * self.slot_bytes :]
+        riders = slot[rider_start(num_rows, d, dtype) :][:rider_bytes]
+        return slot[:row_bytes].view(dtype).view(num_rows, d), riders.view(wide).view(num_rows, columns)
+
+    def check(self) -> None:
+        """CollectiveError where a kernel has given up on a rank. Reads the host's memory alone."""
+        if self.missing.any():
+            late = ", ".join(str(rank) for rank in self.missing.nonzero()[:, 0].tolist())
+            raise CollectiveError(
+                f"rank {self.rank} gave up on rank {late}, which did not write to it within about {self.limit_s:g} s"
+            )
+
+
+def rider_start(num_rows: int, d: int, dtype: torch.dtype) -> int:
+    """Where a slot's riders begin: behind rows [num_rows, d], at a multiple of 16 bytes."""
+    return -(-num_rows * d * dtype.itemsize // 16) * 16
+
+
+# %% notebooks/11_peer_memory.ipynb #memory-of
+@functools.cache
+def memories_of(comm: Communicator) -> dict[tuple, list[PeerMemory]]:
+    """{(device, whether kernels write): all that were made for this group}; kept as long as the process lives."""
+    return {}
+
+
+def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
+    """The group's memory with slots of num_bytes at least; x says on which device, and whether kernels write.
+
+    Collective where it has to be made, with twice as many bytes as the last one or more. CollectiveError where a rank
+    did not come to an earlier exchange.
+    """
+    made = memories_of(comm).setdefault((x.device, uses_kernels(x)), [])
+    if not made or made[-1].slot_bytes < num_bytes:
+        num_bytes = max(2**20, 1 << (num_bytes - 1).bit_length())
+        blocks, limit_s = share_memory(comm, 2 * num_bytes + 2**13, x.device), 60.0
+        if comm.size > 1:  # the group's own limit, for which there is no public name
+            group = dist.group.WORLD
+            limit_s = group._get_backend(group._device_types[0]).options._timeout.total_seconds()
+        made.append(PeerMemory(comm.rank, blocks, limit_s))
+        comm.meter.on_device += [(name, comm.ranks, sent) for name, sent in made[-1].sent.items()]
+    made[-1].check()
+    return made[-1]
+
+
+# %% notebooks/11_peer_memory.ipynb #signal-kernel
+@kernel
+def signal_peers(table, state, epoch, RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr):
+    """The last thing that each program of a writing kernel does. The last of all sets this rank's flag everywhere.
+
+    A program counts itself after its stores (release), and the last one has seen all counts (acquire): whoever sees
+    the flag (acquire) sees the stores of every program.
+    """
+    tl.debug_barrier()  # all threads of this program have stored
+    if tl.atomic_add(state + 1, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1:
+        tl.store(state + 1, 0)
+        tl.store(state, epoch + 1)
+        rank = tl.arange(0, PLACES)
+        is_rank = rank < NUM_RANKS
+        flags = tl.load(table + NUM_RANKS + rank, mask=is_rank, other=0).to(tl.pointer_type(tl.int64))
+        value = tl.zeros([PLACES], dtype=tl.int64) + epoch + 1
+        tl.atomic_xchg(flags + RANK, value, mask=is_rank, sem="release", scope="sys")
+
+
+@kernel
+def await_peers(table, epoch, missing, looks, RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr):
+    """The first thing that each program of a reading kernel does: looks at its flags until all have written, and
+    after `looks` looks notes who has not, and goes on."""
+    rank = tl.arange(0, PLACES)
+    is_rank = rank < NUM_RANKS
+    flags = tl.load(table + NUM_RANKS + RANK).to(tl.pointer_type(tl.int64)) + rank
+    seen = tl.atomic_add(flags, 0, mask=is_rank, sem="acquire", scope="sys")
+    looked = 0
+    while (tl.sum((is_rank & (seen < epoch)).to(tl.int32), 0) > 0) & (looked < looks):
+        seen = tl.atomic_add(flags, 0, mask=is_rank, sem="acquire", scope="sys")
+        looked += 1
+    tl.store(missing + rank, 1, mask=is_rank & (seen < epoch))
+
+
+# %% notebooks/11_peer_memory.ipynb #push-riders-kernel
+@kernel
+def slot_of(table, rank, epoch, slot_bytes):
+    """The address of the slot of exchange number `epoch` in a rank's memory."""
+    return tl.load(table + rank) + (epoch & 1) * slot_bytes
+
+
+@kernel
+def push_riders(
+    weight, expert, owner, place, table, epoch, weights, ids, num_local, slot_bytes, rider_start,
+    RANK: constexpr, NUM_RANKS: constexpr, TOP_K: constexpr, WIDTH: constexpr,
+):  # fmt: skip
+    """A token's weights and experts [WIDTH], whose owners are known, to its place in every rank's riders."""
+    k = tl.arange(0, WIDTH)
+    for p in tl.static_range(NUM_RANKS):
+        own = tl.where(owner == p, expert - p * num_local, -1)
+        if p == RANK:
+            tl.store(weights + place * TOP_K + k, weight, mask=k < TOP_K)
+            tl.store(ids + place * TOP_K + k, own, mask=k < TOP_K)
+        else:
+            there = (slot_of(table, p, epoch, slot_bytes) + rider_start).to(tl.pointer_type(tl.float32))
+            there = there + place * 2 * TOP_K + k
+            tl.store(there, weight, mask=k < TOP_K)
+            tl.store(there + TOP_K, own.to(tl.float32), mask=k < TOP_K)
+
+
+# %% notebooks/11_peer_memory.ipynb #push-tokens-kernel
+@kernel
+def push_tokens_kernel(
+    x, topk_ids, topk_weights, table, state, rows, weights, ids, sent, num_tokens, num_slots, num_columns, num_local,
+    x_stride, slot_bytes, rider_start, row_bytes,
+    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, TOP_K: constexpr, WIDTH: constexpr,
+    HAS_RIDERS: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """Program i takes tokens i, i + programs, ..; S of them, of which the last may be empty."""
+    epoch, k, rank = tl.load(state), tl.arange(0, WIDTH), tl.arange(0, PLACES)
+    copies, token = tl.zeros([PLACES], dtype=tl.int64), tl.program_id(0).to(tl.int64)
+    while token < num_slots:
+        place, is_choice = RANK * num_slots + token, (k < TOP_K) & (token < num_tokens)
+        expert = tl.load(topk_ids + token * TOP_K + k, mask=is_choice, other=-1)
+        owner = tl.where(expert < 0, -1, expert // num_local)
+        is_copy = tl.max((owner[:, None] == rank[None, :]).to(tl.int64), 0)
+        copies += is_copy
+        start = 0
+        while start < num_columns:
+            column = start + tl.arange(0, BLOCK)
+            is_column = column < num_columns
+            piece = tl.load(x + token * x_stride + column, mask=is_column & (token < num_tokens), other=0.0)
+            for p in tl.static_range(NUM_RANKS):
+                is_sent = tl.sum(tl.where(rank == p, is_copy, 0), 0) > 0
+                if p == RANK:
+                    tl.store(
+                        rows + place * num_columns + column, tl.where(is_sent, piece, 0.0), mask=is_column
+                    )
+                else:
+                    there = slot_of(table, p, epoch, slot_bytes).to(tl.pointer_type(x.dtype.element_ty))
+                    there = tl.multiple_of(there, 16) + place * num_columns
+                    tl.store(there + column, piece, mask=is_column & is_sent)
+            start += BLOCK
+        if HAS_RIDERS:
+            weight = tl.load(topk_weights + token * TOP_K + k, mask=is_choice, other=0.0).to(tl.float32)
+            push_riders(
+                weight, expert, owner, place, table, epoch, weights, ids, num_local, slot_bytes, rider_start,
+                RANK, NUM_RANKS, TOP_K, WIDTH,
+            )  # fmt: skip
+        token += tl.num_programs(0)
+    tl.atomic_add(sent + rank, copies * row_bytes, mask=(rank < NUM_RANKS) & (rank != RANK), sem="relaxed")
+    signal_peers(table, state, epoch, RANK, NUM_RANKS, PLACES)
+
+
+# %% notebooks/11_peer_memory.ipynb #take-rows-kernel
+@kernel
+def other_row(i, num_slots, RANK: constexpr, NUM_RANKS: constexpr):
+    """The i-th row of the other ranks' tokens, the next rank's first: so no two ranks write to one rank at a time."""
+    row = (RANK + 1) % NUM_RANKS * num_slots + i
+    return tl.where(row >= NUM_RANKS * num_slots, row - NUM_RANKS * num_slots, row)
+
+
+@kernel
+def take_rows_kernel(
+    table, state, missing, looks, rows, weights, ids, num_slots, num_columns, slot_bytes, rider_start,
+    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, TOP_K: constexpr, WIDTH: constexpr,
+    HAS_RIDERS: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """Program i takes the others' rows i, i + programs, ..: copies those with an expert here, zeros elsewhere."""
+    epoch, k = tl.load(state), tl.arange(0, WIDTH)
+    await_peers(table, epoch, missing, looks, RANK, NUM_RANKS, PLACES)
+    slot = slot_of(table, RANK, epoch - 1, slot_bytes)
+    here = tl.multiple_of(slot.to(tl.pointer_type(rows.dtype.element_ty)), 16)
+    riders = (slot + rider_start).to(tl.pointer_type(tl.float32))
+    i = tl.program_id(0).to(tl.int64)
+    while i < (NUM_RANKS - 1) * num_slots:
+        row = other_row(i, num_slots, RANK, NUM_RANKS)
+        if HAS_RIDERS:
+            weight = tl.load(riders + row * 2 * TOP_K + k, mask=k < TOP_K, other=0.0)
+            expert = tl.load(riders + row * 2 * TOP_K + TOP_K + k, mask=k < TOP_K, other=-1.0).to(tl.int64)
+            tl.store(weights + row * TOP_K + k, weight, mask=k < TOP_K)
+            tl.store(ids + row * TOP_K + k, expert, mask=k < TOP_K)
+        else:
+            expert = tl.load(ids + row * TOP_K + k, mask=k < TOP_K, other=-1)
+        is_used = tl.max(expert, 0) >= 0
+        start = 0
+        while start < num_columns:
+            column = start + tl.arange(0, BLOCK)
+            piece = tl.load(
+                here + row * num_columns + column, mask=(column < num_columns) & is_used, other=0.0
+            )
+            tl.store(rows + row * num_columns + column, piece, mask=column < num_columns)
+            start += BLOCK
+        i += tl.num_programs(0)
+
+
+# %% notebooks/11_peer_memory.ipynb #peer-plan
+@dataclass(frozen=True)
+class PeerPlan:
+    """One layer's exchanges: comm's ranks through memory; S = num_slots places for each rank's tokens, num_local
+    experts on each. Row r * S + t belongs to token t of rank r, on every rank and in every pass."""
+
+    comm: Communicator
+    memory: PeerMemory
+    num_slots: int
+    num_local: int
+
+    @property
+    def own(self) -> slice:
+        """Where this rank's tokens have their rows."""
+        return slice(self.comm.rank * self.num_slots, (self.comm.rank + 1) * self.num_slots)
+
+    def owners(self, topk_ids: Tensor) -> Tensor:
+        """topk_ids [T, K] of all experts -> the rank of each choice's expert, -1 for one that is not sent."""
+        return torch.where(topk_ids < 0, -1, topk_ids // self.num_local)
+
+    def for_kernels(self, d: int, top_k: int, dtype: torch.dtype) -> dict[str, int]:
+        """What all four kernels take, by name."""
+        size = self.comm.size
+        return {
+            "num_slots": self.num_slots, "num_columns": d, "slot_bytes": self.memory.slot_bytes,
+            "rider_start": rider_start(size * self.num_slots, d, dtype), "RANK": self.comm.rank, "NUM_RANKS": size,
+            "PLACES": 1 << (size - 1).bit_length(), "TOP_K": top_k, "WIDTH": 1 << (top_k - 1).bit_length(),
+            "BLOCK": column_block(max(1, d)), "num_warps": 4,
+        }  # fmt: skip
+
+    def wait(self, x: Tensor) -> None:
+        """The twins' barrier: afterwards all ranks have written. The next exchange takes the next slot."""
+        self.comm.all_reduce(torch.zeros(1, device=x.device))
+        self.memory.turn = (self.memory.turn + 1) % self.memory.turns
+
+
+# %% notebooks/11_peer_memory.ipynb #to-experts
+NUM_PROGRAMS = 1056
+
+
+def to_experts(
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, ids: Tensor | None, plan: PeerPlan, purpose: str
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x [T, D] to every rank that has one of a token's experts -> rows [W * S, D], weights and local ids [W * S, K].
+
+    topk_weights [T, K] and ids travel along; where topk_weights is None, ids are known already. A row without experts
+    holds zeros. No host synchronisation.
+    """
+    if not uses_kernels(x):
+        return to_experts_twin(x, topk_ids, topk_weights, ids, plan, purpose)
+    x, topk_ids = x if x.stride(1) == 1 else x.contiguous(), topk_ids.contiguous()
+    (num_tokens, d), top_k, comm, memory = x.shape, topk_ids.shape[1], plan.comm, plan.memory
+    num_rows, weights, has_riders = comm.size * plan.num_slots, None, topk_weights is not None
+    rows = x.new_empty(num_rows, d)
+    if has_riders:
+        topk_weights = topk_weights.contiguous()
+        weights, ids = topk_weights.new_empty(num_rows, top_k), topk_ids.new_empty(num_rows, top_k)
+        comm.meter.record(purpose, [plan.num_slots * 2 * top_k * 4] * comm.size, comm.ranks)
+    shape, some = (
+        plan.for_kernels(d, top_k, x.dtype) | {"HAS_RIDERS": has_riders},
+        weights if has_riders else x,
+    )
+    push_tokens_kernel[(min(plan.num_slots, NUM_PROGRAMS),)](
+        x, topk_ids, topk_weights if has_riders else x, memory.table, memory.state, rows, some, ids,
+        memory.sent[purpose], num_tokens, num_local=plan.num_local, x_stride=x.stride(0),
+        row_bytes=d * x.element_size(), **shape,
+    )  # fmt: skip
+    take_rows_kernel[(max(1, min(num_rows - plan.num_slots, NUM_PROGRAMS)),)](
+        memory.table, memory.state, memory.missing, memory.looks, rows, some, ids, **shape
+    )
+    return rows, weights, ids
+
+
+# %% notebooks/11_peer_memory.ipynb #to-experts-twin
+def to_experts_twin(
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, ids: Tensor | None, plan: PeerPlan, purpose: str
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """to_experts in PyTorch, through the same memory."""
+    comm, (num_tokens, d), top_k = plan.comm, x.shape, topk_ids.shape[1]
+    shape, owner = (comm.size * plan.num_slots, d, 2 * top_k), plan.owners(topk_ids)
+    is_copy, weights = reached(owner, comm.size), None
+    for p in range(comm.size):
+        rows, riders = (held[plan.own] for held in plan.memory.slot(p, shape, x.dtype))
+        token = is_copy[:, p].nonzero()[:, 0]
+        rows[token] = x[token]  # a token's place is its own number
+        if topk_weights is not None:
+            riders[:, top_k:] = -1
+            riders[:num_tokens, :top_k] = topk_weights
+            riders[:num_tokens, top_k:] = torch.where(owner == p, topk_ids - p * plan.num_local, -1)
+    fixed = 0 if topk_weights is None else riders.numel() * riders.element_size()
+    row_bytes = d * x.element_size()
+    comm.meter.record(purpose, [n * row_bytes + fixed for n in is_copy.sum(0).tolist()], comm.ranks)
+    rows, riders = plan.memory.slot(comm.rank, shape, x.dtype)
+    plan.wait(x)
+    if topk_weights is not None:
+        weights, ids = riders[:, :top_k].clone(), riders[:, top_k:].long()
+    return torch.where(ids.amax(1, keepdim=True) < 0, 0, rows), weights, ids
+
+
+# %% notebooks/11_peer_memory.ipynb #push-home-kernel
+@kernel
+def push_home_kernel(
+    y, grads, ids, table, state, sent, num_slots, num_columns, y_stride, slot_bytes, rider_start, row_bytes,
+    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, TOP_K: constexpr, WIDTH: constexpr,
+    HAS_ROWS: constexpr, HAS_RIDERS: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """Program i takes the others' rows i, i + programs, ..: one that has an expert here goes to its token's rank."""
+    epoch, k = tl.load(state), tl.arange(0, WIDTH)
+    i = tl.program_id(0).to(tl.int64)
+    while i < (NUM_RANKS - 1) * num_slots:
+        row = other_row(i, num_slots, RANK, NUM_RANKS)
+        expert = tl.load(ids + row * TOP_K + k, mask=k < TOP_K, other=-1)
+        if tl.max(expert, 0) >= 0:
+            home = row // num_slots
+            place = RANK * num_slots + row % num_slots
+            slot = slot_of(table, home, epoch, slot_bytes)
+            tl.atomic_add(sent + home, row_bytes, sem="relaxed")
+            if HAS_ROWS:
+                there = tl.multiple_of(slot.to(tl.pointer_type(y.dtype.element_ty)), 16) + place * num_columns
+                start = 0
+                while start < num_columns:
+                    column = start + tl.arange(0, BLOCK)
+                    piece = tl.load(y + row * y_stride + column, mask=column < num_columns, other=0.0)
+                    tl.store(there + column, piece, mask=column < num_columns)
+                    start += BLOCK
+            if HAS_RIDERS:
+                grad = tl.load(grads + row * TOP_K + k, mask=k < TOP_K, other=0.0).to(tl.float32)
+                there = (slot + rider_start).to(tl.pointer_type(tl.float32)) + place * TOP_K
+                tl.store(there + k, grad, mask=k < TOP_K)
+        i += tl.num_programs(0)
+    signal_peers(table, state, epoch, RANK, NUM_RANKS, PLACES)
+
+
+# %% notebooks/11_peer_memory.ipynb #sum-home-kernel
+@kernel
+def sum_home_kernel(
+    y, grads, topk_ids, table, state, missing, looks, out, out_grads, num_tokens, num_slots, num_columns, num_local,
+    y_stride, slot_bytes, rider_start,
+    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, TOP_K: constexpr, WIDTH: constexpr,
+    HAS_ROWS: constexpr, HAS_RIDERS: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """Program i takes tokens i, i + programs, ..: adds up what came home for them; looks up weights' gradients."""
+    epoch, k = tl.load(state), tl.arange(0, WIDTH)
+    await_peers(table, epoch, missing, looks, RANK, NUM_RANKS, PLACES)
+    slot = slot_of(table, RANK, epoch - 1, slot_bytes)
+    here = tl.multiple_of(slot.to(tl.pointer_type(y.dtype.element_ty)), 16)
+    riders = (slot + rider_start).to(tl.pointer_type(tl.float32))
+    token = tl.program_id(0).to(tl.int64)
+    while token < num_tokens:
+        expert = tl.load(topk_ids + token * TOP_K + k, mask=k < TOP_K, other=-1)
+        owner = tl.where(expert < 0, -1, expert // num_local)
+        if HAS_ROWS:
+            start = 0
+            while start < num_columns:
+                column = start + tl.arange(0, BLOCK)
+                total = tl.zeros([BLOCK], dtype=tl.float32)
+                for p in tl.static_range(NUM_RANKS):
+                    row = p * num_slots + token
+                    is_read = (column < num_columns) & (tl.max((owner == p).to(tl.int32), 0) > 0)
+                    source = y + row * y_stride if p == RANK else here + row * num_columns
+                    total += tl.load(source + column, mask=is_read, other=0.0).to(tl.float32)
+                total = total.to(out.dtype.element_ty)
+                tl.store(out + token * num_columns + column, total, mask=column < num_columns)
+                start += BLOCK
+        if HAS_RIDERS:
+            at = (owner * num_slots + token) * TOP_K + k
+            own = tl.load(grads + at, mask=owner == RANK, other=0.0).to(tl.float32)
+            theirs = tl.load(riders + at, mask=(owner >= 0) & (owner != RANK), other=0.0)
+            tl.store(out_grads + token * TOP_K + k, own + theirs, mask=k < TOP_K)
+        token += tl.num_programs(0)
+
+
+# %% notebooks/11_peer_memory.ipynb #to-home
+def to_home(
+    y: Tensor | None, grads: Tensor | None, topk_ids: Tensor, ids: Tensor, plan: PeerPlan, purpose: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """y [W * S, D], of the rows that came, home to their tokens -> [T, D], added up in float32 or wider.
+
+    grads [W * S, K], of the weights that came, go along -> [T, K]; either may be None. topk_ids [T, K]: this rank's;
+    ids [W * S, K]: the local ones that came. A row without experts stays. No host synchronisation.
+    """
+    if not uses_kernels(grads if y is None else y):
+        return to_home_twin(y, grads, topk_ids, ids, plan, purpose)
+    y = y if y is None or y.stride(1) == 1 else y.contiguous()
+    grads = grads if grads is None else grads.contiguous()
+    (num_tokens, top_k), memory, topk_ids = topk_ids.shape, plan.memory, topk_ids.contiguous()
+    filler = grads if y is None else y  # stands for what is not there; no kernel touches it
+    d, row_bytes, out, out_grads = 0, 0, filler, filler
+    if y is not None:
+        d, out = y.shape[1], y.new_empty(num_tokens, y.shape[1])
+        row_bytes = d * y.element_size()
+    if grads is not None:
+        out_grads = grads.new_empty(num_tokens, top_k)
+        row_bytes += top_k * 4
+    shape = plan.for_kernels(d, top_k, filler.dtype) | {
+        "HAS_ROWS": y is not None,
+        "HAS_RIDERS": grads is not None,
+    }
+    shape |= {"y_stride": filler.stride(0)}
+    sources = [filler if t is None else t for t in (y, grads)]
+    others = (plan.comm.size - 1) * plan.num_slots
+    push_home_kernel[(max(1, min(others, NUM_PROGRAMS)),)](
+        *sources, ids, memory.table, memory.state, memory.sent[purpose], row_bytes=row_bytes, **shape
+    )
+    sum_home_kernel[(max(1, min(num_tokens, NUM_PROGRAMS)),)](
+        *sources, topk_ids, memory.table, memory.state, memory.missing, memory.looks, out, out_grads, num_tokens,
+        num_local=plan.num_local, **shape,
+    )  # fmt: skip
+    return None if y is None else out, None if grads is None else out_grads
+
+
+# %% notebooks/11_peer_memory.ipynb #to-home-twin
+def to_home_twin(
+    y: Tensor | None, grads: Tensor | None, topk_ids: Tensor, ids: Tensor, plan: PeerPlan, purpose: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """to_home in PyTorch, through the same memory."""
+    comm, (num_tokens, top_k), some = plan.comm, topk_ids.shape, grads if y is None else y
+    d, owner, out, out_grads = 0 if y is None else y.shape[1], plan.owners(topk_ids), None, None
+    shape, is_used = (comm.size * plan.num_slots, d, top_k), (ids.amax(1) >= 0).view(comm.size, -1)
+    for p in range(comm.size):
+        token = is_used[p].nonzero()[:, 0]
+        for own, there in zip((y, grads), plan.memory.slot(p, shape, some.dtype), strict=True):
+            if own is not None:
+                there[plan.own][token] = own[p * plan.num_slots + token].to(there.dtype)
+    rows, riders = plan.memory.slot(comm.rank, shape, some.dtype)
+    row_bytes = d * some.element_size() + (0 if grads is None else top_k * riders.element_size())
+    comm.meter.record(purpose, [n * row_bytes for n in is_used.sum(1).tolist()], comm.ranks)
+    plan.wait(some)
+    number = torch.arange(num_tokens, device=some.device)[:, None]
+    if y is not None:
+        at_home = number + plan.num_slots * torch.arange(comm.size, device=some.device)
+        at_home = torch.where(reached(owner, comm.size) > 0, at_home, -1)
+        out = sum_rows(rows, RowOrder(at_home, at_home, at_home))  # of which it needs row_of_choice alone
+    if grads is not None:
+        place, k = owner.clamp(min=0) * plan.num_slots + number, torch.arange(top_k, device=some.device)
+        out_grads = torch.where(owner < 0, 0, riders[place, k].to(grads.dtype))
+    return out, out_grads
+
+
+# %% notebooks/11_peer_memory.ipynb #peer-autograd
+class ToExperts(torch.autograd.Function):
+    """Dispatch: x [T, D], topk_weights [T, K] -> rows [W * S, D], weights and local ids [W * S, K].
+
+    Backward goes home. Every rank must enter it. Ids are kept; rows are copies, which no later exchange touches.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, plan: PeerPlan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, weights, ids = to_experts(x, topk_ids, topk_weights, None, plan, "dispatch")
+        ctx.plan = plan
+        ctx.save_for_backward(topk_ids, ids)
+        ctx.mark_non_differentiable(ids, *(() if ctx.needs_input_grad[0] else (rows,)))
+        ctx.set_materialize_grads(False)
+        return rows, weights, ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
+        grad_rows = grad_rows if ctx.needs_input_grad[0] else None
+        grads = to_home(grad_rows, grad_weights, *ctx.saved_tensors, ctx.plan, "dispatch backward")
+        return *grads, None, None
+
+
+class ToHome(torch.autograd.Function):
+    """Combine: y [W * S, D], of the rows that came -> [T, D]. Backward goes to the experts again, without weights."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, topk_ids: Tensor, ids: Tensor, plan: PeerPlan) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(topk_ids, ids)
+        return to_home(y, None, topk_ids, ids, plan, "combine")[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        topk_ids, ids = ctx.saved_tensors
+        return to_experts(grad, topk_ids, None, ids, ctx.plan, "combine backward")[0], None, None, None
+
+
+# %% notebooks/11_peer_memory.ipynb #peer-dispatcher
+@dataclass(frozen=True)
+class PeerHandle:
+    """What combine needs: topk_ids int64 [T, K] of this rank's tokens, ids int64 [W * S, K] of the rows that came."""
+
+    topk_ids: Tensor
+    ids: Tensor
+    plan: PeerPlan
+
+
+@functools.cache
+def can_share_memory(device_type: str, num_local_ranks: int) -> bool:
+    """Whether every rank of this machine can address every other's memory."""
+    pairs = itertools.permutations(range(num_local_ranks if device_type == "cuda" else 0), 2)
+    return all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
+
+
+@register("dispatcher", "peer")
+class PeerDispatcher(Dispatcher):
+    """Writes a token into the memory of every rank that has one of its experts, at its own place (chapter 11).
+
+    num_slots: tokens that a rank brings at most, S. Where it is known, nothing asks the host and a step can be
+    recorded; None: the ranks tell one another how many they have, one host synchronisation.
+    """
+
+    syncs_host, records = False, True
+
+    def __init__(self, num_experts: int, comm: Communicator, num_slots: int | None = None) -> None:
+        super().__init__(num_experts, comm)
+        self.num_slots, self.syncs_host, self.records = num_slots, num_slots is None, num_slots is not None
+
+    @classmethod
+    def for_layer(cls, config: MoEConfig, comm: Communicator) -> "PeerDispatcher":
+        """See Dispatcher. As many slots as gather_tokens has. CannotRun where the ranks are on several machines."""
+        if num_machines := len({rank // world_from_env()[3] for rank in comm.ranks}) - 1:
+            raise CannotRun(
+                f"dispatcher peer writes into memory of its own machine, and {num_machines + 1} machines share these "
+                "experts; take --dispatcher two_stage, or an --ep-size that fits on one"
+            )
+        made = cls(
+            config.num_experts, comm, config.option(TrafficOptions).slot_tokens or config.max_num_tokens
+        )
+        made.records &= config.dtype != "float64"  # which has no kernels
+        return made
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """The first choice on GPUs of one machine that can address each other."""
+        num_local_ranks = world_from_env()[3]
+        if not can_share_memory(device.type, num_local_ranks):
+            return 0
+        return 48 if device.type == "cuda" and ep_size > 1 and num_local_ranks % ep_size == 0 else 1
+
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+        """See Dispatcher. Sends a row for each (token, other rank), and S * K weights and ids to each other rank.
+        ValueError where this rank has more than S tokens."""
+        num_slots, size, top_k = self.num_slots, self.comm.size, topk_ids.shape[1]
+        if num_slots is None:
+            length = torch.tensor([len(x)], device=x.device)
+            num_slots = max(1, int(self.comm.all_gather(length, "metadata").max()))
+        if len(x) > num_slots:
+            raise ValueError(f"{len(x)} tokens on one rank, and peer was made for {num_slots}")
+        num_rows, rider_bytes = size * num_slots, 2 * top_k * topk_weights.element_size()
+        num_bytes = rider_start(num_rows, x.shape[1], x.dtype) + num_rows * rider_bytes
+        plan = PeerPlan(self.comm, memory_of(self.comm, num_bytes, x), num_slots, self.num_local_experts)
+        rows, weights, ids = ToExperts.apply(x, topk_weights, topk_ids, plan)
+        most = num_rows * min(top_k, self.num_local_experts)
+        return Arrived(rows, ids, weights, PeerHandle(topk_ids, ids, plan), max_pairs=most)
+
+    def begin_combine(self, y: Tensor, handle: PeerHandle) -> Tensor:
+        """See Dispatcher. Sends a row back for each that came."""
+        return ToHome.apply(y, handle.topk_ids, handle.ids, handle.plan)
+
+    def predict_bytes(
+        self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
+    ) -> dict[str, Tensor]:
+        """See Dispatcher: a row for each (token, other rank); weights and ids of all S slots."""
+        copies, row = DedupDispatcher.rows_between(self, topk_ids), hidden_dim * dtype.itemsize
+        weights = topk_ids[0].shape[1] * torch.promote_types(dtype, torch.float32).itemsize
+        passes = bytes_by_pass(copies, copies.t(), row, 0, row * x_needs_grad + weights)
+        slots = torch.full_like(copies, self.num_slots or max(1, *map(len, topk_ids)))
+        passes["dispatch"] += bytes_by_pass(slots, slots, 2 * weights, 0, 0)["dispatch"]
+        return passes
+
+
+# ==========================================================================================================
 # training: notebooks/15_mesh.ipynb
 # ==========================================================================================================
 
 
 # %% notebooks/15_mesh.ipynb #mesh-options
+import importlib
 import shutil
 import warnings
 from concurrent.futures import Future
@@ -4882,12 +5527,14 @@ def sealed(body: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The body of a checkpoint's manifest. ValueError where there is none, a damaged one, or one of a newer program."""
     path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise ValueError("it is not there, and `latest` names it")
     if not path.is_file():
         raise ValueError("it has no manifest.json: not written by this program, or not to its end")
     try:
         text = path.read_text("utf-8")
         body = json.loads(text)["body"]
-        is_whole = text == sealed(body)
+        is_whole = text == sealed(body) and isinstance(body["format"], int)
     except (ValueError, KeyError, TypeError):
         is_whole = False
     if not is_whole:
@@ -4910,14 +5557,20 @@ def check_files(folder: Path, files: dict[str, list], rank: int, size: int) -> N
 
 
 # %% notebooks/15_mesh.ipynb #publish
+STEP_NAME = r"step-\d{8,}"
+
+
 def finished(folder: Path) -> list[Path]:
-    """A folder's checkpoints, the newest first; unfinished ones end in `.part`."""
-    return sorted((path for path in folder.glob("step-*") if path.suffix != ".part"), reverse=True)
+    """A folder's checkpoints, the newest first. Unfinished ones, `.part`, and your copies have other names."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(STEP_NAME, path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def remove(checkpoint: Path) -> None:
-    """Removes a checkpoint; its name goes first, so that nobody finds half of one under it."""
-    if checkpoint.exists():
+    """Removes a checkpoint; its name goes first, so that nobody finds half of one under it. Of a link only the link."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    elif checkpoint.exists():
         shutil.rmtree(checkpoint.rename(checkpoint.with_name(checkpoint.name + ".old.part")))
 
 
@@ -4938,21 +5591,33 @@ def publish(aside: Path, body: dict[str, Any], keep: int) -> None:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """A folder's checkpoints, best first: the one that the pointer names, then the others, the newest first."""
+    """A folder's checkpoints, best first: the one that the pointer names, there or not, then the newest first."""
     found = finished(folder)
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        named = (folder / "latest").read_text("utf-8").strip()
-        found.sort(key=lambda path: path.name != named)
+        if re.fullmatch(STEP_NAME, named := (folder / "latest").read_text("utf-8").strip()):
+            return [folder / named, *[path for path in found if path.name != named]]
     return found
 
 
-def made_ready(folder: Path) -> tuple[list[str], str]:
-    """Makes the folder -> (the names of its candidates, what is wrong with it or "")."""
+def made_ready(folder: Path) -> tuple[int | None, list[str], str]:
+    """Makes the folder and locks it -> (the lock, the names of its candidates, what is wrong with it or "").
+
+    The lock ends with the process, however that ends. Where the file system knows no locks, it locks nothing.
+    """
+    import fcntl
+
+    lock = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [path.name for path in candidates(folder)], ""
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None, [], "another run is saving there"
     except (OSError, ValueError) as error:
-        return [], reason(error)
+        if lock is None:
+            return None, [], reason(error)
+    return lock, [path.name for path in candidates(folder)], ""
 
 
 # %% notebooks/15_mesh.ipynb #run-settings
@@ -5012,6 +5677,12 @@ def own_files(aside: Path, rank: int) -> dict[str, list]:
     return {path.name: digest_of(path) for path in own}
 
 
+def sweep(folder: Path) -> None:
+    """Removes what killed saves have left, whether they were writing or removing."""
+    for left in folder.glob("step-*.part"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def write_aside(
     tensors: dict[str, Tensor], aside: Path, comm: Communicator, background: Communicator | None
 ) -> Future:
@@ -5021,6 +5692,7 @@ def write_aside(
     cannot write, the Future has an exception on every rank.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
     saved, files = Future(), Future()
 
@@ -5032,9 +5704,12 @@ def write_aside(
             files.set_exception(error)
 
     if comm.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+        sweep(aside.parent)
     if background is not None:
-        answer = dcp.async_save(tensors, checkpoint_id=aside, process_group=background.group)
+        # DCP copies ahead on a CUDA stream, in a new thread that of GPU 0: every rank would take memory there.
+        writer = dcp.FileSystemWriter(aside, per_thread_copy_ahead=0)
+        ways = {"storage_writer": writer, "async_stager": DefaultStager(StagingOptions(*[False] * 4))}
+        answer = dcp.async_save(tensors, process_group=background.group, **ways)
         saved = getattr(answer, "upload_completion", answer)
     else:
         try:
@@ -5083,10 +5758,18 @@ class Checkpoints:
 
     def __init__(self, options: Any, training: Training) -> None:
         self.options, self.training, self.run = options, training, training.run
-        self.folder, self.signals, self.pending = Path(options.checkpoint_dir), None, None
+        self.folder, self.signals, self.pending, self.lock = Path(options.checkpoint_dir), None, None, None
         self.host = host_group(self.run)
         self.background = host_group(self.run, new=True) if options.async_checkpoints else None
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP on one rank
+        importlib.import_module("torch.distributed.checkpoint")  # half a second, which no step shall lose
+
+    def leave(self) -> None:
+        """At the end, however it comes: signals do what they did before, and the folder is free."""
+        if self.signals:
+            self.signals.leave()
+        if self.lock is not None:
+            os.close(self.lock)
 
     def after_update(self) -> None:
         """After each step: the ranks agree on what to do. One all-reduce of two numbers between CPUs."""
@@ -5149,7 +5832,8 @@ def resume(kept: Checkpoints) -> None:
     """
     run, folder, rank = kept.run, kept.folder, kept.host.rank
     restarts = max(gather_objects(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), kept.host))
-    names, problem = gather_objects(made_ready(folder) if rank == 0 else None, kept.host)[0]
+    lock, *told = made_ready(folder) if rank == 0 else (None,)
+    kept.lock, (names, problem) = lock, gather_objects(told, kept.host)[0]
     if problem:
         raise CannotRun(f"cannot write checkpoints to {folder} ({problem}); set --checkpoint-dir")
     if names and not (restarts or kept.options.resume):
@@ -5212,6 +5896,8 @@ class CheckpointOptions(Options):
         for name in ("checkpoint_interval", "keep_checkpoints"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        if self.checkpoint_dir is not None and not self.checkpoint_dir.strip():
+            raise ValueError("checkpoint_dir is empty; name a folder, or leave it out")
         for f in fields(self)[1:]:
             if not self.checkpoint_dir and getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name} does nothing without a folder; set --checkpoint-dir")
@@ -5241,9 +5927,9 @@ class CheckpointOptions(Options):
             kept.after_update()
 
     def leave(self, training: Training) -> None:
-        """The launcher's hook at the end: signals do what they did before."""
-        if (kept := training.notes.get("checkpoints")) and kept.signals:
-            kept.signals.leave()
+        """The launcher's hook at the end."""
+        if kept := training.notes.get("checkpoints"):
+            kept.leave()
 
 
 # %% added by tools/extract.py
