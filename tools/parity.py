@@ -39,6 +39,7 @@ from ep_launcher.launcher import (  # noqa: E402
     MoEConfig,
     TrafficOptions,
     aux_loss,
+    bytes_of_layer,
     choose_device,
     dense_moe,
     every_ranks_ids,
@@ -231,10 +232,7 @@ def watch_bytes(model: Stack, mesh: Mesh) -> Callable[[], tuple[list[int], bool]
             pairs = zip(mesh.meter.sent.get(name, nothing), before.get(name, nothing), strict=True)
             counted[name] = torch.tensor([now - then for now, then in pairs])[mesh.ep.ranks]
         for layer, topk_ids in list(runs):
-            ids, config = every_ranks_ids(topk_ids, mesh.ep), layer.config
-            for name, sent in layer.dispatcher.predict_bytes(
-                ids, config.hidden_dim, DTYPES[config.dtype]
-            ).items():
+            for name, sent in bytes_of_layer(layer, every_ranks_ids(topk_ids, mesh.ep)).items():
                 predicted[name] += sent[mesh.ep.rank]
         agrees = all(torch.equal(predicted[name], counted[name]) for name in PASSES)
         return [sum(int(t.sum()) for t in which.values()) for which in (predicted, counted)], agrees
