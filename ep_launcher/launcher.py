@@ -25,10 +25,11 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/08_capacity.ipynb
 #   notebooks/09_balance.ipynb
 #   notebooks/10_less_traffic.ipynb
+#   notebooks/12_overlap.ipynb
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "afc486228f01eecc5d98337c04726266cb88aec8407aa6433a5a66fd2967b240"
+SOURCES_SHA256 = "6b2d2c1cc20dd5eba52f0792dcc60a012f533ebbbd562fe4ed689c6aa90df299"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -263,32 +264,26 @@ class Communicator:
         return out
 
     def begin_all_to_all(
-        self,
-        x: Tensor,
-        input_splits: list[int],
-        output_splits: list[int],
-        purpose: str,
-        async_op: bool = True,
+        self, x: Tensor, input_splits: list[int], output_splits: list[int], purpose: str, wait: bool = False
     ) -> Pending:
-        """Sends the j-th piece of x [n, ...] to rank j; wait() gives [sum(output_splits), ...], sorted by source.
+        """Sends the j-th piece of x [n, ...] to rank j; the result's wait() gives [sum(output_splits), ...], by source.
 
-        input_splits[j]: rows for rank j; output_splits[i]: rows from rank i; W ints each. No gradient.
+        input_splits[j]: rows for rank j; output_splits[i]: rows from rank i; W ints each. wait: at once. No gradient.
         """
         if self.size == 1:
             return Pending(x, self.meter)
         row_bytes = x.element_size() * math.prod(x.shape[1:])
         self.meter.record(purpose, [rows * row_bytes for rows in input_splits], self.ranks)
-        out = x.new_empty(sum(output_splits), *x.shape[1:])
-        splits = output_splits, input_splits
+        out, splits = x.new_empty(sum(output_splits), *x.shape[1:]), (output_splits, input_splits)
         with self.entering():
-            work = dist.all_to_all_single(out, x.contiguous(), *splits, group=self.group, async_op=async_op)
+            work = dist.all_to_all_single(out, x.contiguous(), *splits, group=self.group, async_op=not wait)
         return Pending(out, self.meter, work)
 
     def all_to_all(
         self, x: Tensor, input_splits: list[int], output_splits: list[int], purpose: str
     ) -> Tensor:
-        """The same, waited for: [sum(output_splits), ...]."""
-        return self.begin_all_to_all(x, input_splits, output_splits, purpose, async_op=False).wait()
+        """The same, waited for -> [sum(output_splits), ...]."""
+        return self.begin_all_to_all(x, input_splits, output_splits, purpose, wait=True).wait()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in place. Not metered: its route is the library's own choice."""
@@ -4879,6 +4874,88 @@ def choices_of(topk_ids: Tensor, machine: int, num_experts: int) -> Tensor:
     """topk_ids [T, K] -> the choices among the num_experts experts of a machine, by its own numbers; -1 elsewhere."""
     own = topk_ids.cpu() - machine * num_experts
     return torch.where((topk_ids.cpu() >= 0) & (own >= 0) & (own < num_experts), own, -1)
+
+
+# ==========================================================================================================
+# performance: notebooks/12_overlap.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/12_overlap.ipynb #shared-beside
+@register("overlap", "shared")
+class SharedBeside(InOrder):
+    """The shared experts while rows travel: their first product beside dispatch, the second beside combine.
+
+    Same sums in the same order as the plain order: equal bit by bit, forward and backward.
+    """
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Never auto's: what is asked for is what runs."""
+        return 0.5
+
+    @staticmethod
+    def check(layer: EPMoE) -> None:
+        """CannotRun where there is nothing to compute meanwhile."""
+        if layer.shared is None:
+            raise CannotRun(
+                "overlap shared computes the shared experts while rows travel, and there are none; "
+                "set --num-shared-experts"
+            )
+
+    @staticmethod
+    def forward(layer: EPMoE, x: Tensor, routing: Routing) -> Tensor:
+        """See InOrder. Keeps the hidden numbers of the shared experts in memory from dispatch to combine."""
+        dispatcher = layer.dispatcher
+        pending = dispatcher.begin_dispatch(x, routing.topk_ids, routing.topk_weights)
+        hidden = layer.shared.hidden(x)
+        arrived = dispatcher.end_dispatch(pending)
+        pending = dispatcher.begin_combine(layer.experts(arrived), arrived.handle)
+        beside = layer.shared.output(hidden)
+        return dispatcher.end_combine(pending) + beside
+
+
+# %% notebooks/12_overlap.ipynb #two-batches
+@register("overlap", "tbo")
+class TwoBatches(InOrder):
+    """Two halves of the tokens: the exchange of one beside the experts of the other, forward and backward.
+
+    The router sees all tokens at once, so capacity, losses and loads are those of the plain order. Twice as many
+    messages of half the rows each; experts compute twice, with half the rows.
+    """
+
+    num_parts = 2
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Never auto's."""
+        return 0.5
+
+    @staticmethod
+    def check(layer: EPMoE) -> None:
+        """CannotRun where half the tokens would send as much as all of them."""
+        if layer.dispatcher.needs_capacity:
+            raise CannotRun(
+                f"overlap tbo sends two halves, and each would fill all of the buffers of dispatcher "
+                f"{layer.took['dispatcher']}; take another dispatcher, or overlap shared"
+            )
+
+    @staticmethod
+    def forward(layer: EPMoE, x: Tensor, routing: Routing) -> Tensor:
+        """See InOrder. The order of these lines is the order in which things happen; backward's is the reverse."""
+        dispatcher, experts, shared = layer.dispatcher, layer.experts, layer.shared
+        tensors = x, routing.topk_ids, routing.topk_weights
+        a, b = zip(*(t.tensor_split(2) for t in tensors), strict=True)
+        a = dispatcher.begin_dispatch(*a)
+        hidden = None if shared is None else shared.hidden(x)
+        b = dispatcher.begin_dispatch(*b)
+        a = dispatcher.end_dispatch(a)
+        a = dispatcher.begin_combine(experts(a), a.handle)
+        b = dispatcher.end_dispatch(b)
+        b = dispatcher.begin_combine(experts(b), b.handle)
+        beside = None if shared is None else shared.output(hidden)
+        y = torch.cat([dispatcher.end_combine(a), dispatcher.end_combine(b)])
+        return y if shared is None else y + beside
 
 
 # ==========================================================================================================

@@ -142,7 +142,9 @@ def there_and_back(mesh: ep.Mesh, folder: Path) -> None:
     plan = ep.announce(order.counts, 64, comm)
     rows, weights, _ = ep.ReceiveRows.apply(*ep.SendRows.apply(x, w, order, plan, comm), 6)
     assert len(rows) == len(plan().topk_ids) == sum(plan().counts_on_host)
-    y = ep.SumReturned.apply(*ep.ReturnRows.apply((rows * weights).sin() * (comm.rank + 1), plan(), comm), order)
+    y = ep.SumReturned.apply(
+        *ep.ReturnRows.apply((rows * weights).sin() * (comm.rank + 1), plan(), comm), order
+    )
     y.square().sum().backward()
     x0, w0 = (t.detach().clone().requires_grad_() for t in (x, w))
     owner = (ids // (8 // size) + 1).double() * (ids >= 0)
