@@ -26,10 +26,11 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/09_balance.ipynb
 #   notebooks/10_less_traffic.ipynb
 #   notebooks/11_peer_memory.ipynb
+#   notebooks/12_overlap.ipynb
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "0e6e3594024f7e3ae989cd146d43001cfb4c33d1f229aa6d50d3b3f3609cde0c"
+SOURCES_SHA256 = "80802dcca8c29a2148121ec442db78bd3df280b7fff2d465e8f2c6129a83bb2d"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -126,6 +127,7 @@ class TrafficMeter:
 
     sent: {purpose: bytes by destination, a list with a place for every rank of the job}. A rank's message to
     itself costs nothing. num_collectives: how many it has entered, which names the straggler when a run hangs.
+    under_way: the exchanges that have begun and not ended, by their numbers (chapter 12).
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -133,6 +135,7 @@ class TrafficMeter:
         self.sent: dict[str, list[int]] = {}
         self.num_collectives = 0
         self.on_device: list[tuple[str, list[int], Tensor]] = []  # what kernels count (chapter 11)
+        self.under_way: dict[int, Any] = {}
 
     def record(self, purpose: str, bytes_by_destination: list[int], ranks: list[int] | None = None) -> None:
         """Adds one collective's bytes to each destination, the rank's own share left out.
@@ -156,10 +159,62 @@ class TrafficMeter:
         self.fetch()
         return sum(sum(self.sent.get(purpose, ())) for purpose in purposes)
 
+    def check_ended(self) -> None:
+        """RuntimeError where an exchange has begun and nobody has ended it; it says where."""
+        for pending in self.under_way.values():
+            path, line = pending.begun_at
+            with contextlib.suppress(OSError, KeyError):  # a stitched program knows its cells
+                markers = globals()["read_cell_markers"](path)
+                path, _, line = (globals()["locate_cell"](markers, line) or f"{path}:{line}").rpartition(":")
+            raise RuntimeError(
+                f"rank {self.rank}: the exchange begun at {path}:{line} was never ended; give what begin_dispatch "
+                "or begin_combine returned to end_dispatch or end_combine"
+            )
+
 
 # %% notebooks/01_parallelism.ipynb #collective-error
 class CollectiveError(RuntimeError):
     """A collective failed on this rank: another rank died, stayed away too long, or sent another size."""
+
+
+# %% notebooks/01_parallelism.ipynb #pending
+@contextlib.contextmanager
+def as_collective_error(rank: int, number: int) -> Iterator[None]:
+    """A library's failure inside becomes a CollectiveError that names rank and collective."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CollectiveError(f"rank {rank}, collective {number}: {reason}") from error
+
+
+class Pending:
+    """An exchange that this rank has begun, and the tensor [n, ...] that it brings; there already where work is None.
+
+    Until `wait` the library holds what is sent and what comes, and nobody else may touch them.
+    """
+
+    def __init__(self, rows: Tensor, meter: TrafficMeter, work: Any = None) -> None:
+        self.rows, self.meter, self.work, self.number = rows, meter, work, meter.num_collectives
+        if work is not None:
+            self.begun_at, frame = None, sys._getframe(1)
+            while frame:  # whoever called begin_dispatch, or another method that begins
+                if frame.f_code.co_name.startswith("begin_"):
+                    self.begun_at = frame.f_back.f_code.co_filename, frame.f_back.f_lineno
+                frame = frame.f_back
+            meter.under_way[self.number] = self
+            if len(meter.under_way) > 256:
+                meter.check_ended()
+
+    def wait(self) -> Tensor:
+        """The rows, once they are there. Of a CPU this rank waits; of a GPU its stream does, and the host goes on.
+        CollectiveError where another rank died, or stayed away too long."""
+        if self.work is not None:
+            del self.meter.under_way[self.number]
+            work, self.work = self.work, None
+            with as_collective_error(self.meter.rank, self.number):
+                work.wait()
+        return self.rows
 
 
 # %% notebooks/01_parallelism.ipynb #communicator
@@ -203,12 +258,8 @@ class Communicator:
     def entering(self) -> Iterator[None]:
         """Counts a collective; a failure inside becomes a CollectiveError that names rank and number."""
         self.meter.num_collectives += 1
-        try:
+        with as_collective_error(self.meter.rank, self.meter.num_collectives):
             yield
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            place = f"rank {self.meter.rank}, collective {self.meter.num_collectives}"
-            raise CollectiveError(f"{place}: {reason}") from error
 
     def all_gather(self, x: Tensor, purpose: str) -> Tensor:
         """x [n, ...], the same shape on all ranks -> [W, n, ...]. Sends x to each of W - 1 ranks. No gradient."""
@@ -222,21 +273,27 @@ class Communicator:
             gather(out.flatten(0, 1), x.contiguous(), group=self.group)
         return out
 
+    def begin_all_to_all(
+        self, x: Tensor, input_splits: list[int], output_splits: list[int], purpose: str, wait: bool = False
+    ) -> Pending:
+        """Sends the j-th piece of x [n, ...] to rank j; the result's wait() gives [sum(output_splits), ...], by source.
+
+        input_splits[j]: rows for rank j; output_splits[i]: rows from rank i; W ints each. wait: at once. No gradient.
+        """
+        if self.size == 1:
+            return Pending(x, self.meter)
+        row_bytes = x.element_size() * math.prod(x.shape[1:])
+        self.meter.record(purpose, [rows * row_bytes for rows in input_splits], self.ranks)
+        out, splits = x.new_empty(sum(output_splits), *x.shape[1:]), (output_splits, input_splits)
+        with self.entering():
+            work = dist.all_to_all_single(out, x.contiguous(), *splits, group=self.group, async_op=not wait)
+        return Pending(out, self.meter, work)
+
     def all_to_all(
         self, x: Tensor, input_splits: list[int], output_splits: list[int], purpose: str
     ) -> Tensor:
-        """Sends the j-th piece of x [n, ...] to rank j; receives [sum(output_splits), ...], sorted by source.
-
-        input_splits[j]: rows for rank j; output_splits[i]: rows from rank i; W ints each. No gradient.
-        """
-        if self.size == 1:
-            return x
-        row_bytes = x.element_size() * math.prod(x.shape[1:])
-        self.meter.record(purpose, [rows * row_bytes for rows in input_splits], self.ranks)
-        out = x.new_empty(sum(output_splits), *x.shape[1:])
-        with self.entering():
-            dist.all_to_all_single(out, x.contiguous(), output_splits, input_splits, group=self.group)
-        return out
+        """The same, waited for -> [sum(output_splits), ...]."""
+        return self.begin_all_to_all(x, input_splits, output_splits, purpose, wait=True).wait()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in place. Not metered: its route is the library's own choice."""
@@ -407,6 +464,7 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "model": {},
     "task": {},
     "step": {},
+    "overlap": {},
 }
 OPTION_GROUPS: list[type] = []
 G = TypeVar("G")
@@ -452,6 +510,7 @@ class MoEConfig(LayerSizes):
     experts: how the local experts are computed; auto takes the fastest for the device
     balance: what keeps the experts' load even
     activation: the nonlinearity inside an expert
+    overlap: what is computed while rows travel
     """
 
     num_shared_experts: int = 0
@@ -460,6 +519,7 @@ class MoEConfig(LayerSizes):
     experts: str = "auto"
     balance: str = "aux"
     activation: str = "gelu"
+    overlap: str = "none"
     router_bias: bool = field(default=True, metadata={"flag": False})
     extras: tuple = field(default=(), metadata={"flag": False})  # option groups of later chapters
 
@@ -922,11 +982,20 @@ class SharedExperts(nn.Module):
         """Draws the numbers anew, in place, from the seed."""
         self.expert.reset_parameters()
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """The first half of forward: x [T, D] -> [T, N * F]."""
+        w1, b1, _, _, w3, b3 = (None if p is None else p[0] for p in self.expert.in_dtype(x.dtype))
+        up = None if w3 is None else affine(x, w3, b3)
+        return self.expert.activation.apply(affine(x, w1, b1), up)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """The second half: [T, N * F] -> [T, D]."""
+        _, _, w2, b2, _, _ = (None if p is None else p[0] for p in self.expert.in_dtype(hidden.dtype))
+        return affine(hidden, w2, b2)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D]. 4 * T * D * N * F operations, 6 if gated; nothing is sent."""
-        w1, b1, w2, b2, w3, b3 = (None if p is None else p[0] for p in self.expert.in_dtype(x.dtype))
-        up = None if w3 is None else affine(x, w3, b3)
-        return affine(self.expert.activation.apply(affine(x, w1, b1), up), w2, b2)
+        return self.output(self.hidden(x))
 
 
 # %% notebooks/03_experts.ipynb #count-choices
@@ -1048,6 +1117,8 @@ class EPMoE(nn.Module):
         self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
         self.aux_shares, self.recorded_aux = AuxShares(), True
         self.run = kept_from_compiler(type(self).forward_tokens, self.mesh.ep.size)
+        self.overlap = REGISTRIES["overlap"][pick("overlap", config, device, self.mesh.ep.size)]
+        self.overlap.check(self)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, in place, from the seed: after `to_empty` has moved them off the meta device."""
@@ -1085,11 +1156,7 @@ class EPMoE(nn.Module):
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """x [T, D] -> y [T, D]."""
-        routing = self.route(x)
-        pending = self.dispatcher.begin_dispatch(x, routing.topk_ids, routing.topk_weights)
-        arrived = self.dispatcher.end_dispatch(pending)
-        y = self.dispatcher.combine(self.experts(arrived), arrived.handle)
-        return y if self.shared is None else y + self.shared(x)
+        return self.overlap.forward(self, x, self.route(x))
 
 
 # %% notebooks/03_experts.ipynb #options
@@ -1205,6 +1272,30 @@ def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
         raise RuntimeError("a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)")
 
 
+# %% notebooks/03_experts.ipynb #in-order
+@register("overlap", "none")
+class InOrder:
+    """The plain order: rows are waited for as soon as they are sent. The others inherit from it (chapter 12)."""
+
+    num_parts = 1  # into which the tokens are cut, each with an exchange of its own
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """How much `auto` likes it."""
+        return 1
+
+    @staticmethod
+    def check(layer: Any) -> None:
+        """CannotRun where it does not fit the layer."""
+
+    @staticmethod
+    def forward(layer: Any, x: Tensor, routing: Routing) -> Tensor:
+        """x [T, D] of this rank and where they go -> y [T, D]."""
+        arrived = layer.dispatcher.dispatch(x, routing.topk_ids, routing.topk_weights)
+        y = layer.dispatcher.combine(layer.experts(arrived), arrived.handle)
+        return y if layer.shared is None else y + layer.shared(x)
+
+
 # %% notebooks/03_experts.ipynb #of-a-model
 def moe_layers(model: nn.Module) -> list[EPMoE]:
     """The EPMoE layers of a model, in its order."""
@@ -1289,6 +1380,7 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
     """
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise RuntimeError("the model is in DistributedDataParallel, which overwrites experts; take it out")
+    mesh.meter.check_ended()
     local = {id(p): p for p in expert_parameters(model) if p.requires_grad}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in local]
     for parameter in [*local.values(), *others]:
@@ -1767,6 +1859,15 @@ def every_ranks_ids(topk_ids: Tensor, comm: Communicator) -> list[Tensor]:
     return [block[:length] for block, length in zip(gathered, lengths, strict=True)]
 
 
+def bytes_of_layer(layer: EPMoE, topk_ids: list[Tensor], x_needs_grad: bool = True) -> dict[str, Tensor]:
+    """Every rank's topk_ids -> the dispatcher's prediction, {pass: bytes [W, W]}, summed over the parts into which the
+    layer cuts its tokens (chapter 12; mostly one)."""
+    cut = [ids.tensor_split(layer.overlap.num_parts) for ids in topk_ids]
+    rest = layer.config.hidden_dim, DTYPES[layer.config.dtype], x_needs_grad
+    parts = [layer.dispatcher.predict_bytes(list(ids), *rest) for ids in zip(*cut, strict=True)]
+    return {name: sum(part[name] for part in parts) for name in PASSES}
+
+
 def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, int]:
     """Bytes that the last step's forward and backward send over all ranks, by pass, from topk_ids alone.
 
@@ -1775,9 +1876,8 @@ def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, i
     """
     totals = dict.fromkeys(PASSES, 0)
     for number, layer in enumerate(moe_layers(model)):
-        ids, config = every_ranks_ids(layer.topk_ids, layer.mesh.ep), layer.config
-        arguments = ids, config.hidden_dim, DTYPES[config.dtype], x_needs_grad or number > 0
-        for name, sent in layer.dispatcher.predict_bytes(*arguments).items():
+        ids = every_ranks_ids(layer.topk_ids, layer.mesh.ep)
+        for name, sent in bytes_of_layer(layer, ids, x_needs_grad or number > 0).items():
             own = int(sent[layer.mesh.ep.rank].sum())
             totals[name] += sum_over_ranks(own, layer.mesh.batch, layer.topk_ids.device)
     return totals
@@ -3355,64 +3455,126 @@ def get_riders(packed: Tensor, hidden_dim: int, num_weights: int = 1) -> Tensor:
     return packed[:, hidden_dim:last].clone(memory_format=torch.contiguous_format).view(wide)
 
 
+# %% notebooks/07_exact_all_to_all.ipynb #flight
+class Flight:
+    """One exchange of rows, between the node that begins it and the node that ends it; backward takes it the other way.
+
+    splits: (rows to each rank, rows from each rank) of the way there. purpose: the meter's, of the way there.
+    """
+
+    def __init__(self, comm: Communicator, splits: tuple[list[int], list[int]], purpose: str) -> None:
+        self.comm, self.splits, self.purpose = comm, splits, purpose
+        self.under_way: list[Pending | None] | None = None
+
+    def send(self, *messages: Tensor | None, is_backward: bool = False) -> None:
+        """Begins to exchange tensors [n, ...], a message each; None is no message. No host synchronisation."""
+        splits = self.splits[::-1] if is_backward else self.splits
+        purpose = self.purpose + " backward" * is_backward
+        begin = self.comm.begin_all_to_all
+        self.under_way = [m if m is None else begin(m, *splits, purpose) for m in messages]
+
+    def land(self) -> list[Tensor | None]:
+        """What came, for each message. RuntimeError where nothing is under way: it was ended before."""
+        if self.under_way is None:
+            raise RuntimeError(f"the {self.purpose} has ended already; end it once, with what begin returned")
+        under_way, self.under_way = self.under_way, None
+        return [pending if pending is None else pending.wait() for pending in under_way]
+
+
 # %% notebooks/07_exact_all_to_all.ipynb #send-rows
 class SendRows(torch.autograd.Function):
-    """x [T, D], topk_weights [T, K] -> rows [R, D] and weights [R, 1] that arrive here, each weight behind its row.
+    """x [T, D], topk_weights [T, K] -> (ticket, Flight) for ReceiveRows: the rows leave, each with its
+    weight behind it.
 
-    One message there. Backward brings the gradients of rows and of weights home, a message each: behind the rows they
-    would have to be copied, and a first layer's x needs no gradient at all. Every rank must enter backward: x has to
+    One message. Backward takes the gradients of rows and of weights that come home. Every rank must enter it: x has to
     require a gradient on all ranks or on none. No host synchronisation but plan's own.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, topk_weights: Tensor, order: RowOrder, plan: Callable, comm: Communicator
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Flight]:
         d = x.shape[1]
         packed = x.new_zeros if order.has_gaps else x.new_empty
         packed = packed(len(order.choice_of_row), d + rider_columns(d, x.dtype))
         copy_to_rows(x, order, packed[:, :d])
         set_riders(packed, d, weights_of_rows(topk_weights, order)[:, None])
         sent, received = plan().input_splits, plan().output_splits
-        arrived = comm.all_to_all(packed[: sum(sent)], sent, received, "dispatch")  # behind: choices not sent
-        ctx.comm, ctx.splits = comm, (received, sent)
+        ctx.flight = flight = Flight(comm, (sent, received), "dispatch")
+        flight.send(packed[: sum(sent)])  # behind: choices not sent
+        flight.x_needs_grad = ctx.needs_input_grad[0]
         ctx.save_for_backward(*order.tensors)
-        rows, weights = arrived[:, :d], get_riders(arrived, d)
-        if not ctx.needs_input_grad[0]:
-            ctx.mark_non_differentiable(rows)
-        ctx.set_materialize_grads(False)
-        return rows, weights
+        return topk_weights.new_empty(0), flight
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor) -> tuple:
-        order, grad_x = RowOrder(*ctx.saved_tensors), None
-        if ctx.needs_input_grad[0]:
-            grad_x = sum_rows(ctx.comm.all_to_all(grad_rows, *ctx.splits, "dispatch backward"), order)
-        home = ctx.comm.all_to_all(grad_weights, *ctx.splits, "dispatch backward")
+    def backward(ctx: Any, ticket: Tensor, _: None) -> tuple:
+        order = RowOrder(*ctx.saved_tensors)
+        rows, home = ctx.flight.land()
+        grad_x = None if rows is None else sum_rows(rows, order)
         return grad_x, weights_of_choices(home[:, 0], order), None, None, None
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #receive-rows
+class ReceiveRows(torch.autograd.Function):
+    """(ticket, Flight) -> what arrived: rows [R, D], weights [R, J], and the other riders, without gradient.
+
+    Backward sends the gradients of rows, where x needs one, and of weights: a message each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, ticket: Tensor, flight: Flight, hidden_dim: int, num_weights: int = 1, num_riders: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (arrived,) = flight.land()
+        riders = get_riders(arrived, hidden_dim, num_riders)
+        rows, weights, others = arrived[:, :hidden_dim], riders[:, :num_weights], riders[:, num_weights:]
+        ctx.flight = flight
+        ctx.mark_non_differentiable(others, *(() if flight.x_needs_grad else (rows,)))
+        ctx.set_materialize_grads(False)
+        return rows, weights.contiguous(), others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
+        rows = grad_rows if ctx.flight.x_needs_grad else None
+        ctx.flight.send(rows, grad_weights, is_backward=True)
+        return grad_weights.new_empty(0), None, None, None, None
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #return-rows
 class ReturnRows(torch.autograd.Function):
-    """y [R, D], weighted results in the order of arrival -> [T, D], the sum of each token's, in float32 or wider.
-
-    One message each way; no host synchronisation.
-    """
+    """y [R, D], weighted results in the order of arrival -> (ticket, Flight) for SumReturned. One message each way."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, order: RowOrder, plan: ExchangePlan, comm: Communicator) -> Tensor:
-        ctx.comm, ctx.has_gaps = comm, order.has_gaps
-        ctx.splits = plan.input_splits, plan.output_splits  # not the plan, whose ids would stay in memory
+    def forward(ctx: Any, y: Tensor, plan: ExchangePlan, comm: Communicator) -> tuple[Tensor, Flight]:
+        # The splits, and not the plan, whose ids would stay in memory.
+        ctx.flight = flight = Flight(comm, (plan.output_splits, plan.input_splits), "combine")
+        flight.send(y)
+        return y.new_empty(0), flight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ticket: Tensor, _: None) -> tuple:
+        return *ctx.flight.land(), None, None
+
+
+class SumReturned(torch.autograd.Function):
+    """(ticket, Flight) -> [T, D], the sum of each token's rows that came home, in float32 or wider."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, flight: Flight, order: RowOrder) -> Tensor:
+        ctx.flight, ctx.has_gaps = flight, order.has_gaps
         ctx.save_for_backward(*order.tensors)
-        return sum_rows(comm.all_to_all(y, plan.output_splits, plan.input_splits, "combine"), order)
+        (rows,) = flight.land()
+        return sum_rows(rows, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        order = RowOrder(*ctx.saved_tensors, ctx.has_gaps)
-        rows = copy_to_rows(grad.contiguous(), order)[: sum(ctx.splits[0])]
-        return ctx.comm.all_to_all(rows, *ctx.splits, "combine backward"), None, None, None
+        order, splits = RowOrder(*ctx.saved_tensors, ctx.has_gaps), ctx.flight.splits
+        ctx.flight.send(copy_to_rows(grad.contiguous(), order)[: sum(splits[1])], is_backward=True)
+        return grad.new_empty(0), None, None
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #all-to-all-dispatcher
@@ -3444,18 +3606,28 @@ class AllToAllDispatcher(Dispatcher):
         order = order_rows(topk_ids, self.num_experts)
         return order, announce(order.counts, row_bytes, self.comm)
 
-    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
         """See Dispatcher. Sends the rows that leave, once; one host synchronisation, while rows are permuted."""
         d = x.shape[1]
         order, plan = self.plan(topk_ids, (d + rider_columns(d, x.dtype)) * x.element_size())
-        rows, weights = SendRows.apply(x, topk_weights, order, plan, self.comm)
-        plan = plan()
-        handle = RowsHandle(order, plan)
+        sent = SendRows.apply(x, topk_weights, order, plan, self.comm)
+        return sent, d, RowsHandle(order, plan())
+
+    def end_dispatch(self, pending: tuple) -> Arrived:
+        """See Dispatcher. No host synchronisation."""
+        sent, d, handle = pending
+        rows, weights, _ = ReceiveRows.apply(*sent, d)
+        plan = handle.plan
         return Arrived(rows, plan.topk_ids, weights, handle, plan.counts_on_host, self.rows_per_expert)
 
-    def begin_combine(self, y: Tensor, handle: RowsHandle) -> Tensor:
+    def begin_combine(self, y: Tensor, handle: RowsHandle) -> tuple:
         """See Dispatcher. Sends the results of the rows that came; no host synchronisation."""
-        return ReturnRows.apply(y, handle.order, handle.plan, self.comm)
+        return ReturnRows.apply(y, handle.plan, self.comm), handle.order
+
+    def end_combine(self, pending: tuple) -> Tensor:
+        """See Dispatcher."""
+        sent, order = pending
+        return SumReturned.apply(*sent, order)
 
     def rows_between(self, topk_ids: list[Tensor]) -> Tensor:
         """Every rank's topk_ids -> rows int64 [W, W] that rank i sends to rank j: its choices that live there."""
@@ -3803,15 +3975,15 @@ class CapacityDispatcher(AllToAllDispatcher):
         plan = ExchangePlan(self.splits, self.splits, ids, self.on_host)
         return order, lambda: plan
 
-    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+    def end_dispatch(self, pending: tuple) -> Arrived:
         """See Dispatcher. One block of rows per expert, whoever sent them."""
-        arrived = super().begin_dispatch(x, topk_ids, topk_weights)
+        arrived = super().end_dispatch(pending)
         rows, weights = (
             swap_blocks(t, self.comm.size, self.capacity) for t in (arrived.x, arrived.topk_weights)
         )
         return replace(arrived, x=rows, topk_weights=weights)
 
-    def begin_combine(self, y: Tensor, handle: RowsHandle) -> Tensor:
+    def begin_combine(self, y: Tensor, handle: RowsHandle) -> tuple:
         """See Dispatcher."""
         return super().begin_combine(swap_blocks(y, self.num_local_experts, self.capacity), handle)
 
@@ -4339,7 +4511,8 @@ class GatherTokensDispatcher(Dispatcher):
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "GatherTokensDispatcher":
         """See Dispatcher. As many slots as the run's largest share; without a run max_num_tokens, where it is set."""
         known = config.option(TrafficOptions).slot_tokens or config.max_num_tokens
-        return cls(config.num_experts, comm, known)
+        parts = 1 if config.overlap == "auto" else REGISTRIES["overlap"][config.overlap].num_parts
+        return cls(config.num_experts, comm, None if known is None else -(-known // parts))
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
@@ -4548,39 +4721,32 @@ def pack_copies(
 
 # %% notebooks/10_less_traffic.ipynb #send-copies
 class SendCopies(torch.autograd.Function):
-    """x [T, D], topk_weights [T, K] -> rows [R, D], weights and ids [R, J] that arrive: a row for each (token, rank).
+    """x [T, D], topk_weights [T, K] -> (ticket, Flight) for chapter 07's ReceiveRows: a row for each (token, rank).
 
-    As SendRows of chapter 07, with all of a row's weights and ids behind it. Backward brings the rows' gradients home,
-    where they are added up, and the weights'. Every rank must enter it.
+    As SendRows, with all of a row's weights and ids behind it. Backward adds up the rows' gradients that come home, and
+    takes the weights'. Every rank must enter it.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, order: CopyOrder, num_local: int,
         plan: Callable, comm: Communicator,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        d, per_row = x.shape[1], order.per_row
+    ) -> tuple[Tensor, Flight]:  # fmt: skip
         packed = pack_copies(x, topk_ids, topk_weights, order, num_local)
         sent, received = plan().input_splits, plan().output_splits
-        arrived = comm.all_to_all(packed[: sum(sent)], sent, received, "dispatch")
-        ctx.comm, ctx.splits = comm, (received, sent)
+        ctx.flight = flight = Flight(comm, (sent, received), "dispatch")
+        flight.send(packed[: sum(sent)])
+        flight.x_needs_grad = ctx.needs_input_grad[0]
         ctx.save_for_backward(order.place_of_choice, *order.copies.tensors)
-        weights, ids = get_riders(arrived, d, 2 * per_row).split(per_row, dim=1)
-        rows, weights, ids = arrived[:, :d], weights.contiguous(), ids.long()
-        ctx.mark_non_differentiable(ids, *(() if ctx.needs_input_grad[0] else (rows,)))
-        ctx.set_materialize_grads(False)
-        return rows, weights, ids
+        return topk_weights.new_empty(0), flight
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
+    def backward(ctx: Any, ticket: Tensor, _: None) -> tuple:
         place, *copies = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            home = ctx.comm.all_to_all(grad_rows, *ctx.splits, "dispatch backward")
-            grad_x = sum_rows(home, RowOrder(*copies))
-        home = ctx.comm.all_to_all(grad_weights, *ctx.splits, "dispatch backward").flatten()
-        grad = weights_of_choices(home, RowOrder(place, *copies[1:]))
+        rows, home = ctx.flight.land()
+        grad_x = None if rows is None else sum_rows(rows, RowOrder(*copies))
+        grad = weights_of_choices(home.flatten(), RowOrder(place, *copies[1:]))
         return grad_x, grad, None, None, None, None, None
 
 
@@ -4600,16 +4766,20 @@ class DedupDispatcher(AllToAllDispatcher):
         """topk_ids [T, K] -> which copies there are, and which of them each choice shares."""
         return order_copies(topk_ids, self.num_local_experts, self.comm.size)
 
-    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
         """See Dispatcher. Sends a row for each (token, destination rank); one host synchronisation."""
         d, comm = x.shape[1], self.comm
         order = self.order(topk_ids)
         row_bytes = (d + rider_columns(d, x.dtype, 2 * order.per_row)) * x.element_size()
         plan = announce(order.copies.counts, row_bytes, comm)
-        rows, weights, ids = SendCopies.apply(
-            x, topk_weights, topk_ids, order, self.num_local_experts, plan, comm
-        )
-        return Arrived(rows, ids, weights, RowsHandle(order.copies, plan()))
+        sent = SendCopies.apply(x, topk_weights, topk_ids, order, self.num_local_experts, plan, comm)
+        return sent, d, order.per_row, RowsHandle(order.copies, plan())
+
+    def end_dispatch(self, pending: tuple) -> Arrived:
+        """See Dispatcher. No host synchronisation."""
+        sent, d, per_row, handle = pending
+        rows, weights, ids = ReceiveRows.apply(*sent, d, per_row, 2 * per_row)
+        return Arrived(rows, ids.long(), weights, handle)
 
     def rows_between(self, topk_ids: list[Tensor]) -> Tensor:
         """Every rank's topk_ids -> rows int64 [W, W] that rank i sends to rank j: its tokens with an expert there."""
@@ -4691,16 +4861,23 @@ class TwoStageDispatcher(Dispatcher):
         """Runs everywhere."""
         return 10 if ep_size > 1 else 1
 
-    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
-        """See Dispatcher. A row for each (token, other machine), one for each (row, other rank); two host
-        synchronisations."""
-        here = self.between.dispatch(x, topk_ids, topk_weights)
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
+        """See Dispatcher. A row for each (token, other machine); one host synchronisation."""
+        return self.between.begin_dispatch(x, topk_ids, topk_weights)
+
+    def end_dispatch(self, pending: tuple) -> Arrived:
+        """See Dispatcher. A row for each (row, other rank of this machine); one host synchronisation."""
+        here = self.between.end_dispatch(pending)
         arrived = self.inside.dispatch(here.x, here.topk_ids, here.topk_weights)
         return replace(arrived, handle=TwoStageHandle(here.handle, arrived.handle))
 
-    def begin_combine(self, y: Tensor, handle: TwoStageHandle) -> Tensor:
+    def begin_combine(self, y: Tensor, handle: TwoStageHandle) -> tuple:
         """See Dispatcher. Each machine sends one row a token, the sum of all that its ranks made of it."""
-        return self.between.combine(self.inside.combine(y, handle.inside), handle.between)
+        return self.between.begin_combine(self.inside.combine(y, handle.inside), handle.between)
+
+    def end_combine(self, pending: tuple) -> Tensor:
+        """See Dispatcher."""
+        return self.between.end_combine(pending)
 
     def predict_bytes(
         self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
@@ -5344,6 +5521,88 @@ class PeerDispatcher(Dispatcher):
         slots = torch.full_like(copies, self.num_slots or max(1, *map(len, topk_ids)))
         passes["dispatch"] += bytes_by_pass(slots, slots, 2 * weights, 0, 0)["dispatch"]
         return passes
+
+
+# ==========================================================================================================
+# performance: notebooks/12_overlap.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/12_overlap.ipynb #shared-beside
+@register("overlap", "shared")
+class SharedBeside(InOrder):
+    """The shared experts while rows travel: their first product beside dispatch, the second beside combine.
+
+    Same sums in the same order as the plain order: equal bit by bit, forward and backward.
+    """
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Never auto's: what is asked for is what runs."""
+        return 0.5
+
+    @staticmethod
+    def check(layer: EPMoE) -> None:
+        """CannotRun where there is nothing to compute meanwhile."""
+        if layer.shared is None:
+            raise CannotRun(
+                "overlap shared computes the shared experts while rows travel, and there are none; "
+                "set --num-shared-experts"
+            )
+
+    @staticmethod
+    def forward(layer: EPMoE, x: Tensor, routing: Routing) -> Tensor:
+        """See InOrder. Keeps the hidden numbers of the shared experts in memory from dispatch to combine."""
+        dispatcher = layer.dispatcher
+        pending = dispatcher.begin_dispatch(x, routing.topk_ids, routing.topk_weights)
+        hidden = layer.shared.hidden(x)
+        arrived = dispatcher.end_dispatch(pending)
+        pending = dispatcher.begin_combine(layer.experts(arrived), arrived.handle)
+        beside = layer.shared.output(hidden)
+        return dispatcher.end_combine(pending) + beside
+
+
+# %% notebooks/12_overlap.ipynb #two-batches
+@register("overlap", "tbo")
+class TwoBatches(InOrder):
+    """Two halves of the tokens: the exchange of one beside the experts of the other, forward and backward.
+
+    The router sees all tokens at once, so capacity, losses and loads are those of the plain order. Twice as many
+    messages of half the rows each; experts compute twice, with half the rows.
+    """
+
+    num_parts = 2
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Never auto's."""
+        return 0.5
+
+    @staticmethod
+    def check(layer: EPMoE) -> None:
+        """CannotRun where half the tokens would send as much as all of them."""
+        if layer.dispatcher.needs_capacity:
+            raise CannotRun(
+                f"overlap tbo sends two halves, and each would fill all of the buffers of dispatcher "
+                f"{layer.took['dispatcher']}; take another dispatcher, or overlap shared"
+            )
+
+    @staticmethod
+    def forward(layer: EPMoE, x: Tensor, routing: Routing) -> Tensor:
+        """See InOrder. The order of these lines is the order in which things happen; backward's is the reverse."""
+        dispatcher, experts, shared = layer.dispatcher, layer.experts, layer.shared
+        tensors = x, routing.topk_ids, routing.topk_weights
+        a, b = zip(*(t.tensor_split(2) for t in tensors), strict=True)
+        a = dispatcher.begin_dispatch(*a)
+        hidden = None if shared is None else shared.hidden(x)
+        b = dispatcher.begin_dispatch(*b)
+        a = dispatcher.end_dispatch(a)
+        a = dispatcher.begin_combine(experts(a), a.handle)
+        b = dispatcher.end_dispatch(b)
+        b = dispatcher.begin_combine(experts(b), b.handle)
+        beside = None if shared is None else shared.output(hidden)
+        y = torch.cat([dispatcher.end_combine(a), dispatcher.end_combine(b)])
+        return y if shared is None else y + beside
 
 
 # ==========================================================================================================
