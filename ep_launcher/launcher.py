@@ -29,7 +29,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "7c035b178f60e3477ecf7aa4159aa12c7015c769bc734f3c65af1722bb52aee0"
+SOURCES_SHA256 = "6de51530ab2a3da388d2adb82cb0b9ab4dbb43e482bdc296740f2fb22e88f1bd"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5719,6 +5719,182 @@ def training_flops(model: Decoder, context: int) -> int:
     heads, _, head_dim = widths(model.options, model.config)
     scores = 6 * len(model.layers) * heads * head_dim * context
     return 6 * parameter_counts(model)["active"] + scores
+
+
+# %% notebooks/16_language_model.ipynb #clamped-swiglu
+@register("activation", "clamped_swiglu")
+class ClampedSwiGLU:
+    """gpt-oss's expert: (up + 1) * gate * sigmoid(1.702 gate), with gate at most 7, up within -7 to 7; with biases."""
+
+    has_bias, is_gated = True, True
+    steepness, limit = 1.702, 7.0
+
+    @classmethod
+    def apply(cls, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        """gate, up [n, F] = x w1 + b1, x w3 + b3 -> [n, F]."""
+        gate, up = gate.clamp(max=cls.limit), up.clamp(-cls.limit, cls.limit)
+        return (up + 1) * gate * torch.sigmoid(cls.steepness * gate)
+
+    @classmethod
+    def gradient(cls, grad: Tensor, gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The result's gradient [n, F], and apply's arguments -> their gradients."""
+        g, u = gate.clamp(max=cls.limit), up.clamp(-cls.limit, cls.limit)
+        s = torch.sigmoid(cls.steepness * g)
+        of_gate = grad * (u + 1) * s * (1 + cls.steepness * g * (1 - s))
+        return of_gate * (gate <= cls.limit), grad * g * s * (up.abs() <= cls.limit)
+
+
+# %% notebooks/16_language_model.ipynb #hf-layer
+HF_PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2"}
+HF_ROUTERS = {
+    "gate.weight": "router.gate.weight",
+    "router.weight": "router.gate.weight",
+    "router.bias": "router.gate.bias",
+    "gate.e_score_correction_bias": "balance.bias",
+}
+
+
+def layer_from_hf(block: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a published mixture-of-experts block -> that of an EPMoE at world size 1. By names alone.
+
+    Per expert `experts.3.up_proj.weight` [F, D] or `experts.3.w3.weight`, or stacked, `experts.gate_up_proj`
+    [E, 2 F, D], with biases interleaved [E, D, 2 F]; `shared_experts.*`. ValueError for a name that it does not know.
+    """
+    state: dict[str, Tensor] = {}
+    each: dict[str, dict[int, Tensor]] = {}
+    is_interleaved = "experts.gate_up_proj_bias" in block
+    for name, tensor in block.items():
+        parts = name.split(".")
+        if name in HF_ROUTERS:
+            state[HF_ROUTERS[name]] = tensor
+        elif parts[0] == "shared_experts":
+            state[f"shared.expert.{HF_PROJECTIONS[parts[1]]}"] = tensor.t()[None]
+        elif parts[0] == "experts" and len(parts) == 4 and parts[2] in HF_PROJECTIONS:
+            each.setdefault(HF_PROJECTIONS[parts[2]], {})[int(parts[1])] = tensor.t()
+        elif name in ("experts.gate_up_proj", "experts.gate_up_proj_bias"):
+            kind = "b" if name.endswith("bias") else "w"
+            joined = tensor if is_interleaved else tensor.transpose(1, 2)
+            halves = (joined[..., ::2], joined[..., 1::2]) if is_interleaved else joined.chunk(2, dim=-1)
+            state |= {f"experts.{kind}1": halves[0], f"experts.{kind}3": halves[1]}
+        elif name in ("experts.down_proj", "experts.down_proj_bias"):
+            tensor = tensor if is_interleaved else tensor.transpose(1, 2)
+            state["experts.b2" if name.endswith("bias") else "experts.w2"] = tensor
+        else:
+            raise ValueError(f"a block of experts has a tensor {name}, which this layer does not know")
+    for name, experts in each.items():
+        state[f"experts.{name}"] = torch.stack([experts[number] for number in range(len(experts))])
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+# %% notebooks/16_language_model.ipynb #hf-names
+HF_INSIDE = r"(layers\.\d+)\.(?:mlp|block_sparse_moe)\.((?:experts|gate|router|shared_experts)\..*)"
+
+
+def state_from_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a published model, as on disk or as transformers has it -> a Decoder's at world size 1.
+
+    ValueError for a tensor of the experts that the layer does not know; other names are left to load_state_dict.
+    """
+    found: dict[str, Tensor] = {}
+    blocks: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("model.")
+        if inside := re.match(HF_INSIDE, name):
+            blocks.setdefault(inside[1], {})[inside[2]] = tensor
+        elif dense := re.match(r"(layers\.\d+\.mlp)\.(gate_proj|up_proj|down_proj)\.weight", name):
+            found[f"{dense[1]}.expert.{HF_PROJECTIONS[dense[2]]}"] = tensor.t()[None].contiguous()
+        else:
+            found[name] = tensor
+    for prefix, block in blocks.items():
+        found |= {f"{prefix}.mlp.{name}": tensor for name, tensor in layer_from_hf(block).items()}
+    return found
+
+
+def state_to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """full_state_dict of a Decoder with SwiGLU experts -> the state dict of transformers' model, experts stacked."""
+    found, dense = {}, {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    for name, tensor in state.items():
+        prefix, _, last = name.rpartition(".")
+        if name.endswith("mlp.router.gate.weight"):
+            found[f"model.{name.replace('router.', '')}"] = tensor
+        elif prefix.endswith("mlp.expert"):
+            found[f"model.{prefix.removesuffix('expert')}{dense[last]}.weight"] = tensor[0].t().contiguous()
+        elif prefix.endswith("mlp.experts") and last == "w1":
+            joined = torch.cat([tensor, state[f"{prefix}.w3"]], dim=-1)
+            found[f"model.{prefix}.gate_up_proj"] = joined.transpose(1, 2).contiguous()
+        elif prefix.endswith("mlp.experts") and last == "w2":
+            found[f"model.{prefix}.down_proj"] = tensor.transpose(1, 2).contiguous()
+        elif not prefix.endswith("mlp.experts"):
+            found[name if name == "lm_head.weight" else f"model.{name}"] = tensor
+    return found
+
+
+# %% notebooks/16_language_model.ipynb #hf-config
+HF_ABSENT = {  # what this decoder has in one form alone, and that form
+    "attention_bias": False, "clip_qkv": None, "sliding_window": None, "hidden_act": "silu", "decoder_sparse_step": 1,
+    "n_shared_experts": None, "n_group": None, "kv_lora_rank": None, "layer_types": None, "rope_scaling": None,
+}  # fmt: skip
+
+
+def config_from_hf(settings: dict[str, Any], state: dict[str, Tensor], dtype: str = "float32") -> MoEConfig:
+    """config.json of a published model, and its Decoder's state (for what the config does not say) -> a MoEConfig.
+
+    ValueError, which names the setting, where the model needs what this decoder has not.
+    """
+    if settings.get("use_sliding_window") is False:  # then the window's size stands there all the same
+        settings = settings | {"sliding_window": None}
+    for name, usual in HF_ABSENT.items():
+        if (value := settings.get(name, usual)) != usual:
+            raise ValueError(f"config.json has {name} {value}, and this decoder knows {usual} alone")
+    rope = {"rope_theta": settings.get("rope_theta", 10000.0), "rope_type": "default"}
+    rope |= settings.get("rope_parameters") or {}
+    if rope["rope_type"] != "default":
+        raise ValueError(f"config.json has rope_type {rope['rope_type']}, and this decoder knows default alone")
+    dense = sorted(settings.get("mlp_only_layers") or [])
+    if dense != list(range(len(dense))):
+        raise ValueError(f"config.json has mlp_only_layers {dense}; this decoder's dense layers come first")
+    d, heads = settings["hidden_size"], settings["num_attention_heads"]
+    head_dim = settings.get("head_dim") or d // heads
+    norm = state.get("layers.0.self_attn.q_norm.weight")
+    decoder = DecoderOptions(
+        num_layers=settings["num_hidden_layers"], num_heads=heads, head_dim=head_dim, dense_layers=len(dense),
+        num_kv_heads=settings.get("num_key_value_heads"), dense_ffn_dim=settings["intermediate_size"],
+        qk_norm="none" if norm is None else "head" if len(norm) == head_dim else "all",
+        rope_theta=rope["rope_theta"], norm_eps=settings["rms_norm_eps"], vocab_size=settings["vocab_size"],
+        tie_embeddings=settings.get("tie_word_embeddings", False),
+    )  # fmt: skip
+    routing = RoutingOptions(normalize_topk=settings.get("norm_topk_prob", True))  # Mixtral does, and does not say
+    return MoEConfig(
+        num_experts=settings.get("num_local_experts") or settings["num_experts"], hidden_dim=d, dtype=dtype,
+        ffn_dim=settings.get("moe_intermediate_size") or settings["intermediate_size"], activation="swiglu",
+        top_k=settings["num_experts_per_tok"], router_bias=False, extras=(routing, decoder),
+    )  # fmt: skip
+
+
+# %% notebooks/16_language_model.ipynb #from-pretrained
+def from_pretrained(
+    folder: str | Path, mesh: Mesh, device: torch.device | str | None = None, dtype: str = "float32"
+) -> Decoder:
+    """A folder with config.json and *.safetensors of Mixtral, Qwen3-MoE or OLMoE -> the Decoder with these weights.
+
+    dtype: float32, float64 or bfloat16, which computes in bfloat16 with float32 weights. Needs the package safetensors.
+    ValueError where a file is missing, or the model needs what this decoder has not.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json with *.safetensors; name the folder of a published model")
+    settings = json.loads((folder / "config.json").read_text("utf-8"))
+    published = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    state = state_from_hf(published)
+    config = config_from_hf(settings, state, dtype)
+    if config.option(DecoderOptions).tie_embeddings:
+        state.setdefault("lm_head.weight", state["embed_tokens.weight"])
+    model = Decoder(config, mesh, seed=0, device=device)
+    load_full_state_dict(model, state, mesh)
+    return model
 
 
 # %% added by tools/extract.py

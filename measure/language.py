@@ -1,13 +1,14 @@
 """Trains the decoder of chapter 16, dense and with experts, on the book's plays: is a mixture of experts worth it?
 
-    python measure/language.py --minutes 7.5            every comparison on one GPU, into results/<device>_language.json
+    python measure/language.py --minutes 7.5            on one GPU, into results/<device>_language.json
     python measure/language.py --only main --steps 400  dense against experts alone
     python measure/language.py --device cpu             the miniature, into results/cpu_language.json
-    python measure/language.py --speed --ranks 2        tokens a second on two GPUs, into results/<device>_x2_language.json
+    python measure/language.py --speed --ranks 2        on two GPUs, into results/<device>_x2_language.json
 
-Runs follow one another in the order of their weight for the verdict, and the file is written after each: a run that is cut
-short keeps what it has. Losses are those of this program's seeds; seconds are those of training steps alone, without
-evaluation, and of one process on one GPU. Where a step can be recorded as a CUDA graph it is, dense or not.
+Runs follow one another in the order of their weight for the verdict, and the file is written after each, so that what
+is cut short keeps what it has. Losses are those of this program's seeds; seconds are those of training steps alone,
+without evaluation. --speed times steps of a model of 1 B parameters. Where a step can be recorded as a CUDA graph it is,
+dense or not; --step eager leaves that out.
 """
 
 import sys
@@ -38,9 +39,9 @@ SIZES = {  # flags, then steps
         600,
     ),
     "miniature": (
-        "--hidden-dim 128 --ffn-dim 128 --num-layers 4 --num-heads 4 --num-experts 8 --top-k 2 --context 64 "
-        "--tokens 1024 --max-num-tokens 1024 --dtype float32 --lr 3e-3 --eval-tokens 65536",
-        4000,
+        "--hidden-dim 128 --ffn-dim 128 --num-layers 4 --num-heads 4 --num-experts 8 --top-k 2 --context 128 "
+        "--tokens 1024 --max-num-tokens 1024 --dtype float32 --lr 3e-3 --eval-tokens 32768",
+        6000,
     ),
     "tiny": (
         "--hidden-dim 32 --ffn-dim 32 --num-layers 2 --num-heads 2 --num-experts 4 --top-k 2 --context 32 "
@@ -119,10 +120,10 @@ def optimizer_of(model: torch.nn.Module, run: ep.Run) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=run.options.lr, fused=True, capturable=on_gpu)
 
 
-def step_of(run: ep.Run, model: torch.nn.Module, task: Any, optimizer: Any) -> tuple[str, Any]:
-    """(its name, the fastest kind of step that can run): recorded, or one operation after the other."""
+def step_of(wanted: str, run: ep.Run, model: torch.nn.Module, task: Any, optimizer: Any) -> tuple[str, Any]:
+    """(its name, the kind of step that is wanted); auto: recorded where it can be."""
     recorded = ep.REGISTRIES["step"]["graph"]
-    name = "graph" if recorded.preference(run, model) > 0 else "eager"
+    name = "graph" if wanted == "auto" and recorded.preference(run, model) > 0 else "eager"
     return name, ep.REGISTRIES["step"][name](run, model, task, optimizer)
 
 
@@ -141,7 +142,8 @@ class Curve:
         """Stops the clock, takes both losses after so many steps, and goes on."""
         self.recorder.synchronize()
         self.seconds += time.perf_counter() - self.began
-        tokens = self.run.config.option(ep.TextOptions).eval_tokens
+        is_last = done == self.run.options.steps  # then over all of it
+        tokens = len(self.task.held_out) if is_last else self.run.config.option(ep.TextOptions).eval_tokens
         held_out = ep.held_out_loss(self.model, self.task, tokens)
         training = float(torch.stack(self.losses).double().mean())
         self.rows.append([done, round(self.seconds, 3), round(training, 4), round(held_out, 4)])
@@ -160,7 +162,7 @@ def trained(recorder: record.Recorder, job: Job, steps: int) -> dict[str, Any]:
     task = ep.TextStream(config, job.seed, run.num_global_tokens, run.mesh.batch, device)
     optimizer = optimizer_of(model, run)
     ep.set_lr(optimizer, schedule, options, 0)
-    kind, advance = step_of(run, model, task, optimizer)
+    kind, advance = step_of(recorder.args.step, run, model, task, optimizer)
     curve, places = Curve(recorder, run, model, task), {steps * n // POINTS for n in range(1, POINTS + 1)}
     for step in range(steps):
         if step == 1:
@@ -205,9 +207,11 @@ def compare(recorder: record.Recorder) -> None:
             steps = max(2, round(steps * same[job.as_long_as] / here))
         began = time.perf_counter()
         runs.append(kept := trained(recorder, job, steps))
+        training, held_out = kept["curve"][-1][2:]
         recorder.say(
-            f"{kept['name']:24} seed {kept['seed']} {kept['step']:6} {steps:5} steps {kept['ms_per_step']:8.2f} ms, "
-            f"training {kept['curve'][-1][2]:.4f}, held out {kept['curve'][-1][3]:.4f}; {time.perf_counter() - began:.0f} s"
+            f"{kept['name']:24} seed {kept['seed']} {kept['step']:6} {steps:5} steps "
+            f"{kept['ms_per_step']:8.2f} ms, "
+            f"training {training:.4f}, held out {held_out:.4f}; {time.perf_counter() - began:.0f} s"
         )
         sizes = {name: {"flags": flags, "steps": n} for name, (flags, n) in SIZES.items()}
         text = {"sha256": ep.BOOK_SHA256, "common_flags": COMMON}
@@ -235,7 +239,7 @@ def speed(recorder: record.Recorder, name: str) -> dict[str, Any]:
     model = ep.Decoder(run.config, run.mesh, 0, "meta").to_empty(device=device)
     fill(model)
     task = ep.TextStream(run.config, 0, run.num_global_tokens, run.mesh.batch, device)
-    kind, advance = step_of(run, model, task, optimizer_of(model, run))
+    kind, advance = step_of(args.step, run, model, task, optimizer_of(model, run))
     if recorder.on_gpu:
         torch.cuda.reset_peak_memory_stats()
     samples = recorder.alternate({name: advance}, steps=args.steps or 5, warm_up=2)[name]
@@ -288,6 +292,7 @@ def main() -> None:
     flags.add_argument("--minutes", type=float, help="begin no run after so many")
     flags.add_argument("--only", nargs="+", choices=["main", "large", "experts", "top_k", "balance"])
     flags.add_argument("--speed", action="store_true", help="time steps of a model of 1 B parameters instead")
+    flags.add_argument("--step", choices=["auto", "eager"], default="auto")
     flags.add_argument("--tokens", type=int, default=16384, help="of a rank, with --speed")
     record.main(lambda recorder: (speeds if recorder.args.speed else compare)(recorder), flags)
 
