@@ -29,7 +29,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "6de51530ab2a3da388d2adb82cb0b9ab4dbb43e482bdc296740f2fb22e88f1bd"
+SOURCES_SHA256 = "fad27ab8b21de821536afce20c32d92848032724ce93240888529eb153677ef5"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5253,6 +5253,7 @@ class CheckpointOptions(Options):
 
 # %% notebooks/16_language_model.ipynb #decoder-options
 import bz2
+
 from torch.utils.checkpoint import checkpoint
 
 
@@ -5323,7 +5324,9 @@ def check_decoder(options: DecoderOptions, config: MoEConfig, training: Training
     if training.model == "lm":
         widths(options, config)
         if options.dense_layers == options.num_layers:
-            raise ValueError("no layer has experts; for a dense model take --num-experts 1 --top-k 1 --ep-size 1")
+            raise ValueError(
+                "no layer has experts; for a dense model take --num-experts 1 --top-k 1 --ep-size 1"
+            )
         task = REGISTRIES["task"][training.task]
         if not (isinstance(task, type) and issubclass(task, TextStream)):
             raise ValueError("model lm reads bytes; take --task text")
@@ -5424,7 +5427,9 @@ class Decoder(nn.Module):
     Experts live on mesh.ep, all else on every rank. ValueError where widths do not fit.
     """
 
-    tokens_are_computed = True  # chapter 04's prediction of bytes asks: the first layer's tokens have a gradient
+    tokens_are_computed = (
+        True  # chapter 04's prediction of bytes asks: the first layer's tokens have a gradient
+    )
 
     def __init__(
         self, config: MoEConfig, mesh: Mesh, seed: int, device: torch.device | str | None = None
@@ -5561,10 +5566,14 @@ def check_text(options: TextOptions, config: MoEConfig, training: TrainingOption
     world_size, context = world_from_env()[1], options.context
     num_tokens = 32 * world_size if training.tokens is None else training.tokens
     if num_tokens % context:
-        raise ValueError(f"{num_tokens} tokens are no whole sequences of {context}; set --tokens or --context")
+        raise ValueError(
+            f"{num_tokens} tokens are no whole sequences of {context}; set --tokens or --context"
+        )
     own, limit = -(-num_tokens // context // world_size) * context, config.max_num_tokens
     if limit is not None and own > limit:
-        raise ValueError(f"a rank gets up to {own} tokens, above max_num_tokens {limit}; raise --max-num-tokens")
+        raise ValueError(
+            f"a rank gets up to {own} tokens, above max_num_tokens {limit}; raise --max-num-tokens"
+        )
 
 
 # %% notebooks/16_language_model.ipynb #text-stream
@@ -5849,7 +5858,9 @@ def config_from_hf(settings: dict[str, Any], state: dict[str, Tensor], dtype: st
     rope = {"rope_theta": settings.get("rope_theta", 10000.0), "rope_type": "default"}
     rope |= settings.get("rope_parameters") or {}
     if rope["rope_type"] != "default":
-        raise ValueError(f"config.json has rope_type {rope['rope_type']}, and this decoder knows default alone")
+        raise ValueError(
+            f"config.json has rope_type {rope['rope_type']}, and this decoder knows default alone"
+        )
     dense = sorted(settings.get("mlp_only_layers") or [])
     if dense != list(range(len(dense))):
         raise ValueError(f"config.json has mlp_only_layers {dense}; this decoder's dense layers come first")
@@ -5863,7 +5874,9 @@ def config_from_hf(settings: dict[str, Any], state: dict[str, Tensor], dtype: st
         rope_theta=rope["rope_theta"], norm_eps=settings["rms_norm_eps"], vocab_size=settings["vocab_size"],
         tie_embeddings=settings.get("tie_word_embeddings", False),
     )  # fmt: skip
-    routing = RoutingOptions(normalize_topk=settings.get("norm_topk_prob", True))  # Mixtral does, and does not say
+    routing = RoutingOptions(
+        normalize_topk=settings.get("norm_topk_prob", True)
+    )  # Mixtral does, and does not say
     return MoEConfig(
         num_experts=settings.get("num_local_experts") or settings["num_experts"], hidden_dim=d, dtype=dtype,
         ffn_dim=settings.get("moe_intermediate_size") or settings["intermediate_size"], activation="swiglu",
@@ -5885,7 +5898,9 @@ def from_pretrained(
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json with *.safetensors; name the folder of a published model")
+        raise ValueError(
+            f"{folder} has no config.json with *.safetensors; name the folder of a published model"
+        )
     settings = json.loads((folder / "config.json").read_text("utf-8"))
     published = {name: tensor for file in files for name, tensor in load_file(file).items()}
     state = state_from_hf(published)

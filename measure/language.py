@@ -7,7 +7,7 @@
 
 Runs follow one another in the order of their weight for the verdict, and the file is written after each, so that what
 is cut short keeps what it has. Losses are those of this program's seeds; seconds are those of training steps alone,
-without evaluation. --speed times steps of a model of 1 B parameters. Where a step can be recorded as a CUDA graph it is,
+without evaluation. --speed times steps of a model of 1 B parameters. Where a step can be recorded as a graph it is,
 dense or not; --step eager leaves that out.
 """
 
