@@ -28,9 +28,10 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/11_peer_memory.ipynb
 #   notebooks/12_overlap.ipynb
 #   notebooks/15_mesh.ipynb
+#   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "80802dcca8c29a2148121ec442db78bd3df280b7fff2d465e8f2c6129a83bb2d"
+SOURCES_SHA256 = "4c1d849f08227058208f43e4ef49cd3dae9907fb56a7a53187cb516ff396dc77"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1871,9 +1872,10 @@ def bytes_of_layer(layer: EPMoE, topk_ids: list[Tensor], x_needs_grad: bool = Tr
 def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, int]:
     """Bytes that the last step's forward and backward send over all ranks, by pass, from topk_ids alone.
 
-    Summed over the layers. x_needs_grad: of the first layer, whose tokens are a batch's as a rule; what comes to the
-    others was computed. Collective: every rank enters.
+    Summed over the layers. x_needs_grad: of the first layer, whose tokens are a batch's, unless the model says
+    tokens_are_computed; what comes to the others was computed. Collective: every rank enters.
     """
+    x_needs_grad = x_needs_grad or getattr(model, "tokens_are_computed", False)
     totals = dict.fromkeys(PASSES, 0)
     for number, layer in enumerate(moe_layers(model)):
         ids = every_ranks_ids(layer.topk_ids, layer.mesh.ep)
@@ -2059,7 +2061,8 @@ def pick_step(run: Run, model: nn.Module) -> str:
 
 @dataclass
 class Training:
-    """What a run holds while it trains, for the hooks of option groups; notes: what they keep from step to step."""
+    """What a run holds while it trains, for the hooks of option groups; notes: what they keep from step to step;
+    notes["summary"] is added to the summary."""
 
     run: Run
     model: nn.Module
@@ -2100,7 +2103,7 @@ def train(run: Run) -> dict[str, Any]:
     finally:
         for leave in run.config.hooks("leave"):
             leave(training)
-    return measured_summary(record) | {"took": took}
+    return measured_summary(record) | {"took": took} | training.notes.get("summary", {})
 
 
 # ==========================================================================================================
@@ -6189,6 +6192,672 @@ class CheckpointOptions(Options):
         """The launcher's hook at the end."""
         if kept := training.notes.get("checkpoints"):
             kept.leave()
+
+
+# ==========================================================================================================
+# training: notebooks/16_language_model.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/16_language_model.ipynb #decoder-options
+import bz2
+
+from torch.utils.checkpoint import checkpoint
+
+
+@option_group
+@dataclass(frozen=True)
+class DecoderOptions(Options):
+    """The decoder of `--model lm`. ValueError where a number makes no sense.
+
+    num_layers: blocks, each of attention and experts
+    num_heads: heads of attention
+    num_kv_heads: heads of keys and values, a divisor of num_heads (default: as many)
+    head_dim: width of a head (default: hidden_dim / num_heads)
+    dense_layers: so many first blocks have one feed-forward network in place of experts
+    dense_ffn_dim: its width (default: as wide as the experts that a token visits elsewhere)
+    qk_norm: normalise queries and keys: none, head (each head by itself) or all (all heads together)
+    rope_theta: base of the rotary positions
+    norm_eps: what a norm adds to the mean square
+    tie_embeddings: the output's matrix is the embedding's
+    recompute: keep no more than each block's input for backward, and run its forward again
+    """
+
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    dense_layers: int = 0
+    dense_ffn_dim: int | None = None
+    qk_norm: str = "none"
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    recompute: bool = False
+    vocab_size: int = field(default=256, metadata={"flag": False})  # a byte is a token
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "dense_ffn_dim", "vocab_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        if not 0 <= self.dense_layers <= self.num_layers:
+            raise ValueError(f"dense_layers is {self.dense_layers}, of {self.num_layers} layers")
+        if self.qk_norm not in ("none", "head", "all"):
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; take none, head or all")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be positive and finite")
+
+    def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
+        """ValueError where the decoder cannot be built or has no experts, or where there is none."""
+        check_decoder(self, config, training)
+
+
+# %% notebooks/16_language_model.ipynb #check-decoder
+def widths(options: DecoderOptions, config: MoEConfig) -> tuple[int, int, int]:
+    """(heads of queries, heads of keys and values, width of a head). ValueError where they do not fit."""
+    heads, kv_heads = options.num_heads, options.num_kv_heads or options.num_heads
+    head_dim = options.head_dim or config.hidden_dim // heads
+    if options.head_dim is None and config.hidden_dim % heads:
+        raise ValueError(f"hidden_dim {config.hidden_dim} is no multiple of {heads} heads; set --head-dim")
+    if heads % kv_heads:
+        raise ValueError(f"num_kv_heads is {kv_heads}, and must divide num_heads, {heads}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}, and must be even: rotary positions turn pairs")
+    return heads, kv_heads, head_dim
+
+
+def check_decoder(options: DecoderOptions, config: MoEConfig, training: TrainingOptions) -> None:
+    """ValueError where the launcher cannot train this decoder, or where these options do nothing."""
+    if training.model == "lm":
+        widths(options, config)
+        if options.dense_layers == options.num_layers:
+            raise ValueError(
+                "no layer has experts; for a dense model take --num-experts 1 --top-k 1 --ep-size 1"
+            )
+        task = REGISTRIES["task"][training.task]
+        if not (isinstance(task, type) and issubclass(task, TextStream)):
+            raise ValueError("model lm reads bytes; take --task text")
+        return
+    for f in fields(options):
+        if (value := getattr(options, f.name)) != f.default:
+            raise ValueError(f"{f.name} {value} does nothing without the decoder; take --model lm")
+
+
+# %% notebooks/16_language_model.ipynb #rms-norm
+class RMSNorm(nn.RMSNorm):
+    """x [..., D] / sqrt(mean(x^2) + eps) * weight, in the weight's dtype (Zhang and Sennrich 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return super().forward(x.to(self.weight.dtype))
+
+
+def rotary(length: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, head_dim / 2] of position * theta ** (-2 i / head_dim), float32 or wider."""
+    wide = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+    speed = theta ** (-torch.arange(0, head_dim, 2, **wide) / head_dim)
+    angle = torch.outer(torch.arange(length, **wide), speed)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, H, S, head_dim], turned: number i pairs with number i + head_dim / 2, as in published weights."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+# %% notebooks/16_language_model.ipynb #attention-lm
+class Attention(nn.Module):
+    """Causal attention with rotary positions and grouped queries, without biases: [B, S, D] -> [B, S, D]."""
+
+    def __init__(self, config: MoEConfig, options: DecoderOptions) -> None:
+        super().__init__()
+        heads, kv_heads, self.head_dim = widths(options, config)
+        self.is_grouped = kv_heads < heads
+        for name, width in {"q": heads, "k": kv_heads, "v": kv_heads}.items():
+            setattr(self, f"{name}_proj", nn.Linear(config.hidden_dim, width * self.head_dim, bias=False))
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_dim, bias=False)
+        together = {"q": heads, "k": kv_heads} if options.qk_norm == "all" else {"q": 1, "k": 1}
+        self.norm_dims = {name: number * self.head_dim for name, number in together.items()}
+        if options.qk_norm != "none":
+            for name, width in self.norm_dims.items():
+                setattr(self, f"{name}_norm", RMSNorm(width, options.norm_eps))
+
+    def normalized(self, name: str, x: Tensor) -> Tensor:
+        """Queries or keys [B, S, H * head_dim], normalised as the options say."""
+        norm = getattr(self, f"{name}_norm", None)
+        return x if norm is None else norm(x.unflatten(-1, (-1, self.norm_dims[name]))).flatten(-2)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, S, D]; cos, sin [S, head_dim / 2] -> [B, S, D]. 2 B S^2 H head_dim operations for the scores and
+        their sums, half of 4 since the mask leaves half of them out."""
+        q, k = self.normalized("q", self.q_proj(x)), self.normalized("k", self.k_proj(x))
+        v = self.v_proj(x)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.is_grouped)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+# %% notebooks/16_language_model.ipynb #block
+class Block(nn.Module):
+    """Attention, then experts, each beside a residual and behind a norm: [B, S, D] -> [B, S, D].
+
+    mlp is an EPMoE, or, in the first dense_layers blocks, one expert that every token visits.
+    """
+
+    def __init__(self, config: MoEConfig, mesh: Mesh, seed: int, number: int) -> None:
+        super().__init__()
+        options, d = config.option(DecoderOptions), config.hidden_dim
+        self.input_layernorm, self.self_attn = RMSNorm(d, options.norm_eps), Attention(config, options)
+        self.post_attention_layernorm = RMSNorm(d, options.norm_eps)
+        name = f"{seed} block {number}"
+        if number < options.dense_layers:
+            width = options.dense_ffn_dim or (config.top_k + config.num_shared_experts) * config.ffn_dim
+            self.mlp = SharedExperts(replace(config, num_shared_experts=1, ffn_dim=width), name)
+        else:
+            self.mlp = EPMoE(config, mesh, seed=name)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, S, D]; cos, sin as in Attention."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        tokens = self.post_attention_layernorm(x).flatten(0, 1)
+        return x + self.mlp(tokens).view(x.shape)
+
+
+# %% notebooks/16_language_model.ipynb #decoder
+@register("model", "lm")
+class Decoder(nn.Module):
+    """A decoder with experts: ids int64 [B, S] -> logits [B, S, V]. Options: config.option(DecoderOptions).
+
+    Parameters are float32 or wider. Where config.dtype is bfloat16, products are computed in it, under autocast.
+    Experts live on mesh.ep, all else on every rank. ValueError where widths do not fit.
+    """
+
+    tokens_are_computed = (
+        True  # chapter 04's prediction of bytes asks: the first layer's tokens have a gradient
+    )
+
+    def __init__(
+        self, config: MoEConfig, mesh: Mesh, seed: int, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        options = self.options = config.option(DecoderOptions)
+        self.config, self.seed = config, seed
+        with torch.get_default_device() if device is None else torch.device(device):
+            self.embed_tokens = nn.Embedding(options.vocab_size, config.hidden_dim)
+            self.layers = nn.ModuleList(Block(config, mesh, seed, n) for n in range(options.num_layers))
+            self.norm = RMSNorm(config.hidden_dim, options.norm_eps)
+            self.lm_head = nn.Linear(config.hidden_dim, options.vocab_size, bias=False)
+        if options.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.to(torch.promote_types(DTYPES[config.dtype], torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, in place: matrices from the seed and their names, norms are 1."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and "mlp" not in name:
+                seeded_uniform_(module.weight, module.weight.shape[1], self.seed, name)
+            elif isinstance(module, (RMSNorm, EPMoE, SharedExperts)):
+                module.reset_parameters()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [B, S], the same S on all ranks, B as it comes, 0 too -> logits [B, S, V]. All ranks enter."""
+        half = DTYPES[self.config.dtype] == torch.bfloat16
+        recomputes = self.options.recompute and self.training and torch.is_grad_enabled()
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            x = self.embed_tokens(ids)
+            turns = rotary(ids.shape[1], widths(self.options, self.config)[2], self.options.rope_theta, x)
+            for block in self.layers:
+                if recomputes:
+                    x = checkpoint(block, x, *turns, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = block(x, *turns)
+            return self.lm_head(self.norm(x))
+
+
+# %% notebooks/16_language_model.ipynb #read-text
+BOOK_TEXT = LAUNCHER_DIR.parent / "data" / "plays.txt.bz2"
+BOOK_SHA256 = "85ce758134058541291e00561510e7f4f7b38b5756c7a44e09b7456433c63e1f"
+
+
+@functools.cache
+def read_text(path: Path) -> bytes:
+    """A UTF-8 file's bytes, unpacked where it ends in .bz2. ValueError where it cannot be read, or is not UTF-8."""
+    try:
+        data = path.read_bytes()
+        data = bz2.decompress(data) if path.suffix == ".bz2" else data
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8, at byte {error.start}; convert it") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path} ({error}); --text-file names a text in UTF-8") from None
+    if path == BOOK_TEXT and hashlib.sha256(data).hexdigest() != BOOK_SHA256:
+        raise ValueError(f"{path} is not the book's text; take it from the repository again")
+    return data
+
+
+def split_documents(data: bytes) -> tuple[bytes, bytes]:
+    """A text -> (what a model trains on, what is held out): every seventh of its documents, which form feeds divide;
+    of fewer than seven the last tenth of the bytes."""
+    documents = data.split(b"\f")
+    if len(documents) < 7:
+        cut = len(data) - len(data) // 10
+        return data[:cut], data[cut:]
+    return b"".join(d for n, d in enumerate(documents, 1) if n % 7), b"".join(documents[6::7])
+
+
+# %% notebooks/16_language_model.ipynb #text-options
+@option_group
+@dataclass(frozen=True)
+class TextOptions(Options):
+    """The text of `--task text`. ValueError where a number makes no sense, or the text cannot be read.
+
+    text_file: a text in UTF-8; form feeds stand between its documents (default: the book's fourteen plays)
+    context: bytes of a sequence; --tokens is a multiple of it
+    eval_interval: steps between two losses on the text held out, which is always taken at the end
+    eval_tokens: bytes of it that are predicted each time
+    """
+
+    text_file: str | None = None
+    context: int = 32
+    eval_interval: int | None = None
+    eval_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        for name in ("context", "eval_interval", "eval_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        if self.text_file is not None:
+            text_parts(self)
+
+    def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
+        """ValueError where the text, the batch and the model do not fit together."""
+        check_text(self, config, training)
+
+    def after_update(self, training: Training) -> None:
+        """The launcher's hook after each step: the loss on the text held out, where it is time."""
+        done, last = training.run.step + 1, training.run.options.steps
+        if isinstance(training.task, TextStream) and (
+            done == last or (self.eval_interval and done % self.eval_interval == 0)
+        ):
+            loss = held_out_loss(training.model, training.task, self.eval_tokens)
+            training.run.log.write(f"[step {training.run.step:05d}] held_out={loss:.6f}")
+            training.run.log.show("scalar", training.run.step, loss__held_out=loss)
+            training.notes["summary"] = {"held_out_loss": loss}
+
+
+def text_parts(options: TextOptions) -> tuple[bytes, bytes]:
+    """(to train on, held out). ValueError where either is not longer than a context."""
+    path = Path(options.text_file).expanduser() if options.text_file else BOOK_TEXT
+    parts = split_documents(read_text(path))
+    if (shortest := min(map(len, parts))) <= options.context:
+        what = f"{path} leaves {shortest} bytes to train on or to hold out"
+        raise ValueError(f"{what}, and a context is {options.context}; take a longer text")
+    return parts
+
+
+# %% notebooks/16_language_model.ipynb #check-text
+def check_text(options: TextOptions, config: MoEConfig, training: TrainingOptions) -> None:
+    """ValueError where the batch is no whole number of sequences, or the text has no model that reads it."""
+    task = REGISTRIES["task"][training.task]
+    if not (isinstance(task, type) and issubclass(task, TextStream)):
+        for f in fields(options):
+            if (value := getattr(options, f.name)) != f.default:
+                raise ValueError(f"{f.name} {value} does nothing without a text; take --task text")
+        return
+    if training.model == "layer":
+        raise ValueError("a layer alone reads no bytes; take --model lm")
+    text_parts(options)
+    world_size, context = world_from_env()[1], options.context
+    num_tokens = 32 * world_size if training.tokens is None else training.tokens
+    if num_tokens % context:
+        raise ValueError(
+            f"{num_tokens} tokens are no whole sequences of {context}; set --tokens or --context"
+        )
+    own, limit = -(-num_tokens // context // world_size) * context, config.max_num_tokens
+    if limit is not None and own > limit:
+        raise ValueError(
+            f"a rank gets up to {own} tokens, above max_num_tokens {limit}; raise --max-num-tokens"
+        )
+
+
+# %% notebooks/16_language_model.ipynb #text-stream
+@register("task", "text")
+class TextStream:
+    """Endless batches of windows of a text, drawn alike on every rank: ids and targets int64 [B, context], by rank.
+
+    A target is the byte behind. The interface and the promise are TokenStream's (chapter 04). `held_out` uint8: text
+    that is never drawn.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        seed: int,
+        num_tokens: int,
+        batch: Communicator,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        options = config.option(TextOptions)
+        parts = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in text_parts(options))
+        self.text, self.held_out = (part.to(device) for part in parts)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.context, self.num_tokens, self.batch = options.context, num_tokens, batch
+
+    def windows(self, text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's share of the windows at starts int64 [B] -> ids and targets, int64 [B of this rank, context]."""
+        own = starts.tensor_split(self.batch.size)[self.batch.rank]
+        ids = text[own[:, None] + torch.arange(self.context + 1, device=text.device)].long()
+        return ids[:, :-1], ids[:, 1:]
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """This rank's share of the next global batch."""
+        last, number = len(self.text) - self.context, self.num_tokens // self.context
+        where = {"generator": self.generator, "device": self.generator.device}
+        return self.windows(self.text, torch.randint(last, (number,), **where))
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The mean cross-entropy over the global batch in nats a byte, as a share, in float32 or wider."""
+        ids, targets = batch
+        return cross_entropy_sum(model(ids), targets) / self.num_tokens
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [B, S, V], targets int64 [B, S] -> the sum of -log softmax(logits)[target], in float32 or wider; 0-dim."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+# %% notebooks/16_language_model.ipynb #held-out
+@contextlib.contextmanager
+def unwatched(model: nn.Module) -> Iterator[None]:
+    """Inside, forwards are in evaluation mode and leave no trace in the meters, nor in the layers' last choices."""
+    layers, was_training = moe_layers(model), model.training
+    meters = {id(layer.mesh.meter): layer.mesh.meter for layer in layers}
+    sent = {key: {name: list(counts) for name, counts in meter.sent.items()} for key, meter in meters.items()}
+    last = [(layer.topk_ids, layer.probs) for layer in layers]
+    try:
+        yield model.eval()
+    finally:
+        model.train(was_training)
+        for key, meter in meters.items():
+            meter.sent = sent[key]
+        for layer, (topk_ids, probs) in zip(layers, last, strict=True):
+            layer.topk_ids, layer.probs = topk_ids, probs
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, task: TextStream, num_tokens: int) -> float:
+    """Nats a byte over num_tokens of the text held out, in windows that lie evenly over it.
+
+    The same on every rank, and on any number of them. In batches as large as a training step's. Collective.
+    """
+    context = task.context
+    last = len(task.held_out) - context  # behind the last place where a window may begin
+    number = max(1, min(num_tokens, last) // context)
+    starts = torch.arange(number, device=task.held_out.device) * last // number
+    total = torch.zeros((), dtype=torch.float64, device=task.held_out.device)
+    with unwatched(model):
+        for some in starts.split(max(1, task.num_tokens // context)):
+            ids, targets = task.windows(task.held_out, some)
+            total += cross_entropy_sum(model(ids), targets)
+    return float(task.batch.all_reduce(total)) / (number * context)
+
+
+# %% notebooks/16_language_model.ipynb #schedule
+@option_group
+@dataclass(frozen=True)
+class ScheduleOptions(Options):
+    """How the learning rate changes over a run. ValueError where a number makes no sense.
+
+    warmup_steps: it rises to --lr in a line over so many steps
+    final_lr: then it falls to this fraction of --lr at the last step, along half a cosine; 1 keeps it
+    """
+
+    warmup_steps: int = 0
+    final_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, and must be at least 0")
+        if not 0 <= self.final_lr <= 1:
+            raise ValueError(f"final_lr is {self.final_lr}, a fraction of --lr, and must be from 0 to 1")
+
+    def begin(self, training: Training) -> None:
+        """The launcher's hook before the first step, which may be that of a run that goes on."""
+        set_lr(training.optimizer, self, training.run.options, training.run.step)
+
+    def after_update(self, training: Training) -> None:
+        """The launcher's hook after each step: the next one's learning rate."""
+        set_lr(training.optimizer, self, training.run.options, training.run.step + 1)
+
+
+def scheduled_lr(schedule: ScheduleOptions, training: TrainingOptions, step: int) -> float:
+    """The learning rate of a step, the first being 0."""
+    rising = min(1.0, (step + 1) / max(1, schedule.warmup_steps))
+    left = max(1, training.steps - 1 - schedule.warmup_steps)
+    done = min(1.0, max(0.0, (step - schedule.warmup_steps) / left))
+    falling = schedule.final_lr + (1 - schedule.final_lr) * (1 + math.cos(math.pi * done)) / 2
+    return training.lr * rising * falling
+
+
+def set_lr(
+    optimizer: torch.optim.Optimizer, schedule: ScheduleOptions, training: TrainingOptions, step: int
+) -> None:
+    """Puts a step's learning rate into the optimiser, in place on a GPU; nothing where it never changes."""
+    if schedule == ScheduleOptions():
+        return
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        if device.type == "cuda" and not isinstance(group["lr"], Tensor):
+            group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        lr = scheduled_lr(schedule, training, step)
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
+
+
+# %% notebooks/16_language_model.ipynb #flops
+def parameter_counts(model: Decoder) -> dict[str, int]:
+    """{"total", "active"}: parameters, over all ranks, and those that a token is multiplied by: of the experts its
+    top_k, of the embedding none, which is looked up."""
+    config, layers = model.config, moe_layers(model)
+    own = sum(p.numel() for layer in layers for p in layer.experts.parameters())
+    everywhere = sum(p.numel() for p in model.parameters()) - own
+    held = own * (layers[0].mesh.ep.size if layers else 1)
+    looked_up = 0 if model.options.tie_embeddings else model.embed_tokens.weight.numel()
+    visited = held * config.top_k // config.num_experts
+    return {"total": held + everywhere, "active": everywhere - looked_up + visited}
+
+
+def training_flops(model: Decoder, context: int) -> int:
+    """Operations of forward and backward for one token, by the count above. Recomputation is not counted."""
+    heads, _, head_dim = widths(model.options, model.config)
+    scores = 6 * len(model.layers) * heads * head_dim * context
+    return 6 * parameter_counts(model)["active"] + scores
+
+
+# %% notebooks/16_language_model.ipynb #clamped-swiglu
+@register("activation", "clamped_swiglu")
+class ClampedSwiGLU:
+    """gpt-oss's expert: (up + 1) * gate * sigmoid(1.702 gate), with gate at most 7, up within -7 to 7; with biases."""
+
+    has_bias, is_gated = True, True
+    steepness, limit = 1.702, 7.0
+
+    @classmethod
+    def apply(cls, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        """gate, up [n, F] = x w1 + b1, x w3 + b3 -> [n, F]."""
+        gate, up = gate.clamp(max=cls.limit), up.clamp(-cls.limit, cls.limit)
+        return (up + 1) * gate * torch.sigmoid(cls.steepness * gate)
+
+    @classmethod
+    def gradient(cls, grad: Tensor, gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The result's gradient [n, F], and apply's arguments -> their gradients."""
+        g, u = gate.clamp(max=cls.limit), up.clamp(-cls.limit, cls.limit)
+        s = torch.sigmoid(cls.steepness * g)
+        of_gate = grad * (u + 1) * s * (1 + cls.steepness * g * (1 - s))
+        return of_gate * (gate <= cls.limit), grad * g * s * (up.abs() <= cls.limit)
+
+
+# %% notebooks/16_language_model.ipynb #hf-layer
+HF_PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2"}
+HF_ROUTERS = {
+    "gate.weight": "router.gate.weight",
+    "router.weight": "router.gate.weight",
+    "router.bias": "router.gate.bias",
+    "gate.e_score_correction_bias": "balance.bias",
+}
+
+
+def layer_from_hf(block: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a published mixture-of-experts block -> that of an EPMoE at world size 1. By names alone.
+
+    Per expert `experts.3.up_proj.weight` [F, D] or `experts.3.w3.weight`, or stacked, `experts.gate_up_proj`
+    [E, 2 F, D], with biases interleaved [E, D, 2 F]; `shared_experts.*`. ValueError for a name that it does not know.
+    """
+    state: dict[str, Tensor] = {}
+    each: dict[str, dict[int, Tensor]] = {}
+    is_interleaved = "experts.gate_up_proj_bias" in block
+    for name, tensor in block.items():
+        parts = name.split(".")
+        if name in HF_ROUTERS:
+            state[HF_ROUTERS[name]] = tensor
+        elif parts[0] == "shared_experts":
+            state[f"shared.expert.{HF_PROJECTIONS[parts[1]]}"] = tensor.t()[None]
+        elif parts[0] == "experts" and len(parts) == 4 and parts[2] in HF_PROJECTIONS:
+            each.setdefault(HF_PROJECTIONS[parts[2]], {})[int(parts[1])] = tensor.t()
+        elif name in ("experts.gate_up_proj", "experts.gate_up_proj_bias"):
+            kind = "b" if name.endswith("bias") else "w"
+            joined = tensor if is_interleaved else tensor.transpose(1, 2)
+            halves = (joined[..., ::2], joined[..., 1::2]) if is_interleaved else joined.chunk(2, dim=-1)
+            state |= {f"experts.{kind}1": halves[0], f"experts.{kind}3": halves[1]}
+        elif name in ("experts.down_proj", "experts.down_proj_bias"):
+            tensor = tensor if is_interleaved else tensor.transpose(1, 2)
+            state["experts.b2" if name.endswith("bias") else "experts.w2"] = tensor
+        else:
+            raise ValueError(f"a block of experts has a tensor {name}, which this layer does not know")
+    for name, experts in each.items():
+        state[f"experts.{name}"] = torch.stack([experts[number] for number in range(len(experts))])
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+# %% notebooks/16_language_model.ipynb #hf-names
+HF_INSIDE = r"(layers\.\d+)\.(?:mlp|block_sparse_moe)\.((?:experts|gate|router|shared_experts)\..*)"
+
+
+def state_from_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a published model, as on disk or as transformers has it -> a Decoder's at world size 1.
+
+    ValueError for a tensor of the experts that the layer does not know; other names are left to load_state_dict.
+    """
+    found: dict[str, Tensor] = {}
+    blocks: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("model.")
+        if inside := re.match(HF_INSIDE, name):
+            blocks.setdefault(inside[1], {})[inside[2]] = tensor
+        elif dense := re.match(r"(layers\.\d+\.mlp)\.(gate_proj|up_proj|down_proj)\.weight", name):
+            found[f"{dense[1]}.expert.{HF_PROJECTIONS[dense[2]]}"] = tensor.t()[None].contiguous()
+        else:
+            found[name] = tensor
+    for prefix, block in blocks.items():
+        found |= {f"{prefix}.mlp.{name}": tensor for name, tensor in layer_from_hf(block).items()}
+    return found
+
+
+def state_to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """full_state_dict of a Decoder with SwiGLU experts -> the state dict of transformers' model, experts stacked."""
+    found, dense = {}, {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    for name, tensor in state.items():
+        prefix, _, last = name.rpartition(".")
+        if name.endswith("mlp.router.gate.weight"):
+            found[f"model.{name.replace('router.', '')}"] = tensor
+        elif prefix.endswith("mlp.expert"):
+            found[f"model.{prefix.removesuffix('expert')}{dense[last]}.weight"] = tensor[0].t().contiguous()
+        elif prefix.endswith("mlp.experts") and last == "w1":
+            joined = torch.cat([tensor, state[f"{prefix}.w3"]], dim=-1)
+            found[f"model.{prefix}.gate_up_proj"] = joined.transpose(1, 2).contiguous()
+        elif prefix.endswith("mlp.experts") and last == "w2":
+            found[f"model.{prefix}.down_proj"] = tensor.transpose(1, 2).contiguous()
+        elif not prefix.endswith("mlp.experts"):
+            found[name if name == "lm_head.weight" else f"model.{name}"] = tensor
+    return found
+
+
+# %% notebooks/16_language_model.ipynb #hf-config
+HF_ABSENT = {  # what this decoder has in one form alone, and that form
+    "attention_bias": False, "clip_qkv": None, "sliding_window": None, "hidden_act": "silu", "decoder_sparse_step": 1,
+    "n_shared_experts": None, "n_group": None, "kv_lora_rank": None, "layer_types": None, "rope_scaling": None,
+}  # fmt: skip
+
+
+def config_from_hf(settings: dict[str, Any], state: dict[str, Tensor], dtype: str = "float32") -> MoEConfig:
+    """config.json of a published model, and its Decoder's state (for what the config does not say) -> a MoEConfig.
+
+    ValueError, which names the setting, where the model needs what this decoder has not.
+    """
+    if settings.get("use_sliding_window") is False:  # then the window's size stands there all the same
+        settings = settings | {"sliding_window": None}
+    for name, usual in HF_ABSENT.items():
+        if (value := settings.get(name, usual)) != usual:
+            raise ValueError(f"config.json has {name} {value}, and this decoder knows {usual} alone")
+    rope = {"rope_theta": settings.get("rope_theta", 10000.0), "rope_type": "default"}
+    rope |= settings.get("rope_parameters") or {}
+    if rope["rope_type"] != "default":
+        raise ValueError(
+            f"config.json has rope_type {rope['rope_type']}, and this decoder knows default alone"
+        )
+    dense = sorted(settings.get("mlp_only_layers") or [])
+    if dense != list(range(len(dense))):
+        raise ValueError(f"config.json has mlp_only_layers {dense}; this decoder's dense layers come first")
+    d, heads = settings["hidden_size"], settings["num_attention_heads"]
+    head_dim = settings.get("head_dim") or d // heads
+    norm = state.get("layers.0.self_attn.q_norm.weight")
+    decoder = DecoderOptions(
+        num_layers=settings["num_hidden_layers"], num_heads=heads, head_dim=head_dim, dense_layers=len(dense),
+        num_kv_heads=settings.get("num_key_value_heads"), dense_ffn_dim=settings["intermediate_size"],
+        qk_norm="none" if norm is None else "head" if len(norm) == head_dim else "all",
+        rope_theta=rope["rope_theta"], norm_eps=settings["rms_norm_eps"], vocab_size=settings["vocab_size"],
+        tie_embeddings=settings.get("tie_word_embeddings", False),
+    )  # fmt: skip
+    routing = RoutingOptions(
+        normalize_topk=settings.get("norm_topk_prob", True)
+    )  # Mixtral does, and does not say
+    return MoEConfig(
+        num_experts=settings.get("num_local_experts") or settings["num_experts"], hidden_dim=d, dtype=dtype,
+        ffn_dim=settings.get("moe_intermediate_size") or settings["intermediate_size"], activation="swiglu",
+        top_k=settings["num_experts_per_tok"], router_bias=False, extras=(routing, decoder),
+    )  # fmt: skip
+
+
+# %% notebooks/16_language_model.ipynb #from-pretrained
+def from_pretrained(
+    folder: str | Path, mesh: Mesh, device: torch.device | str | None = None, dtype: str = "float32"
+) -> Decoder:
+    """A folder with config.json and *.safetensors of Mixtral, Qwen3-MoE or OLMoE -> the Decoder with these weights.
+
+    dtype: float32, float64 or bfloat16, which computes in bfloat16 with float32 weights. Needs the package safetensors.
+    ValueError where a file is missing, or the model needs what this decoder has not.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has no config.json with *.safetensors; name the folder of a published model"
+        )
+    settings = json.loads((folder / "config.json").read_text("utf-8"))
+    published = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    state = state_from_hf(published)
+    config = config_from_hf(settings, state, dtype)
+    if config.option(DecoderOptions).tie_embeddings:
+        state.setdefault("lm_head.weight", state["embed_tokens.weight"])
+    model = Decoder(config, mesh, seed=0, device=device)
+    load_full_state_dict(model, state, mesh)
+    return model
 
 
 # %% added by tools/extract.py
