@@ -53,7 +53,7 @@ class PlayedCommunicator(Communicator):
         input_splits: list[int],
         output_splits: list[int],
         purpose: str,
-        async_op: bool = True,
+        wait: bool = False,
     ) -> Pending:
         """See Communicator; ended at once. NotYet where other rows come than output_splits says."""
         row_bytes = x.element_size() * math.prod(x.shape[1:])
