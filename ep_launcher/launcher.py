@@ -31,7 +31,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "4c1d849f08227058208f43e4ef49cd3dae9907fb56a7a53187cb516ff396dc77"
+SOURCES_SHA256 = "881cbb0d51ebdff2e31d227011faea16f0d165ce7c83c7d53e0b34717caf583c"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -6433,7 +6433,7 @@ def read_text(path: Path) -> bytes:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8, at byte {error.start}; convert it") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path} ({error}); --text-file names a text in UTF-8") from None
+        raise ValueError(f"cannot read {str(path)!r} ({error}); --text-file names a text in UTF-8") from None
     if path == BOOK_TEXT and hashlib.sha256(data).hexdigest() != BOOK_SHA256:
         raise ValueError(f"{path} is not the book's text; take it from the repository again")
     return data
