@@ -8,8 +8,8 @@
 
 One layer of Qwen3-30B-A3B (hidden 2048, 128 experts of 768, top-8) in bfloat16, random. Decode: what is timed is a
 recorded graph of passes over different tokens, one after the other, as the layers of a model follow one another, so
-that no weight waits in a cache; a sample is the time of a pass. The 99th percentile is of single passes with their
-launch. Everything is held against the layer first. Prefill is not recorded.
+that no weight waits in a cache; a sample is the time of a pass. The 99th percentile is of 200 single passes with their
+launch. Everything is held against the layer first. Prefill is timed as calls, with the copies around a recorded batch.
 """
 
 import argparse
@@ -97,11 +97,12 @@ def chained(recorder: record.Recorder, forward: Callable, xs: list[Tensor]) -> C
     return record.captured(run, warm_up=2) if recorder.on_gpu else run
 
 
-def check(recorder: record.Recorder, name: str, found: Tensor, expected: Tensor) -> None:
-    """More than 2e-2 off the layer is a failure."""
+def check(recorder: record.Recorder, name: str, found: Tensor, expected: Tensor) -> float:
+    """How far off the layer; ours by more than 2e-2 is a failure. (Others route in bfloat16, and choose differently.)"""
     error = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
-    if not error < 2e-2:
+    if not error < 2e-2 and "transformers" not in name:
         recorder.failures.append(f"{name} is {error:.1e} off the layer")
+    return error
 
 
 def decode(recorder: record.Recorder, layer: ep.EPMoE, num_tokens: int) -> dict:
@@ -109,8 +110,9 @@ def decode(recorder: record.Recorder, layer: ep.EPMoE, num_tokens: int) -> dict:
     xs = [draw(layer, num_tokens) for _ in range(CHAIN)]
     needed = sum(len(layer.router(x).topk_ids.unique()) for x in xs) / CHAIN
     variants = decode_variants(recorder, layer, num_tokens)
+    expected, errors = layer(xs[0]), {}
     for name, forward in variants.items():
-        check(recorder, f"{num_tokens} tokens, {name}", forward(xs[0]), layer(xs[0]))
+        errors[name] = check(recorder, f"{num_tokens} tokens, {name}", forward(xs[0]), expected)
     timed = {name: chained(recorder, forward, xs) for name, forward in variants.items()}
     if recorder.on_gpu:
         timed["layer"] = lambda: [layer(x) for x in xs]
@@ -126,6 +128,7 @@ def decode(recorder: record.Recorder, layer: ep.EPMoE, num_tokens: int) -> dict:
     result = {
         "experts": needed,
         "weights_gb": needed * per_expert / 1e9,
+        "errors": errors,
         "median_us": record.medians(samples),
         "single_us": record.medians(times),
         "p99_us": {name: ep.quantile(values, 0.99) for name, values in times.items()}
@@ -139,19 +142,21 @@ def decode(recorder: record.Recorder, layer: ep.EPMoE, num_tokens: int) -> dict:
 
 
 def prefill(recorder: record.Recorder, layer: ep.EPMoE, num_tokens: int) -> dict:
-    """One large batch, not recorded."""
-    fast, x = ep.for_inference(layer, num_tokens, sizes=()), draw(layer, num_tokens)
-    check(recorder, f"{num_tokens} tokens", fast(x), layer(x))
-    with torch.enable_grad():
-        layer.requires_grad_(True)
-        samples = recorder.alternate(
-            {"layer, with autograd": lambda: layer(x), "inference": lambda: fast(x)},
-            2,
-            recorder.event_ms,
-            warm_up=2,
-        )
-        layer.requires_grad_(False)
-    return {"median_us": {name: ms * 1e3 for name, ms in record.medians(samples).items()}}
+    """One large batch: a call of the layer as it is, and of the inference path, with and without a recorded batch."""
+    x = draw(layer, num_tokens)
+    plain, fixed = (ep.for_inference(layer, num_tokens, sizes) for sizes in ((), (num_tokens,)))
+    check(recorder, f"{num_tokens} tokens", fixed(x), layer(x))
+    timed = {
+        "layer": lambda: layer(x),
+        "inference": lambda: plain(x),
+        "inference, recorded": lambda: fixed(x),
+    }
+    samples = recorder.alternate(timed, 2, recorder.event_ms, warm_up=2)
+    steps = [
+        recorder.event_ms(timed["inference, recorded"], 1) for _ in range(8 if recorder.args.small else 200)
+    ]
+    medians = {name: ms * 1e3 for name, ms in record.medians(samples).items()}
+    return {"median_us": medians, "p99_us": {"inference, recorded": ep.quantile(steps, 0.99) * 1e3}}
 
 
 def ceilings(recorder: record.Recorder) -> dict[str, float]:
@@ -176,7 +181,7 @@ def zipf_router(config: ep.MoEConfig, device: torch.device) -> ep.Router:
     return router
 
 
-def cached(recorder: record.Recorder) -> dict:
+def cached(recorder: record.Recorder, read_gb_per_s: float) -> dict:
     """A layer of 16 GB in pinned host memory, caches of 2 to 16 GB on the device."""
     d, f, num_experts = (64, 64, 16) if recorder.args.small else (5120, 4096, 128)
     dtype, device = (torch.bfloat16, "cuda") if recorder.on_gpu else (torch.float32, "cpu")
@@ -195,6 +200,7 @@ def cached(recorder: record.Recorder) -> dict:
         )
     )["copy"]
     result = {"pcie_gb_per_s": some.nbytes / ms / 1e6, "expert_mb": 3 * some.nbytes / 1e6, "lines": []}
+    result["read_gb_per_s"] = read_gb_per_s
     steps = 6 if recorder.args.small else 60
     tokens = [torch.randn(4, d, device=device).to(dtype) for _ in range(2 * steps)]
     sample = [router(torch.randn(4, d, device=device).to(dtype)).topk_ids.unique() for _ in range(400)]
@@ -213,7 +219,8 @@ def one_cache(
     router: ep.Router, host: dict, slots: int, policy: str, tokens: list[Tensor], needed: Tensor, facts: dict,
     recorder: record.Recorder,
 ) -> dict:  # fmt: skip
-    """Half of the steps warm it up, the other half is timed."""
+    """Half of the steps warm it up, the other half is timed. Predicted: misses over PCIe, and all that is needed over
+    the device's memory."""
     cache = ep.ExpertCache(host, slots, policy, ep.SwiGLU, recorder.device)
     model, half = ep.CachedMoE(router, cache), len(tokens) // 2
     for x in tokens[:half]:
@@ -222,12 +229,13 @@ def one_cache(
     rest = iter(tokens[half:])
     ms = recorder.wall_ms(lambda: model(next(rest)), half)
     share = sum(ep.expected_hits(needed, slots, policy)) / 2
-    miss_ms = (1 - share) * needed.sum().item() * facts["expert_mb"] / facts["pcie_gb_per_s"]
+    needed_mb = needed.sum().item() * facts["expert_mb"]
+    step_ms = (1 - share) * needed_mb / facts["pcie_gb_per_s"] + needed_mb / facts["read_gb_per_s"]
     return {
         "hit_rate": cache.hits / (cache.hits + cache.misses),
         "predicted_hit_rate": share,
         "tokens_per_s": 4e3 / ms,
-        "predicted_tokens_per_s": 4e3 / miss_ms if miss_ms else None,
+        "predicted_tokens_per_s": 4e3 / step_ms,
     }
 
 
@@ -301,7 +309,7 @@ def measure(recorder: record.Recorder) -> None:
     if recorder.args.cache:
         del layer
         recorder.free_memory()
-        result["cache"] = cached(recorder)
+        result["cache"] = cached(recorder, result["read_gb_per_s"])
         recorder.write("inference", result)
     for failure in recorder.failures:
         recorder.say(f"FAILED: {failure}")

@@ -53,7 +53,7 @@ def error(fast: ep.InferenceMoE, layer: ep.EPMoE, x: torch.Tensor, **named) -> f
 def same_as_the_layer(mesh: ep.Mesh, folder: Path) -> dict[str, float]:
     """Every kind, routing and limit, with the largest difference of plain and padded batches."""
     worst = {}
-    for dispatcher in ("auto", "gather_tokens") if mesh.batch.size > 1 else ("auto",):
+    for dispatcher in ("auto", "gather_tokens", "peer") if mesh.batch.size > 1 else ("auto",):
         for kind_name, kind in KINDS.items():
             for routing_name, routing in ROUTING.items():
                 for limit_name, limit in LIMITS.items():

@@ -19,5 +19,5 @@ def test_same_numbers(played, name, world_size):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_router_capacity_and_shared_expert(played, world_size):
     by_rank = outcome(played, "same_as_the_layer", world_size)
-    assert len(by_rank[0]) == 24 * (2 if world_size > 1 else 1)
+    assert len(by_rank[0]) == 24 * (3 if world_size > 1 else 1)
     assert max(max(found.values()) for found in by_rank) < 1e-12
