@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "1f9216cbd3fa3606fc431a91fb869d4a5e01bf6a32faca5e029cf768373d94cf"
+SOURCES_SHA256 = "56f67a2201a4fba05ed0f7a03367891512af41415ab89a43c2010012bb31f52c"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5885,7 +5885,8 @@ class DecodeTiles:
 def decode_tiles(num_rows: int, top_k: int, num_experts: int, d: int, f: int) -> DecodeTiles:
     """Tiles for num_rows rows of top_k choices among num_experts experts [d, f]."""
     num_active = min(num_experts, num_rows * top_k)
-    rows, output = 16 if num_rows * top_k <= 8 * num_experts else 32, (tile_of(d, 128), tile_of(f, 64))
+    rows = next(tile for tile in (16, 32, 64) if tile == 64 or num_rows * top_k <= tile // 2 * num_experts)
+    output = tile_of(d, 128), tile_of(f, 64)
     wide, deep, parts = tile_of(f, 128), tile_of(d, 32), 1
     if num_active * f // wide < PROGRAMS:
         wide, deep = tile_of(f, 64), tile_of(d, 64)

@@ -131,8 +131,7 @@ def decode(recorder: record.Recorder, layer: ep.EPMoE, num_tokens: int) -> dict:
         "errors": errors,
         "median_us": record.medians(samples),
         "single_us": record.medians(times),
-        "p99_us": {name: ep.quantile(values, 0.99) for name, values in times.items()}
-        | {"layer": max(samples.get("layer", [0]))},
+        "p99_us": {name: ep.quantile(values, 0.99) for name, values in times.items()},
         "samples_us": samples,
     }
     if recorder.on_gpu:
@@ -295,7 +294,9 @@ def measure(recorder: record.Recorder) -> None:
         floor = line["weights_gb"] / result["read_gb_per_s"] * 1e6
         recorder.say(f"{num_tokens} tokens, {line['experts']:.1f} experts, read once {floor:.1f} us")
         for name, us in sorted(line["median_us"].items(), key=lambda item: item[1]):
-            recorder.say(f"  {name:34} {us:9.1f} us  {floor / us:4.0%}  p99 {line['p99_us'][name]:9.1f}")
+            recorder.say(
+                f"  {name:34} {us:9.1f} us  {floor / us:4.0%}  p99 {line['p99_us'].get(name, float('nan')):9.1f}"
+            )
         recorder.say(
             f"  kernels: { ({n[:24]: round(us, 1) for n, us in line.get('kernels_us', {}).items()}) }"
         )
