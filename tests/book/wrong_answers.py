@@ -192,6 +192,19 @@ WRONG = {
         ("first // old, (", "0, ("),
         ("(first + own - 1) // old + 1", "first // old + 1"),
     ],
+    "solution-active": [
+        ("3 * d * f * top_k", "2 * d * f * top_k"),
+        ("3 * d * f * top_k", "3 * d * f * num_experts"),
+        ("d * num_experts + ", ""),
+        ("num_heads + num_kv_heads", "2 * num_heads"),
+        ("d * vocab_size", "2 * d * vocab_size"),
+    ],
+    "solution-cut": [
+        ("comm.rank + 1 :]", "comm.rank :]"),
+        ("later = later[later != -100]", "later = later"),
+        ("torch.cat([ids, ids.new_tensor([-100])])[:1]", "ids[:1]"),
+        ("[: len(ids)]", ""),
+    ],
 }
 
 

@@ -3,10 +3,11 @@
     print(check_dispatcher(MyDispatcher))     "right", or "not yet: rank 0: a row of token 3 came back to token 5"
     print(check_experts(MyExperts))
     print(check_overflow(my_policy))          once chapter 08 has registered policies
+    print(check_overlap(MyOrder))             once chapter 12 has cut exchanges in two
 
 An answer is first tried alone, in the caller's process. Then its source travels to fresh ranks, as `%%ranks --with`
-sends it. There it is traced (dispatcher.py, experts.py, overflow.py), and whatever does not fit is said by token,
-expert and rank. Last it runs every case of tools/parity.py (on_ranks.py).
+sends it. There it is traced (dispatcher.py, experts.py, overflow.py, overlap.py), and whatever does not fit is said by
+token, expert and rank. Last it runs every case of tools/parity.py (on_ranks.py).
 
     @plain_verdict(Tensor)
     def check_mine(answer): ...               a check of a chapter's own: one line for whatever an answer does
@@ -37,6 +38,7 @@ __all__ = [
     "check_ep_forward",
     "check_experts",
     "check_overflow",
+    "check_overlap",
     "plain_verdict",
     "play_kernel",
     "play_ranks",
@@ -63,3 +65,9 @@ def check_overflow(
 ) -> str:
     """The same for a capacity policy of chapter 08: (topk_ids, probs, capacity, drop_order) -> topk_ids."""
     return check("overflow", answer, ranks, namespace)
+
+
+def check_overlap(answer: type, ranks: int = 2, namespace: dict[str, Any] | None = None) -> str:
+    """The same for an order of chapter 12, a class that inherits from InOrder: equal results, and at least half of the
+    exchanges, forward and backward, with experts at work between their beginning and their end."""
+    return check("overlap", answer, ranks, namespace)
