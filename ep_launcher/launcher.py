@@ -31,7 +31,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "23085b7cd4afef74f994d0bb0943f0a75459088d9b3c8206003caf0fc5bee87e"
+SOURCES_SHA256 = "f72386f785564d72ea1adac25ecab255c31e410d96168dc70f9de495e13c51d8"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -6433,7 +6433,7 @@ def read_text(path: Path) -> bytes:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8, at byte {error.start}; convert it") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path} ({error}); --text-file names a text in UTF-8") from None
+        raise ValueError(f"cannot read {str(path)!r} ({error}); --text-file names a text in UTF-8") from None
     if path == BOOK_TEXT and hashlib.sha256(data).hexdigest() != BOOK_SHA256:
         raise ValueError(f"{path} is not the book's text; take it from the repository again")
     return data
