@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "56f67a2201a4fba05ed0f7a03367891512af41415ab89a43c2010012bb31f52c"
+SOURCES_SHA256 = "37c23b73b3845c834247d16335174b3ebeae0173276fc732c6376251b2fb01e3"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -554,10 +554,10 @@ class Arrived:
     """What a dispatcher brought to this rank: rows, and for each row its choices among the local experts.
 
     x: [R, D], in any order. topk_ids: int64 [R, J], numbers of LOCAL experts, 0 to L - 1; -1 for none. A row
-    without experts may hold anything. topk_weights: [R, J], float32 or wider. handle: combine's. Where somebody
-    knows them besides: counts_on_host, the rows of each local expert, L ints; rows_per_expert, where rows
-    lie in blocks of one size, one an expert (J = 1, and a row that nobody filled has weight 0); max_pairs, how many
-    (row, expert) pairs there are at most.
+    without experts may hold anything. topk_weights: [R, J], float32 or wider. handle: combine's. And where they are
+    known: counts_on_host, the rows of each local expert, L ints; rows_per_expert, where rows lie in blocks of one
+    size, a block for each expert (J = 1, and an empty row has weight 0); max_pairs, the most (row, expert) pairs that
+    there can be.
     """
 
     x: Tensor
@@ -1241,12 +1241,12 @@ def is_recomputing() -> bool:
 
 # %% notebooks/03_experts.ipynb #aux-shares
 class AuxShares(list):
-    """The aux losses of a layer's training forwards that nobody has asked for yet. Copies start empty."""
+    """The aux losses of a layer's training forwards that have not been asked for yet. Copies start empty."""
 
     limit = 1024
 
     def add(self, share: Tensor) -> None:
-        """RuntimeError where they pile up, each with its graph: somebody forgot them. Others are added up."""
+        """RuntimeError where they pile up, each with its graph: they were forgotten. Others are added up."""
         if len(self) >= self.limit and not any(kept.requires_grad for kept in self):
             self[:] = [torch.stack(list(self)).sum()]
         if len(self) >= self.limit:
@@ -1726,7 +1726,7 @@ class StepTimer:
 class RunLog:
     """What rank 0 writes: the log lines (screen and train.log), TensorBoard, the progress bar. Others: nothing.
 
-    notes: whoever else is to hear of steps and of a warning (chapter 05's StepNotes). ValueError where log_dir cannot
+    notes: what else is told of steps and of a warning (chapter 05's StepNotes). ValueError where log_dir cannot
     be written. What cannot be written later costs one warning, and the run goes on.
     """
 
