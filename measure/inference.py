@@ -243,13 +243,14 @@ def two(recorder: record.Recorder) -> None:
     mesh, alone = ep.init_ep(), ep.Mesh(*[ep.Communicator.alone()] * 3)
     result: dict = {"tokens": {}}
     whole, shared = make_layer(recorder, alone), {}
-    for name in ep.REGISTRIES["dispatcher"]:
-        try:
-            layer = make_layer(recorder, mesh, name)
-        except ValueError:
-            continue
-        if layer.dispatcher.records or not recorder.on_gpu and name == "gather_tokens":
-            shared[name] = layer
+    for name, kind in ep.REGISTRIES["dispatcher"].items():
+        config = ep.MoEConfig(**SIZES, dispatcher=name)
+        if (
+            kind.records
+            and not kind.needs_capacity
+            and kind.preference(config, recorder.device, mesh.ep.size) > 0
+        ):
+            shared[name] = make_layer(recorder, mesh, name)
     for num_tokens in (1, 4) if recorder.args.small else (1, 2, 4, 8, 16, 32, 64, 128, 256):
         timed, x = {}, draw(whole, num_tokens * mesh.ep.size)
         fast = ep.for_inference(whole, len(x), sizes=(len(x),))
