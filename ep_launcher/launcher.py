@@ -29,7 +29,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "48cc32656b352c7c690516d78555e0ced47d0991cac70177da6c57d2b6e86697"
+SOURCES_SHA256 = "39e8e6b97f13d92b665330bfad4fde1d29ecf99a4becd03be3a6f5fa1941677d"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5257,8 +5257,11 @@ class PeerHandle:
 @functools.cache
 def can_share_memory(device_type: str, num_local_ranks: int) -> bool:
     """Whether every rank of this machine can address every other's memory."""
-    pairs = itertools.permutations(range(num_local_ranks if device_type == "cuda" else 0), 2)
-    return all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
+    if device_type != "cuda" or num_local_ranks == 1:
+        return True
+    pairs = itertools.permutations(range(num_local_ranks), 2)
+    is_enough = torch.cuda.device_count() >= num_local_ranks
+    return is_enough and all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
 
 
 @register("dispatcher", "peer")
