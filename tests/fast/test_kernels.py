@@ -1,6 +1,5 @@
 """The kernels of chapters 06, 10 and 11 against their PyTorch twins: on a GPU, or under Triton's interpreter.
 
-
 Without Triton there is nothing to test: the twins are what runs then, and the parity suite tests them. The
 interpreter must be asked for before Triton is imported: `make test-kernels` does.
 """
