@@ -29,7 +29,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "39e8e6b97f13d92b665330bfad4fde1d29ecf99a4becd03be3a6f5fa1941677d"
+SOURCES_SHA256 = "63796e2c158b921e050ebf2ca2221e5b091bcae2c2a930e138ad3d3317522ca4"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -4785,6 +4785,18 @@ class PeerMemory:
                 f"rank {self.rank} gave up on rank {late}, which did not write to it within about {self.limit_s:g} s"
             )
 
+    def watch(self, grace_s: float = 5) -> None:
+        """For a thread: ends the process where a kernel has given up and grace_s later nobody has, as NCCL's watchdog
+        does. The host may wait in a recorded step, whose collectives nobody watches."""
+        while not self.missing.any():
+            time.sleep(0.5)
+        time.sleep(grace_s)
+        try:
+            self.check()
+        except CollectiveError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
 
 def rider_start(num_rows: int, d: int, dtype: torch.dtype) -> int:
     """Where a slot's riders begin: behind rows [num_rows, d], at a multiple of 16 bytes."""
@@ -4812,6 +4824,8 @@ def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
             group = dist.group.WORLD
             limit_s = group._get_backend(group._device_types[0]).options._timeout.total_seconds()
         made.append(PeerMemory(comm.rank, blocks, limit_s))
+        if x.is_cuda and comm.size > 1:
+            threading.Thread(target=made[-1].watch, daemon=True).start()
         comm.meter.on_device += [(name, comm.ranks, sent) for name, sent in made[-1].sent.items()]
     made[-1].check()
     return made[-1]

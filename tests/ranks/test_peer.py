@@ -4,6 +4,8 @@ Outputs and gradients of the twins against the dense reference are in tests/rank
 """
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,18 @@ def test_kernels_on_real_ranks(monkeypatch, world_size):
     flags = "--dispatcher peer --dtypes float32 --cases uneven rank_without_tokens micro_batches".split()
     done = torchrun(world_size, str(Path("tools/parity.py")), *flags)
     assert done.returncode == 0 and "within limits" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_a_kernel_that_has_given_up_ends_a_process_that_waits():
+    """In a recorded step the host waits for the graph, and nobody else looks."""
+    code = (
+        "import threading, time, torch\n"
+        "from ep_launcher import launcher as ep\n"
+        "memory = ep.PeerMemory(0, [torch.zeros(4096, dtype=torch.uint8)] * 2, limit_s=7)\n"
+        "threading.Thread(target=memory.watch, args=(0,), daemon=True).start()\n"
+        "memory.missing[1] = 1\n"
+        "time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    said = "error: rank 0 gave up on rank 1, which did not write to it within about 7 s\n"
+    assert done.returncode == 1 and done.stderr == said, done.stderr
