@@ -30,7 +30,14 @@ WRONG = {
         ),
     ],
     "solution-half": [("ep_size / 2", "ep_size"), ("return k", "return ep_size // 2")],
-    "solution-inverse": [("order.argsort()", "order"), ("order.argsort()", "order.flip(0)")],
+    "solution-inverse": [
+        ("torch.empty_like(order).index_copy(0, order, torch.arange(len(order)))", "order"),
+        (
+            "torch.empty_like(order).index_copy(0, order, torch.arange(len(order)))",
+            "order.argsort()",
+        ),  # right
+        ("index_copy(0, order, torch.arange(len(order)))", "index_copy(0, torch.arange(len(order)), order)"),
+    ],
     "solution-needed": [
         (".fill_diagonal_(0)", ""),
         ("torch.stack(owners)", "torch.stack(owners).T.contiguous()"),
@@ -120,6 +127,13 @@ WRONG = {
         ("right=True", "right=False"),
         ("return sums[:-1]", "return sums[: int((counts >= 0).sum())]"),  # a number on the host
         ("return sums[:-1]", "return torch.stack([sums[e] for e in range(len(counts))])"),
+    ],
+    "solution-kernel": [
+        ("is_sent & (column < num_columns)", "is_sent & (column >= 0)"),  # runs on into the next row
+        ("row < tl.load(num_rows)", "row >= 0"),
+        ("tl.load(weights + row,", "tl.load(weights,"),
+        ("mask=mask, other=0.0", "other=0.0"),
+        ("row * num_columns + column", "row * BLOCK + column"),
     ],
     "solution-num-dropped": [(".clamp(min=0)", ""), ("(load - capacity).clamp(min=0)", "(load > capacity)")],
     "solution-safe-factor": [
