@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from trials import train, trial
 
@@ -185,6 +186,12 @@ def whole_models(mesh: ep.Mesh, folder: Path) -> dict[str, dict[str, float]]:
         state = model.state_dict()
         assert set(back) == set(state), sorted(set(back) ^ set(state))
         assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+        if mesh.batch.rank == 0:  # and transformers reads it as a file
+            copy = folder / f"{family}-{mesh.batch.size}-back"
+            shutil.copytree(folder / f"{family}-{mesh.batch.size}", copy)
+            save_file(back, copy / "model.safetensors", metadata={"format": "pt"})
+            read = transformers().AutoModelForCausalLM.from_pretrained(copy).state_dict()
+            assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
     return found
 
 
