@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "37c23b73b3845c834247d16335174b3ebeae0173276fc732c6376251b2fb01e3"
+SOURCES_SHA256 = "4492d8537ef6eac2fdc8403d4e63e99287bacd061f508048fefe9ae8a26b6e39"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -4984,6 +4984,18 @@ class PeerMemory:
                 f"rank {self.rank} gave up on rank {late}, which did not write to it within about {self.limit_s:g} s"
             )
 
+    def watch(self, grace_s: float = 5) -> None:
+        """For a thread: ends the process where a kernel has given up and grace_s later nobody has, as NCCL's watchdog
+        does. The host may wait in a recorded step, whose collectives nobody watches."""
+        while not self.missing.any():
+            time.sleep(0.5)
+        time.sleep(grace_s)
+        try:
+            self.check()
+        except CollectiveError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
 
 def rider_start(num_rows: int, d: int, dtype: torch.dtype) -> int:
     """Where a slot's riders begin: behind rows [num_rows, d], at a multiple of 16 bytes."""
@@ -5011,6 +5023,8 @@ def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
             group = dist.group.WORLD
             limit_s = group._get_backend(group._device_types[0]).options._timeout.total_seconds()
         made.append(PeerMemory(comm.rank, blocks, limit_s))
+        if x.is_cuda and comm.size > 1:
+            threading.Thread(target=made[-1].watch, daemon=True).start()
         comm.meter.on_device += [(name, comm.ranks, sent) for name, sent in made[-1].sent.items()]
     made[-1].check()
     return made[-1]
@@ -5456,8 +5470,11 @@ class PeerHandle:
 @functools.cache
 def can_share_memory(device_type: str, num_local_ranks: int) -> bool:
     """Whether every rank of this machine can address every other's memory."""
-    pairs = itertools.permutations(range(num_local_ranks if device_type == "cuda" else 0), 2)
-    return all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
+    if device_type != "cuda" or num_local_ranks == 1:
+        return True
+    pairs = itertools.permutations(range(num_local_ranks), 2)
+    is_enough = torch.cuda.device_count() >= num_local_ranks
+    return is_enough and all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
 
 
 @register("dispatcher", "peer")

@@ -190,6 +190,21 @@ WRONG = {
         ("max(map(len, topk_ids))", "len(topk_ids[rank])"),
         ("(ids // local == rank)", "(ids % len(topk_ids) == rank)"),
     ],
+    "solution-turns": [
+        ("number - turns + 1", "number - turns"),
+        ("min(seen)", "max(seen)"),
+        (" or number <= turns", ""),
+        ("min(seen) >= number - turns + 1 or number <= turns", "min(seen) >= number - 1"),
+    ],
+    "solution-way-home": [
+        ("[plan.own][token]", "[p * num_slots : (p + 1) * num_slots][token]"),
+        ("y[p * num_slots + token]", "y[token]"),
+        (
+            "torch.where(came, rows[p * num_slots : p * num_slots + len(total)], 0)",
+            "rows[p * num_slots : p * num_slots + len(total)]",
+        ),
+        ("for n in is_used.sum(1)]", "for n in is_used.sum(1) + 1]"),
+    ],
     "solution-often": [
         ("2 * save_s", "save_s"),
         ("2 * save_s * between_s", "between_s / save_s"),
