@@ -183,10 +183,10 @@ WRONG = {
         ("(ids // local == rank)", "(ids % len(topk_ids) == rank)"),
     ],
     "solution-turns": [
-        ("number - turns + 1", "number - turns"),
-        ("min(seen)", "max(seen)"),
-        (" or number <= turns", ""),
-        ("min(seen) >= number - turns + 1 or number <= turns", "min(seen) >= number - 1"),
+        ("number - turns", "number - turns - 1"),
+        ("number - turns", "number - turns + 1"),
+        ("min(read)", "max(read)"),
+        ("min(read) >= number - turns", "True"),
     ],
     "solution-way-home": [
         ("[plan.own][token]", "[p * num_slots : (p + 1) * num_slots][token]"),
