@@ -228,13 +228,13 @@ def watch_bytes(model: Stack, mesh: Mesh) -> Callable[[], tuple[list[int], bool]
     runs: list[tuple[EPMoE, Tensor]] = []
     for layer in model.layers:
         layer.register_forward_hook(lambda layer, args, y: runs.append((layer, layer.topk_ids)))
-    before = {name: list(sent) for name, sent in mesh.meter.sent.items()}
+    before = {name: list(sent) for name, sent in mesh.meter.fetch().items()}
 
     def compare() -> tuple[list[int], bool]:
-        nothing = [0] * mesh.meter.size
+        nothing, sent_since = [0] * mesh.meter.size, mesh.meter.fetch()
         counted, predicted = {}, {name: torch.zeros(mesh.ep.size, dtype=torch.int64) for name in PASSES}
         for name in PASSES:
-            pairs = zip(mesh.meter.sent.get(name, nothing), before.get(name, nothing), strict=True)
+            pairs = zip(sent_since.get(name, nothing), before.get(name, nothing), strict=True)
             counted[name] = torch.tensor([now - then for now, then in pairs])[mesh.ep.ranks]
         for layer, topk_ids in list(runs):
             for name, sent in bytes_of_layer(layer, every_ranks_ids(topk_ids, mesh.ep)).items():

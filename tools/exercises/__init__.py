@@ -13,6 +13,8 @@ token, expert and rank. Last it runs every case of tools/parity.py (on_ranks.py)
     def check_mine(answer): ...               a check of a chapter's own: one line for whatever an answer does
 
     play_ranks(4, lambda comm: ...)           ranks that are threads (played.py), for a check that wants many sizes
+
+    play_kernel(my_kernel, grid, ...)         a Triton kernel's programs in PyTorch (programs.py), on any machine
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from tools.exercises.experts import Operations
 from tools.exercises.forward import check_ep_forward
 from tools.exercises.on_ranks import check
 from tools.exercises.played import play_ranks
+from tools.exercises.programs import play_kernel
 from tools.exercises.verdict import NotYet, plain_verdict
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "check_overflow",
     "check_overlap",
     "plain_verdict",
+    "play_kernel",
     "play_ranks",
 ]
 
@@ -44,7 +48,7 @@ __all__ = [
 def check_dispatcher(answer: type, ranks: int = 4, namespace: dict[str, Any] | None = None) -> str:
     """Runs a Dispatcher class on one rank and on `ranks` -> "right", or "not yet: ..." in one line.
 
-    answer(num_experts, comm) makes one, and nothing but its interface is used: any number J of local experts a row,
+    answer(num_experts, comm) makes one, and nothing but its interface is used: any number J of local experts per row,
     rows in any order. namespace: where the class was defined, {"In": [its source]}; the notebook's kernel by default.
     Costs about 6 s.
     """
