@@ -31,7 +31,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "4c1d849f08227058208f43e4ef49cd3dae9907fb56a7a53187cb516ff396dc77"
+SOURCES_SHA256 = "9aec76c049c4422035d75f341e2567353dff6dc2f953bd4dbccddc8883e11c81"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -4496,6 +4496,14 @@ class TrafficOptions(Options):
 
 
 # %% notebooks/10_less_traffic.ipynb #gather-dispatcher
+def known_slots(config: MoEConfig) -> int | None:
+    """Tokens that a rank brings to an exchange at most; None where neither a run nor max_num_tokens says it. A layer
+    that cuts its tokens in parts (chapter 12) brings a part."""
+    known = config.option(TrafficOptions).slot_tokens or config.max_num_tokens
+    parts = getattr(REGISTRIES["overlap"].get(config.overlap), "num_parts", 1)
+    return None if known is None else -(-known // parts)
+
+
 @register("dispatcher", "gather_tokens")
 class GatherTokensDispatcher(Dispatcher):
     """Every token once to every rank, which keeps the choices that are its own; sums come home (chapter 10).
@@ -4513,9 +4521,7 @@ class GatherTokensDispatcher(Dispatcher):
     @classmethod
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "GatherTokensDispatcher":
         """See Dispatcher. As many slots as the run's largest share; without a run max_num_tokens, where it is set."""
-        known = config.option(TrafficOptions).slot_tokens or config.max_num_tokens
-        parts = 1 if config.overlap == "auto" else REGISTRIES["overlap"][config.overlap].num_parts
-        return cls(config.num_experts, comm, None if known is None else -(-known // parts))
+        return cls(config.num_experts, comm, known_slots(config))
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
@@ -5480,9 +5486,7 @@ class PeerDispatcher(Dispatcher):
                 f"dispatcher peer writes into memory of its own machine, and {num_machines + 1} machines share these "
                 "experts; take --dispatcher two_stage, or an --ep-size that fits on one"
             )
-        made = cls(
-            config.num_experts, comm, config.option(TrafficOptions).slot_tokens or config.max_num_tokens
-        )
+        made = cls(config.num_experts, comm, known_slots(config))
         made.records &= config.dtype != "float64"  # which has no kernels
         return made
 
