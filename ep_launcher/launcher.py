@@ -31,7 +31,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "9aec76c049c4422035d75f341e2567353dff6dc2f953bd4dbccddc8883e11c81"
+SOURCES_SHA256 = "4c7bb507259e2cf3788af995e935f87fecf4a1b1ccaa44443271bd816c51455d"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5889,8 +5889,8 @@ def made_ready(folder: Path) -> tuple[int | None, list[str], str]:
 # %% notebooks/15_mesh.ipynb #run-settings
 # May change when a run goes on: how it is computed, watched and saved, and the optimiser's numbers, which are shown.
 FREE_FLAGS = set(
-    "steps log_interval log_dir summary timeout_s plugin step device max_num_tokens dispatcher experts ranks_per_host "
-    "ep_size checkpoint_dir checkpoint_interval keep_checkpoints resume async_checkpoints".split()
+    "steps log_interval log_dir summary timeout_s plugin step device max_num_tokens dispatcher experts overlap "
+    "ranks_per_host ep_size checkpoint_dir checkpoint_interval keep_checkpoints resume async_checkpoints".split()
 )
 SHOWN_FLAGS = {"lr", "aux_alpha", "max_grad_norm"}
 
