@@ -31,7 +31,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "d00a2056c91c79515ed16b57023c9ef384460c58c6a46f0d039e1cd98e6e4bbe"
+SOURCES_SHA256 = "54808219b5332d257e4ad2abe701f9df5e615fcc19cd4173c4b108e8c04a217e"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -4496,6 +4496,14 @@ class TrafficOptions(Options):
 
 
 # %% notebooks/10_less_traffic.ipynb #gather-dispatcher
+def known_slots(config: MoEConfig) -> int | None:
+    """Tokens that a rank brings to an exchange at most; None where neither a run nor max_num_tokens says it. A layer
+    that cuts its tokens in parts (chapter 12) brings a part."""
+    known = config.option(TrafficOptions).slot_tokens or config.max_num_tokens
+    parts = getattr(REGISTRIES["overlap"].get(config.overlap), "num_parts", 1)
+    return None if known is None else -(-known // parts)
+
+
 @register("dispatcher", "gather_tokens")
 class GatherTokensDispatcher(Dispatcher):
     """Every token once to every rank, which keeps the choices that are its own; sums come home (chapter 10).
@@ -4513,9 +4521,7 @@ class GatherTokensDispatcher(Dispatcher):
     @classmethod
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "GatherTokensDispatcher":
         """See Dispatcher. As many slots as the run's largest share; without a run max_num_tokens, where it is set."""
-        known = config.option(TrafficOptions).slot_tokens or config.max_num_tokens
-        parts = 1 if config.overlap == "auto" else REGISTRIES["overlap"][config.overlap].num_parts
-        return cls(config.num_experts, comm, None if known is None else -(-known // parts))
+        return cls(config.num_experts, comm, known_slots(config))
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
@@ -5497,9 +5503,7 @@ class PeerDispatcher(Dispatcher):
                 f"dispatcher peer writes into memory of its own machine, and {num_machines + 1} machines share these "
                 "experts; take --dispatcher two_stage, or an --ep-size that fits on one"
             )
-        made = cls(
-            config.num_experts, comm, config.option(TrafficOptions).slot_tokens or config.max_num_tokens
-        )
+        made = cls(config.num_experts, comm, known_slots(config))
         made.records &= config.dtype != "float64"  # which has no kernels
         return made
 
@@ -5902,8 +5906,8 @@ def made_ready(folder: Path) -> tuple[int | None, list[str], str]:
 # %% notebooks/15_mesh.ipynb #run-settings
 # May change when a run goes on: how it is computed, watched and saved, and the optimiser's numbers, which are shown.
 FREE_FLAGS = set(
-    "steps log_interval log_dir summary timeout_s plugin step device max_num_tokens dispatcher experts ranks_per_host "
-    "ep_size checkpoint_dir checkpoint_interval keep_checkpoints resume async_checkpoints".split()
+    "steps log_interval log_dir summary timeout_s plugin step device max_num_tokens dispatcher experts overlap "
+    "ranks_per_host ep_size checkpoint_dir checkpoint_interval keep_checkpoints resume async_checkpoints".split()
 )
 SHOWN_FLAGS = {"lr", "aux_alpha", "max_grad_norm"}
 
