@@ -28,7 +28,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/15_mesh.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "2dc0f7d1dfb02bdeefbca4efee4cb3487da92f27ee94dd1417e5efba447f61e1"
+SOURCES_SHA256 = "3a7b4d53b189f41dd5a37dec0e64a179cd1fa1295b27441c7b4a8b95854020b5"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2085,7 +2085,9 @@ def load_plugin(argv: list[str] | None) -> None:
     try:
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the plugin {path} ({error}); --plugin names a Python file") from None
+        raise ValueError(
+            f"cannot read the plugin {str(path)!r} ({error}); --plugin names a Python file"
+        ) from None
     sys.path.append(str(LAUNCHER_DIR.parent))  # for `from ep_launcher import ...`
     plugin = sys.modules["plugin"] = type(sys)("plugin")  # where dataclasses look their module up
     plugin.__file__ = str(path)
@@ -4086,13 +4088,19 @@ class RoutingOptions(Options):
         check_routing(self, config)
 
     def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
-        """ValueError where a setting would do nothing: a bias's speed without the bias, a weight that is multiplied by
-        0, a length without its loss."""
+        """ValueError where a setting would do nothing: a bias's speed without the bias, a weight without a loss or of
+        one that is multiplied by 0, a length without its loss."""
         usual, has_bias = RoutingOptions(), issubclass(REGISTRIES["balance"][config.balance], BiasBalance)
         if self.bias_speed != usual.bias_speed and not has_bias:
             raise ValueError(f"bias_speed {self.bias_speed} does nothing without a bias; take --balance bias")
+        weight, balance = training.aux_alpha, config.balance
+        has_loss = REGISTRIES["balance"][balance] not in (NoBalance, BiasBalance)
+        if weight not in (0, TrainingOptions().aux_alpha) and not (
+            has_loss or self.z_alpha or self.sequence_alpha
+        ):
+            raise ValueError(f"aux_alpha {weight} does nothing with balance {balance}; take --balance aux")
         for name in ("z_alpha", "sequence_alpha"):
-            if (value := getattr(self, name)) and not training.aux_alpha:
+            if (value := getattr(self, name)) and not weight:
                 raise ValueError(f"{name} {value} does nothing with aux_alpha 0; raise --aux-alpha")
         if self.sequence_length != usual.sequence_length and not self.sequence_alpha:
             raise ValueError(
