@@ -25,10 +25,13 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/08_capacity.ipynb
 #   notebooks/09_balance.ipynb
 #   notebooks/10_less_traffic.ipynb
+#   notebooks/11_peer_memory.ipynb
+#   notebooks/12_overlap.ipynb
 #   notebooks/15_mesh.ipynb
+#   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "29b5df13345a52fadfddd48677ed612e986d7e01ecb471dfab0c0aebd47d9266"
+SOURCES_SHA256 = "50f01585171b531548275ca4867fd236480472b3b9200de714137437cf545916"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -125,12 +128,15 @@ class TrafficMeter:
 
     sent: {purpose: bytes by destination, a list with a place for every rank of the job}. A rank's message to
     itself costs nothing. num_collectives: how many it has entered, which names the straggler when a run hangs.
+    under_way: the exchanges that have begun and not ended, by their numbers (chapter 12).
     """
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.sent: dict[str, list[int]] = {}
         self.num_collectives = 0
+        self.on_device: list[tuple[str, list[int], Tensor]] = []  # what kernels count (chapter 11)
+        self.under_way: dict[int, Any] = {}
 
     def record(self, purpose: str, bytes_by_destination: list[int], ranks: list[int] | None = None) -> None:
         """Adds one collective's bytes to each destination, the rank's own share left out.
@@ -142,14 +148,74 @@ class TrafficMeter:
             if destination != self.rank:
                 totals[destination] += num_bytes
 
+    def fetch(self) -> dict[str, list[int]]:
+        """sent, with what kernels have counted since the last call: a host synchronisation where there are any."""
+        for purpose, ranks, counted in self.on_device:
+            self.record(purpose, counted.tolist(), ranks)
+            counted.zero_()
+        return self.sent
+
     def total(self, *purposes: str) -> int:
         """Bytes sent for these purposes so far, to all other ranks together."""
+        self.fetch()
         return sum(sum(self.sent.get(purpose, ())) for purpose in purposes)
+
+    def check_ended(self) -> None:
+        """RuntimeError where an exchange has begun and nobody has ended it; it says where."""
+        for pending in self.under_way.values():
+            path, line = pending.begun_at
+            with contextlib.suppress(OSError, KeyError):  # a stitched program knows its cells
+                markers = globals()["read_cell_markers"](path)
+                path, _, line = (globals()["locate_cell"](markers, line) or f"{path}:{line}").rpartition(":")
+            raise RuntimeError(
+                f"rank {self.rank}: the exchange begun at {path}:{line} was never ended; give what begin_dispatch "
+                "or begin_combine returned to end_dispatch or end_combine"
+            )
 
 
 # %% notebooks/01_parallelism.ipynb #collective-error
 class CollectiveError(RuntimeError):
     """A collective failed on this rank: another rank died, stayed away too long, or sent another size."""
+
+
+# %% notebooks/01_parallelism.ipynb #pending
+@contextlib.contextmanager
+def as_collective_error(rank: int, number: int) -> Iterator[None]:
+    """A library's failure inside becomes a CollectiveError that names rank and collective."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CollectiveError(f"rank {rank}, collective {number}: {reason}") from error
+
+
+class Pending:
+    """An exchange that this rank has begun, and the tensor [n, ...] that it brings; there already where work is None.
+
+    Until `wait` the library holds what is sent and what comes, and nobody else may touch them.
+    """
+
+    def __init__(self, rows: Tensor, meter: TrafficMeter, work: Any = None) -> None:
+        self.rows, self.meter, self.work, self.number = rows, meter, work, meter.num_collectives
+        if work is not None:
+            self.begun_at, frame = None, sys._getframe(1)
+            while frame:  # whoever called begin_dispatch, or another method that begins
+                if frame.f_code.co_name.startswith("begin_"):
+                    self.begun_at = frame.f_back.f_code.co_filename, frame.f_back.f_lineno
+                frame = frame.f_back
+            meter.under_way[self.number] = self
+            if len(meter.under_way) > 256:
+                meter.check_ended()
+
+    def wait(self) -> Tensor:
+        """The rows, once they are there. Of a CPU this rank waits; of a GPU its stream does, and the host goes on.
+        CollectiveError where another rank died, or stayed away too long."""
+        if self.work is not None:
+            del self.meter.under_way[self.number]
+            work, self.work = self.work, None
+            with as_collective_error(self.meter.rank, self.number):
+                work.wait()
+        return self.rows
 
 
 # %% notebooks/01_parallelism.ipynb #communicator
@@ -193,12 +259,8 @@ class Communicator:
     def entering(self) -> Iterator[None]:
         """Counts a collective; a failure inside becomes a CollectiveError that names rank and number."""
         self.meter.num_collectives += 1
-        try:
+        with as_collective_error(self.meter.rank, self.meter.num_collectives):
             yield
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            place = f"rank {self.meter.rank}, collective {self.meter.num_collectives}"
-            raise CollectiveError(f"{place}: {reason}") from error
 
     def all_gather(self, x: Tensor, purpose: str) -> Tensor:
         """x [n, ...], the same shape on all ranks -> [W, n, ...]. Sends x to each of W - 1 ranks. No gradient."""
@@ -212,21 +274,27 @@ class Communicator:
             gather(out.flatten(0, 1), x.contiguous(), group=self.group)
         return out
 
+    def begin_all_to_all(
+        self, x: Tensor, input_splits: list[int], output_splits: list[int], purpose: str, wait: bool = False
+    ) -> Pending:
+        """Sends the j-th piece of x [n, ...] to rank j; the result's wait() gives [sum(output_splits), ...], by source.
+
+        input_splits[j]: rows for rank j; output_splits[i]: rows from rank i; W ints each. wait: at once. No gradient.
+        """
+        if self.size == 1:
+            return Pending(x, self.meter)
+        row_bytes = x.element_size() * math.prod(x.shape[1:])
+        self.meter.record(purpose, [rows * row_bytes for rows in input_splits], self.ranks)
+        out, splits = x.new_empty(sum(output_splits), *x.shape[1:]), (output_splits, input_splits)
+        with self.entering():
+            work = dist.all_to_all_single(out, x.contiguous(), *splits, group=self.group, async_op=not wait)
+        return Pending(out, self.meter, work)
+
     def all_to_all(
         self, x: Tensor, input_splits: list[int], output_splits: list[int], purpose: str
     ) -> Tensor:
-        """Sends the j-th piece of x [n, ...] to rank j; receives [sum(output_splits), ...], sorted by source.
-
-        input_splits[j]: rows for rank j; output_splits[i]: rows from rank i; W ints each. No gradient.
-        """
-        if self.size == 1:
-            return x
-        row_bytes = x.element_size() * math.prod(x.shape[1:])
-        self.meter.record(purpose, [rows * row_bytes for rows in input_splits], self.ranks)
-        out = x.new_empty(sum(output_splits), *x.shape[1:])
-        with self.entering():
-            dist.all_to_all_single(out, x.contiguous(), output_splits, input_splits, group=self.group)
-        return out
+        """The same, waited for -> [sum(output_splits), ...]."""
+        return self.begin_all_to_all(x, input_splits, output_splits, purpose, wait=True).wait()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in place. Not metered: its route is the library's own choice."""
@@ -397,6 +465,7 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "model": {},
     "task": {},
     "step": {},
+    "overlap": {},
 }
 OPTION_GROUPS: list[type] = []
 G = TypeVar("G")
@@ -442,6 +511,7 @@ class MoEConfig(LayerSizes):
     experts: how the local experts are computed; auto takes the fastest for the device
     balance: what keeps the experts' load even
     activation: the nonlinearity inside an expert
+    overlap: what is computed while rows travel
     """
 
     num_shared_experts: int = 0
@@ -450,6 +520,7 @@ class MoEConfig(LayerSizes):
     experts: str = "auto"
     balance: str = "aux"
     activation: str = "gelu"
+    overlap: str = "none"
     router_bias: bool = field(default=True, metadata={"flag": False})
     extras: tuple = field(default=(), metadata={"flag": False})  # option groups of later chapters
 
@@ -481,10 +552,10 @@ class Arrived:
     """What a dispatcher brought to this rank: rows, and for each row its choices among the local experts.
 
     x: [R, D], in any order. topk_ids: int64 [R, J], numbers of LOCAL experts, 0 to L - 1; -1 for none. A row
-    without experts may hold anything. topk_weights: [R, J], float32 or wider. handle: combine's. Where somebody
-    knows them besides: counts_on_host, the rows of each local expert, L ints; rows_per_expert, where rows
-    lie in blocks of one size, one an expert (J = 1, and a row that nobody filled has weight 0); max_pairs, how many
-    (row, expert) pairs there are at most.
+    without experts may hold anything. topk_weights: [R, J], float32 or wider. handle: combine's. And where they are
+    known: counts_on_host, the rows of each local expert, L ints; rows_per_expert, where rows lie in blocks of one
+    size, a block for each expert (J = 1, and an empty row has weight 0); max_pairs, the most (row, expert) pairs that
+    there can be.
     """
 
     x: Tensor
@@ -625,7 +696,7 @@ class AllGatherHandle:
 def dispatch_all_gather(
     x: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_local_experts: int, comm: Communicator
 ) -> Arrived:
-    """x [T, D], topk_ids, topk_weights [T, K] -> Arrived: the rows for this rank's experts, one choice a row.
+    """x [T, D], topk_ids, topk_weights [T, K] -> Arrived: the rows for this rank's experts, one choice per row.
 
     Gathers everything, the weights in a message of their own, and keeps what is for this rank: W times the bytes
     that are needed.
@@ -869,10 +940,10 @@ class Experts(nn.Module):
 # %% notebooks/03_experts.ipynb #experts-loop
 @register("experts", "loop")
 class LoopExperts(Experts):
-    """One expert after the other: two matrix products each, 4 * R * D * F operations a forward pass in all."""
+    """One expert after the other: two matrix products each, 4 * R * D * F operations per forward pass in all."""
 
     def forward(self, arrived: Arrived) -> Tensor:
-        """See Experts. A host synchronisation an expert, for the numbers of its rows.
+        """See Experts. A host synchronisation per expert, for the numbers of its rows.
 
         An expert without rows runs on an empty block, so that its gradient is zero and not missing.
         """
@@ -912,11 +983,20 @@ class SharedExperts(nn.Module):
         """Draws the numbers anew, in place, from the seed."""
         self.expert.reset_parameters()
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """The first half of forward: x [T, D] -> [T, N * F]."""
+        w1, b1, _, _, w3, b3 = (None if p is None else p[0] for p in self.expert.in_dtype(x.dtype))
+        up = None if w3 is None else affine(x, w3, b3)
+        return self.expert.activation.apply(affine(x, w1, b1), up)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """The second half: [T, N * F] -> [T, D]."""
+        _, _, w2, b2, _, _ = (None if p is None else p[0] for p in self.expert.in_dtype(hidden.dtype))
+        return affine(hidden, w2, b2)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D]. 4 * T * D * N * F operations, 6 if gated; nothing is sent."""
-        w1, b1, w2, b2, w3, b3 = (None if p is None else p[0] for p in self.expert.in_dtype(x.dtype))
-        up = None if w3 is None else affine(x, w3, b3)
-        return affine(self.expert.activation.apply(affine(x, w1, b1), up), w2, b2)
+        return self.output(self.hidden(x))
 
 
 # %% notebooks/03_experts.ipynb #count-choices
@@ -1006,6 +1086,80 @@ def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int 
     return best if name == "auto" else name
 
 
+# %% notebooks/03_experts.ipynb #ep-moe
+class EPMoE(nn.Module):
+    """A mixture-of-experts layer whose experts are shared out over the ranks of mesh.ep.
+
+    Gradients follow one rule: every rank's loss is its share of the global loss, and a parameter's gradient is
+    the sum over the ranks that hold a copy of it (`sync_gradients`). Nothing is divided by W anywhere.
+    seed: of the parameters; no default, since layers of one seed are equal. mesh: where None, init_ep().
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        mesh: Mesh | None = None,
+        *,
+        seed: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.mesh = config, mesh or init_ep()
+        device = torch.get_default_device() if device is None else torch.device(device)
+        self.took = {
+            kind: pick(kind, config, device, self.mesh.ep.size) for kind in ("dispatcher", "experts")
+        }
+        dispatcher, experts = (REGISTRIES[kind][name] for kind, name in self.took.items())
+        self.router = REGISTRIES["router"][config.router](config, seed, device)
+        self.balance = REGISTRIES["balance"][config.balance](config, self.mesh.batch, device)
+        self.dispatcher = dispatcher.for_layer(config, self.mesh.ep)
+        self.experts = experts(config, self.mesh.ep, seed, device)
+        self.shared = SharedExperts(config, seed, device) if config.num_shared_experts else None
+        self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
+        self.aux_shares, self.recorded_aux = AuxShares(), True
+        self.run = kept_from_compiler(type(self).forward_tokens, self.mesh.ep.size)
+        self.overlap = REGISTRIES["overlap"][pick("overlap", config, device, self.mesh.ep.size)]
+        self.overlap.check(self)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, in place, from the seed: after `to_empty` has moved them off the meta device."""
+        for part in (self.router, self.experts, self.balance, self.shared):
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> y [..., D]. What the balance adds to the loss waits for `aux_loss`.
+
+        The number of tokens may differ from rank to rank, and be 0. Under autocast the experts compute in its
+        dtype, and the router in float32 as ever. ValueError where x does not fit the config.
+        """
+        check_tokens(x, self.config)
+        refuse_wrappers(self)
+        kind = x.device.type
+        if x.is_meta or not torch.is_autocast_enabled(kind):
+            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+
+    def route(self, x: Tensor) -> Routing:
+        """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
+        routing = self.router(x, self.balance.choice_bias)
+        if self.training:
+            aux = self.balance(routing)
+            for added_loss in self.config.hooks("added_loss"):
+                aux = aux + added_loss(routing, self.config, self.mesh.batch)
+            keep_share(self, aux, routing)
+        for after_routing in self.config.hooks("after_routing"):
+            routing = after_routing(routing, self.config, self.mesh.batch)
+        self.topk_ids, self.probs = routing.topk_ids, routing.probs.detach()
+        return routing
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """x [T, D] -> y [T, D]."""
+        return self.overlap.forward(self, x, self.route(x))
+
+
 # %% notebooks/03_experts.ipynb #options
 class Options:
     """What the option groups of later chapters inherit: the hooks by which they take part. Each does nothing here.
@@ -1085,12 +1239,12 @@ def is_recomputing() -> bool:
 
 # %% notebooks/03_experts.ipynb #aux-shares
 class AuxShares(list):
-    """The aux losses of a layer's training forwards that nobody has asked for yet. Copies start empty."""
+    """The aux losses of a layer's training forwards that have not been asked for yet. Copies start empty."""
 
     limit = 1024
 
     def add(self, share: Tensor) -> None:
-        """RuntimeError where they pile up, each with its graph: somebody forgot them. Others are added up."""
+        """RuntimeError where they pile up, each with its graph: they were forgotten. Others are added up."""
         if len(self) >= self.limit and not any(kept.requires_grad for kept in self):
             self[:] = [torch.stack(list(self)).sum()]
         if len(self) >= self.limit:
@@ -1119,80 +1273,28 @@ def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
         raise RuntimeError("a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)")
 
 
-# %% notebooks/03_experts.ipynb #ep-moe
-class EPMoE(nn.Module):
-    """A mixture-of-experts layer whose experts are shared out over the ranks of mesh.ep.
+# %% notebooks/03_experts.ipynb #in-order
+@register("overlap", "none")
+class InOrder:
+    """The plain order: rows are waited for as soon as they are sent. The others inherit from it (chapter 12)."""
 
-    Gradients follow one rule: every rank's loss is its share of the global loss, and a parameter's gradient is
-    the sum over the ranks that hold a copy of it (`sync_gradients`). Nothing is divided by W anywhere.
-    seed: of the parameters; no default, since layers of one seed are equal. mesh: where None, init_ep().
-    """
+    num_parts = 1  # into which the tokens are cut, each with an exchange of its own
 
-    def __init__(
-        self,
-        config: MoEConfig,
-        mesh: Mesh | None = None,
-        *,
-        seed: int,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.config, self.mesh = config, mesh or init_ep()
-        device = torch.get_default_device() if device is None else torch.device(device)
-        self.took = {
-            kind: pick(kind, config, device, self.mesh.ep.size) for kind in ("dispatcher", "experts")
-        }
-        dispatcher, experts = (REGISTRIES[kind][name] for kind, name in self.took.items())
-        self.router = REGISTRIES["router"][config.router](config, seed, device)
-        self.balance = REGISTRIES["balance"][config.balance](config, self.mesh.batch, device)
-        self.dispatcher = dispatcher.for_layer(config, self.mesh.ep)
-        self.experts = experts(config, self.mesh.ep, seed, device)
-        self.shared = SharedExperts(config, seed, device) if config.num_shared_experts else None
-        self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
-        self.aux_shares, self.recorded_aux = AuxShares(), True
-        self.run = kept_from_compiler(type(self).forward_tokens, self.mesh.ep.size)
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """How much `auto` likes it."""
+        return 1
 
-    def reset_parameters(self) -> None:
-        """Draws all parameters anew, in place, from the seed: after `to_empty` has moved them off the meta device."""
-        for part in (self.router, self.experts, self.balance, self.shared):
-            if hasattr(part, "reset_parameters"):
-                part.reset_parameters()
+    @staticmethod
+    def check(layer: Any) -> None:
+        """CannotRun where it does not fit the layer."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> y [..., D]. What the balance adds to the loss waits for `aux_loss`.
-
-        The number of tokens may differ from rank to rank, and be 0. Under autocast the experts compute in its
-        dtype, and the router in float32 as ever. ValueError where x does not fit the config.
-        """
-        check_tokens(x, self.config)
-        refuse_wrappers(self)
-        kind = x.device.type
-        if x.is_meta or not torch.is_autocast_enabled(kind):
-            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
-        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
-            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
-
-    def route(self, x: Tensor) -> Routing:
-        """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
-        routing = self.router(x, self.balance.choice_bias)
-        if self.training:
-            aux = self.balance(routing)
-            for added_loss in self.config.hooks("added_loss"):
-                aux = aux + added_loss(routing, self.config, self.mesh.batch)
-            keep_share(self, aux, routing)
-        for after_routing in self.config.hooks("after_routing"):
-            routing = after_routing(routing, self.config, self.mesh.batch)
-        self.topk_ids, self.probs = routing.topk_ids, routing.probs.detach()
-        return routing
-
-    def forward_tokens(self, x: Tensor) -> Tensor:
-        """x [T, D] -> y [T, D]."""
-        routing = self.route(x)
-        pending = self.dispatcher.begin_dispatch(x, routing.topk_ids, routing.topk_weights)
-        arrived = self.dispatcher.end_dispatch(pending)
-        y = self.dispatcher.combine(self.experts(arrived), arrived.handle)
-        return y if self.shared is None else y + self.shared(x)
+    @staticmethod
+    def forward(layer: Any, x: Tensor, routing: Routing) -> Tensor:
+        """x [T, D] of this rank and where they go -> y [T, D]."""
+        arrived = layer.dispatcher.dispatch(x, routing.topk_ids, routing.topk_weights)
+        y = layer.dispatcher.combine(layer.experts(arrived), arrived.handle)
+        return y if layer.shared is None else y + layer.shared(x)
 
 
 # %% notebooks/03_experts.ipynb #of-a-model
@@ -1279,6 +1381,7 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
     """
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise RuntimeError("the model is in DistributedDataParallel, which overwrites experts; take it out")
+    mesh.meter.check_ended()
     local = {id(p): p for p in expert_parameters(model) if p.requires_grad}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in local]
     for parameter in [*local.values(), *others]:
@@ -1582,15 +1685,24 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
 
 
 # %% notebooks/04_training.ipynb #step-timer
+import itertools
+from collections import deque
+
+
 class StepTimer:
-    """Milliseconds between marks, without stopping the device: CUDA events on a GPU, the clock on a CPU."""
+    """Milliseconds between marks, without stopping the device: CUDA events on a GPU, the clock on a CPU.
+
+    marks: the newest 4,000; num_marks: all that there were.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.marks: list[Any] = []
+        self.marks: deque[Any] = deque(maxlen=4_000)
+        self.num_marks = 0
 
     def mark(self) -> None:
         """Ends one interval and begins the next."""
+        self.num_marks += 1
         if self.on_gpu:
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
@@ -1601,57 +1713,23 @@ class StepTimer:
         """The median interval, the first tenth left out; 0 where there is none. Waits for the device."""
         if self.on_gpu:
             torch.cuda.synchronize()
-        pairs = list(zip(self.marks[:-1], self.marks[1:], strict=True))
+        pairs = list(itertools.pairwise(self.marks))
         pairs = pairs[int(len(pairs) * skip_fraction) :]
         if not pairs:
             return 0.0
         return statistics.median(a.elapsed_time(b) if self.on_gpu else (b - a) * 1e3 for a, b in pairs)
 
 
-# %% notebooks/04_training.ipynb #step-notes
-class StepNotes:
-    """The file that `launch` names in EP_STEPS: room for one warning, then 8 bytes per rank, the steps it has done.
-
-    It has its full size from the beginning, so a full disk takes nothing from it. Without EP_STEPS nothing is noted.
-    """
-
-    WARNING_BYTES = 512
-
-    def __init__(self) -> None:
-        path = os.environ.get("EP_STEPS")
-        self.file = os.open(path, os.O_RDWR) if path else None
-
-    def place(self, rank: int) -> int:
-        """Where a rank's number stands."""
-        return self.WARNING_BYTES + 8 * rank
-
-    def note(self, rank: int, steps: int) -> None:
-        """This rank has done so many steps. Costs about 1 us."""
-        if self.file is not None:
-            os.pwrite(self.file, steps.to_bytes(8, "little"), self.place(rank))
-
-    def steps(self, rank: int) -> int:
-        """The steps that a rank of this machine has done; 0 where nobody noted them."""
-        return 0 if self.file is None else int.from_bytes(os.pread(self.file, 8, self.place(rank)), "little")
-
-    def warn(self, line: str) -> None:
-        """One line to whoever started the run: through the file, else on stderr."""
-        if self.file is not None:
-            os.pwrite(self.file, line.encode()[: self.WARNING_BYTES], 0)
-        else:
-            with contextlib.suppress(OSError):
-                print(line, file=sys.stderr, flush=True)
-
-
 # %% notebooks/04_training.ipynb #run-log
 class RunLog:
     """What rank 0 writes: the log lines (screen and train.log), TensorBoard, the progress bar. Others: nothing.
 
-    ValueError where log_dir cannot be written. What cannot be written later costs one warning, and the run goes on.
+    notes: what else is told of steps and of a warning (chapter 05's StepNotes). ValueError where log_dir cannot
+    be written. What cannot be written later costs one warning, and the run goes on.
     """
 
-    def __init__(self, log_dir: Path, num_steps: int, rank: int) -> None:
-        self.log_dir, self.rank, self.notes = log_dir, rank, StepNotes()
+    def __init__(self, log_dir: Path, num_steps: int, rank: int, notes: Any = None) -> None:
+        self.log_dir, self.rank, self.notes = log_dir, rank, notes
         self.writer, self.bar, self.has_warned = None, None, True  # until all stands, no warning
         if rank != 0:
             return
@@ -1689,12 +1767,15 @@ class RunLog:
             self.has_warned, disk = True, path.absolute()
             while not disk.is_mount():
                 disk = disk.parent
-            said = f"cannot write to {path}, on the disk of {disk} ({error.strerror})"
-            self.notes.warn(f"warning: {said}; the training goes on")
+            line = f"warning: cannot write to {path}, on the disk of {disk} ({error.strerror}); the training goes on"
+            if not (self.notes and self.notes.warn(line)):
+                with contextlib.suppress(OSError):
+                    print(line, file=sys.stderr, flush=True)
 
     def advance(self, step: int) -> None:
         """This step is done."""
-        self.notes.note(self.rank, step + 1)
+        if self.notes:
+            self.notes.note(self.rank, step + 1)
         if self.bar:
             self.bar.update()
 
@@ -1725,7 +1806,7 @@ class RunLog:
 
 # %% notebooks/04_training.ipynb #load-history
 class LoadHistory:
-    """Choices per layer and expert, a row a log interval, over all ranks: for TensorBoard and the summary."""
+    """Choices per layer and expert, a row per log interval, over all ranks: for TensorBoard and the summary."""
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device | str = "cpu") -> None:
         # int64: float32 stops counting at 2^24. The last column counts choices not sent.
@@ -1738,13 +1819,13 @@ class LoadHistory:
         self.interval[layer].scatter_add_(0, place, torch.ones_like(place))
 
     def end_interval(self, batch: Communicator) -> None:
-        """Sums the interval over the ranks and begins the next. One all-reduce of E + 1 numbers a layer."""
+        """Sums the interval over the ranks and begins the next. One all-reduce of E + 1 numbers per layer."""
         self.rows.append(batch.all_reduce(self.interval.clone()).cpu())
         self.interval.zero_()
 
     def newest(self, least_choices: int = 6400) -> tuple[float, float]:
         """(largest load over mean load of any layer, fraction of choices not sent) in the newest intervals that hold
-        least_choices a layer together, or in all intervals where there are fewer. 0 where there is nothing."""
+        least_choices per layer together, or in all intervals where there are fewer. 0 where there is nothing."""
         total = torch.zeros_like(self.rows[-1])
         for row in reversed(self.rows):
             total += row
@@ -1779,17 +1860,26 @@ def every_ranks_ids(topk_ids: Tensor, comm: Communicator) -> list[Tensor]:
     return [block[:length] for block, length in zip(gathered, lengths, strict=True)]
 
 
+def bytes_of_layer(layer: EPMoE, topk_ids: list[Tensor], x_needs_grad: bool = True) -> dict[str, Tensor]:
+    """Every rank's topk_ids -> the dispatcher's prediction, {pass: bytes [W, W]}, summed over the parts into which the
+    layer cuts its tokens (chapter 12; mostly one)."""
+    cut = [ids.tensor_split(layer.overlap.num_parts) for ids in topk_ids]
+    rest = layer.config.hidden_dim, DTYPES[layer.config.dtype], x_needs_grad
+    parts = [layer.dispatcher.predict_bytes(list(ids), *rest) for ids in zip(*cut, strict=True)]
+    return {name: sum(part[name] for part in parts) for name in PASSES}
+
+
 def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, int]:
     """Bytes that the last step's forward and backward send over all ranks, by pass, from topk_ids alone.
 
-    Summed over the layers. x_needs_grad: of the first layer, whose tokens are a batch's as a rule; what comes to the
-    others was computed. Collective: every rank enters.
+    Summed over the layers. x_needs_grad: of the first layer, whose tokens are a batch's, unless the model says
+    tokens_are_computed; what comes to the others was computed. Collective: every rank enters.
     """
+    x_needs_grad = x_needs_grad or getattr(model, "tokens_are_computed", False)
     totals = dict.fromkeys(PASSES, 0)
     for number, layer in enumerate(moe_layers(model)):
-        ids, config = every_ranks_ids(layer.topk_ids, layer.mesh.ep), layer.config
-        arguments = ids, config.hidden_dim, DTYPES[config.dtype], x_needs_grad or number > 0
-        for name, sent in layer.dispatcher.predict_bytes(*arguments).items():
+        ids = every_ranks_ids(layer.topk_ids, layer.mesh.ep)
+        for name, sent in bytes_of_layer(layer, ids, x_needs_grad or number > 0).items():
             own = int(sent[layer.mesh.ep.rank].sum())
             totals[name] += sum_over_ranks(own, layer.mesh.batch, layer.topk_ids.device)
     return totals
@@ -1873,9 +1963,10 @@ class Record:
         self.bytes_before = 0
 
     def begin_step(self) -> None:
-        """Reads the meter; a step's bytes are the difference."""
+        """Reads the meter before the last step, whose bytes are the difference to the end."""
         self.timer.mark()
-        self.bytes_before = self.run.mesh.meter.total(*PASSES)
+        if self.run.step == self.run.options.steps - 1:
+            self.bytes_before = self.run.mesh.meter.total(*PASSES)
 
     def end_step(self, step: int, losses: Tensor) -> None:
         """Takes the global losses [2] of this step, logs them where it is time, stops at NaN."""
@@ -1911,7 +2002,7 @@ def measured_summary(record: Record) -> dict[str, Any]:
     run, batch, meter = record.run, record.run.mesh.batch, record.run.mesh.meter
     record.timer.mark()
     sent = meter.total(*PASSES) - record.bytes_before
-    metadata = meter.total("metadata") // (len(record.timer.marks) - 1)  # steps of this process
+    metadata = meter.total("metadata") // (record.timer.num_marks - 1)  # steps of this process
     record.history.end_interval(batch)
     if run.log.writer:
         run.log.show("image", run.options.steps, load__over_time=record.history.image())
@@ -1970,7 +2061,8 @@ def pick_step(run: Run, model: nn.Module) -> str:
 
 @dataclass
 class Training:
-    """What a run holds while it trains, for the hooks of option groups; notes: what they keep from step to step."""
+    """What a run holds while it trains, for the hooks of option groups; notes: what they keep from step to step;
+    notes["summary"] is added to the summary."""
 
     run: Run
     model: nn.Module
@@ -1998,10 +2090,10 @@ def train(run: Run) -> dict[str, Any]:
     run.log.write(f"{names}, world size {mesh.batch.size}{shared}")
     record = Record(run, model)
     training = Training(run, model, task, optimizer, record)
-    for begin in run.config.hooks("begin"):
-        begin(training)
-    begin_log(run.log, run.step)
     try:
+        for begin in run.config.hooks("begin"):
+            begin(training)
+        begin_log(run.log, run.step)
         for step in range(run.step, options.steps):
             run.step = step
             record.begin_step()
@@ -2011,7 +2103,7 @@ def train(run: Run) -> dict[str, Any]:
     finally:
         for leave in run.config.hooks("leave"):
             leave(training)
-    return measured_summary(record) | {"took": took}
+    return measured_summary(record) | {"took": took} | training.notes.get("summary", {})
 
 
 # ==========================================================================================================
@@ -2180,7 +2272,7 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     share = shard_sizes(num_tokens, world_size)[0]
     if config.max_num_tokens is not None and share > config.max_num_tokens:
         raise ValueError(
-            f"{num_tokens} tokens over {world_size} ranks are up to {share} a rank, above max_num_tokens "
+            f"{num_tokens} tokens over {world_size} ranks are up to {share} per rank, above max_num_tokens "
             f"{config.max_num_tokens}; lower --tokens or raise --max-num-tokens"
         )
     if options.summary and rank == 0:
@@ -2196,9 +2288,14 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
 
 # %% notebooks/05_launch.ipynb #refuse
 def refuse(message: str) -> int:
-    """Prints one line, once a host, and returns the exit code 2. The other ranks wait for torchrun to end them."""
+    """Prints one line, once a host, and returns the exit code 2. The other ranks wait for torchrun to end them.
+
+    A torchrun that would try again is ended: what was refused once would be refused again, or no longer noticed.
+    """
     if world_from_env()[2] == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+            end_torchrun()
     else:
         time.sleep(20)
     return 2
@@ -2292,6 +2389,39 @@ def silent_machines(silent: tuple[int, ...], size: int, ranks_per_machine: int) 
             names = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {first}"
             lines.append(f"machine {machine} of {size // ranks_per_machine} ({names}) is not heard any more")
     return "; ".join(lines)
+
+
+# %% notebooks/05_launch.ipynb #step-notes
+class StepNotes:
+    """The file that `launch` names in EP_STEPS: room for one warning, then 8 bytes per rank, the steps it has done.
+
+    It has its full size from the beginning, so a full disk takes nothing from it. Without EP_STEPS nothing is noted.
+    """
+
+    WARNING_BYTES = 512
+
+    def __init__(self) -> None:
+        path = os.environ.get("EP_STEPS")
+        self.file = os.open(path, os.O_RDWR) if path else None
+
+    def place(self, rank: int) -> int:
+        """Where a rank's number stands."""
+        return self.WARNING_BYTES + 8 * rank
+
+    def note(self, rank: int, steps: int) -> None:
+        """This rank has done so many steps. Costs about 1 us."""
+        if self.file is not None:
+            os.pwrite(self.file, steps.to_bytes(8, "little"), self.place(rank))
+
+    def steps(self, rank: int) -> int:
+        """The steps that a rank of this machine has done; 0 where nobody noted them."""
+        return 0 if self.file is None else int.from_bytes(os.pread(self.file, 8, self.place(rank)), "little")
+
+    def warn(self, line: str) -> bool:
+        """One line to whoever started the run -> whether there is such a file to write it to."""
+        if self.file is not None:
+            os.pwrite(self.file, line.encode()[: self.WARNING_BYTES], 0)
+        return self.file is not None
 
 
 # %% notebooks/05_launch.ipynb #heartbeat
@@ -2441,7 +2571,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     rank = world_from_env()[0]
     try:
         log_dir = Path(options.log_dir or (make_log_dir() if rank == 0 else ""))
-        log = RunLog(log_dir, options.steps, rank)
+        log = RunLog(log_dir, options.steps, rank, StepNotes())
     except (ValueError, OSError) as error:
         return refuse(str(error))
     if device.type == "cpu":
@@ -2457,7 +2587,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
         code = write_summary(run, measured, log_dir)
         log.write(
             f"task loss {measured['final_task_loss']:.6f} after {options.steps} steps on {run.mesh.batch.size} "
-            f"{device.type} rank(s), {measured['ms_per_step']:.2f} ms a step"
+            f"{device.type} rank(s), {measured['ms_per_step']:.2f} ms per step"
         )
         log.write(f"logs in {relative_to_root(log_dir)}; to look at them: make tensorboard")
         return code
@@ -3295,7 +3425,7 @@ class ExchangePlan:
 
 
 def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[], ExchangePlan]:
-    """counts int64 [E], this rank's rows an expert -> a function that waits and returns the plan.
+    """counts int64 [E], this rank's rows per expert -> a function that waits and returns the plan.
 
     One message of L numbers to each rank, L + 3 where seals are on, and one copy to the host, which that function waits
     for; it raises CollectiveError where a seal is broken.
@@ -3346,64 +3476,126 @@ def get_riders(packed: Tensor, hidden_dim: int, num_weights: int = 1) -> Tensor:
     return packed[:, hidden_dim:last].clone(memory_format=torch.contiguous_format).view(wide)
 
 
+# %% notebooks/07_exact_all_to_all.ipynb #flight
+class Flight:
+    """One exchange of rows, between the node that begins it and the node that ends it; backward takes it the other way.
+
+    splits: (rows to each rank, rows from each rank) of the way there. purpose: the meter's, of the way there.
+    """
+
+    def __init__(self, comm: Communicator, splits: tuple[list[int], list[int]], purpose: str) -> None:
+        self.comm, self.splits, self.purpose = comm, splits, purpose
+        self.under_way: list[Pending | None] | None = None
+
+    def send(self, *messages: Tensor | None, is_backward: bool = False) -> None:
+        """Begins to exchange tensors [n, ...], a message each; None is no message. No host synchronisation."""
+        splits = self.splits[::-1] if is_backward else self.splits
+        purpose = self.purpose + " backward" * is_backward
+        begin = self.comm.begin_all_to_all
+        self.under_way = [m if m is None else begin(m, *splits, purpose) for m in messages]
+
+    def land(self) -> list[Tensor | None]:
+        """What came, for each message. RuntimeError where nothing is under way: it was ended before."""
+        if self.under_way is None:
+            raise RuntimeError(f"the {self.purpose} has ended already; end it once, with what begin returned")
+        under_way, self.under_way = self.under_way, None
+        return [pending if pending is None else pending.wait() for pending in under_way]
+
+
 # %% notebooks/07_exact_all_to_all.ipynb #send-rows
 class SendRows(torch.autograd.Function):
-    """x [T, D], topk_weights [T, K] -> rows [R, D] and weights [R, 1] that arrive here, each weight behind its row.
+    """x [T, D], topk_weights [T, K] -> (ticket, Flight) for ReceiveRows: the rows leave, each with its
+    weight behind it.
 
-    One message there. Backward brings the gradients of rows and of weights home, a message each: behind the rows they
-    would have to be copied, and a first layer's x needs no gradient at all. Every rank must enter backward: x has to
+    One message. Backward takes the gradients of rows and of weights that come home. Every rank must enter it: x has to
     require a gradient on all ranks or on none. No host synchronisation but plan's own.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, topk_weights: Tensor, order: RowOrder, plan: Callable, comm: Communicator
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Flight]:
         d = x.shape[1]
         packed = x.new_zeros if order.has_gaps else x.new_empty
         packed = packed(len(order.choice_of_row), d + rider_columns(d, x.dtype))
         copy_to_rows(x, order, packed[:, :d])
         set_riders(packed, d, weights_of_rows(topk_weights, order)[:, None])
         sent, received = plan().input_splits, plan().output_splits
-        arrived = comm.all_to_all(packed[: sum(sent)], sent, received, "dispatch")  # behind: choices not sent
-        ctx.comm, ctx.splits = comm, (received, sent)
+        ctx.flight = flight = Flight(comm, (sent, received), "dispatch")
+        flight.send(packed[: sum(sent)])  # behind: choices not sent
+        flight.x_needs_grad = ctx.needs_input_grad[0]
         ctx.save_for_backward(*order.tensors)
-        rows, weights = arrived[:, :d], get_riders(arrived, d)
-        if not ctx.needs_input_grad[0]:
-            ctx.mark_non_differentiable(rows)
-        ctx.set_materialize_grads(False)
-        return rows, weights
+        return topk_weights.new_empty(0), flight
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor) -> tuple:
-        order, grad_x = RowOrder(*ctx.saved_tensors), None
-        if ctx.needs_input_grad[0]:
-            grad_x = sum_rows(ctx.comm.all_to_all(grad_rows, *ctx.splits, "dispatch backward"), order)
-        home = ctx.comm.all_to_all(grad_weights, *ctx.splits, "dispatch backward")
+    def backward(ctx: Any, ticket: Tensor, _: None) -> tuple:
+        order = RowOrder(*ctx.saved_tensors)
+        rows, home = ctx.flight.land()
+        grad_x = None if rows is None else sum_rows(rows, order)
         return grad_x, weights_of_choices(home[:, 0], order), None, None, None
+
+
+# %% notebooks/07_exact_all_to_all.ipynb #receive-rows
+class ReceiveRows(torch.autograd.Function):
+    """(ticket, Flight) -> what arrived: rows [R, D], weights [R, J], and the other riders, without gradient.
+
+    Backward sends the gradients of rows, where x needs one, and of weights: a message each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, ticket: Tensor, flight: Flight, hidden_dim: int, num_weights: int = 1, num_riders: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (arrived,) = flight.land()
+        riders = get_riders(arrived, hidden_dim, num_riders)
+        rows, weights, others = arrived[:, :hidden_dim], riders[:, :num_weights], riders[:, num_weights:]
+        ctx.flight = flight
+        ctx.mark_non_differentiable(others, *(() if flight.x_needs_grad else (rows,)))
+        ctx.set_materialize_grads(False)
+        return rows, weights.contiguous(), others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
+        rows = grad_rows if ctx.flight.x_needs_grad else None
+        ctx.flight.send(rows, grad_weights, is_backward=True)
+        return grad_weights.new_empty(0), None, None, None, None
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #return-rows
 class ReturnRows(torch.autograd.Function):
-    """y [R, D], weighted results in the order of arrival -> [T, D], the sum of each token's, in float32 or wider.
-
-    One message each way; no host synchronisation.
-    """
+    """y [R, D], weighted results in the order of arrival -> (ticket, Flight) for SumReturned. One message each way."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, order: RowOrder, plan: ExchangePlan, comm: Communicator) -> Tensor:
-        ctx.comm, ctx.has_gaps = comm, order.has_gaps
-        ctx.splits = plan.input_splits, plan.output_splits  # not the plan, whose ids would stay in memory
+    def forward(ctx: Any, y: Tensor, plan: ExchangePlan, comm: Communicator) -> tuple[Tensor, Flight]:
+        # The splits, and not the plan, whose ids would stay in memory.
+        ctx.flight = flight = Flight(comm, (plan.output_splits, plan.input_splits), "combine")
+        flight.send(y)
+        return y.new_empty(0), flight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ticket: Tensor, _: None) -> tuple:
+        return *ctx.flight.land(), None, None
+
+
+class SumReturned(torch.autograd.Function):
+    """(ticket, Flight) -> [T, D], the sum of each token's rows that came home, in float32 or wider."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, flight: Flight, order: RowOrder) -> Tensor:
+        ctx.flight, ctx.has_gaps = flight, order.has_gaps
         ctx.save_for_backward(*order.tensors)
-        return sum_rows(comm.all_to_all(y, plan.output_splits, plan.input_splits, "combine"), order)
+        (rows,) = flight.land()
+        return sum_rows(rows, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        order = RowOrder(*ctx.saved_tensors, ctx.has_gaps)
-        rows = copy_to_rows(grad.contiguous(), order)[: sum(ctx.splits[0])]
-        return ctx.comm.all_to_all(rows, *ctx.splits, "combine backward"), None, None, None
+        order, splits = RowOrder(*ctx.saved_tensors, ctx.has_gaps), ctx.flight.splits
+        ctx.flight.send(copy_to_rows(grad.contiguous(), order)[: sum(splits[1])], is_backward=True)
+        return grad.new_empty(0), None, None
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #all-to-all-dispatcher
@@ -3435,18 +3627,28 @@ class AllToAllDispatcher(Dispatcher):
         order = order_rows(topk_ids, self.num_experts)
         return order, announce(order.counts, row_bytes, self.comm)
 
-    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
         """See Dispatcher. Sends the rows that leave, once; one host synchronisation, while rows are permuted."""
         d = x.shape[1]
         order, plan = self.plan(topk_ids, (d + rider_columns(d, x.dtype)) * x.element_size())
-        rows, weights = SendRows.apply(x, topk_weights, order, plan, self.comm)
-        plan = plan()
-        handle = RowsHandle(order, plan)
+        sent = SendRows.apply(x, topk_weights, order, plan, self.comm)
+        return sent, d, RowsHandle(order, plan())
+
+    def end_dispatch(self, pending: tuple) -> Arrived:
+        """See Dispatcher. No host synchronisation."""
+        sent, d, handle = pending
+        rows, weights, _ = ReceiveRows.apply(*sent, d)
+        plan = handle.plan
         return Arrived(rows, plan.topk_ids, weights, handle, plan.counts_on_host, self.rows_per_expert)
 
-    def begin_combine(self, y: Tensor, handle: RowsHandle) -> Tensor:
+    def begin_combine(self, y: Tensor, handle: RowsHandle) -> tuple:
         """See Dispatcher. Sends the results of the rows that came; no host synchronisation."""
-        return ReturnRows.apply(y, handle.order, handle.plan, self.comm)
+        return ReturnRows.apply(y, handle.plan, self.comm), handle.order
+
+    def end_combine(self, pending: tuple) -> Tensor:
+        """See Dispatcher."""
+        sent, order = pending
+        return SumReturned.apply(*sent, order)
 
     def rows_between(self, topk_ids: list[Tensor]) -> Tensor:
         """Every rank's topk_ids -> rows int64 [W, W] that rank i sends to rank j: its choices that live there."""
@@ -3603,7 +3805,8 @@ class CapacityOptions(Options):
     capacity_scope: str = "local"
     overflow: str = "drop"
     drop_order: str = "probs"
-    capacity_share: int | None = field(default=None, metadata={"flag": False})  # tokens a rank, set by a run
+    # tokens per rank, set by a run
+    capacity_share: int | None = field(default=None, metadata={"flag": False})
 
     def __post_init__(self) -> None:
         factor, known = self.capacity_factor, {"capacity_scope": ("local", "global")}
@@ -3793,15 +3996,15 @@ class CapacityDispatcher(AllToAllDispatcher):
         plan = ExchangePlan(self.splits, self.splits, ids, self.on_host)
         return order, lambda: plan
 
-    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+    def end_dispatch(self, pending: tuple) -> Arrived:
         """See Dispatcher. One block of rows per expert, whoever sent them."""
-        arrived = super().begin_dispatch(x, topk_ids, topk_weights)
+        arrived = super().end_dispatch(pending)
         rows, weights = (
             swap_blocks(t, self.comm.size, self.capacity) for t in (arrived.x, arrived.topk_weights)
         )
         return replace(arrived, x=rows, topk_weights=weights)
 
-    def begin_combine(self, y: Tensor, handle: RowsHandle) -> Tensor:
+    def begin_combine(self, y: Tensor, handle: RowsHandle) -> tuple:
         """See Dispatcher."""
         return super().begin_combine(swap_blocks(y, self.num_local_experts, self.capacity), handle)
 
@@ -4149,7 +4352,7 @@ class BiasBalance(Balance):
     """Balance without a loss: a bias on the choice that follows the load (DeepSeek-V3 report, section 2.1.2).
 
     bias float32 [E], a buffer: saved with the parameters, the same on every rank, since all see the same global
-    counts. The loss is 0. One all-reduce of E numbers a step, no host synchronisation.
+    counts. The loss is 0. One all-reduce of E numbers per step, no host synchronisation.
     """
 
     def __init__(
@@ -4335,7 +4538,8 @@ class GatherTokensDispatcher(Dispatcher):
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "GatherTokensDispatcher":
         """See Dispatcher. As many slots as the run's largest share; without a run max_num_tokens, where it is set."""
         known = config.option(TrafficOptions).slot_tokens or config.max_num_tokens
-        return cls(config.num_experts, comm, known)
+        parts = 1 if config.overlap == "auto" else REGISTRIES["overlap"][config.overlap].num_parts
+        return cls(config.num_experts, comm, None if known is None else -(-known // parts))
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
@@ -4544,39 +4748,32 @@ def pack_copies(
 
 # %% notebooks/10_less_traffic.ipynb #send-copies
 class SendCopies(torch.autograd.Function):
-    """x [T, D], topk_weights [T, K] -> rows [R, D], weights and ids [R, J] that arrive: a row for each (token, rank).
+    """x [T, D], topk_weights [T, K] -> (ticket, Flight) for chapter 07's ReceiveRows: a row for each (token, rank).
 
-    As SendRows of chapter 07, with all of a row's weights and ids behind it. Backward brings the rows' gradients home,
-    where they are added up, and the weights'. Every rank must enter it.
+    As SendRows, with all of a row's weights and ids behind it. Backward adds up the rows' gradients that come home, and
+    takes the weights'. Every rank must enter it.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, order: CopyOrder, num_local: int,
         plan: Callable, comm: Communicator,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        d, per_row = x.shape[1], order.per_row
+    ) -> tuple[Tensor, Flight]:  # fmt: skip
         packed = pack_copies(x, topk_ids, topk_weights, order, num_local)
         sent, received = plan().input_splits, plan().output_splits
-        arrived = comm.all_to_all(packed[: sum(sent)], sent, received, "dispatch")
-        ctx.comm, ctx.splits = comm, (received, sent)
+        ctx.flight = flight = Flight(comm, (sent, received), "dispatch")
+        flight.send(packed[: sum(sent)])
+        flight.x_needs_grad = ctx.needs_input_grad[0]
         ctx.save_for_backward(order.place_of_choice, *order.copies.tensors)
-        weights, ids = get_riders(arrived, d, 2 * per_row).split(per_row, dim=1)
-        rows, weights, ids = arrived[:, :d], weights.contiguous(), ids.long()
-        ctx.mark_non_differentiable(ids, *(() if ctx.needs_input_grad[0] else (rows,)))
-        ctx.set_materialize_grads(False)
-        return rows, weights, ids
+        return topk_weights.new_empty(0), flight
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
+    def backward(ctx: Any, ticket: Tensor, _: None) -> tuple:
         place, *copies = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            home = ctx.comm.all_to_all(grad_rows, *ctx.splits, "dispatch backward")
-            grad_x = sum_rows(home, RowOrder(*copies))
-        home = ctx.comm.all_to_all(grad_weights, *ctx.splits, "dispatch backward").flatten()
-        grad = weights_of_choices(home, RowOrder(place, *copies[1:]))
+        rows, home = ctx.flight.land()
+        grad_x = None if rows is None else sum_rows(rows, RowOrder(*copies))
+        grad = weights_of_choices(home.flatten(), RowOrder(place, *copies[1:]))
         return grad_x, grad, None, None, None, None, None
 
 
@@ -4596,16 +4793,20 @@ class DedupDispatcher(AllToAllDispatcher):
         """topk_ids [T, K] -> which copies there are, and which of them each choice shares."""
         return order_copies(topk_ids, self.num_local_experts, self.comm.size)
 
-    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
         """See Dispatcher. Sends a row for each (token, destination rank); one host synchronisation."""
         d, comm = x.shape[1], self.comm
         order = self.order(topk_ids)
         row_bytes = (d + rider_columns(d, x.dtype, 2 * order.per_row)) * x.element_size()
         plan = announce(order.copies.counts, row_bytes, comm)
-        rows, weights, ids = SendCopies.apply(
-            x, topk_weights, topk_ids, order, self.num_local_experts, plan, comm
-        )
-        return Arrived(rows, ids, weights, RowsHandle(order.copies, plan()))
+        sent = SendCopies.apply(x, topk_weights, topk_ids, order, self.num_local_experts, plan, comm)
+        return sent, d, order.per_row, RowsHandle(order.copies, plan())
+
+    def end_dispatch(self, pending: tuple) -> Arrived:
+        """See Dispatcher. No host synchronisation."""
+        sent, d, per_row, handle = pending
+        rows, weights, ids = ReceiveRows.apply(*sent, d, per_row, 2 * per_row)
+        return Arrived(rows, ids.long(), weights, handle)
 
     def rows_between(self, topk_ids: list[Tensor]) -> Tensor:
         """Every rank's topk_ids -> rows int64 [W, W] that rank i sends to rank j: its tokens with an expert there."""
@@ -4687,16 +4888,23 @@ class TwoStageDispatcher(Dispatcher):
         """Runs everywhere."""
         return 10 if ep_size > 1 else 1
 
-    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
-        """See Dispatcher. A row for each (token, other machine), one for each (row, other rank); two host
-        synchronisations."""
-        here = self.between.dispatch(x, topk_ids, topk_weights)
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
+        """See Dispatcher. A row for each (token, other machine); one host synchronisation."""
+        return self.between.begin_dispatch(x, topk_ids, topk_weights)
+
+    def end_dispatch(self, pending: tuple) -> Arrived:
+        """See Dispatcher. A row for each (row, other rank of this machine); one host synchronisation."""
+        here = self.between.end_dispatch(pending)
         arrived = self.inside.dispatch(here.x, here.topk_ids, here.topk_weights)
         return replace(arrived, handle=TwoStageHandle(here.handle, arrived.handle))
 
-    def begin_combine(self, y: Tensor, handle: TwoStageHandle) -> Tensor:
+    def begin_combine(self, y: Tensor, handle: TwoStageHandle) -> tuple:
         """See Dispatcher. Each machine sends one row a token, the sum of all that its ranks made of it."""
-        return self.between.combine(self.inside.combine(y, handle.inside), handle.between)
+        return self.between.begin_combine(self.inside.combine(y, handle.inside), handle.between)
+
+    def end_combine(self, pending: tuple) -> Tensor:
+        """See Dispatcher."""
+        return self.between.end_combine(pending)
 
     def predict_bytes(
         self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
@@ -4724,11 +4932,713 @@ def choices_of(topk_ids: Tensor, machine: int, num_experts: int) -> Tensor:
 
 
 # ==========================================================================================================
+# performance: notebooks/11_peer_memory.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/11_peer_memory.ipynb #imports-peer
+import itertools
+import tempfile
+
+
+# %% notebooks/11_peer_memory.ipynb #share-memory
+def share_memory(comm: Communicator, num_bytes: int, device: torch.device) -> list[Tensor]:
+    """num_bytes of every rank, zeros at first: uint8 tensors, by rank, that this rank can read and write. Collective.
+
+    Symmetric memory on GPUs, a mapped file on CPUs. The ranks must be on one machine.
+    """
+    if comm.size == 1:
+        return [torch.zeros(num_bytes, dtype=torch.uint8, device=device)]
+    if device.type == "cuda":
+        from torch.distributed import _symmetric_memory as symmetric  # there is no public name for it yet
+
+        own = symmetric.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
+        shared = symmetric.rendezvous(own, comm.group or dist.group.WORLD)
+        blocks = [shared.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(comm.size)]
+        blocks[comm.rank] = own  # which holds the memory
+    else:
+        folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        path = [tempfile.mkstemp(prefix="ep_launcher-", dir=folder)[1] if comm.rank == 0 else ""]
+        dist.broadcast_object_list(path, comm.ranks[0], comm.group)
+        file = torch.from_file(path[0], True, comm.size * num_bytes, dtype=torch.uint8)
+        blocks = list(file.view(comm.size, -1))
+    comm.all_reduce(torch.zeros(1, device=device))  # now all have mapped it
+    if device.type == "cpu" and comm.rank == 0:
+        os.unlink(path[0])
+    return blocks
+
+
+# %% notebooks/11_peer_memory.ipynb #peer-memory
+class PeerMemory:
+    """The memory of every rank of a group as this rank sees it: a flag for each rank, then slots that take turns.
+
+    blocks: uint8 tensors, by rank, of equal size. turns: how many slots; a rank writes to one while a peer still reads
+    the other. For kernels: table int64 [2, W], the addresses of the ranks' slots and of their flags; state int64 [2],
+    exchanges so far and programs of the running kernel that are done; looks, how often they look at a flag before they
+    give up; missing int64 [W], 1 for a rank on which one gave up, where the host can read it; sent {pass: int64 [W]}.
+    """
+
+    def __init__(self, rank: int, blocks: list[Tensor], limit_s: float = 60, turns: int = 2) -> None:
+        device, self.flag_bytes = blocks[rank].device, -(-8 * len(blocks) // 128) * 128
+        self.rank, self.blocks, self.turns, self.turn, self.limit_s = rank, blocks, turns, 0, limit_s
+        self.slot_bytes = (blocks[rank].numel() - self.flag_bytes) // turns // 128 * 128
+        flags = torch.tensor([block.data_ptr() for block in blocks], device=device)
+        self.table = torch.stack([flags + self.flag_bytes, flags])
+        self.state = torch.zeros(2, dtype=torch.int64, device=device)
+        self.looks = int(limit_s * 5e6)  # a look takes about 0.2 microseconds
+        self.missing = torch.zeros(len(blocks), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.sent = {name: torch.zeros(len(blocks), dtype=torch.int64, device=device) for name in PASSES}
+
+    def slot(self, rank: int, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """shape (R, D, C) -> the slot whose turn it is in a rank's memory: rows [R, D] of dtype, and riders [R, C] of
+        float32 or wider."""
+        (num_rows, d, columns), wide = shape, torch.promote_types(dtype, torch.float32)
+        row_bytes, rider_bytes = num_rows * d * dtype.itemsize, num_rows * columns * wide.itemsize
+        slot = self.blocks[rank][self.flag_bytes + self.turn * self.slot_bytes :]
+        riders = slot[rider_start(num_rows, d, dtype) :][:rider_bytes]
+        return slot[:row_bytes].view(dtype).view(num_rows, d), riders.view(wide).view(num_rows, columns)
+
+    def check(self) -> None:
+        """CollectiveError where a kernel has given up on a rank. Reads the host's memory alone."""
+        if self.missing.any():
+            late = ", ".join(str(rank) for rank in self.missing.nonzero()[:, 0].tolist())
+            raise CollectiveError(
+                f"rank {self.rank} gave up on rank {late}, which did not write to it within about {self.limit_s:g} s"
+            )
+
+
+def rider_start(num_rows: int, d: int, dtype: torch.dtype) -> int:
+    """Where a slot's riders begin: behind rows [num_rows, d], at a multiple of 16 bytes."""
+    return -(-num_rows * d * dtype.itemsize // 16) * 16
+
+
+# %% notebooks/11_peer_memory.ipynb #memory-of
+@functools.cache
+def memories_of(comm: Communicator) -> dict[tuple, list[PeerMemory]]:
+    """{(device, whether kernels write): all that were made for this group}; kept as long as the process lives."""
+    return {}
+
+
+def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
+    """The group's memory with slots of num_bytes at least; x says on which device, and whether kernels write.
+
+    Collective where it has to be made, with twice as many bytes as the last one or more. CollectiveError where a rank
+    did not come to an earlier exchange.
+    """
+    made = memories_of(comm).setdefault((x.device, uses_kernels(x)), [])
+    if not made or made[-1].slot_bytes < num_bytes:
+        num_bytes = max(2**20, 1 << (num_bytes - 1).bit_length())
+        blocks, limit_s = share_memory(comm, 2 * num_bytes + 2**13, x.device), 60.0
+        if comm.size > 1:  # the group's own limit, for which there is no public name
+            group = dist.group.WORLD
+            limit_s = group._get_backend(group._device_types[0]).options._timeout.total_seconds()
+        made.append(PeerMemory(comm.rank, blocks, limit_s))
+        comm.meter.on_device += [(name, comm.ranks, sent) for name, sent in made[-1].sent.items()]
+    made[-1].check()
+    return made[-1]
+
+
+# %% notebooks/11_peer_memory.ipynb #signal-kernel
+@kernel
+def signal_peers(table, state, epoch, RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr):
+    """The last thing that each program of a writing kernel does. The last of all sets this rank's flag everywhere.
+
+    A program counts itself after its stores (release), and the last one has seen all counts (acquire): whoever sees
+    the flag (acquire) sees the stores of every program.
+    """
+    tl.debug_barrier()  # all threads of this program have stored
+    if tl.atomic_add(state + 1, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1:
+        tl.store(state + 1, 0)
+        tl.store(state, epoch + 1)
+        rank = tl.arange(0, PLACES)
+        is_rank = rank < NUM_RANKS
+        flags = tl.load(table + NUM_RANKS + rank, mask=is_rank, other=0).to(tl.pointer_type(tl.int64))
+        value = tl.zeros([PLACES], dtype=tl.int64) + epoch + 1
+        tl.atomic_xchg(flags + RANK, value, mask=is_rank, sem="release", scope="sys")
+
+
+@kernel
+def await_peers(table, epoch, missing, looks, RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr):
+    """The first thing that each program of a reading kernel does: looks at its flags until all have written, and
+    after `looks` looks notes who has not, and goes on."""
+    rank = tl.arange(0, PLACES)
+    is_rank = rank < NUM_RANKS
+    flags = tl.load(table + NUM_RANKS + RANK).to(tl.pointer_type(tl.int64)) + rank
+    seen = tl.atomic_add(flags, 0, mask=is_rank, sem="acquire", scope="sys")
+    looked = 0
+    while (tl.sum((is_rank & (seen < epoch)).to(tl.int32), 0) > 0) & (looked < looks):
+        seen = tl.atomic_add(flags, 0, mask=is_rank, sem="acquire", scope="sys")
+        looked += 1
+    tl.store(missing + rank, 1, mask=is_rank & (seen < epoch))
+
+
+# %% notebooks/11_peer_memory.ipynb #push-riders-kernel
+@kernel
+def slot_of(table, rank, epoch, slot_bytes):
+    """The address of the slot of exchange number `epoch` in a rank's memory."""
+    return tl.load(table + rank) + (epoch & 1) * slot_bytes
+
+
+@kernel
+def push_riders(
+    weight, expert, owner, place, table, epoch, weights, ids, num_local, slot_bytes, rider_start,
+    RANK: constexpr, NUM_RANKS: constexpr, TOP_K: constexpr, WIDTH: constexpr,
+):  # fmt: skip
+    """A token's weights and experts [WIDTH], whose owners are known, to its place in every rank's riders."""
+    k = tl.arange(0, WIDTH)
+    for p in tl.static_range(NUM_RANKS):
+        own = tl.where(owner == p, expert - p * num_local, -1)
+        if p == RANK:
+            tl.store(weights + place * TOP_K + k, weight, mask=k < TOP_K)
+            tl.store(ids + place * TOP_K + k, own, mask=k < TOP_K)
+        else:
+            there = (slot_of(table, p, epoch, slot_bytes) + rider_start).to(tl.pointer_type(tl.float32))
+            there = there + place * 2 * TOP_K + k
+            tl.store(there, weight, mask=k < TOP_K)
+            tl.store(there + TOP_K, own.to(tl.float32), mask=k < TOP_K)
+
+
+# %% notebooks/11_peer_memory.ipynb #push-tokens-kernel
+@kernel
+def push_tokens_kernel(
+    x, topk_ids, topk_weights, table, state, rows, weights, ids, sent, num_tokens, num_slots, num_columns, num_local,
+    x_stride, slot_bytes, rider_start, row_bytes,
+    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, TOP_K: constexpr, WIDTH: constexpr,
+    HAS_RIDERS: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """Program i takes tokens i, i + programs, ..; S of them, of which the last may be empty."""
+    epoch, k, rank = tl.load(state), tl.arange(0, WIDTH), tl.arange(0, PLACES)
+    copies, token = tl.zeros([PLACES], dtype=tl.int64), tl.program_id(0).to(tl.int64)
+    while token < num_slots:
+        place, is_choice = RANK * num_slots + token, (k < TOP_K) & (token < num_tokens)
+        expert = tl.load(topk_ids + token * TOP_K + k, mask=is_choice, other=-1)
+        owner = tl.where(expert < 0, -1, expert // num_local)
+        is_copy = tl.max((owner[:, None] == rank[None, :]).to(tl.int64), 0)
+        copies += is_copy
+        start = 0
+        while start < num_columns:
+            column = start + tl.arange(0, BLOCK)
+            is_column = column < num_columns
+            piece = tl.load(x + token * x_stride + column, mask=is_column & (token < num_tokens), other=0.0)
+            for p in tl.static_range(NUM_RANKS):
+                is_sent = tl.sum(tl.where(rank == p, is_copy, 0), 0) > 0
+                if p == RANK:
+                    tl.store(
+                        rows + place * num_columns + column, tl.where(is_sent, piece, 0.0), mask=is_column
+                    )
+                else:
+                    there = slot_of(table, p, epoch, slot_bytes).to(tl.pointer_type(x.dtype.element_ty))
+                    there = tl.multiple_of(there, 16) + place * num_columns
+                    tl.store(there + column, piece, mask=is_column & is_sent)
+            start += BLOCK
+        if HAS_RIDERS:
+            weight = tl.load(topk_weights + token * TOP_K + k, mask=is_choice, other=0.0).to(tl.float32)
+            push_riders(
+                weight, expert, owner, place, table, epoch, weights, ids, num_local, slot_bytes, rider_start,
+                RANK, NUM_RANKS, TOP_K, WIDTH,
+            )  # fmt: skip
+        token += tl.num_programs(0)
+    tl.atomic_add(sent + rank, copies * row_bytes, mask=(rank < NUM_RANKS) & (rank != RANK), sem="relaxed")
+    signal_peers(table, state, epoch, RANK, NUM_RANKS, PLACES)
+
+
+# %% notebooks/11_peer_memory.ipynb #take-rows-kernel
+@kernel
+def other_row(i, num_slots, RANK: constexpr, NUM_RANKS: constexpr):
+    """The i-th row of the other ranks' tokens, the next rank's first: so no two ranks write to one rank at a time."""
+    row = (RANK + 1) % NUM_RANKS * num_slots + i
+    return tl.where(row >= NUM_RANKS * num_slots, row - NUM_RANKS * num_slots, row)
+
+
+@kernel
+def take_rows_kernel(
+    table, state, missing, looks, rows, weights, ids, num_slots, num_columns, slot_bytes, rider_start,
+    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, TOP_K: constexpr, WIDTH: constexpr,
+    HAS_RIDERS: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """Program i takes the others' rows i, i + programs, ..: copies those with an expert here, zeros elsewhere."""
+    epoch, k = tl.load(state), tl.arange(0, WIDTH)
+    await_peers(table, epoch, missing, looks, RANK, NUM_RANKS, PLACES)
+    slot = slot_of(table, RANK, epoch - 1, slot_bytes)
+    here = tl.multiple_of(slot.to(tl.pointer_type(rows.dtype.element_ty)), 16)
+    riders = (slot + rider_start).to(tl.pointer_type(tl.float32))
+    i = tl.program_id(0).to(tl.int64)
+    while i < (NUM_RANKS - 1) * num_slots:
+        row = other_row(i, num_slots, RANK, NUM_RANKS)
+        if HAS_RIDERS:
+            weight = tl.load(riders + row * 2 * TOP_K + k, mask=k < TOP_K, other=0.0)
+            expert = tl.load(riders + row * 2 * TOP_K + TOP_K + k, mask=k < TOP_K, other=-1.0).to(tl.int64)
+            tl.store(weights + row * TOP_K + k, weight, mask=k < TOP_K)
+            tl.store(ids + row * TOP_K + k, expert, mask=k < TOP_K)
+        else:
+            expert = tl.load(ids + row * TOP_K + k, mask=k < TOP_K, other=-1)
+        is_used = tl.max(expert, 0) >= 0
+        start = 0
+        while start < num_columns:
+            column = start + tl.arange(0, BLOCK)
+            piece = tl.load(
+                here + row * num_columns + column, mask=(column < num_columns) & is_used, other=0.0
+            )
+            tl.store(rows + row * num_columns + column, piece, mask=column < num_columns)
+            start += BLOCK
+        i += tl.num_programs(0)
+
+
+# %% notebooks/11_peer_memory.ipynb #peer-plan
+@dataclass(frozen=True)
+class PeerPlan:
+    """One layer's exchanges: comm's ranks through memory; S = num_slots places for each rank's tokens, num_local
+    experts on each. Row r * S + t belongs to token t of rank r, on every rank and in every pass."""
+
+    comm: Communicator
+    memory: PeerMemory
+    num_slots: int
+    num_local: int
+
+    @property
+    def own(self) -> slice:
+        """Where this rank's tokens have their rows."""
+        return slice(self.comm.rank * self.num_slots, (self.comm.rank + 1) * self.num_slots)
+
+    def owners(self, topk_ids: Tensor) -> Tensor:
+        """topk_ids [T, K] of all experts -> the rank of each choice's expert, -1 for one that is not sent."""
+        return torch.where(topk_ids < 0, -1, topk_ids // self.num_local)
+
+    def for_kernels(self, d: int, top_k: int, dtype: torch.dtype) -> dict[str, int]:
+        """What all four kernels take, by name."""
+        size = self.comm.size
+        return {
+            "num_slots": self.num_slots, "num_columns": d, "slot_bytes": self.memory.slot_bytes,
+            "rider_start": rider_start(size * self.num_slots, d, dtype), "RANK": self.comm.rank, "NUM_RANKS": size,
+            "PLACES": 1 << (size - 1).bit_length(), "TOP_K": top_k, "WIDTH": 1 << (top_k - 1).bit_length(),
+            "BLOCK": column_block(max(1, d)), "num_warps": 4,
+        }  # fmt: skip
+
+    def wait(self, x: Tensor) -> None:
+        """The twins' barrier: afterwards all ranks have written. The next exchange takes the next slot."""
+        self.comm.all_reduce(torch.zeros(1, device=x.device))
+        self.memory.turn = (self.memory.turn + 1) % self.memory.turns
+
+
+# %% notebooks/11_peer_memory.ipynb #to-experts
+NUM_PROGRAMS = 1056
+
+
+def to_experts(
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, ids: Tensor | None, plan: PeerPlan, purpose: str
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x [T, D] to every rank that has one of a token's experts -> rows [W * S, D], weights and local ids [W * S, K].
+
+    topk_weights [T, K] and ids travel along; where topk_weights is None, ids are known already. A row without experts
+    holds zeros. No host synchronisation.
+    """
+    if not uses_kernels(x):
+        return to_experts_twin(x, topk_ids, topk_weights, ids, plan, purpose)
+    x, topk_ids = x if x.stride(1) == 1 else x.contiguous(), topk_ids.contiguous()
+    (num_tokens, d), top_k, comm, memory = x.shape, topk_ids.shape[1], plan.comm, plan.memory
+    num_rows, weights, has_riders = comm.size * plan.num_slots, None, topk_weights is not None
+    rows = x.new_empty(num_rows, d)
+    if has_riders:
+        topk_weights = topk_weights.contiguous()
+        weights, ids = topk_weights.new_empty(num_rows, top_k), topk_ids.new_empty(num_rows, top_k)
+        comm.meter.record(purpose, [plan.num_slots * 2 * top_k * 4] * comm.size, comm.ranks)
+    shape, some = (
+        plan.for_kernels(d, top_k, x.dtype) | {"HAS_RIDERS": has_riders},
+        weights if has_riders else x,
+    )
+    push_tokens_kernel[(min(plan.num_slots, NUM_PROGRAMS),)](
+        x, topk_ids, topk_weights if has_riders else x, memory.table, memory.state, rows, some, ids,
+        memory.sent[purpose], num_tokens, num_local=plan.num_local, x_stride=x.stride(0),
+        row_bytes=d * x.element_size(), **shape,
+    )  # fmt: skip
+    take_rows_kernel[(max(1, min(num_rows - plan.num_slots, NUM_PROGRAMS)),)](
+        memory.table, memory.state, memory.missing, memory.looks, rows, some, ids, **shape
+    )
+    return rows, weights, ids
+
+
+# %% notebooks/11_peer_memory.ipynb #to-experts-twin
+def to_experts_twin(
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, ids: Tensor | None, plan: PeerPlan, purpose: str
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """to_experts in PyTorch, through the same memory."""
+    comm, (num_tokens, d), top_k = plan.comm, x.shape, topk_ids.shape[1]
+    shape, owner = (comm.size * plan.num_slots, d, 2 * top_k), plan.owners(topk_ids)
+    is_copy, weights = reached(owner, comm.size), None
+    for p in range(comm.size):
+        rows, riders = (held[plan.own] for held in plan.memory.slot(p, shape, x.dtype))
+        token = is_copy[:, p].nonzero()[:, 0]
+        rows[token] = x[token]  # a token's place is its own number
+        if topk_weights is not None:
+            riders[:, top_k:] = -1
+            riders[:num_tokens, :top_k] = topk_weights
+            riders[:num_tokens, top_k:] = torch.where(owner == p, topk_ids - p * plan.num_local, -1)
+    fixed = 0 if topk_weights is None else riders.numel() * riders.element_size()
+    row_bytes = d * x.element_size()
+    comm.meter.record(purpose, [n * row_bytes + fixed for n in is_copy.sum(0).tolist()], comm.ranks)
+    rows, riders = plan.memory.slot(comm.rank, shape, x.dtype)
+    plan.wait(x)
+    if topk_weights is not None:
+        weights, ids = riders[:, :top_k].clone(), riders[:, top_k:].long()
+    return torch.where(ids.amax(1, keepdim=True) < 0, 0, rows), weights, ids
+
+
+# %% notebooks/11_peer_memory.ipynb #push-home-kernel
+@kernel
+def push_home_kernel(
+    y, grads, ids, table, state, sent, num_slots, num_columns, y_stride, slot_bytes, rider_start, row_bytes,
+    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, TOP_K: constexpr, WIDTH: constexpr,
+    HAS_ROWS: constexpr, HAS_RIDERS: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """Program i takes the others' rows i, i + programs, ..: one that has an expert here goes to its token's rank."""
+    epoch, k = tl.load(state), tl.arange(0, WIDTH)
+    i = tl.program_id(0).to(tl.int64)
+    while i < (NUM_RANKS - 1) * num_slots:
+        row = other_row(i, num_slots, RANK, NUM_RANKS)
+        expert = tl.load(ids + row * TOP_K + k, mask=k < TOP_K, other=-1)
+        if tl.max(expert, 0) >= 0:
+            home = row // num_slots
+            place = RANK * num_slots + row % num_slots
+            slot = slot_of(table, home, epoch, slot_bytes)
+            tl.atomic_add(sent + home, row_bytes, sem="relaxed")
+            if HAS_ROWS:
+                there = tl.multiple_of(slot.to(tl.pointer_type(y.dtype.element_ty)), 16) + place * num_columns
+                start = 0
+                while start < num_columns:
+                    column = start + tl.arange(0, BLOCK)
+                    piece = tl.load(y + row * y_stride + column, mask=column < num_columns, other=0.0)
+                    tl.store(there + column, piece, mask=column < num_columns)
+                    start += BLOCK
+            if HAS_RIDERS:
+                grad = tl.load(grads + row * TOP_K + k, mask=k < TOP_K, other=0.0).to(tl.float32)
+                there = (slot + rider_start).to(tl.pointer_type(tl.float32)) + place * TOP_K
+                tl.store(there + k, grad, mask=k < TOP_K)
+        i += tl.num_programs(0)
+    signal_peers(table, state, epoch, RANK, NUM_RANKS, PLACES)
+
+
+# %% notebooks/11_peer_memory.ipynb #sum-home-kernel
+@kernel
+def sum_home_kernel(
+    y, grads, topk_ids, table, state, missing, looks, out, out_grads, num_tokens, num_slots, num_columns, num_local,
+    y_stride, slot_bytes, rider_start,
+    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, TOP_K: constexpr, WIDTH: constexpr,
+    HAS_ROWS: constexpr, HAS_RIDERS: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """Program i takes tokens i, i + programs, ..: adds up what came home for them; looks up weights' gradients."""
+    epoch, k = tl.load(state), tl.arange(0, WIDTH)
+    await_peers(table, epoch, missing, looks, RANK, NUM_RANKS, PLACES)
+    slot = slot_of(table, RANK, epoch - 1, slot_bytes)
+    here = tl.multiple_of(slot.to(tl.pointer_type(y.dtype.element_ty)), 16)
+    riders = (slot + rider_start).to(tl.pointer_type(tl.float32))
+    token = tl.program_id(0).to(tl.int64)
+    while token < num_tokens:
+        expert = tl.load(topk_ids + token * TOP_K + k, mask=k < TOP_K, other=-1)
+        owner = tl.where(expert < 0, -1, expert // num_local)
+        if HAS_ROWS:
+            start = 0
+            while start < num_columns:
+                column = start + tl.arange(0, BLOCK)
+                total = tl.zeros([BLOCK], dtype=tl.float32)
+                for p in tl.static_range(NUM_RANKS):
+                    row = p * num_slots + token
+                    is_read = (column < num_columns) & (tl.max((owner == p).to(tl.int32), 0) > 0)
+                    source = y + row * y_stride if p == RANK else here + row * num_columns
+                    total += tl.load(source + column, mask=is_read, other=0.0).to(tl.float32)
+                total = total.to(out.dtype.element_ty)
+                tl.store(out + token * num_columns + column, total, mask=column < num_columns)
+                start += BLOCK
+        if HAS_RIDERS:
+            at = (owner * num_slots + token) * TOP_K + k
+            own = tl.load(grads + at, mask=owner == RANK, other=0.0).to(tl.float32)
+            theirs = tl.load(riders + at, mask=(owner >= 0) & (owner != RANK), other=0.0)
+            tl.store(out_grads + token * TOP_K + k, own + theirs, mask=k < TOP_K)
+        token += tl.num_programs(0)
+
+
+# %% notebooks/11_peer_memory.ipynb #to-home
+def to_home(
+    y: Tensor | None, grads: Tensor | None, topk_ids: Tensor, ids: Tensor, plan: PeerPlan, purpose: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """y [W * S, D], of the rows that came, home to their tokens -> [T, D], added up in float32 or wider.
+
+    grads [W * S, K], of the weights that came, go along -> [T, K]; either may be None. topk_ids [T, K]: this rank's;
+    ids [W * S, K]: the local ones that came. A row without experts stays. No host synchronisation.
+    """
+    if not uses_kernels(grads if y is None else y):
+        return to_home_twin(y, grads, topk_ids, ids, plan, purpose)
+    y = y if y is None or y.stride(1) == 1 else y.contiguous()
+    grads = grads if grads is None else grads.contiguous()
+    (num_tokens, top_k), memory, topk_ids = topk_ids.shape, plan.memory, topk_ids.contiguous()
+    filler = grads if y is None else y  # stands for what is not there; no kernel touches it
+    d, row_bytes, out, out_grads = 0, 0, filler, filler
+    if y is not None:
+        d, out = y.shape[1], y.new_empty(num_tokens, y.shape[1])
+        row_bytes = d * y.element_size()
+    if grads is not None:
+        out_grads = grads.new_empty(num_tokens, top_k)
+        row_bytes += top_k * 4
+    shape = plan.for_kernels(d, top_k, filler.dtype) | {
+        "HAS_ROWS": y is not None,
+        "HAS_RIDERS": grads is not None,
+    }
+    shape |= {"y_stride": filler.stride(0)}
+    sources = [filler if t is None else t for t in (y, grads)]
+    others = (plan.comm.size - 1) * plan.num_slots
+    push_home_kernel[(max(1, min(others, NUM_PROGRAMS)),)](
+        *sources, ids, memory.table, memory.state, memory.sent[purpose], row_bytes=row_bytes, **shape
+    )
+    sum_home_kernel[(max(1, min(num_tokens, NUM_PROGRAMS)),)](
+        *sources, topk_ids, memory.table, memory.state, memory.missing, memory.looks, out, out_grads, num_tokens,
+        num_local=plan.num_local, **shape,
+    )  # fmt: skip
+    return None if y is None else out, None if grads is None else out_grads
+
+
+# %% notebooks/11_peer_memory.ipynb #to-home-twin
+def to_home_twin(
+    y: Tensor | None, grads: Tensor | None, topk_ids: Tensor, ids: Tensor, plan: PeerPlan, purpose: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """to_home in PyTorch, through the same memory."""
+    comm, (num_tokens, top_k), some = plan.comm, topk_ids.shape, grads if y is None else y
+    d, owner, out, out_grads = 0 if y is None else y.shape[1], plan.owners(topk_ids), None, None
+    shape, is_used = (comm.size * plan.num_slots, d, top_k), (ids.amax(1) >= 0).view(comm.size, -1)
+    for p in range(comm.size):
+        token = is_used[p].nonzero()[:, 0]
+        for own, there in zip((y, grads), plan.memory.slot(p, shape, some.dtype), strict=True):
+            if own is not None:
+                there[plan.own][token] = own[p * plan.num_slots + token].to(there.dtype)
+    rows, riders = plan.memory.slot(comm.rank, shape, some.dtype)
+    row_bytes = d * some.element_size() + (0 if grads is None else top_k * riders.element_size())
+    comm.meter.record(purpose, [n * row_bytes for n in is_used.sum(1).tolist()], comm.ranks)
+    plan.wait(some)
+    number = torch.arange(num_tokens, device=some.device)[:, None]
+    if y is not None:
+        at_home = number + plan.num_slots * torch.arange(comm.size, device=some.device)
+        at_home = torch.where(reached(owner, comm.size) > 0, at_home, -1)
+        out = sum_rows(rows, RowOrder(at_home, at_home, at_home))  # of which it needs row_of_choice alone
+    if grads is not None:
+        place, k = owner.clamp(min=0) * plan.num_slots + number, torch.arange(top_k, device=some.device)
+        out_grads = torch.where(owner < 0, 0, riders[place, k].to(grads.dtype))
+    return out, out_grads
+
+
+# %% notebooks/11_peer_memory.ipynb #peer-autograd
+class ToExperts(torch.autograd.Function):
+    """Dispatch: x [T, D], topk_weights [T, K] -> rows [W * S, D], weights and local ids [W * S, K].
+
+    Backward goes home. Every rank must enter it. Ids are kept; rows are copies, which no later exchange touches.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, plan: PeerPlan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, weights, ids = to_experts(x, topk_ids, topk_weights, None, plan, "dispatch")
+        ctx.plan = plan
+        ctx.save_for_backward(topk_ids, ids)
+        ctx.mark_non_differentiable(ids, *(() if ctx.needs_input_grad[0] else (rows,)))
+        ctx.set_materialize_grads(False)
+        return rows, weights, ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
+        grad_rows = grad_rows if ctx.needs_input_grad[0] else None
+        grads = to_home(grad_rows, grad_weights, *ctx.saved_tensors, ctx.plan, "dispatch backward")
+        return *grads, None, None
+
+
+class ToHome(torch.autograd.Function):
+    """Combine: y [W * S, D], of the rows that came -> [T, D]. Backward goes to the experts again, without weights."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, topk_ids: Tensor, ids: Tensor, plan: PeerPlan) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(topk_ids, ids)
+        return to_home(y, None, topk_ids, ids, plan, "combine")[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        topk_ids, ids = ctx.saved_tensors
+        return to_experts(grad, topk_ids, None, ids, ctx.plan, "combine backward")[0], None, None, None
+
+
+# %% notebooks/11_peer_memory.ipynb #peer-dispatcher
+@dataclass(frozen=True)
+class PeerHandle:
+    """What combine needs: topk_ids int64 [T, K] of this rank's tokens, ids int64 [W * S, K] of the rows that came."""
+
+    topk_ids: Tensor
+    ids: Tensor
+    plan: PeerPlan
+
+
+@functools.cache
+def can_share_memory(device_type: str, num_local_ranks: int) -> bool:
+    """Whether every rank of this machine can address every other's memory."""
+    pairs = itertools.permutations(range(num_local_ranks if device_type == "cuda" else 0), 2)
+    return all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
+
+
+@register("dispatcher", "peer")
+class PeerDispatcher(Dispatcher):
+    """Writes a token into the memory of every rank that has one of its experts, at its own place (chapter 11).
+
+    num_slots: tokens that a rank brings at most, S. Where it is known, nothing asks the host and a step can be
+    recorded; None: the ranks tell one another how many they have, one host synchronisation.
+    """
+
+    syncs_host, records = False, True
+
+    def __init__(self, num_experts: int, comm: Communicator, num_slots: int | None = None) -> None:
+        super().__init__(num_experts, comm)
+        self.num_slots, self.syncs_host, self.records = num_slots, num_slots is None, num_slots is not None
+
+    @classmethod
+    def for_layer(cls, config: MoEConfig, comm: Communicator) -> "PeerDispatcher":
+        """See Dispatcher. As many slots as gather_tokens has. CannotRun where the ranks are on several machines."""
+        if num_machines := len({rank // world_from_env()[3] for rank in comm.ranks}) - 1:
+            raise CannotRun(
+                f"dispatcher peer writes into memory of its own machine, and {num_machines + 1} machines share these "
+                "experts; take --dispatcher two_stage, or an --ep-size that fits on one"
+            )
+        made = cls(
+            config.num_experts, comm, config.option(TrafficOptions).slot_tokens or config.max_num_tokens
+        )
+        made.records &= config.dtype != "float64"  # which has no kernels
+        return made
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """The first choice on GPUs of one machine that can address each other."""
+        num_local_ranks = world_from_env()[3]
+        if not can_share_memory(device.type, num_local_ranks):
+            return 0
+        return 48 if device.type == "cuda" and ep_size > 1 and num_local_ranks % ep_size == 0 else 1
+
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+        """See Dispatcher. Sends a row for each (token, other rank), and S * K weights and ids to each other rank.
+        ValueError where this rank has more than S tokens."""
+        num_slots, size, top_k = self.num_slots, self.comm.size, topk_ids.shape[1]
+        if num_slots is None:
+            length = torch.tensor([len(x)], device=x.device)
+            num_slots = max(1, int(self.comm.all_gather(length, "metadata").max()))
+        if len(x) > num_slots:
+            raise ValueError(f"{len(x)} tokens on one rank, and peer was made for {num_slots}")
+        num_rows, rider_bytes = size * num_slots, 2 * top_k * topk_weights.element_size()
+        num_bytes = rider_start(num_rows, x.shape[1], x.dtype) + num_rows * rider_bytes
+        plan = PeerPlan(self.comm, memory_of(self.comm, num_bytes, x), num_slots, self.num_local_experts)
+        rows, weights, ids = ToExperts.apply(x, topk_weights, topk_ids, plan)
+        most = num_rows * min(top_k, self.num_local_experts)
+        return Arrived(rows, ids, weights, PeerHandle(topk_ids, ids, plan), max_pairs=most)
+
+    def begin_combine(self, y: Tensor, handle: PeerHandle) -> Tensor:
+        """See Dispatcher. Sends a row back for each that came."""
+        return ToHome.apply(y, handle.topk_ids, handle.ids, handle.plan)
+
+    def predict_bytes(
+        self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
+    ) -> dict[str, Tensor]:
+        """See Dispatcher: a row for each (token, other rank); weights and ids of all S slots."""
+        copies, row = DedupDispatcher.rows_between(self, topk_ids), hidden_dim * dtype.itemsize
+        weights = topk_ids[0].shape[1] * torch.promote_types(dtype, torch.float32).itemsize
+        passes = bytes_by_pass(copies, copies.t(), row, 0, row * x_needs_grad + weights)
+        slots = torch.full_like(copies, self.num_slots or max(1, *map(len, topk_ids)))
+        passes["dispatch"] += bytes_by_pass(slots, slots, 2 * weights, 0, 0)["dispatch"]
+        return passes
+
+
+# ==========================================================================================================
+# performance: notebooks/12_overlap.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/12_overlap.ipynb #shared-beside
+@register("overlap", "shared")
+class SharedBeside(InOrder):
+    """The shared experts while rows travel: their first product beside dispatch, the second beside combine.
+
+    Same sums in the same order as the plain order: equal bit by bit, forward and backward.
+    """
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Never auto's: what is asked for is what runs."""
+        return 0.5
+
+    @staticmethod
+    def check(layer: EPMoE) -> None:
+        """CannotRun where there is nothing to compute meanwhile."""
+        if layer.shared is None:
+            raise CannotRun(
+                "overlap shared computes the shared experts while rows travel, and there are none; "
+                "set --num-shared-experts"
+            )
+
+    @staticmethod
+    def forward(layer: EPMoE, x: Tensor, routing: Routing) -> Tensor:
+        """See InOrder. Keeps the hidden numbers of the shared experts in memory from dispatch to combine."""
+        dispatcher = layer.dispatcher
+        pending = dispatcher.begin_dispatch(x, routing.topk_ids, routing.topk_weights)
+        hidden = layer.shared.hidden(x)
+        arrived = dispatcher.end_dispatch(pending)
+        pending = dispatcher.begin_combine(layer.experts(arrived), arrived.handle)
+        beside = layer.shared.output(hidden)
+        return dispatcher.end_combine(pending) + beside
+
+
+# %% notebooks/12_overlap.ipynb #two-batches
+@register("overlap", "tbo")
+class TwoBatches(InOrder):
+    """Two halves of the tokens: the exchange of one beside the experts of the other, forward and backward.
+
+    The router sees all tokens at once, so capacity, losses and loads are those of the plain order. Twice as many
+    messages of half the rows each; experts compute twice, with half the rows.
+    """
+
+    num_parts = 2
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Never auto's."""
+        return 0.5
+
+    @staticmethod
+    def check(layer: EPMoE) -> None:
+        """CannotRun where half the tokens would send as much as all of them."""
+        if layer.dispatcher.needs_capacity:
+            raise CannotRun(
+                f"overlap tbo sends two halves, and each would fill all of the buffers of dispatcher "
+                f"{layer.took['dispatcher']}; take another dispatcher, or overlap shared"
+            )
+
+    @staticmethod
+    def forward(layer: EPMoE, x: Tensor, routing: Routing) -> Tensor:
+        """See InOrder. The order of these lines is the order in which things happen; backward's is the reverse."""
+        dispatcher, experts, shared = layer.dispatcher, layer.experts, layer.shared
+        tensors = x, routing.topk_ids, routing.topk_weights
+        a, b = zip(*(t.tensor_split(2) for t in tensors), strict=True)
+        a = dispatcher.begin_dispatch(*a)
+        hidden = None if shared is None else shared.hidden(x)
+        b = dispatcher.begin_dispatch(*b)
+        a = dispatcher.end_dispatch(a)
+        a = dispatcher.begin_combine(experts(a), a.handle)
+        b = dispatcher.end_dispatch(b)
+        b = dispatcher.begin_combine(experts(b), b.handle)
+        beside = None if shared is None else shared.output(hidden)
+        y = torch.cat([dispatcher.end_combine(a), dispatcher.end_combine(b)])
+        return y if shared is None else y + beside
+
+
+# ==========================================================================================================
 # training: notebooks/15_mesh.ipynb
 # ==========================================================================================================
 
 
 # %% notebooks/15_mesh.ipynb #mesh-options
+import importlib
 import shutil
 import warnings
 from concurrent.futures import Future
@@ -4903,12 +5813,14 @@ def sealed(body: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The body of a checkpoint's manifest. ValueError where there is none, a damaged one, or one of a newer program."""
     path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise ValueError("it is not there, and `latest` names it")
     if not path.is_file():
         raise ValueError("it has no manifest.json: not written by this program, or not to its end")
     try:
         text = path.read_text("utf-8")
         body = json.loads(text)["body"]
-        is_whole = text == sealed(body)
+        is_whole = text == sealed(body) and isinstance(body["format"], int)
     except (ValueError, KeyError, TypeError):
         is_whole = False
     if not is_whole:
@@ -4931,14 +5843,20 @@ def check_files(folder: Path, files: dict[str, list], rank: int, size: int) -> N
 
 
 # %% notebooks/15_mesh.ipynb #publish
+STEP_NAME = r"step-\d{8,}"
+
+
 def finished(folder: Path) -> list[Path]:
-    """A folder's checkpoints, the newest first; unfinished ones end in `.part`."""
-    return sorted((path for path in folder.glob("step-*") if path.suffix != ".part"), reverse=True)
+    """A folder's checkpoints, the newest first. Unfinished ones, `.part`, and your copies have other names."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(STEP_NAME, path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def remove(checkpoint: Path) -> None:
-    """Removes a checkpoint; its name goes first, so that nobody finds half of one under it."""
-    if checkpoint.exists():
+    """Removes a checkpoint; its name goes first, so that nobody finds half of one under it. Of a link only the link."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    elif checkpoint.exists():
         shutil.rmtree(checkpoint.rename(checkpoint.with_name(checkpoint.name + ".old.part")))
 
 
@@ -4959,21 +5877,33 @@ def publish(aside: Path, body: dict[str, Any], keep: int) -> None:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """A folder's checkpoints, best first: the one that the pointer names, then the others, the newest first."""
+    """A folder's checkpoints, best first: the one that the pointer names, there or not, then the newest first."""
     found = finished(folder)
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        named = (folder / "latest").read_text("utf-8").strip()
-        found.sort(key=lambda path: path.name != named)
+        if re.fullmatch(STEP_NAME, named := (folder / "latest").read_text("utf-8").strip()):
+            return [folder / named, *[path for path in found if path.name != named]]
     return found
 
 
-def made_ready(folder: Path) -> tuple[list[str], str]:
-    """Makes the folder -> (the names of its candidates, what is wrong with it or "")."""
+def made_ready(folder: Path) -> tuple[int | None, list[str], str]:
+    """Makes the folder and locks it -> (the lock, the names of its candidates, what is wrong with it or "").
+
+    The lock ends with the process, however that ends. Where the file system knows no locks, it locks nothing.
+    """
+    import fcntl
+
+    lock = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [path.name for path in candidates(folder)], ""
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None, [], "another run is saving there"
     except (OSError, ValueError) as error:
-        return [], reason(error)
+        if lock is None:
+            return None, [], reason(error)
+    return lock, [path.name for path in candidates(folder)], ""
 
 
 # %% notebooks/15_mesh.ipynb #run-settings
@@ -5033,6 +5963,12 @@ def own_files(aside: Path, rank: int) -> dict[str, list]:
     return {path.name: digest_of(path) for path in own}
 
 
+def sweep(folder: Path) -> None:
+    """Removes what killed saves have left, whether they were writing or removing."""
+    for left in folder.glob("step-*.part"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def write_aside(
     tensors: dict[str, Tensor], aside: Path, comm: Communicator, background: Communicator | None
 ) -> Future:
@@ -5042,6 +5978,7 @@ def write_aside(
     cannot write, the Future has an exception on every rank.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
     saved, files = Future(), Future()
 
@@ -5053,9 +5990,12 @@ def write_aside(
             files.set_exception(error)
 
     if comm.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+        sweep(aside.parent)
     if background is not None:
-        answer = dcp.async_save(tensors, checkpoint_id=aside, process_group=background.group)
+        # DCP copies ahead on a CUDA stream, in a new thread that of GPU 0: every rank would take memory there.
+        writer = dcp.FileSystemWriter(aside, per_thread_copy_ahead=0)
+        ways = {"storage_writer": writer, "async_stager": DefaultStager(StagingOptions(*[False] * 4))}
+        answer = dcp.async_save(tensors, process_group=background.group, **ways)
         saved = getattr(answer, "upload_completion", answer)
     else:
         try:
@@ -5104,10 +6044,18 @@ class Checkpoints:
 
     def __init__(self, options: Any, training: Training) -> None:
         self.options, self.training, self.run = options, training, training.run
-        self.folder, self.signals, self.pending = Path(options.checkpoint_dir), None, None
+        self.folder, self.signals, self.pending, self.lock = Path(options.checkpoint_dir), None, None, None
         self.host = host_group(self.run)
         self.background = host_group(self.run, new=True) if options.async_checkpoints else None
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP on one rank
+        importlib.import_module("torch.distributed.checkpoint")  # half a second, which no step shall lose
+
+    def leave(self) -> None:
+        """At the end, however it comes: signals do what they did before, and the folder is free."""
+        if self.signals:
+            self.signals.leave()
+        if self.lock is not None:
+            os.close(self.lock)
 
     def after_update(self) -> None:
         """After each step: the ranks agree on what to do. One all-reduce of two numbers between CPUs."""
@@ -5170,7 +6118,8 @@ def resume(kept: Checkpoints) -> None:
     """
     run, folder, rank = kept.run, kept.folder, kept.host.rank
     restarts = max(gather_objects(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), kept.host))
-    names, problem = gather_objects(made_ready(folder) if rank == 0 else None, kept.host)[0]
+    lock, *told = made_ready(folder) if rank == 0 else (None,)
+    kept.lock, (names, problem) = lock, gather_objects(told, kept.host)[0]
     if problem:
         raise CannotRun(f"cannot write checkpoints to {folder} ({problem}); set --checkpoint-dir")
     if names and not (restarts or kept.options.resume):
@@ -5233,6 +6182,8 @@ class CheckpointOptions(Options):
         for name in ("checkpoint_interval", "keep_checkpoints"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        if self.checkpoint_dir is not None and not self.checkpoint_dir.strip():
+            raise ValueError("checkpoint_dir is empty; name a folder, or leave it out")
         for f in fields(self)[1:]:
             if not self.checkpoint_dir and getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name} does nothing without a folder; set --checkpoint-dir")
@@ -5262,9 +6213,675 @@ class CheckpointOptions(Options):
             kept.after_update()
 
     def leave(self, training: Training) -> None:
-        """The launcher's hook at the end: signals do what they did before."""
-        if (kept := training.notes.get("checkpoints")) and kept.signals:
-            kept.signals.leave()
+        """The launcher's hook at the end."""
+        if kept := training.notes.get("checkpoints"):
+            kept.leave()
+
+
+# ==========================================================================================================
+# training: notebooks/16_language_model.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/16_language_model.ipynb #decoder-options
+import bz2
+
+from torch.utils.checkpoint import checkpoint
+
+
+@option_group
+@dataclass(frozen=True)
+class DecoderOptions(Options):
+    """The decoder of `--model lm`. ValueError where a number makes no sense.
+
+    num_layers: blocks, each of attention and experts
+    num_heads: heads of attention
+    num_kv_heads: heads of keys and values, a divisor of num_heads (default: as many)
+    head_dim: width of a head (default: hidden_dim / num_heads)
+    dense_layers: so many first blocks have one feed-forward network in place of experts
+    dense_ffn_dim: its width (default: as wide as the experts that a token visits elsewhere)
+    qk_norm: normalise queries and keys: none, head (each head by itself) or all (all heads together)
+    rope_theta: base of the rotary positions
+    norm_eps: what a norm adds to the mean square
+    tie_embeddings: the output's matrix is the embedding's
+    recompute: keep no more than each block's input for backward, and run its forward again
+    """
+
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    dense_layers: int = 0
+    dense_ffn_dim: int | None = None
+    qk_norm: str = "none"
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    recompute: bool = False
+    vocab_size: int = field(default=256, metadata={"flag": False})  # a byte is a token
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "dense_ffn_dim", "vocab_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        if not 0 <= self.dense_layers <= self.num_layers:
+            raise ValueError(f"dense_layers is {self.dense_layers}, of {self.num_layers} layers")
+        if self.qk_norm not in ("none", "head", "all"):
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; take none, head or all")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be positive and finite")
+
+    def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
+        """ValueError where the decoder cannot be built or has no experts, or where there is none."""
+        check_decoder(self, config, training)
+
+
+# %% notebooks/16_language_model.ipynb #check-decoder
+def widths(options: DecoderOptions, config: MoEConfig) -> tuple[int, int, int]:
+    """(heads of queries, heads of keys and values, width of a head). ValueError where they do not fit."""
+    heads, kv_heads = options.num_heads, options.num_kv_heads or options.num_heads
+    head_dim = options.head_dim or config.hidden_dim // heads
+    if options.head_dim is None and config.hidden_dim % heads:
+        raise ValueError(f"hidden_dim {config.hidden_dim} is no multiple of {heads} heads; set --head-dim")
+    if heads % kv_heads:
+        raise ValueError(f"num_kv_heads is {kv_heads}, and must divide num_heads, {heads}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}, and must be even: rotary positions turn pairs")
+    return heads, kv_heads, head_dim
+
+
+def check_decoder(options: DecoderOptions, config: MoEConfig, training: TrainingOptions) -> None:
+    """ValueError where the launcher cannot train this decoder, or where these options do nothing."""
+    if training.model == "lm":
+        widths(options, config)
+        if options.dense_layers == options.num_layers:
+            raise ValueError(
+                "no layer has experts; for a dense model take --num-experts 1 --top-k 1 --ep-size 1"
+            )
+        task = REGISTRIES["task"][training.task]
+        if not (isinstance(task, type) and issubclass(task, TextStream)):
+            raise ValueError("model lm reads bytes; take --task text")
+        return
+    for f in fields(options):
+        if (value := getattr(options, f.name)) != f.default:
+            raise ValueError(f"{f.name} {value} does nothing without the decoder; take --model lm")
+
+
+# %% notebooks/16_language_model.ipynb #rms-norm
+class RMSNorm(nn.RMSNorm):
+    """x [..., D] / sqrt(mean(x^2) + eps) * weight, in the weight's dtype (Zhang and Sennrich 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return super().forward(x.to(self.weight.dtype))
+
+
+def rotary(length: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, head_dim / 2] of position * theta ** (-2 i / head_dim), float32 or wider."""
+    wide = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+    speed = theta ** (-torch.arange(0, head_dim, 2, **wide) / head_dim)
+    angle = torch.outer(torch.arange(length, **wide), speed)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, H, S, head_dim], turned: number i pairs with number i + head_dim / 2, as in published weights."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+# %% notebooks/16_language_model.ipynb #attention-lm
+class Attention(nn.Module):
+    """Causal attention with rotary positions and grouped queries, without biases: [B, S, D] -> [B, S, D]."""
+
+    def __init__(self, config: MoEConfig, options: DecoderOptions) -> None:
+        super().__init__()
+        heads, kv_heads, self.head_dim = widths(options, config)
+        self.is_grouped = kv_heads < heads
+        for name, width in {"q": heads, "k": kv_heads, "v": kv_heads}.items():
+            setattr(self, f"{name}_proj", nn.Linear(config.hidden_dim, width * self.head_dim, bias=False))
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_dim, bias=False)
+        together = {"q": heads, "k": kv_heads} if options.qk_norm == "all" else {"q": 1, "k": 1}
+        self.norm_dims = {name: number * self.head_dim for name, number in together.items()}
+        if options.qk_norm != "none":
+            for name, width in self.norm_dims.items():
+                setattr(self, f"{name}_norm", RMSNorm(width, options.norm_eps))
+
+    def normalized(self, name: str, x: Tensor) -> Tensor:
+        """Queries or keys [B, S, H * head_dim], normalised as the options say."""
+        norm = getattr(self, f"{name}_norm", None)
+        return x if norm is None else norm(x.unflatten(-1, (-1, self.norm_dims[name]))).flatten(-2)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, S, D]; cos, sin [S, head_dim / 2] -> [B, S, D]. 2 B S^2 H head_dim operations for the scores and
+        their sums, half of 4 since the mask leaves half of them out."""
+        q, k = self.normalized("q", self.q_proj(x)), self.normalized("k", self.k_proj(x))
+        v = self.v_proj(x)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.is_grouped)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+# %% notebooks/16_language_model.ipynb #block
+class Block(nn.Module):
+    """Attention, then experts, each beside a residual and behind a norm: [B, S, D] -> [B, S, D].
+
+    mlp is an EPMoE, or, in the first dense_layers blocks, one expert that every token visits.
+    """
+
+    def __init__(self, config: MoEConfig, mesh: Mesh, seed: int, number: int) -> None:
+        super().__init__()
+        options, d = config.option(DecoderOptions), config.hidden_dim
+        self.input_layernorm, self.self_attn = RMSNorm(d, options.norm_eps), Attention(config, options)
+        self.post_attention_layernorm = RMSNorm(d, options.norm_eps)
+        name = f"{seed} block {number}"
+        if number < options.dense_layers:
+            width = options.dense_ffn_dim or (config.top_k + config.num_shared_experts) * config.ffn_dim
+            self.mlp = SharedExperts(replace(config, num_shared_experts=1, ffn_dim=width), name)
+        else:
+            self.mlp = EPMoE(config, mesh, seed=name)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, S, D]; cos, sin as in Attention."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        tokens = self.post_attention_layernorm(x).flatten(0, 1)
+        return x + self.mlp(tokens).view(x.shape)
+
+
+# %% notebooks/16_language_model.ipynb #decoder
+@register("model", "lm")
+class Decoder(nn.Module):
+    """A decoder with experts: ids int64 [B, S] -> logits [B, S, V]. Options: config.option(DecoderOptions).
+
+    Parameters are float32 or wider. Where config.dtype is bfloat16, products are computed in it, under autocast.
+    Experts live on mesh.ep, all else on every rank. ValueError where widths do not fit.
+    """
+
+    tokens_are_computed = (
+        True  # chapter 04's prediction of bytes asks: the first layer's tokens have a gradient
+    )
+
+    def __init__(
+        self, config: MoEConfig, mesh: Mesh, seed: int, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        options = self.options = config.option(DecoderOptions)
+        self.config, self.seed = config, seed
+        with torch.get_default_device() if device is None else torch.device(device):
+            self.embed_tokens = nn.Embedding(options.vocab_size, config.hidden_dim)
+            self.layers = nn.ModuleList(Block(config, mesh, seed, n) for n in range(options.num_layers))
+            self.norm = RMSNorm(config.hidden_dim, options.norm_eps)
+            self.lm_head = nn.Linear(config.hidden_dim, options.vocab_size, bias=False)
+        if options.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.to(torch.promote_types(DTYPES[config.dtype], torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, in place: matrices from the seed and their names, norms are 1."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and "mlp" not in name:
+                seeded_uniform_(module.weight, module.weight.shape[1], self.seed, name)
+            elif isinstance(module, (RMSNorm, EPMoE, SharedExperts)):
+                module.reset_parameters()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [B, S], the same S on all ranks, B as it comes, 0 too -> logits [B, S, V]. All ranks enter."""
+        half = DTYPES[self.config.dtype] == torch.bfloat16
+        recomputes = self.options.recompute and self.training and torch.is_grad_enabled()
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            x = self.embed_tokens(ids)
+            turns = rotary(ids.shape[1], widths(self.options, self.config)[2], self.options.rope_theta, x)
+            for block in self.layers:
+                if recomputes:
+                    x = checkpoint(block, x, *turns, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = block(x, *turns)
+            return self.lm_head(self.norm(x))
+
+
+# %% notebooks/16_language_model.ipynb #read-text
+BOOK_TEXT = LAUNCHER_DIR.parent / "data" / "plays.txt.bz2"
+BOOK_SHA256 = "85ce758134058541291e00561510e7f4f7b38b5756c7a44e09b7456433c63e1f"
+
+
+@functools.cache
+def read_text(path: Path) -> bytes:
+    """A UTF-8 file's bytes, unpacked where it ends in .bz2. ValueError where it cannot be read, or is not UTF-8."""
+    try:
+        data = path.read_bytes()
+        data = bz2.decompress(data) if path.suffix == ".bz2" else data
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8, at byte {error.start}; convert it") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {str(path)!r} ({error}); --text-file names a text in UTF-8") from None
+    if path == BOOK_TEXT and hashlib.sha256(data).hexdigest() != BOOK_SHA256:
+        raise ValueError(f"{path} is not the book's text; take it from the repository again")
+    return data
+
+
+def split_documents(data: bytes) -> tuple[bytes, bytes]:
+    """A text -> (what a model trains on, what is held out): every seventh of its documents, which form feeds divide;
+    of fewer than seven the last tenth of the bytes."""
+    documents = data.split(b"\f")
+    if len(documents) < 7:
+        cut = len(data) - len(data) // 10
+        return data[:cut], data[cut:]
+    return b"".join(d for n, d in enumerate(documents, 1) if n % 7), b"".join(documents[6::7])
+
+
+# %% notebooks/16_language_model.ipynb #text-options
+@option_group
+@dataclass(frozen=True)
+class TextOptions(Options):
+    """The text of `--task text`. ValueError where a number makes no sense, or the text cannot be read.
+
+    text_file: a text in UTF-8; form feeds stand between its documents (default: the book's fourteen plays)
+    context: bytes of a sequence; --tokens is a multiple of it
+    eval_interval: steps between two losses on the text held out, which is always taken at the end
+    eval_tokens: bytes of it that are predicted each time
+    """
+
+    text_file: str | None = None
+    context: int = 32
+    eval_interval: int | None = None
+    eval_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        for name in ("context", "eval_interval", "eval_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        if self.text_file is not None:
+            text_parts(self)
+
+    def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
+        """ValueError where the text, the batch and the model do not fit together."""
+        check_text(self, config, training)
+
+    def after_update(self, training: Training) -> None:
+        """The launcher's hook after each step: the loss on the text held out, where it is time."""
+        done, last = training.run.step + 1, training.run.options.steps
+        if isinstance(training.task, TextStream) and (
+            done == last or (self.eval_interval and done % self.eval_interval == 0)
+        ):
+            loss = held_out_loss(training.model, training.task, self.eval_tokens)
+            training.run.log.write(f"[step {training.run.step:05d}] held_out={loss:.6f}")
+            training.run.log.show("scalar", training.run.step, loss__held_out=loss)
+            training.notes["summary"] = {"held_out_loss": loss}
+
+
+def text_parts(options: TextOptions) -> tuple[bytes, bytes]:
+    """(to train on, held out). ValueError where either is not longer than a context."""
+    path = Path(options.text_file).expanduser() if options.text_file else BOOK_TEXT
+    parts = split_documents(read_text(path))
+    if (shortest := min(map(len, parts))) <= options.context:
+        what = f"{path} leaves {shortest} bytes to train on or to hold out"
+        raise ValueError(f"{what}, and a context is {options.context}; take a longer text")
+    return parts
+
+
+# %% notebooks/16_language_model.ipynb #check-text
+def check_text(options: TextOptions, config: MoEConfig, training: TrainingOptions) -> None:
+    """ValueError where the batch is no whole number of sequences, or the text has no model that reads it."""
+    task = REGISTRIES["task"][training.task]
+    if not (isinstance(task, type) and issubclass(task, TextStream)):
+        for f in fields(options):
+            if (value := getattr(options, f.name)) != f.default:
+                raise ValueError(f"{f.name} {value} does nothing without a text; take --task text")
+        return
+    if training.model == "layer":
+        raise ValueError("a layer alone reads no bytes; take --model lm")
+    text_parts(options)
+    world_size, context = world_from_env()[1], options.context
+    num_tokens = 32 * world_size if training.tokens is None else training.tokens
+    if num_tokens % context:
+        raise ValueError(
+            f"{num_tokens} tokens are no whole sequences of {context}; set --tokens or --context"
+        )
+    own, limit = -(-num_tokens // context // world_size) * context, config.max_num_tokens
+    if limit is not None and own > limit:
+        raise ValueError(
+            f"a rank gets up to {own} tokens, above max_num_tokens {limit}; raise --max-num-tokens"
+        )
+
+
+# %% notebooks/16_language_model.ipynb #text-stream
+@register("task", "text")
+class TextStream:
+    """Endless batches of windows of a text, drawn alike on every rank: ids and targets int64 [B, context], by rank.
+
+    A target is the byte behind. The interface and the promise are TokenStream's (chapter 04). `held_out` uint8: text
+    that is never drawn.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        seed: int,
+        num_tokens: int,
+        batch: Communicator,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        options = config.option(TextOptions)
+        parts = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in text_parts(options))
+        self.text, self.held_out = (part.to(device) for part in parts)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.context, self.num_tokens, self.batch = options.context, num_tokens, batch
+
+    def windows(self, text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's share of the windows at starts int64 [B] -> ids and targets, int64 [B of this rank, context]."""
+        own = starts.tensor_split(self.batch.size)[self.batch.rank]
+        ids = text[own[:, None] + torch.arange(self.context + 1, device=text.device)].long()
+        return ids[:, :-1], ids[:, 1:]
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """This rank's share of the next global batch."""
+        last, number = len(self.text) - self.context, self.num_tokens // self.context
+        where = {"generator": self.generator, "device": self.generator.device}
+        return self.windows(self.text, torch.randint(last, (number,), **where))
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The mean cross-entropy over the global batch in nats a byte, as a share, in float32 or wider."""
+        ids, targets = batch
+        return cross_entropy_sum(model(ids), targets) / self.num_tokens
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [B, S, V], targets int64 [B, S] -> the sum of -log softmax(logits)[target], in float32 or wider; 0-dim."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+# %% notebooks/16_language_model.ipynb #held-out
+@contextlib.contextmanager
+def unwatched(model: nn.Module) -> Iterator[None]:
+    """Inside, forwards are in evaluation mode and leave no trace in the meters, nor in the layers' last choices."""
+    layers, was_training = moe_layers(model), model.training
+    meters = {id(layer.mesh.meter): layer.mesh.meter for layer in layers}
+    sent = {key: {name: list(counts) for name, counts in meter.sent.items()} for key, meter in meters.items()}
+    last = [(layer.topk_ids, layer.probs) for layer in layers]
+    try:
+        yield model.eval()
+    finally:
+        model.train(was_training)
+        for key, meter in meters.items():
+            meter.sent = sent[key]
+        for layer, (topk_ids, probs) in zip(layers, last, strict=True):
+            layer.topk_ids, layer.probs = topk_ids, probs
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, task: TextStream, num_tokens: int) -> float:
+    """Nats a byte over num_tokens of the text held out, in windows that lie evenly over it.
+
+    The same on every rank, and on any number of them. In batches as large as a training step's. Collective.
+    """
+    context = task.context
+    last = len(task.held_out) - context  # behind the last place where a window may begin
+    number = max(1, min(num_tokens, last) // context)
+    starts = torch.arange(number, device=task.held_out.device) * last // number
+    total = torch.zeros((), dtype=torch.float64, device=task.held_out.device)
+    with unwatched(model):
+        for some in starts.split(max(1, task.num_tokens // context)):
+            ids, targets = task.windows(task.held_out, some)
+            total += cross_entropy_sum(model(ids), targets)
+    return float(task.batch.all_reduce(total)) / (number * context)
+
+
+# %% notebooks/16_language_model.ipynb #schedule
+@option_group
+@dataclass(frozen=True)
+class ScheduleOptions(Options):
+    """How the learning rate changes over a run. ValueError where a number makes no sense.
+
+    warmup_steps: it rises to --lr in a line over so many steps
+    final_lr: then it falls to this fraction of --lr at the last step, along half a cosine; 1 keeps it
+    """
+
+    warmup_steps: int = 0
+    final_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, and must be at least 0")
+        if not 0 <= self.final_lr <= 1:
+            raise ValueError(f"final_lr is {self.final_lr}, a fraction of --lr, and must be from 0 to 1")
+
+    def begin(self, training: Training) -> None:
+        """The launcher's hook before the first step, which may be that of a run that goes on."""
+        set_lr(training.optimizer, self, training.run.options, training.run.step)
+
+    def after_update(self, training: Training) -> None:
+        """The launcher's hook after each step: the next one's learning rate."""
+        set_lr(training.optimizer, self, training.run.options, training.run.step + 1)
+
+
+def scheduled_lr(schedule: ScheduleOptions, training: TrainingOptions, step: int) -> float:
+    """The learning rate of a step, the first being 0."""
+    rising = min(1.0, (step + 1) / max(1, schedule.warmup_steps))
+    left = max(1, training.steps - 1 - schedule.warmup_steps)
+    done = min(1.0, max(0.0, (step - schedule.warmup_steps) / left))
+    falling = schedule.final_lr + (1 - schedule.final_lr) * (1 + math.cos(math.pi * done)) / 2
+    return training.lr * rising * falling
+
+
+def set_lr(
+    optimizer: torch.optim.Optimizer, schedule: ScheduleOptions, training: TrainingOptions, step: int
+) -> None:
+    """Puts a step's learning rate into the optimiser, in place on a GPU; nothing where it never changes."""
+    if schedule == ScheduleOptions():
+        return
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        if device.type == "cuda" and not isinstance(group["lr"], Tensor):
+            group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        lr = scheduled_lr(schedule, training, step)
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
+
+
+# %% notebooks/16_language_model.ipynb #flops
+def parameter_counts(model: Decoder) -> dict[str, int]:
+    """{"total", "active"}: parameters, over all ranks, and those that a token is multiplied by: of the experts its
+    top_k, of the embedding none, which is looked up."""
+    config, layers = model.config, moe_layers(model)
+    own = sum(p.numel() for layer in layers for p in layer.experts.parameters())
+    everywhere = sum(p.numel() for p in model.parameters()) - own
+    held = own * (layers[0].mesh.ep.size if layers else 1)
+    looked_up = 0 if model.options.tie_embeddings else model.embed_tokens.weight.numel()
+    visited = held * config.top_k // config.num_experts
+    return {"total": held + everywhere, "active": everywhere - looked_up + visited}
+
+
+def training_flops(model: Decoder, context: int) -> int:
+    """Operations of forward and backward for one token, by the count above. Recomputation is not counted."""
+    heads, _, head_dim = widths(model.options, model.config)
+    scores = 6 * len(model.layers) * heads * head_dim * context
+    return 6 * parameter_counts(model)["active"] + scores
+
+
+# %% notebooks/16_language_model.ipynb #clamped-swiglu
+@register("activation", "clamped_swiglu")
+class ClampedSwiGLU:
+    """gpt-oss's expert: (up + 1) * gate * sigmoid(1.702 gate), with gate at most 7, up within -7 to 7; with biases."""
+
+    has_bias, is_gated = True, True
+    steepness, limit = 1.702, 7.0
+
+    @classmethod
+    def apply(cls, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        """gate, up [n, F] = x w1 + b1, x w3 + b3 -> [n, F]."""
+        gate, up = gate.clamp(max=cls.limit), up.clamp(-cls.limit, cls.limit)
+        return (up + 1) * gate * torch.sigmoid(cls.steepness * gate)
+
+    @classmethod
+    def gradient(cls, grad: Tensor, gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The result's gradient [n, F], and apply's arguments -> their gradients."""
+        g, u = gate.clamp(max=cls.limit), up.clamp(-cls.limit, cls.limit)
+        s = torch.sigmoid(cls.steepness * g)
+        of_gate = grad * (u + 1) * s * (1 + cls.steepness * g * (1 - s))
+        return of_gate * (gate <= cls.limit), grad * g * s * (up.abs() <= cls.limit)
+
+
+# %% notebooks/16_language_model.ipynb #hf-layer
+HF_PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2"}
+HF_ROUTERS = {
+    "gate.weight": "router.gate.weight",
+    "router.weight": "router.gate.weight",
+    "router.bias": "router.gate.bias",
+    "gate.e_score_correction_bias": "balance.bias",
+}
+
+
+def layer_from_hf(block: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a published mixture-of-experts block -> that of an EPMoE at world size 1. By names alone.
+
+    Per expert `experts.3.up_proj.weight` [F, D] or `experts.3.w3.weight`, or stacked, `experts.gate_up_proj`
+    [E, 2 F, D], with biases interleaved [E, D, 2 F]; `shared_experts.*`. ValueError for a name that it does not know.
+    """
+    state: dict[str, Tensor] = {}
+    each: dict[str, dict[int, Tensor]] = {}
+    is_interleaved = "experts.gate_up_proj_bias" in block
+    for name, tensor in block.items():
+        parts = name.split(".")
+        if name in HF_ROUTERS:
+            state[HF_ROUTERS[name]] = tensor
+        elif parts[0] == "shared_experts":
+            state[f"shared.expert.{HF_PROJECTIONS[parts[1]]}"] = tensor.t()[None]
+        elif parts[0] == "experts" and len(parts) == 4 and parts[2] in HF_PROJECTIONS:
+            each.setdefault(HF_PROJECTIONS[parts[2]], {})[int(parts[1])] = tensor.t()
+        elif name in ("experts.gate_up_proj", "experts.gate_up_proj_bias"):
+            kind = "b" if name.endswith("bias") else "w"
+            joined = tensor if is_interleaved else tensor.transpose(1, 2)
+            halves = (joined[..., ::2], joined[..., 1::2]) if is_interleaved else joined.chunk(2, dim=-1)
+            state |= {f"experts.{kind}1": halves[0], f"experts.{kind}3": halves[1]}
+        elif name in ("experts.down_proj", "experts.down_proj_bias"):
+            tensor = tensor if is_interleaved else tensor.transpose(1, 2)
+            state["experts.b2" if name.endswith("bias") else "experts.w2"] = tensor
+        else:
+            raise ValueError(f"a block of experts has a tensor {name}, which this layer does not know")
+    for name, experts in each.items():
+        state[f"experts.{name}"] = torch.stack([experts[number] for number in range(len(experts))])
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+# %% notebooks/16_language_model.ipynb #hf-names
+HF_INSIDE = r"(layers\.\d+)\.(?:mlp|block_sparse_moe)\.((?:experts|gate|router|shared_experts)\..*)"
+
+
+def state_from_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a published model, as on disk or as transformers has it -> a Decoder's at world size 1.
+
+    ValueError for a tensor of the experts that the layer does not know; other names are left to load_state_dict.
+    """
+    found: dict[str, Tensor] = {}
+    blocks: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("model.")
+        if inside := re.match(HF_INSIDE, name):
+            blocks.setdefault(inside[1], {})[inside[2]] = tensor
+        elif dense := re.match(r"(layers\.\d+\.mlp)\.(gate_proj|up_proj|down_proj)\.weight", name):
+            found[f"{dense[1]}.expert.{HF_PROJECTIONS[dense[2]]}"] = tensor.t()[None].contiguous()
+        else:
+            found[name] = tensor
+    for prefix, block in blocks.items():
+        found |= {f"{prefix}.mlp.{name}": tensor for name, tensor in layer_from_hf(block).items()}
+    return found
+
+
+def state_to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """full_state_dict of a Decoder with SwiGLU experts -> the state dict of transformers' model, experts stacked."""
+    found, dense = {}, {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    for name, tensor in state.items():
+        prefix, _, last = name.rpartition(".")
+        if name.endswith("mlp.router.gate.weight"):
+            found[f"model.{name.replace('router.', '')}"] = tensor
+        elif prefix.endswith("mlp.expert"):
+            found[f"model.{prefix.removesuffix('expert')}{dense[last]}.weight"] = tensor[0].t().contiguous()
+        elif prefix.endswith("mlp.experts") and last == "w1":
+            joined = torch.cat([tensor, state[f"{prefix}.w3"]], dim=-1)
+            found[f"model.{prefix}.gate_up_proj"] = joined.transpose(1, 2).contiguous()
+        elif prefix.endswith("mlp.experts") and last == "w2":
+            found[f"model.{prefix}.down_proj"] = tensor.transpose(1, 2).contiguous()
+        elif not prefix.endswith("mlp.experts"):
+            found[name if name == "lm_head.weight" else f"model.{name}"] = tensor
+    return found
+
+
+# %% notebooks/16_language_model.ipynb #hf-config
+HF_ABSENT = {  # what this decoder has in one form alone, and that form
+    "attention_bias": False, "clip_qkv": None, "sliding_window": None, "hidden_act": "silu", "decoder_sparse_step": 1,
+    "n_shared_experts": None, "n_group": None, "kv_lora_rank": None, "layer_types": None, "rope_scaling": None,
+}  # fmt: skip
+
+
+def config_from_hf(settings: dict[str, Any], state: dict[str, Tensor], dtype: str = "float32") -> MoEConfig:
+    """config.json of a published model, and its Decoder's state (for what the config does not say) -> a MoEConfig.
+
+    ValueError, which names the setting, where the model needs what this decoder has not.
+    """
+    if settings.get("use_sliding_window") is False:  # then the window's size stands there all the same
+        settings = settings | {"sliding_window": None}
+    for name, usual in HF_ABSENT.items():
+        if (value := settings.get(name, usual)) != usual:
+            raise ValueError(f"config.json has {name} {value}, and this decoder knows {usual} alone")
+    rope = {"rope_theta": settings.get("rope_theta", 10000.0), "rope_type": "default"}
+    rope |= settings.get("rope_parameters") or {}
+    if rope["rope_type"] != "default":
+        raise ValueError(
+            f"config.json has rope_type {rope['rope_type']}, and this decoder knows default alone"
+        )
+    dense = sorted(settings.get("mlp_only_layers") or [])
+    if dense != list(range(len(dense))):
+        raise ValueError(f"config.json has mlp_only_layers {dense}; this decoder's dense layers come first")
+    d, heads = settings["hidden_size"], settings["num_attention_heads"]
+    head_dim = settings.get("head_dim") or d // heads
+    norm = state.get("layers.0.self_attn.q_norm.weight")
+    decoder = DecoderOptions(
+        num_layers=settings["num_hidden_layers"], num_heads=heads, head_dim=head_dim, dense_layers=len(dense),
+        num_kv_heads=settings.get("num_key_value_heads"), dense_ffn_dim=settings["intermediate_size"],
+        qk_norm="none" if norm is None else "head" if len(norm) == head_dim else "all",
+        rope_theta=rope["rope_theta"], norm_eps=settings["rms_norm_eps"], vocab_size=settings["vocab_size"],
+        tie_embeddings=settings.get("tie_word_embeddings", False),
+    )  # fmt: skip
+    routing = RoutingOptions(
+        normalize_topk=settings.get("norm_topk_prob", True)
+    )  # Mixtral does, and does not say
+    return MoEConfig(
+        num_experts=settings.get("num_local_experts") or settings["num_experts"], hidden_dim=d, dtype=dtype,
+        ffn_dim=settings.get("moe_intermediate_size") or settings["intermediate_size"], activation="swiglu",
+        top_k=settings["num_experts_per_tok"], router_bias=False, extras=(routing, decoder),
+    )  # fmt: skip
+
+
+# %% notebooks/16_language_model.ipynb #from-pretrained
+def from_pretrained(
+    folder: str | Path, mesh: Mesh, device: torch.device | str | None = None, dtype: str = "float32"
+) -> Decoder:
+    """A folder with config.json and *.safetensors of Mixtral, Qwen3-MoE or OLMoE -> the Decoder with these weights.
+
+    dtype: float32, float64 or bfloat16, which computes in bfloat16 with float32 weights. Needs the package safetensors.
+    ValueError where a file is missing, or the model needs what this decoder has not.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has no config.json with *.safetensors; name the folder of a published model"
+        )
+    settings = json.loads((folder / "config.json").read_text("utf-8"))
+    published = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    state = state_from_hf(published)
+    config = config_from_hf(settings, state, dtype)
+    if config.option(DecoderOptions).tie_embeddings:
+        state.setdefault("lm_head.weight", state["embed_tokens.weight"])
+    model = Decoder(config, mesh, seed=0, device=device)
+    load_full_state_dict(model, state, mesh)
+    return model
 
 
 # %% added by tools/extract.py

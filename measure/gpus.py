@@ -6,8 +6,9 @@
     torchrun --standalone --nproc_per_node=2 measure/gpus.py --before build/before.py      (measure/before.py)
 
 Parts, each within its own --budget-PART seconds: parity (every variant against the dense reference), invariance (the
-loss curve at world sizes 1, 2, .. N), bandwidth (dispatch and combine beside a plain all-to-all), layers (forward
-and backward at the sizes of three known models) and seed (the default run; then its step, recorded with fixed buffers
+loss curve at world sizes 1, 2, .. N), bandwidth (dispatch and combine beside a plain all-to-all), growth (the same by
+one copy a rank and by everything to everyone, on 2, 4, .. N ranks), layers (forward and backward at the sizes of three
+known models) and seed (the default run; then its step, recorded with fixed buffers
 too, the original's and the one --before names, alternating).
 A part that fails says so, and the next one runs; the exit code then is 1. After each part rank 0 writes
 <output>/<device>_x<N>_suite.json. A rank that fails alone leaves the others waiting: they end after --timeout-s.
@@ -38,7 +39,14 @@ from measure import before, layer, peers, record, traffic  # noqa: E402
 from measure.record import ROOT, Recorder  # noqa: E402
 from tools import parity  # noqa: E402
 
-BUDGETS = {"parity": 50, "invariance": 50, "bandwidth": 15, "layers": 80, "seed": 45}  # seconds
+BUDGETS = {
+    "parity": 90,
+    "invariance": 60,
+    "bandwidth": 25,
+    "growth": 25,
+    "layers": 100,
+    "seed": 45,
+}  # seconds
 LARGEST_GATHER_GB = 20
 
 
@@ -213,6 +221,14 @@ def run_bandwidth(recorder: Recorder) -> dict:
     plain = f"plain {dist.get_backend()} all-to-all"
     variants[plain] = lambda: dist.all_to_all_single(incoming, outgoing)
     sent[plain] = outgoing.nbytes * (size - 1) / size
+    for name, run in traffic.recorded(recorder, variants, kinds).items():
+        variants[name] = run
+        sent[name] = sum(
+            sent[f"{name.split(', ')[0]}, {way}"] for way in ("dispatch", "combine") if way in name
+        )
+        sent[name] = sent[name] or sum(
+            sent[f"{name.split(', ')[0]}, {way}"] for way in ("dispatch", "combine")
+        )
     samples = recorder.alternate(variants, 2 if recorder.args.small else 5)
     ms = record.medians(samples)
     rates = {name: sent[name] / ms[name] / 1e6 for name in ms}
@@ -228,6 +244,45 @@ def run_bandwidth(recorder: Recorder) -> dict:
     }  # fmt: skip
 
 
+def run_growth(recorder: Recorder) -> dict:
+    """One copy a rank (peer, dedup) and everything to everyone (gather_tokens) on groups of 2, 4, .. N ranks: distinct
+    ranks of a token, expected and drawn, bytes, and times, recorded where they record."""
+    comm, found, num_rounds = recorder.comm, {}, 2 if recorder.args.small else 5
+    timeout = timedelta(seconds=recorder.args.timeout_s)
+    for size in [size for size in (2, 4, 8) if comm.size % size == 0]:
+        groups = [
+            dist.new_group(list(range(r, r + size)), timeout=timeout) for r in range(0, comm.size, size)
+        ]
+        recorder.comm = ep.Communicator(groups[comm.rank // size])
+        try:
+            config = traffic.exchange_config(recorder)
+            names = ("gather_tokens", "dedup", "peer")
+            kinds = {n: ep.REGISTRIES["dispatcher"][n].for_layer(config, recorder.comm) for n in names}
+            ways, sent, errors = traffic.there_and_back(recorder, config, kinds)
+            variants = {
+                f"{n}, there and back": lambda n=n, ways=ways: [
+                    ways[f"{n}, {w}"]() for w in ("dispatch", "combine")
+                ]
+                for n in names
+            } | traffic.recorded(recorder, ways, kinds)
+            samples = recorder.alternate(variants, num_rounds)
+        finally:
+            recorder.comm = comm
+        row_bytes = config.max_num_tokens * config.hidden_dim * 2 * (size - 1) / size
+        distinct = sent["dedup, combine"] / row_bytes
+        expected = ep.expected_distinct_ranks(config.num_experts, config.top_k, size)
+        found[size] = {"distinct_ranks": distinct, "expected": expected, "errors": errors}
+        found[size] |= {
+            "mean_bytes_that_leave": sent,
+            "median_ms": record.medians(samples),
+            "samples_ms": samples,
+        }
+        times = ", ".join(f"{n} {ms:.3f}" for n, ms in found[size]["median_ms"].items())
+        recorder.say(f"  {size} ranks, distinct {distinct:.2f}, expected {expected:.2f}; ms: {times}")
+        recorder.free_memory()
+    return {"sizes": found}
+
+
 def measure_layer(recorder: Recorder, size: str) -> dict:
     """One size: hold every variant against the float32 reference on a few tokens, then time all of them.
 
@@ -236,6 +291,16 @@ def measure_layer(recorder: Recorder, size: str) -> dict:
     ours = layer.make_layer(recorder, size)
     config = ours.config
     makers = layer.our_variants(recorder, ours, f"{config.dispatcher} + ")
+    launcher = recorder.launchers[""]
+
+    def with_dispatcher(name: str) -> layer.Variant:
+        other = launcher.sharing(ours, dispatcher=name)
+        return layer.Variant(lambda x: launcher.forward(other, x)[0], list(other.parameters()))
+
+    names = [n for n in ("gather_tokens", "peer") if n in dispatchers(recorder, config, recorder.comm)]
+    makers |= {
+        f"ours, {n} + grouped": lambda n=n: with_dispatcher(n) for n in names if recorder.comm.size > 1
+    }
     makers |= {
         "plain glue": lambda: plain_layer(ours),
         "torchtitan": lambda: torchtitan_layer(recorder, ours),
@@ -247,6 +312,9 @@ def measure_layer(recorder: Recorder, size: str) -> dict:
     columns = 2 * config.ffn_dim
     columns += config.hidden_dim if recorder.comm.size > 1 else 0  # alone, the rows are x itself
     result["predicted_kept_gb"] = max(recorder.gather(rows * columns * batch[0].element_size() / 1e9))
+    if recorder.on_gpu:
+        names = [name for name in ("ours, gather_tokens + grouped", "ours, peer + grouped") if name in passes]
+        passes |= {f"{name}, recorded": record.captured(passes[name]) for name in names}
     samples = recorder.alternate(passes, 1 if recorder.args.small else 3)
     return layer.finish(recorder, size, ours, samples, result)
 
@@ -286,6 +354,9 @@ def run_seed(recorder: Recorder) -> dict:
     capacity = ["--dispatcher", "capacity", "--capacity-factor", "8", "--step"]
     wanted = {"ours": [], "all_gather + loop": ["--dispatcher", "all_gather", "--experts", "loop"]}
     wanted |= {"capacity": [*capacity, "eager"], "capacity, graph": [*capacity, "graph"]}
+    wanted |= {
+        f"{name}, graph": ["--dispatcher", name, "--step", "graph"] for name in ("gather_tokens", "peer")
+    }
     config, _ = ep.parse_flags(run)
     variants = {"seed": before.original_step(config, recorder.comm, recorder.device), "ours": ours}
     for kind, (prefix, other) in product(wanted, recorder.launchers.items()):
@@ -310,6 +381,7 @@ PARTS = {
     "parity": run_parity,
     "invariance": run_invariance,
     "bandwidth": run_bandwidth,
+    "growth": run_growth,
     "layers": run_layers,
     "seed": run_seed,
 }

@@ -1,17 +1,21 @@
-"""Chapter 10's dispatchers on several GPUs, beside chapter 07's: the exchange alone, layers, the default step.
+"""The dispatchers of chapters 10 and 11 on several GPUs, beside chapter 07's: exchanges, layers, the default step.
 
     torchrun --standalone --nproc_per_node=2 measure/traffic.py            into results/<device>_x<N>_traffic.json
     torchrun --standalone --nproc_per_node=2 measure/traffic.py --device cpu --parts step
     torchrun --standalone --nproc_per_node=2 measure/traffic.py --device cpu --small      whether it runs, anywhere
 
 Exchange: dispatch and combine, forward, of 4,096 tokens a rank, hidden 7,168, top-8 of 256 experts, bfloat16, beside
-the all-to-all of as many bytes and nothing else. Layers: forward and backward at the sizes of measure/layer.py, each
-held against its reference first. Step: the launcher's, with its defaults. What records is timed recorded too.
+the all-to-all of as many bytes and nothing else. Small: the same with 128 tokens. Kernels: those of chapter 11 by
+their number of programs, and the copy engine. Step: the launcher's, with its defaults. Layers: forward and backward at
+the sizes of measure/layer.py, each held against its reference first. What records is timed recorded too.
 """
 
 import statistics
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,16 +23,31 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
-from measure import layer, record  # noqa: E402
+from measure import before, layer, record  # noqa: E402
 from measure.record import Recorder  # noqa: E402
 
-NAMES = ("all_to_all", "dedup", "gather_tokens")
+NAMES = ("all_to_all", "dedup", "gather_tokens", "peer")
+PROGRAMS = (8, 16, 32, 64, 132, 264, 528, 1056, 2112)
 
 
 def exchange_config(recorder: Recorder) -> ep.MoEConfig:
     """The exchange's sizes: DeepSeek-V3's, 4,096 tokens a rank."""
     num_tokens, d, num_experts = (64, 64, 16) if recorder.args.small else (4096, 7168, 256)
     return ep.MoEConfig(num_experts, 8, d, 2048, max_num_tokens=num_tokens, dtype="bfloat16")
+
+
+def recorded(
+    recorder: Recorder, variants: dict[str, Callable], kinds: dict[str, ep.Dispatcher]
+) -> dict[str, Callable]:
+    """{name: a replay} of what there_and_back runs, by the dispatchers that record: each way, and both in one graph."""
+    found = {}
+    for name in (name for name, kind in kinds.items() if kind.records and recorder.on_gpu):
+        ways = [variants[f"{name}, {way}"] for way in ("dispatch", "combine")]
+        found[f"{name}, dispatch, recorded"], found[f"{name}, combine, recorded"] = map(record.captured, ways)
+        found[f"{name}, there and back, recorded"] = record.captured(
+            lambda ways=ways: [run() for run in ways]
+        )
+    return found
 
 
 def there_and_back(
@@ -71,10 +90,8 @@ def exchange(recorder: Recorder) -> dict:
     num_tokens, d = config.max_num_tokens, config.hidden_dim
     kinds = {name: ep.REGISTRIES["dispatcher"][name].for_layer(config, comm) for name in NAMES}
     variants, sent, errors = there_and_back(recorder, config, kinds)
-    for name, kind in kinds.items():
-        if kind.records and recorder.on_gpu:
-            for way in ("dispatch", "combine"):
-                variants[f"{name}, {way}, recorded"] = record.captured(variants[f"{name}, {way}"])
+    variants |= recorded(recorder, variants, kinds)
+    for name in kinds:
         rows = int(sent[f"{name}, combine"] / (d * 2) / max(1, comm.size - 1))  # to each other rank
         outgoing = torch.zeros(comm.size * rows, d, dtype=torch.bfloat16, device=recorder.device)
         incoming = torch.empty_like(outgoing)
@@ -86,6 +103,54 @@ def exchange(recorder: Recorder) -> dict:
         recorder.say(f"  {name:48} {value:8.3f} ms  {sent.get(name, 0) / 1e6:8.1f} MB leave")
     return {"tokens": num_tokens, "hidden_dim": d, "num_experts": config.num_experts, "top_k": 8, "errors": errors,
             "mean_bytes_that_leave": sent, "median_ms": ms, "samples_ms": samples}  # fmt: skip
+
+
+def small(recorder: Recorder) -> dict:
+    """128 tokens a rank, as when a model writes: there and back, by the wall of several in a row."""
+    config = replace(exchange_config(recorder), max_num_tokens=128)
+    kinds = {name: ep.REGISTRIES["dispatcher"][name].for_layer(config, recorder.comm) for name in NAMES}
+    ways, sent, errors = there_and_back(recorder, config, kinds)
+    both = {n: [ways[f"{n}, {way}"] for way in ("dispatch", "combine")] for n in kinds}
+    variants = {f"{n}, there and back": lambda pair=pair: [run() for run in pair] for n, pair in both.items()}
+    variants |= recorded(recorder, ways, kinds)
+    samples = recorder.alternate(variants, 2 if recorder.args.small else 50)
+    ms = record.medians(samples)
+    for name, value in ms.items():
+        recorder.say(f"  {name:48} {value * 1e3:8.1f} us")
+    return {
+        "tokens": 128,
+        "errors": errors,
+        "mean_bytes_that_leave": sent,
+        "median_ms": ms,
+        "samples_ms": samples,
+    }
+
+
+def kernels(recorder: Recorder) -> dict:
+    """Chapter 11's kernels at the exchange's sizes by their number of programs; a copy of as many bytes each way."""
+    if not recorder.on_gpu or recorder.comm.size == 1:
+        return {}
+    comm, config = recorder.comm, exchange_config(recorder)
+    kinds = {"peer": ep.REGISTRIES["dispatcher"]["peer"].for_layer(config, comm)}
+    ways, sent, _ = there_and_back(recorder, config, kinds)
+    found: dict[str, dict[int, float]] = {}
+    for programs in PROGRAMS:
+        with mock.patch.object(ep, "NUM_PROGRAMS", programs):
+            [run() for run in ways.values()]
+            comm.all_reduce(torch.zeros(1, device=recorder.device))
+            times = layer.kernel_times(lambda: [run() for run in ways.values()])
+        for name in ("push_tokens", "take_rows", "push_home", "sum_home"):
+            ms = next((ms for key, ms in times.items() if key.startswith(name)), 0.0)
+            found.setdefault(name, {})[programs] = max(recorder.gather(ms))
+    num_bytes = int(sent["peer, combine"])
+    memory = next(iter(ep.memories_of(comm).values()))[-1]
+    there = memory.blocks[(comm.rank + 1) % comm.size][memory.flag_bytes :][:num_bytes]
+    here = torch.zeros_like(memory.blocks[comm.rank][:num_bytes])
+    samples = recorder.alternate({"copy engine": lambda: there.copy_(here)}, 10, recorder.event_ms)
+    found["copy engine"] = record.medians(samples)["copy engine"]
+    for name, times in found.items():
+        recorder.say(f"  {name:14} {times}")
+    return {"bytes": num_bytes, "median_ms": found}
 
 
 def wires(recorder: Recorder, num_tokens: int, d: int) -> dict:
@@ -127,7 +192,8 @@ def layers(recorder: Recorder) -> dict:
         batch = layer.tokens(ours, ours.config.max_num_tokens)
         passes, result = layer.prepare(recorder, size, ours, makers, batch, checked=few)
         if recorder.on_gpu:
-            passes["ours, gather_tokens, recorded"] = record.captured(passes["ours, gather_tokens"])
+            for name in ("ours, gather_tokens", "ours, peer"):
+                passes[f"{name}, recorded"] = record.captured(passes[name])
         samples = recorder.alternate(passes, 1 if recorder.args.small else 3)
         found[size] = layer.finish(recorder, size, ours, samples, result)
         del passes, makers, ours
@@ -136,19 +202,35 @@ def layers(recorder: Recorder) -> dict:
 
 
 def step(recorder: Recorder) -> dict:
-    """The launcher's training step with its defaults, and with what `auto` takes."""
+    """The launcher's training step with its defaults, with what `auto` takes, and as many tokens on one rank alone.
+
+    recorded_equals_eager: whether 100 recorded steps of `peer` have the losses of 100 eager ones, to the last bit.
+    """
     flags = {name: ["--dispatcher", name, "--step", "eager"] for name in NAMES} | {"auto": []}
     if recorder.on_gpu:
-        flags["gather_tokens, recorded"] = ["--dispatcher", "gather_tokens", "--step", "graph"]
-    variants = {name: recorder.launchers[""].step(own, recorder.device) for name, own in flags.items()}
+        flags |= {f"{n}, recorded": ["--dispatcher", n, "--step", "graph"] for n in ("gather_tokens", "peer")}
+    make = recorder.launchers[""].step
+    variants = {name: make(own, recorder.device) for name, own in flags.items()}
+    one = before.Launcher()
+    one.batch = ep.Communicator.alone()
+    one.mesh = ep.Mesh(one.batch, one.batch, one.batch)
+    tokens = str(32 * recorder.comm.size)
+    variants["one rank alone"] = one.step(["--tokens", tokens, "--max-num-tokens", tokens], recorder.device)
+    curves = [make(flags[n], recorder.device) for n in ("peer", "peer, recorded") if n in flags]
+    first, *rest = [
+        torch.stack([advance() for _ in range(100 if recorder.on_gpu else 2)]) for advance in curves
+    ]
+    is_equal = all(recorder.gather(all(torch.equal(first, other) for other in rest)))
+    if not is_equal:
+        recorder.failures.append("recorded steps of peer are not the eager ones")
     samples = recorder.alternate(variants, 2 if recorder.args.small else 8)
     ms = record.medians(samples)
     recorder.say_speeds(ms, "all_to_all")
     taken = ep.pick("dispatcher", ep.parse_flags([])[0], recorder.device, recorder.comm.size)
-    return {"auto": taken, "median_ms": ms, "samples_ms": samples}
+    return {"auto": taken, "recorded_equals_eager": is_equal, "median_ms": ms, "samples_ms": samples}
 
 
-PARTS = {"exchange": exchange, "layers": layers, "step": step}
+PARTS = {"exchange": exchange, "small": small, "kernels": kernels, "step": step, "layers": layers}
 
 
 def measure(recorder: Recorder) -> None:

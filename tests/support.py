@@ -16,10 +16,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def torchrun(world_size: int, *command: str, timeout: float = 600) -> subprocess.CompletedProcess:
-    """Runs a script on world_size CPU ranks; what hangs is ended at the time-out, which no slow machine comes near."""
+def torchrun(
+    world_size: int, *command: str, timeout: float = 600, **variables: str
+) -> subprocess.CompletedProcess:
+    """Runs a script on world_size ranks, with these environment variables; what hangs is ended at the time-out, which
+    no slow machine comes near."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | variables
     process = subprocess.Popen(
         [*argv, *command], cwd=ROOT, env=environment, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -33,10 +36,13 @@ def torchrun(world_size: int, *command: str, timeout: float = 600) -> subprocess
     return subprocess.CompletedProcess(argv, process.returncode, stdout, stderr)
 
 
-def play(folder: Path, module: str, world_size: int, *names: str, timeout: float = 1200) -> Path:
+def play(
+    folder: Path, module: str, world_size: int, *names: str, timeout: float = 1200, device: str = "cpu"
+) -> Path:
     """Plays a module's trials (tests/ranks) on at most world_size ranks -> the folder of what they found."""
     shutil.rmtree(folder, ignore_errors=True)
-    done = torchrun(world_size, "tests/ranks/trials.py", str(folder), module, *names, timeout=timeout)
+    command = "tests/ranks/trials.py", str(folder), module, *names
+    done = torchrun(world_size, *command, timeout=timeout, TRIALS_DEVICE=device)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder
 

@@ -164,7 +164,7 @@ def ink_on(fill: str) -> str:
 def flying_row(flight: Flight, key: Key, turn: int) -> str:
     """A row as an SVG group that flies through its stops and rests at each; a bar shows which rank computed it.
 
-    turn: the row's number on its rank; rows leave one after the other.
+    turn: the row's number on its rank; rows leave one after the other. Without animation it rests at its expert.
     """
     stops = [to_pixels(*places[key]) for places in flight.places]
     (fill, edge, width), late = token_style(*key[:2]), 0.005 * turn
@@ -172,15 +172,36 @@ def flying_row(flight: Flight, key: Key, turn: int) -> str:
     values = "; ".join(f"{x:.1f} {y:.1f}" for stop in stops for x, y in (stop, stop))
     splines = "; ".join(["0 0 1 1", ".4 0 .4 1"] * 4 + ["0 0 1 1"])  # rest, and fly with a soft start and end
     worker = rank_color(key[2] // flight.num_local)
-    bar = f'<rect y="23" width="17" height="6" fill="{worker}" stroke="{INK}" opacity="0">'
+    bar = f'<rect y="23" width="17" height="6" fill="{worker}" stroke="{INK}" opacity="1">'
     return (
-        f'<g transform="translate({stops[0][0]:.1f} {stops[0][1]:.1f})">'
+        f'<g transform="translate({stops[3][0]:.1f} {stops[3][1]:.1f})">'
         f"{bar}{svg_step('opacity', 0, 1, DONE)}</rect>"
         f'<rect width="17" height="22" rx="3" fill="{fill}" stroke="{edge}" stroke-width="{width}"/>'
         f'<text x="8.5" y="17" text-anchor="middle" font-size="16" fill="{ink_on(fill)}">{key[2]}</text>'
         f'<animateTransform attributeName="transform" type="translate" dur="{FILM_S}s" repeatCount="indefinite" '
         f'calcMode="spline" keyTimes="{"; ".join(f"{t:.3f}" for t in times)}" keySplines="{splines}" '
         f'values="{values}"/></g>'
+    )
+
+
+def trail(flight: Flight, key: Key) -> str:
+    """A row's whole way as a pale line through its stops."""
+    stops = [to_pixels(*places[key]) for places in flight.places]
+    (x, y), way = stops[0], ""
+    for new_x, new_y in stops:
+        way += (
+            f"C{x:.0f} {(y + new_y) / 2:.0f} {new_x:.0f} {(y + new_y) / 2:.0f} {new_x:.0f} {new_y:.0f}"
+            if way
+            else ""
+        )
+        way = way or f"M{x:.0f} {y:.0f}"
+        x, y = new_x, new_y
+    fill, edge, _ = token_style(*key[:2])
+    color = fill if key[1] == 0 else edge
+    dash = "" if key[1] == 0 else ' stroke-dasharray="5 4"'
+    return (
+        f'<path transform="translate(8.5 11)" d="{way}" fill="none" stroke="{color}" stroke-width="1.6" '
+        f'opacity="0.45"{dash}/>'
     )
 
 
@@ -208,16 +229,20 @@ def film(flight: Flight, names: Sequence[str]) -> str:
         for n, line in enumerate(lines):
             at = to_pixels(0, y)[1] + 18 + 22 * n - 11 * (len(lines) - 1)
             parts.append(f'<text x="135" y="{at:.1f}" text-anchor="end" fill="{INK}">{line}</text>')
-    for places in flight.places[1:4]:  # where rows will rest, so that the film does not open on empty strips
-        for x, y in (to_pixels(*place) for place in places.values()):
+    parts += [trail(flight, key) for key in flight.places[0]]
+    for places in flight.places[1:4]:  # where rows rest, so that the film does not open on empty strips
+        for key, place in places.items():
+            x, y = to_pixels(*place)
             parts.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="17" height="22" rx="3" fill="none" stroke="#cfcfd6"/>'
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="17" height="22" rx="3" fill="#f1f1f4" stroke="#8d8d97"/>'
+                f'<text x="{x + 8.5:.1f}" y="{y + 16:.1f}" text-anchor="middle" font-size="13" fill="#6f6f78">'
+                f"{key[2]}</text>"
             )
     for x, y in (to_pixels(*place) for place in flight.one_of_each(flight.places[4]).values()):
-        frame = f'<rect x="{x - 4:.1f}" y="{y - 5:.1f}" width="100" height="36" rx="5" fill="none" stroke="#cfcfd6"/>'
+        frame = f'<rect x="{x - 4:.1f}" y="{y - 5:.1f}" width="100" height="36" rx="5" fill="none" stroke="#8d8d97"/>'
         parts.append(frame)
-    rows_a_rank = len(flight.places[0]) // flight.num_ranks
-    parts += [flying_row(flight, key, number % rows_a_rank) for number, key in enumerate(flight.places[0])]
+    rows_per_rank = len(flight.places[0]) // flight.num_ranks
+    parts += [flying_row(flight, key, number % rows_per_rank) for number, key in enumerate(flight.places[0])]
     for places, opacity, change in (
         (flight.places[0], 1, svg_step("opacity", 1, 0, 0.04)),
         (flight.places[4], 0, svg_step("opacity", 0, 1, ADDED)),

@@ -157,17 +157,17 @@ def start_host(name: str, number: int, program: list[str], log: Path, nproc: int
     return host
 
 
-def wait_for(hosts: list[Family], limit_s: float) -> bool:
+def wait_for(hosts: list[Family], limit_s: float, other_s: float = OTHER_HOST_S) -> bool:
     """Waits until both torchruns have ended -> whether they did in time.
 
-    A host whose partner has gone gets OTHER_HOST_S: on a dead link torchrun can wait for minutes.
+    A host whose partner has gone gets other_s: on a dead link torchrun can wait for minutes.
     """
     end = deadline = time.monotonic() + limit_s
     while running := [host for host in hosts if host.process.poll() is None]:
         if time.monotonic() > end:
             return time.monotonic() <= deadline
         if len(running) == 1:
-            end = min(end, time.monotonic() + OTHER_HOST_S)
+            end = min(end, time.monotonic() + other_s)
         for host in running:
             host.note()
         time.sleep(0.05)

@@ -39,6 +39,7 @@ from ep_launcher.launcher import (  # noqa: E402
     MoEConfig,
     TrafficOptions,
     aux_loss,
+    bytes_of_layer,
     choose_device,
     dense_moe,
     every_ranks_ids,
@@ -83,6 +84,10 @@ def cases(world_size: int) -> dict[str, dict]:
         "two_layers": {"tokens": [8, 0, 5, 9] if world_size > 1 else [8], "layers": 2},
         "micro_batches": {"tokens": [10, 5, 8, 1], "layers": 2, "micro_batches": 2},
         "checkpoint": {"tokens": [9, 12, 0, 4], "layers": 2, "checkpoint": True},
+        "shared_beside": {"tokens": [7, 0, 9, 1], "num_shared_experts": 1, "overlap": "shared"},
+        # An odd number; one token, whose second half is empty; none.
+        "two_halves": {"tokens": [13, 1, 0, 8], "layers": 2, "num_shared_experts": 1, "overlap": "tbo"},
+        "two_halves_checkpoint": {"tokens": [1, 12], "layers": 2, "checkpoint": True, "overlap": "tbo"},
     }
     if world_size in (2, 4):
         found["replicas"] = {"tokens": [9, 12, 0, 4], "layers": 2, "ep": 2}  # 4 ranks: a 2 x 2 mesh
@@ -95,7 +100,8 @@ def plain_cases(world_size: int) -> dict[str, dict]:
     return {name: case for name, case in found if name not in MODEL_CASES}
 
 
-MODEL_CASES = {"shared_experts", "two_layers", "micro_batches", "checkpoint", "replicas"}
+OVERLAP_CASES = {"shared_beside", "two_halves", "two_halves_checkpoint"}
+MODEL_CASES = {"shared_experts", "two_layers", "micro_batches", "checkpoint", "replicas"} | OVERLAP_CASES
 
 
 def cases_of(activation: str, dtype: str, wanted: list[str]) -> list[str]:
@@ -222,19 +228,16 @@ def watch_bytes(model: Stack, mesh: Mesh) -> Callable[[], tuple[list[int], bool]
     runs: list[tuple[EPMoE, Tensor]] = []
     for layer in model.layers:
         layer.register_forward_hook(lambda layer, args, y: runs.append((layer, layer.topk_ids)))
-    before = {name: list(sent) for name, sent in mesh.meter.sent.items()}
+    before = {name: list(sent) for name, sent in mesh.meter.fetch().items()}
 
     def compare() -> tuple[list[int], bool]:
-        nothing = [0] * mesh.meter.size
+        nothing, sent_since = [0] * mesh.meter.size, mesh.meter.fetch()
         counted, predicted = {}, {name: torch.zeros(mesh.ep.size, dtype=torch.int64) for name in PASSES}
         for name in PASSES:
-            pairs = zip(mesh.meter.sent.get(name, nothing), before.get(name, nothing), strict=True)
+            pairs = zip(sent_since.get(name, nothing), before.get(name, nothing), strict=True)
             counted[name] = torch.tensor([now - then for now, then in pairs])[mesh.ep.ranks]
         for layer, topk_ids in list(runs):
-            ids, config = every_ranks_ids(topk_ids, mesh.ep), layer.config
-            for name, sent in layer.dispatcher.predict_bytes(
-                ids, config.hidden_dim, DTYPES[config.dtype]
-            ).items():
+            for name, sent in bytes_of_layer(layer, every_ranks_ids(topk_ids, mesh.ep)).items():
                 predicted[name] += sent[mesh.ep.rank]
         agrees = all(torch.equal(predicted[name], counted[name]) for name in PASSES)
         return [sum(int(t.sum()) for t in which.values()) for which in (predicted, counted)], agrees
@@ -385,7 +388,7 @@ def run_suite(
                 case = known[name]
                 if case["ep"] != parts:
                     continue
-                changes = {k: case[k] for k in (*BASE, "num_shared_experts") if k in case}
+                changes = {k: case[k] for k in (*BASE, "num_shared_experts", "overlap") if k in case}
                 config = MoEConfig(**BASE | changes, **dict(zip(NAMES, kinds, strict=True)), extras=extras)
                 try:
                     facts = run_case(case, config, among, device, known=references)

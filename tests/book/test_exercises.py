@@ -247,7 +247,7 @@ EXPERTS = {
     "two choices only": (
         "(ids == e)",
         "(ids[:, :2] == e)",
-        "three experts a row: row",
+        "three experts per row: row",
         "came out without the result of",
     ),
     "no gradient for the router": (

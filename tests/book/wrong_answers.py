@@ -30,7 +30,14 @@ WRONG = {
         ),
     ],
     "solution-half": [("ep_size / 2", "ep_size"), ("return k", "return ep_size // 2")],
-    "solution-inverse": [("order.argsort()", "order"), ("order.argsort()", "order.flip(0)")],
+    "solution-inverse": [
+        ("torch.empty_like(order).index_copy(0, order, torch.arange(len(order)))", "order"),
+        (
+            "torch.empty_like(order).index_copy(0, order, torch.arange(len(order)))",
+            "order.argsort()",
+        ),  # right
+        ("index_copy(0, order, torch.arange(len(order)))", "index_copy(0, torch.arange(len(order)), order)"),
+    ],
     "solution-needed": [
         (".fill_diagonal_(0)", ""),
         ("torch.stack(owners)", "torch.stack(owners).T.contiguous()"),
@@ -121,6 +128,13 @@ WRONG = {
         ("return sums[:-1]", "return sums[: int((counts >= 0).sum())]"),  # a number on the host
         ("return sums[:-1]", "return torch.stack([sums[e] for e in range(len(counts))])"),
     ],
+    "solution-kernel": [
+        ("is_sent & (column < num_columns)", "is_sent & (column >= 0)"),  # runs on into the next row
+        ("row < tl.load(num_rows)", "row >= 0"),
+        ("tl.load(weights + row,", "tl.load(weights,"),
+        ("mask=mask, other=0.0", "other=0.0"),
+        ("row * num_columns + column", "row * BLOCK + column"),
+    ],
     "solution-num-dropped": [(".clamp(min=0)", ""), ("(load - capacity).clamp(min=0)", "(load > capacity)")],
     "solution-safe-factor": [
         ("config.num_experts / config.top_k", "float(config.num_experts)"),
@@ -177,6 +191,19 @@ WRONG = {
         ("start : start + own", ":own"),
         ("first // old, (", "0, ("),
         ("(first + own - 1) // old + 1", "first // old + 1"),
+    ],
+    "solution-active": [
+        ("3 * d * f * top_k", "2 * d * f * top_k"),
+        ("3 * d * f * top_k", "3 * d * f * num_experts"),
+        ("d * num_experts + ", ""),
+        ("num_heads + num_kv_heads", "2 * num_heads"),
+        ("d * vocab_size", "2 * d * vocab_size"),
+    ],
+    "solution-cut": [
+        ("comm.rank + 1 :]", "comm.rank :]"),
+        ("later = later[later != -100]", "later = later"),
+        ("torch.cat([ids, ids.new_tensor([-100])])[:1]", "ids[:1]"),
+        ("[: len(ids)]", ""),
     ],
 }
 

@@ -200,6 +200,7 @@ def test_a_signal_saves_and_stops(whole, tmp_path, monkeypatch):
     ("--async-checkpoints", "async_checkpoints does nothing"), ("--ep-size 2", "ep_size is 2, and must divide the 1"),
     ("--checkpoint-dir x --checkpoint-interval 0", "checkpoint_interval is 0, and must be at least 1"),
     ("--checkpoint-dir x --keep-checkpoints 0", "keep_checkpoints is 0"), ("--ep-size 0", "ep_size is 0"),
+    ("--checkpoint-dir=", "checkpoint_dir is empty"),
     ("--checkpoint-dir /dev/null/x", "cannot write checkpoints to /dev/null/x; set --checkpoint-dir"),
 ])  # fmt: skip
 def test_flags_that_do_nothing_or_make_no_sense(flags, says):
@@ -214,3 +215,42 @@ def test_a_manifest_says_whose_it_is(whole):
         body["step"] == 10 and body["world_size"] == body["ep_size"] == 1 and body["settings"]["tokens"] == 8
     )
     assert json.loads((whole[1] / "step-00000010/manifest.json").read_text())["body"] == body
+
+
+def test_a_lost_newest_is_named(whole, tmp_path):
+    """The pointer names one that somebody has removed: the one before is taken, and not silently."""
+    folder = copy_of(whole[1], tmp_path, 5)
+    (folder / "latest").write_text("step-00000010\n")
+    _, lines = run(folder, "--resume")
+    assert "warning: step-00000010 is left out: it is not there, and `latest` names it" in lines
+    assert any("resumed at step 5 " in line for line in lines)
+
+
+def test_what_is_not_a_checkpoint_stays(whole, tmp_path):
+    """Copies made by hand are neither counted nor removed; what a killed save has left goes; of a link the link."""
+    folder = copy_of(whole[1], tmp_path, 5, 10)
+    shutil.copytree(folder / "step-00000010", folder / "step-00000010-mine")
+    (folder / "step-00000009.tar").write_text("mine")
+    shutil.copytree(folder / "step-00000005", folder / "step-00000007.old.part")
+    shutil.move(folder / "step-00000005", tmp_path / "elsewhere")
+    (folder / "step-00000005").symlink_to(tmp_path / "elsewhere")
+    _, lines = run(folder, "--resume --checkpoint-interval 3")
+    assert not any(line.startswith("warning") for line in lines)
+    left = ["latest", "step-00000009.tar", "step-00000010-mine", "step-00000018", "step-00000020"]
+    assert sorted(path.name for path in folder.iterdir()) == left
+    assert (tmp_path / "elsewhere" / "manifest.json").is_file()
+
+
+def test_two_runs_do_not_save_into_one_folder(tmp_path, monkeypatch):
+    begun = []
+
+    def another_begins(self, draw=ep.TokenStream.next):
+        if not begun:
+            begun.append(1)
+            with pytest.raises(ep.CannotRun, match="another run is saving there"):
+                run(tmp_path)
+        return draw(self)
+
+    monkeypatch.setattr(ep.TokenStream, "next", another_begins)
+    run(tmp_path)
+    assert begun and any("resumed" in line for line in run(tmp_path, "--resume", 30)[1])  # it is free again

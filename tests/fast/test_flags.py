@@ -86,7 +86,7 @@ def test_300_flag_values_are_refused_in_one_line_or_train(tmp_path, monkeypatch)
     ("--aux-alpha 0.1 --balance bias", "aux_alpha 0.1 does nothing with balance bias"),
     ("--sequence-length 8", "does nothing without its loss; set --sequence-alpha"),
     ("--num-shared-experts -1", "num_shared_experts is -1"), ("--aux-alpha -1", "aux_alpha is -1.0"),
-    ("--tokens 129", "129 tokens over 1 ranks are up to 129 a rank, above max_num_tokens 128"),
+    ("--tokens 129", "129 tokens over 1 ranks are up to 129 per rank, above max_num_tokens 128"),
 ])  # fmt: skip
 def test_what_would_fail_late_or_do_nothing_is_refused(flags, says):
     said = check(flags.split())

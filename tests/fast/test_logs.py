@@ -31,7 +31,7 @@ def test_the_log_is_lost_and_the_run_goes_on(what, is_launched, tmp_path, capfd,
     if is_launched:
         monkeypatch.setenv("EP_STEPS", str(notes))
     before, usual = resource.getrlimit(resource.RLIMIT_FSIZE), threading.excepthook
-    log = ep.RunLog(tmp_path / "log", 100, 0)
+    log = ep.RunLog(tmp_path / "log", 100, 0, ep.StepNotes())
     try:
         if what == "full":  # as a disk with room for 8 KB
             resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))

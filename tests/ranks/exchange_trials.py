@@ -131,7 +131,7 @@ def nothing(mesh: ep.Mesh, folder: Path) -> None:
 
 @trial(2, 4)
 def there_and_back(mesh: ep.Mesh, folder: Path) -> None:
-    """SendRows and ReturnRows around a function of each rank, and the gradients of rows and weights."""
+    """Rows sent and returned around a function of each rank, and the gradients of rows and weights."""
     comm, size = mesh.ep, mesh.ep.size
     torch.manual_seed(comm.rank)
     ids = torch.rand([0, 7, 3, 5][comm.rank], 8).topk(3).indices
@@ -140,9 +140,11 @@ def there_and_back(mesh: ep.Mesh, folder: Path) -> None:
     w = torch.rand(ids.shape, dtype=torch.float64, requires_grad=True)
     order = ep.order_rows(ids, 8)
     plan = ep.announce(order.counts, 64, comm)
-    rows, weights = ep.SendRows.apply(x, w, order, plan, comm)
+    rows, weights, _ = ep.ReceiveRows.apply(*ep.SendRows.apply(x, w, order, plan, comm), 6)
     assert len(rows) == len(plan().topk_ids) == sum(plan().counts_on_host)
-    y = ep.ReturnRows.apply((rows * weights).sin() * (comm.rank + 1), order, plan(), comm)
+    y = ep.SumReturned.apply(
+        *ep.ReturnRows.apply((rows * weights).sin() * (comm.rank + 1), plan(), comm), order
+    )
     y.square().sum().backward()
     x0, w0 = (t.detach().clone().requires_grad_() for t in (x, w))
     owner = (ids // (8 // size) + 1).double() * (ids >= 0)

@@ -1,9 +1,11 @@
-"""Chapter 15 on real ranks: the curve on every mesh, checkpoints that change meshes. test_mesh.py reads it."""
+"""Chapter 15 on real ranks, CPUs or GPUs: the curve on every mesh, checkpoints that change meshes. test_mesh.py
+reads it."""
 
 import shutil
+from itertools import product
 from pathlib import Path
 
-from trials import train, trial
+from trials import DEVICE, train, trial
 
 from ep_launcher import launcher as ep
 
@@ -13,10 +15,14 @@ KINDS = {
     "global capacity": "--capacity-factor 1 --capacity-scope global --overflow reroute",
     "swiglu, shared expert": "--activation swiglu --num-shared-experts 1",
     "groups": "--router sigmoid --num-groups 4 --topk-groups 2 --z-alpha 0.1",
+    "float32": "--dtype float32",
+    "bfloat16": "--dtype bfloat16",
 }
+LIMITS = dict.fromkeys(KINDS, 1e-10) | {"float32": 1e-5, "bfloat16": 2e-2}  # how far from one rank's curve
 MESHES = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 8: (4, 8)}
 DISPATCHERS = {4: ("all_gather", "gather_tokens", "dedup", "two_stage")}
-SAVED = [(8, 4), (8, 8), (4, 2)]  # (world size, ep_size) of the runs that are saved
+SAVED = [(8, 4), (8, 8), (4, 2), (2, 2)]  # (world size, ep_size) of the runs that are saved
+RUN_AS = {"cpu": ["eager"], "cuda": ["eager", "graph"]}  # the kinds of step that save and go on
 STEPS = 6
 
 
@@ -38,24 +44,35 @@ def every_mesh(mesh: ep.Mesh, folder: Path) -> dict[str, list[float]]:
     return found
 
 
+@trial(4, 2)
+def gpus_of_a_rank(mesh: ep.Mesh, folder: Path) -> list[bool]:
+    """Whether this rank has memory on each GPU, after saves in the background: a thread begins on GPU 0."""
+    here = (
+        f"--checkpoint-dir {folder / f'gpus-{mesh.batch.size}'} --checkpoint-interval 3 --async-checkpoints"
+    )
+    curve(f"{here} --dtype float32")
+    count = ep.torch.cuda.device_count()
+    return [ep.torch._C._cuda_hasPrimaryContext(gpu) for gpu in range(count)]  # nothing public says it
+
+
 @trial(8, 4, 2, 1)
 def saved_and_resumed(mesh: ep.Mesh, folder: Path) -> dict[str, list[float]]:
-    """Saves on three meshes; all that are no larger go on from each, in copies, with every ep_size."""
+    """Saves on each mesh that there are ranks for; all that are no larger go on in copies, at every ep_size."""
     size, found, comm = mesh.batch.size, {}, mesh.batch
-    flags = KINDS["bias, clipped"]
-    for saved_on, ep_size in SAVED:
-        here = folder / f"saved-on-{saved_on}-{ep_size}"
+    for (saved_on, ep_size), step in product(SAVED, RUN_AS[DEVICE]):
+        flags = f"{KINDS['bias, clipped']} --step {step}"
+        here = folder / f"saved-on-{saved_on}-{ep_size}-{step}"
         if size == saved_on:
             kept = f"--checkpoint-dir {here} --checkpoint-interval 3 --keep-checkpoints 9 --ep-size {ep_size}"
-            found[f"never stopped, {saved_on} x {ep_size}"] = curve(f"{flags} {kept}")
-        if size > saved_on:
+            found[f"never stopped, {saved_on} x {ep_size}, {step}"] = curve(f"{flags} {kept}")
+        if size > saved_on or not here.exists():
             continue
         for own in MESHES[size]:
-            copy = folder / f"{saved_on}-{ep_size}-to-{size}-{own}"
+            copy = folder / f"{saved_on}-{ep_size}-to-{size}-{own}-{step}"
             if comm.rank == 0:
                 shutil.copytree(here / "step-00000003", copy / "step-00000003")
-            comm.all_reduce(ep.torch.zeros(1))
-            found[f"{saved_on} x {ep_size}, then {size} x {own}"] = curve(
+            comm.all_reduce(ep.torch.zeros(1, device=DEVICE)).item()
+            found[f"{saved_on} x {ep_size}, then {size} x {own}, {step}"] = curve(
                 f"{flags} --resume --checkpoint-dir {copy} --ep-size {own}"
                 + " --async-checkpoints --checkpoint-interval 2" * (own == 1)
             )

@@ -1,7 +1,8 @@
 """Chapter 15's faults, in a short form: each kind once, two ranks, and the end is the undisturbed run's, bit by bit.
 
 measure/faults.py has the long form: also a rank that SIGSTOP holds, for which torchrun waits 30 s; eight random
-SIGKILLs over 600 steps; a long run.
+SIGKILLs over 600 steps; a long run. On a machine with GPUs, `pytest tests/ranks/test_faults.py -k cuda` kills a
+recorded run over NCCL.
 """
 
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from support import torchrun
 
 from tools.faults import BrokenRun, attempts, recoveries
@@ -61,6 +63,37 @@ def test_it_comes_back_and_ends_as_if_nothing_had_happened(ended, name):
         assert costs[-1]["lost_steps"] == 0  # SIGTERM saved first
 
 
+def run_on_cuda(folder, killed: int | None = None, **flags) -> tuple[dict, BrokenRun]:
+    """A recorded run on one GPU, or two over NCCL; one rank gets SIGKILL a third of the way -> what is left of it."""
+    nproc = min(2, torch.cuda.device_count())
+    own = {"steps": 1500, "checkpoint_interval": 200, "device": "cuda", "step": "graph", "timeout_s": 20}
+    with BrokenRun(folder, nproc, **FLAGS | own | flags) as run:
+        if killed is not None:
+            run.wait_for_step(500)
+            run.send(min(killed, nproc - 1), signal.SIGKILL)
+        return run.finish(), run
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_recorded_run_on_cuda_is_killed_and_ends_the_same(tmp_path):
+    """Brought back by torchrun; and by hand, with saves in the background."""
+    by_hand = {"max_restarts": 0, "async_checkpoints": True}
+    with ThreadPoolExecutor(3) as pool:
+        calm = pool.submit(run_on_cuda, tmp_path / "calm")
+        restarted = pool.submit(run_on_cuda, tmp_path / "restarted", 1)
+        lost, first = pool.submit(run_on_cuda, tmp_path / "killed", 0, **by_hand).result()
+        again = {"checkpoint_dir": first.checkpoints, "resume": True}
+        resumed, second = run_on_cuda(tmp_path / "again", **by_hand | again)
+    assert lost == {} and first.returncode != 0
+    assert any(line.startswith("resumed at step ") for line in second.log())
+    (cost,) = recoveries(attempts(tmp_path / "restarted" / "log"))
+    print("killed on cuda:", cost)
+    assert cost["lost_steps"] <= 200
+    for summary, run in (calm.result(), restarted.result(), (resumed, second)):
+        assert run.returncode == 0 and not run.left(), run.last_lines()
+        assert alike(summary) == alike(calm.result()[0]) and len(summary["task_loss"]) == 1500
+
+
 def test_a_full_disk_is_one_warning(ended):
     warnings = [line for line in ended["saves"][1].log() if line.startswith("warning")]
     assert len(warnings) == 1 and warnings[0].startswith(
@@ -87,6 +120,18 @@ def test_a_refusal_is_one_line(tmp_path):
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0
     assert said == [f"error: nothing to resume in {tmp_path}: there is no checkpoint"]
+
+
+def test_a_refusal_is_not_tried_again(tmp_path):
+    """A restart takes up what it finds, or begins anew: so it must not come after a refusal, which says neither."""
+    small = FLAGS | {"steps": 2, "checkpoint_interval": None, "max_restarts": 3}
+    with BrokenRun(tmp_path / "nothing", resume=True, **small) as run:
+        assert run.finish() == {} and run.returncode != 0 and not run.left()
+    said = (run.folder / "output").read_text().splitlines()
+    assert [line for line in said if line.startswith("error: ")] == [
+        f"error: nothing to resume in {run.checkpoints}: there is no checkpoint"
+    ]
+    assert not list(run.checkpoints.iterdir())
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ def test_every_part_runs_and_is_recorded(tmp_path):
         result["world_size"] == 2 and result["backend"] == "gloo" and result["torch"] and result["num_cores"]
     )
     parts = result["parts"]
-    assert list(parts) == ["parity", "invariance", "bandwidth", "layers", "seed"]
+    assert list(parts) == ["parity", "invariance", "bandwidth", "growth", "layers", "seed"]
     assert not any(part["failures"] for part in parts.values())
     assert {r["dtype"] for r in parts["parity"]["results"]} == {"float32", "bfloat16"}
     assert {"1 ranks: local+loop", "2 ranks: all_to_all+blocks"} <= set(parts["invariance"]["task_loss"])

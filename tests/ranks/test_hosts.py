@@ -1,17 +1,15 @@
 """tools/hosts.py: a run over two namespaces gives what one host gives, and leaves nothing behind."""
 
-import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 
-import psutil
 import pytest
 from support import ROOT, processes, wait_until
 
 from tools import hosts
+from tools.faults import BrokenPair
 from tools.hosts import HostsUnavailable, run_on_two_hosts
 from tools.launch import LaunchError, launch
 
@@ -173,60 +171,41 @@ def test_a_cut_cable_ends_both_hosts_and_names_the_machine_that_went(tmp_path):
     assert said[1][0].startswith("error: the machine of rank 0, 10.77.0.1, does not answer; rank ")
 
 
-RESUMED_RUN = [
-    *("--hidden-dim", "16", "--ffn-dim", "16", "--tokens", "32", "--dtype", "float64", "--balance", "bias"),
-    *("--steps", "120", "--log-interval", "1", "--timeout-s", "4", "--device", "cpu"),
+RESUMED_RUN = {
+    "hidden_dim": 16, "ffn_dim": 16, "tokens": 32, "dtype": "float64", "balance": "bias", "steps": 80,
+    "checkpoint_interval": 20, "log_interval": 1, "timeout_s": 4,
+}  # fmt: skip
+SAID = [
+    "error: the machine of rank 0, 10.77.0.1, does not answer; ",
+    "error: machine 2 of 2 (rank 1) is not heard any more; ",
 ]
 
 
-@contextlib.contextmanager
-def two_machines(folder, *flags):
-    """A run of two ranks, a machine each, whose checkpoints both see -> (namespaces, torchruns, their logs)."""
-    folder.mkdir()
-    logs = [folder / f"ep-hosts-{number}.log" for number in (1, 2)]
-    places = ["--log-dir", str(folder), "--summary", str(folder / "summary.json")]
-    program = [str(hosts.LAUNCHER), *RESUMED_RUN, *places, *flags]
-    running = []
-    with hosts.two_namespaces() as names:
-        try:
-            for number, (name, log) in enumerate(zip(names, logs, strict=True), 1):
-                running.append(hosts.start_host(name, number, program, log))
-            yield names, running, logs
-        finally:
-            for host in running:
-                host.end()
+def alike(summary: dict) -> dict:
+    return {name: value for name, value in summary.items() if name not in ("ms_per_step", "config", "took")}
 
 
-def lose(name, host) -> None:
-    """A machine goes: its cable is dead, and every process of it ends at once, torchrun first."""
-    host.note(every_s=0)
-    hosts.ip("-n", name, "link", "set", hosts.INTERFACE, "down")
-    host.process.kill()
-    for process in host.statuses():
-        with contextlib.suppress(psutil.Error):  # Linux ends a rank whose torchrun is gone
-            process.kill()
-
-
-def summary_of(folder) -> dict:
-    found = json.loads((folder / "summary.json").read_text())
-    return {name: value for name, value in found.items() if name not in ("ms_per_step", "config", "took")}
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The summary of the run on two machines that nobody disturbs."""
+    with BrokenPair(tmp_path_factory.mktemp("calm"), **RESUMED_RUN) as calm:
+        return alike(calm.finish())
 
 
 @needs_hosts
-def test_a_lost_machine_is_replaced_and_the_end_is_the_same(tmp_path):
-    """The machine that goes has rank 0 and the meeting point. Who is left ends in time; then both start again."""
-    saves = ["--checkpoint-dir", str(tmp_path / "checkpoints"), "--checkpoint-interval", "20"]
-    with two_machines(tmp_path / "calm") as (_, running, logs):
-        assert [host.process.wait(timeout=90) for host in running] == [0, 0], logs[0].read_text()
-    with two_machines(tmp_path / "broken", *saves) as (names, (first, second), logs):
-        wait_until(lambda: "[step 00023]" in logs[0].read_text())
-        lose(names[0], first)
-        assert second.process.wait(timeout=4 + 30)
-        assert not processes(str(tmp_path))  # no torchrun and no rank, on neither machine
-        said = [line for line in logs[1].read_text().splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and said[0].startswith("error: the machine of rank 0, 10.77.0.1, does not answer; ")
-    assert not (tmp_path / "broken" / "summary.json").exists()
-    with two_machines(tmp_path / "again", *saves, "--resume") as (_, running, logs):
-        assert [host.process.wait(timeout=90) for host in running] == [0, 0], logs[0].read_text()
-    assert "\nresumed at step " in logs[0].read_text()
-    assert summary_of(tmp_path / "again") == summary_of(tmp_path / "calm")
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_machine_is_replaced_and_the_end_is_the_same(tmp_path, undisturbed, lost):
+    """Machine 0 has rank 0 and the meeting point. Who is left ends in time; then both start again."""
+    with BrokenPair(tmp_path / "broken", **RESUMED_RUN) as broken:
+        broken.wait_for_step(23)
+        broken.lose(lost)
+        assert broken.machines[1 - lost].process.wait(timeout=4 + 30)
+        assert broken.finish() == {} and not broken.left()
+    (said,) = broken.errors(1 - lost)
+    assert said.startswith(SAID[lost])
+    again = RESUMED_RUN | {"checkpoint_dir": broken.checkpoints, "resume": True}
+    with BrokenPair(tmp_path / "again", **again) as resumed:
+        summary = resumed.finish()
+    assert not resumed.left() and nothing_is_left()
+    assert "\nresumed at step 20 " in resumed.outputs[0].read_text()
+    assert alike(summary) == undisturbed and len(summary["task_loss"]) == 80

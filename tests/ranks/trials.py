@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc_per_node=4 tests/ranks/trials.py build/model model_trials
     torchrun --standalone --nproc_per_node=4 tests/ranks/trials.py build/model model_trials retain_graph
+    TRIALS_DEVICE=cuda torchrun --standalone --nproc_per_node=2 tests/ranks/trials.py build/mesh mesh_trials
 
 A trial is a function of (mesh, folder) under `@trial(1, 2, 4)`. The largest world comes first; a smaller one are the
 first ranks, to whom it looks as if torchrun had started no others. Each trial gets a process group of its own, so that
@@ -28,6 +29,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ep_launcher import launcher as ep  # noqa: E402
 
+DEVICE = os.environ.get("TRIALS_DEVICE", "cpu")  # cuda for those modules of trials that run on GPUs too
 TRIALS: dict[str, tuple[Callable, tuple[int, ...], int]] = {}
 
 
@@ -50,7 +52,7 @@ def trials_of(module: str) -> list[tuple[str, int]]:
 
 def train(argv: list[str], log_dir: Path | None = None) -> dict[str, Any]:
     """What the launcher measures with these flags, on the trial's ranks; log_dir: for TensorBoard, on rank 0."""
-    config, options = ep.parse_flags([*argv, "--device", "cpu"])
+    config, options = ep.parse_flags([*argv, "--device", DEVICE])
     device, mesh = ep.check_run(config, options), ep.init_ep(ep.ep_size_of(config, ep.world_from_env()[1]))
     log = ep.RunLog(log_dir, options.steps, 1 if log_dir is None else mesh.batch.rank)
     run = ep.Run(config, options, mesh, device, log)
@@ -92,9 +94,8 @@ def run_trial(name: str, rank: int, size: int, store: dist.Store, folder: Path) 
     function, _, limit_s = TRIALS[name]
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     if size > 1:
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120)
-        )
+        backend, limit = "nccl" if DEVICE == "cuda" else "gloo", timedelta(seconds=120)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     signal.alarm(limit_s)
     found = {"error": "", "result": None}
     try:
@@ -103,6 +104,7 @@ def run_trial(name: str, rank: int, size: int, store: dist.Store, folder: Path) 
     except Exception:
         found["error"] = traceback.format_exc()
     signal.alarm(0)
+    gc.collect()  # a recorded step holds the group's messages
     if dist.is_initialized():
         store.set(f"ended {rank}", "")
         store.wait([f"ended {other}" for other in range(size)], timedelta(seconds=2 * limit_s))
@@ -114,7 +116,10 @@ def main() -> None:
     folder, module, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     rank = ep.world_from_env()[0]
     torch.set_num_threads(1)
-    ep.schedule_in_batches()
+    if DEVICE == "cuda":
+        torch.cuda.set_device(ep.choose_device("cuda"))
+    else:
+        ep.schedule_in_batches()
     folder.mkdir(parents=True, exist_ok=True)
     store, _, started = next(dist.rendezvous("env://", timeout=timedelta(seconds=60)))
 

@@ -30,14 +30,14 @@ class Operations(TorchDispatchMode):
 
 
 def traced_arrivals(hidden_dim: int) -> dict[str, Arrived]:
-    """{what: Arrived} for six experts: one choice a row, several, some experts and some rows without any."""
+    """{what: Arrived} for six experts: one choice per row, several, some experts and some rows without any."""
     scores = torch.rand(8, 6, generator=torch.Generator().manual_seed(3))
     mixed = torch.where(scores > 0.5, scores.argsort(dim=1), -1)[:, :3]
     mixed[mixed == 4] = -1
     cases = {
-        "one expert a row": [[2], [0], [0], [5], [3], [2], [0], [5], [5], [5]],
+        "one expert per row": [[2], [0], [0], [5], [3], [2], [0], [5], [5], [5]],
         "all rows for one expert": [[2]] * 5,
-        "up to three experts a row": [*mixed.tolist(), [-1, -1, -1]],
+        "up to three experts per row": [*mixed.tolist(), [-1, -1, -1]],
         "no rows": [],
     }
     made = {}

@@ -18,10 +18,13 @@ from tools.exercises.dispatcher import trace_dispatcher
 from tools.exercises.experts import trace_experts
 from tools.exercises.meeting import Meeting
 from tools.exercises.overflow import trace_overflow
+from tools.exercises.overlap import trace_overlap
 from tools.exercises.verdict import WITHOUT_ASSERTIONS, NotYet, describe_error
 from tools.ranks import RanksError, run_cell_on_ranks
 
-TRACES = {"dispatcher": trace_dispatcher, "experts": trace_experts, "overflow": trace_overflow}
+TRACES = {
+    "dispatcher": trace_dispatcher, "experts": trace_experts, "overflow": trace_overflow, "overlap": trace_overlap,
+}  # fmt: skip
 
 
 def check(kind: str, answer: Any, ranks: int, namespace: dict[str, Any] | None) -> str:
@@ -77,7 +80,8 @@ def run_parity(kind: str, answer: Any, comm: Communicator, meeting: Meeting) -> 
 
     REGISTRIES[kind]["yours"] = answer
     mesh, reference = Mesh(comm, comm, Communicator.alone(comm.meter)), ()
-    names = {"dispatcher": "all_gather", "experts": "loop"} | {kind: "yours"}
+    dispatcher = "all_to_all" if kind == "overlap" else "all_gather"
+    names = {"dispatcher": dispatcher, "experts": "loop"} | {kind: "yours"}
     if kind == "overflow":  # an option of chapter 08
         from ep_launcher.launcher import CapacityOptions
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_launcher.launcher import Communicator, TrafficMeter
+from ep_launcher.launcher import Communicator, Pending, TrafficMeter
 from tools.exercises.verdict import NotYet
 
 PATIENCE_S = 5.0  # what a rank waits for the others in a collective
@@ -47,10 +47,15 @@ class PlayedCommunicator(Communicator):
         self.meter.record(purpose, [x.numel() * x.element_size()] * self.size)
         return torch.stack(self.swap(x.detach().clone()))
 
-    def all_to_all(
-        self, x: Tensor, input_splits: list[int], output_splits: list[int], purpose: str
-    ) -> Tensor:
-        """See Communicator. NotYet where other rows come than output_splits says."""
+    def begin_all_to_all(
+        self,
+        x: Tensor,
+        input_splits: list[int],
+        output_splits: list[int],
+        purpose: str,
+        wait: bool = False,
+    ) -> Pending:
+        """See Communicator; ended at once. NotYet where other rows come than output_splits says."""
         row_bytes = x.element_size() * math.prod(x.shape[1:])
         self.meter.record(purpose, [rows * row_bytes for rows in input_splits])
         came = [pieces[self.rank] for pieces in self.swap(x.detach().clone().split(input_splits))]
@@ -58,7 +63,7 @@ class PlayedCommunicator(Communicator):
             raise NotYet(
                 f"rank {self.rank} of {self.size} expects {list(output_splits)} rows, and {rows} come"
             )
-        return torch.cat(came)
+        return Pending(torch.cat(came), self.meter)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See Communicator."""

@@ -1,0 +1,301 @@
+"""Trains the decoder of chapter 16, dense and with experts, on the book's plays: is a mixture of experts worth it?
+
+    python measure/language.py --minutes 7.5            on one GPU, into results/<device>_language.json
+    python measure/language.py --only main --steps 400  dense against experts alone
+    python measure/language.py --device cpu             the miniature, into results/cpu_language.json
+    python measure/language.py --speed --ranks 2        on two GPUs, into results/<device>_x2_language.json
+
+Runs follow one another in the order of their weight for the verdict, and the file is written after each, so that what
+is cut short keeps what it has. Losses are those of this program's seeds; seconds are those of training steps alone,
+without evaluation. --speed times steps of a model of 1 B parameters. Where a step can be recorded as a graph it is,
+dense or not; --step eager leaves that out.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from ep_launcher import launcher as ep  # noqa: E402
+from measure import record  # noqa: E402
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bfloat16, NVIDIA's data sheets (SXM)
+COMMON = "--model lm --task text --activation swiglu --warmup-steps 50 --final-lr 0.05 --max-grad-norm 1"
+SIZES = {  # flags, then steps
+    "small": (
+        "--hidden-dim 256 --ffn-dim 256 --num-layers 6 --num-heads 4 --num-experts 16 --top-k 2 --context 256 "
+        "--tokens 16384 --max-num-tokens 16384 --dtype bfloat16 --lr 2e-3 --eval-tokens 131072",
+        1000,
+    ),
+    "large": (
+        "--hidden-dim 512 --ffn-dim 512 --num-layers 8 --num-heads 8 --num-experts 16 --top-k 2 --context 256 "
+        "--tokens 16384 --max-num-tokens 16384 --dtype bfloat16 --lr 1e-3 --eval-tokens 131072",
+        600,
+    ),
+    "miniature": (
+        "--hidden-dim 128 --ffn-dim 128 --num-layers 4 --num-heads 4 --num-experts 8 --top-k 2 --context 128 "
+        "--tokens 1024 --max-num-tokens 1024 --dtype float32 --lr 3e-3 --eval-tokens 32768",
+        6000,
+    ),
+    "tiny": (
+        "--hidden-dim 32 --ffn-dim 32 --num-layers 2 --num-heads 2 --num-experts 4 --top-k 2 --context 32 "
+        "--tokens 128 --max-num-tokens 128 --dtype float32 --lr 3e-3 --eval-tokens 512",
+        6,
+    ),
+}
+# What the comparison on two GPUs trains: about 1 B parameters in all, of which a token meets 0.17 B.
+BILLION = (
+    "--hidden-dim 1024 --ffn-dim 768 --num-layers 12 --num-heads 16 --num-kv-heads 4 --num-experts 32 --top-k 4 "
+    "--context 1024 --dtype bfloat16 --lr 1e-4"
+)
+SPEEDS = {  # flags of each variant
+    "dense, replicas": "--ep-size 1",
+    "experts, replicas": "--ep-size 1 --dispatcher local",
+    "experts, all_to_all": "--ep-size 2 --dispatcher all_to_all",
+    "experts, dedup": "--ep-size 2 --dispatcher dedup",
+    "experts, gather_tokens": "--ep-size 2 --dispatcher gather_tokens",
+    "experts, peer": "--ep-size 2 --dispatcher peer",
+}
+POINTS = 16  # places of a curve
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. flags: what differs from the size's. as_long_as: another job, whose time it may take."""
+
+    name: str
+    group: str
+    size: str
+    seed: int = 0
+    flags: str = ""
+    as_long_as: str = ""
+    is_dense: bool = field(default=False)
+
+
+def gpu_jobs(size: str = "small", large: str = "large") -> Iterator[Job]:
+    """Every comparison, those first that matter most."""
+    for seed in range(3):
+        yield Job("experts", "main", size, seed)
+        yield Job("dense", "main", size, seed, is_dense=True)
+        yield Job("dense, equal time", "main", size, seed, as_long_as="experts", is_dense=True)
+    yield Job("experts, large", "large", large)
+    yield Job("dense, large", "large", large, is_dense=True)
+    yield Job("dense, large, equal time", "large", large, as_long_as="experts, large", is_dense=True)
+    for number in (4, 64, 8, 32):
+        yield Job(f"{number} experts", "experts", size, flags=f"--num-experts {number}")
+    width = 64 if size == "tiny" else 512
+    for top_k, number in ((1, 8), (4, 32)):  # as many parameters, and as many that a token meets
+        sizes = f"--top-k {top_k} --num-experts {number} --ffn-dim {width // top_k}"
+        yield Job(f"top-{top_k}", "top_k", size, flags=sizes)
+    yield Job("no balance", "balance", size, flags="--balance none")
+    yield Job("bias", "balance", size, flags="--balance bias --router sigmoid --normalize-topk")
+
+
+def cpu_jobs() -> Iterator[Job]:
+    """The chapter's miniature, and the same model without experts."""
+    yield Job("experts", "main", "miniature")
+    yield Job("dense", "main", "miniature", is_dense=True)
+
+
+def made(flags: str, seed: int, is_dense: bool, device: torch.device) -> ep.Run:
+    """The run that the launcher would make of these flags; dense: without any layer of experts."""
+    config, options = ep.parse_flags(f"{COMMON} {flags} --seed {seed} --device {device.type}".split())
+    if is_dense:
+        old = config.option(ep.DecoderOptions)
+        new = replace(old, dense_layers=old.num_layers)
+        config = replace(config, extras=tuple(new if extra is old else extra for extra in config.extras))
+    mesh = ep.init_ep(ep.ep_size_of(config, ep.world_from_env()[1]))
+    return ep.Run(config, options, mesh, device, ep.RunLog(Path("."), options.steps, rank=1))
+
+
+def optimizer_of(model: torch.nn.Module, run: ep.Run) -> torch.optim.Optimizer:
+    """As chapter 04's train makes it."""
+    on_gpu = run.device.type == "cuda"
+    return torch.optim.AdamW(model.parameters(), lr=run.options.lr, fused=True, capturable=on_gpu)
+
+
+def step_of(wanted: str, run: ep.Run, model: torch.nn.Module, task: Any, optimizer: Any) -> tuple[str, Any]:
+    """(its name, the kind of step that is wanted); auto: recorded where it can be."""
+    recorded = ep.REGISTRIES["step"]["graph"]
+    name = "graph" if wanted == "auto" and recorded.preference(run, model) > 0 else "eager"
+    return name, ep.REGISTRIES["step"][name](run, model, task, optimizer)
+
+
+class Curve:
+    """Losses of a run, and the seconds that its steps took."""
+
+    def __init__(self, recorder: record.Recorder, run: ep.Run, model: torch.nn.Module, task: Any) -> None:
+        self.recorder, self.run, self.model, self.task = recorder, run, model, task
+        self.seconds, self.began, self.losses, self.rows = 0.0, 0.0, [], []
+
+    def start(self) -> None:
+        self.recorder.synchronize()
+        self.began = time.perf_counter()
+
+    def point(self, done: int) -> None:
+        """Stops the clock, takes both losses after so many steps, and goes on."""
+        self.recorder.synchronize()
+        self.seconds += time.perf_counter() - self.began
+        is_last = done == self.run.options.steps  # then over all of it
+        tokens = len(self.task.held_out) if is_last else self.run.config.option(ep.TextOptions).eval_tokens
+        held_out = ep.held_out_loss(self.model, self.task, tokens)
+        training = float(torch.stack(self.losses).double().mean())
+        self.rows.append([done, round(self.seconds, 3), round(training, 4), round(held_out, 4)])
+        self.losses = []
+        self.start()
+
+
+def trained(recorder: record.Recorder, job: Job, steps: int) -> dict[str, Any]:
+    """One run from its first step to its last -> its record."""
+    device = recorder.device
+    run = made(f"{SIZES[job.size][0]} {job.flags} --steps {steps}", job.seed, job.is_dense, device)
+    config, options, schedule = run.config, run.options, run.config.option(ep.ScheduleOptions)
+    if recorder.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    model = ep.Decoder(config, run.mesh, job.seed, device)
+    task = ep.TextStream(config, job.seed, run.num_global_tokens, run.mesh.batch, device)
+    optimizer = optimizer_of(model, run)
+    ep.set_lr(optimizer, schedule, options, 0)
+    kind, advance = step_of(recorder.args.step, run, model, task, optimizer)
+    curve, places = Curve(recorder, run, model, task), {steps * n // POINTS for n in range(1, POINTS + 1)}
+    for step in range(steps):
+        if step == 1:
+            curve.start()  # the first step records, or meets caches for the first time
+        ep.set_lr(optimizer, schedule, options, step)
+        curve.losses.append(advance()[0])
+        if step + 1 in places and step > 0:
+            curve.point(step + 1)
+    layers = ep.moe_layers(model)
+    loads = [ep.count_choices(layer.topk_ids, config.num_experts).double() for layer in layers]
+    counts, flops = ep.parameter_counts(model), ep.training_flops(model, task.context)
+    kept = {
+        "name": job.name, "group": job.group, "size": job.size, "seed": job.seed, "flags": job.flags, "steps": steps,
+        "tokens": steps * run.num_global_tokens, "parameters": counts, "flops_per_token": flops, "step": kind,
+        "took": layers[0].took if layers else None, "ms_per_step": round(curve.seconds * 1e3 / (steps - 1), 4),
+        "peak_bytes": torch.cuda.max_memory_allocated() if recorder.on_gpu else None,
+        "max_over_mean": [round(float(load.max() / load.mean()), 3) for load in loads],
+        "columns": ["step", "seconds", "training loss", "loss on the text held out"], "curve": curve.rows,
+    }  # fmt: skip
+    del model, task, optimizer, advance, curve, layers, loads
+    recorder.free_memory()
+    return kept
+
+
+def compare(recorder: record.Recorder) -> None:
+    """The jobs, until the time is up."""
+    args = recorder.args
+    recorder.end = time.perf_counter() + 60 * args.minutes if args.minutes else None
+    jobs = gpu_jobs() if recorder.on_gpu else cpu_jobs()
+    jobs = gpu_jobs("tiny", "tiny") if args.small else jobs
+    runs: list[dict[str, Any]] = []
+    for job in jobs:
+        if args.only and job.group not in args.only:
+            continue
+        if recorder.is_over():
+            recorder.say(f"no time left for {job.name}")
+            continue
+        steps = args.steps or SIZES[job.size][1]
+        if job.as_long_as:
+            same = {r["name"]: r["ms_per_step"] for r in runs if r["seed"] == job.seed}
+            here = same[job.name.removesuffix(", equal time")]
+            steps = max(2, round(steps * same[job.as_long_as] / here))
+        began = time.perf_counter()
+        runs.append(kept := trained(recorder, job, steps))
+        training, held_out = kept["curve"][-1][2:]
+        recorder.say(
+            f"{kept['name']:24} seed {kept['seed']} {kept['step']:6} {steps:5} steps "
+            f"{kept['ms_per_step']:8.2f} ms, "
+            f"training {training:.4f}, held out {held_out:.4f}; {time.perf_counter() - began:.0f} s"
+        )
+        sizes = {name: {"flags": flags, "steps": n} for name, (flags, n) in SIZES.items()}
+        text = {"sha256": ep.BOOK_SHA256, "common_flags": COMMON}
+        recorder.write("language", {"text": text, "sizes": sizes, "runs": runs})
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Random numbers made on the device: the launcher's own are drawn on the CPU, too slowly for a billion."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                p.uniform_(-(p.shape[-1] ** -0.5), p.shape[-1] ** -0.5)
+
+
+def speed(recorder: record.Recorder, name: str) -> dict[str, Any]:
+    """Tokens a second of one variant: warm-up, then samples of the slowest rank."""
+    args, device = recorder.args, recorder.device
+    sizes = SIZES["tiny"][0] if args.small else BILLION
+    own = 128 if args.small else args.tokens
+    tokens = f"--tokens {own * recorder.comm.size} --max-num-tokens {own}"
+    run = made(f"{sizes} {tokens} {SPEEDS[name]}", 0, name.startswith("dense"), device)
+    model = ep.Decoder(run.config, run.mesh, 0, "meta").to_empty(device=device)
+    fill(model)
+    task = ep.TextStream(run.config, 0, run.num_global_tokens, run.mesh.batch, device)
+    kind, advance = step_of(args.step, run, model, task, optimizer_of(model, run))
+    if recorder.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    samples = recorder.alternate({name: advance}, steps=args.steps or 5, warm_up=2)[name]
+    counts, flops = ep.parameter_counts(model), ep.training_flops(model, task.context)
+    best = record.medians({name: samples})[name]
+    rate = run.num_global_tokens / best * 1e3
+    peak = next((p for card, p in PEAK_FLOPS.items() if card in ep.device_model(device)), None)
+    took = ep.moe_layers(model)[0].took if ep.moe_layers(model) else None
+    kept = {
+        "flags": SPEEDS[name], "step": kind, "took": took, "parameters": counts, "flops_per_token": flops,
+        "tokens_per_step": run.num_global_tokens, "median_ms": best, "tokens_per_s": round(rate),
+        "mfu": peak and round(rate * flops / (peak * recorder.comm.size), 4),
+        "peak_bytes": torch.cuda.max_memory_allocated() if recorder.on_gpu else None, "samples_ms": samples,
+    }  # fmt: skip
+    del model, task, advance
+    recorder.free_memory()
+    return kept
+
+
+def speeds(recorder: record.Recorder) -> None:
+    """Every variant on these ranks, until the time is up."""
+    args = recorder.args
+    recorder.end = time.perf_counter() + 60 * args.minutes if args.minutes else None
+    found: dict[str, dict] = {}
+    for name in SPEEDS:
+        kind = SPEEDS[name].partition("--dispatcher ")[2]
+        if recorder.is_over() or (kind and kind not in ep.REGISTRIES["dispatcher"]):
+            recorder.say(f"{name}: left out")
+            continue
+        try:
+            found[name] = speed(recorder, name)
+        except (ValueError, torch.OutOfMemoryError) as error:  # the same on every rank
+            recorder.say(f"{name}: {str(error).splitlines()[0]}")
+            recorder.free_memory()
+            continue
+        of = found[name]
+        mfu = f", {of['mfu']:.1%} of the peak" if of["mfu"] else ""
+        recorder.say(
+            f"{name:24} {of['step']:6} {of['median_ms']:9.2f} ms, {of['tokens_per_s']:,} tokens/s{mfu}"
+        )
+        recorder.write(
+            f"x{recorder.comm.size}_language", {"common_flags": COMMON, "flags": BILLION, "variants": found}
+        )
+
+
+def main() -> None:
+    """The flags, and what they ask for."""
+    flags = record.parser(__doc__, ranks=1, device="auto", rounds=5, steps=0, small=False)
+    flags.set_defaults(steps=None)
+    flags.add_argument("--minutes", type=float, help="begin no run after so many")
+    flags.add_argument("--only", nargs="+", choices=["main", "large", "experts", "top_k", "balance"])
+    flags.add_argument("--speed", action="store_true", help="time steps of a model of 1 B parameters instead")
+    flags.add_argument("--step", choices=["auto", "eager"], default="auto")
+    flags.add_argument("--tokens", type=int, default=16384, help="of a rank, with --speed")
+    record.main(lambda recorder: (speeds if recorder.args.speed else compare)(recorder), flags)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Chapter 12: what is hidden beside computing, and what is left, into results/<device>_overlap.json.
+
+    python measure/overlap.py                               two machines (tools/hosts.py), a rank each; three minutes
+    torchrun --standalone --nproc_per_node=2 measure/overlap.py --device cuda         two GPUs; two minutes
+    torchrun --standalone --nproc_per_node=2 measure/overlap.py --device cpu --small  whether the GPUs' part runs
+
+Two machines: forward and backward of a layer over a cable of 400 Mbit/s, and over one without a limit, in each order;
+then with experts of several widths, so that products take from much less to much more time than the exchange. A sample
+is [ms, of which the rank waited for rows], of the slower rank. And one pass of each order as torch.profiler saw it.
+
+GPUs: the layers of measure/layer.py with each dispatcher and order, all held against the plain order first; what of the
+exchange's kernels runs while no other does, by torch.profiler; one product beside a copy. Needs Linux and root for the
+two machines.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
+
+from ep_launcher import launcher as ep  # noqa: E402
+from measure import layer, record  # noqa: E402
+from measure.record import Recorder  # noqa: E402
+
+MARK = "overlap: "
+SHAPE = {"num_tokens": 512, "hidden_dim": 512, "num_experts": 8, "top_k": 2}
+FFN_DIM, FFN_DIMS = 1024, (64, 256, 512, 1024, 2048, 4096)
+ORDERS = ("none", "shared", "tbo")
+
+
+class Waited:
+    """Seconds that this rank has spent in waiting for other ranks, while `counting`."""
+
+    def __init__(self) -> None:
+        self.seconds, self.depth = 0.0, 0
+
+    def counted(self, method: Callable) -> Callable:
+        """The method, its time added up; a call inside another counts once."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.depth += 1
+            start = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.depth -= 1
+                self.seconds += (time.perf_counter() - start) * (self.depth == 0)
+
+        return call
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Inside, waits are counted."""
+        names = (
+            (ep.Pending, "wait"),
+            *((ep.Communicator, n) for n in ("all_to_all", "all_gather", "all_reduce")),
+        )
+        patches = [
+            mock.patch.object(owner, name, self.counted(getattr(owner, name))) for owner, name in names
+        ]
+        for patch in patches:
+            patch.start()
+        try:
+            yield
+        finally:
+            for patch in patches:
+                patch.stop()
+
+
+def small_layer(overlap: str, ffn_dim: int = FFN_DIM, num_shared: int = 0) -> ep.EPMoE:
+    """The layer that the two machines share."""
+    sizes = {name: n for name, n in SHAPE.items() if name != "num_tokens"}
+    config = ep.MoEConfig(**sizes, ffn_dim=ffn_dim, num_shared_experts=num_shared, overlap=overlap, balance="none",
+                          dispatcher="all_to_all", experts="blocks")  # fmt: skip
+    return ep.EPMoE(config, ep.init_ep(), seed=0)
+
+
+def small_pass(made: ep.EPMoE) -> Callable[[], None]:
+    """Forward and backward of this rank's tokens, the same in every run."""
+    generator = torch.Generator().manual_seed(made.mesh.batch.rank)
+    shape = SHAPE["num_tokens"], SHAPE["hidden_dim"]
+    x = torch.randn(shape, generator=generator, requires_grad=True)
+    grad = torch.randn(shape, generator=generator)
+    return layer.train_pass(made, x, grad, list(made.parameters()))
+
+
+def rows_alone(comm: ep.Communicator) -> dict[str, Callable[[], None]]:
+    """As many rows as a dispatch sends, and nothing else: in one message, in two at once, in two in turn."""
+    count = SHAPE["num_tokens"] * SHAPE["top_k"] // comm.size
+    x = torch.zeros(count, SHAPE["hidden_dim"])
+    whole, half = ([n * (r != comm.rank) for r in range(comm.size)] for n in (count, count // 2))
+    begin, first, second = comm.begin_all_to_all, x[: count // 2], x[count // 2 :]
+
+    def at_once() -> None:
+        for pending in [begin(part, half, half, "alone") for part in (first, second)]:
+            pending.wait()
+
+    return {
+        "rows": lambda: comm.all_to_all(x, whole, whole, "alone"),
+        "rows, two halves at once": at_once,
+        "rows, two halves in turn": lambda: [
+            comm.all_to_all(p, half, half, "alone") for p in (first, second)
+        ],
+    }
+
+
+def traced(run: Callable[[], object]) -> list[dict]:
+    """The events of one call of run, as torch.profiler writes them."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(path))
+        return [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
+
+
+def lanes(events: list[dict]) -> dict[str, list]:
+    """A CPU trace -> {"flights": [[start, length]], "work": [[kind, start, length]]}, ms from the first event.
+
+    A flight is an exchange of rows, from its beginning to its end on this rank. Work is what the rank's main thread
+    computes: torch's operations, merged where nothing lies between; kind: experts (inside ExpertsOnTokens, forward or
+    backward) or other. Where the thread does nothing of that, it waits, or runs Python.
+    """
+    operations = [e for e in events if e.get("cat") == "cpu_op"]
+    main = max(
+        {e["tid"] for e in operations}, key=lambda tid: sum(e["dur"] for e in operations if e["tid"] == tid)
+    )
+    own = sorted((e for e in operations if e["tid"] == main), key=lambda e: e["ts"])
+    first = own[0]["ts"]
+    inside = [(e["ts"], e["ts"] + e["dur"]) for e in own if e["name"].startswith("ExpertsOnTokens")]
+    work: list[list] = []
+    for event in own:
+        if not event["name"].startswith("aten::"):
+            continue
+        start, end = event["ts"], event["ts"] + event["dur"]
+        kind = "experts" if any(a <= start <= b for a, b in inside) else "other"
+        if work and start <= work[-1][2] + (50 if kind == work[-1][0] else 0):
+            work[-1][2] = max(work[-1][2], end)
+        else:
+            work.append([kind, start, end])
+    flights = [e for e in events if e["name"] == "gloo:all_to_all"]
+    return {
+        "flights": [[round((e["ts"] - first) / 1e3, 3), round(e["dur"] / 1e3, 3)] for e in flights],
+        "work": [[k, round((a - first) / 1e3, 3), round((b - a) / 1e3, 3)] for k, a, b in work],
+    }
+
+
+def work(args: argparse.Namespace) -> None:
+    """One rank of two machines: prints the result, by rank 0, as a line that begins with MARK."""
+    recorder, waited = Recorder(args), Waited()
+
+    def clock(run: Callable[[], None], steps: int) -> list[float]:
+        recorder.comm.all_reduce(torch.zeros(1))
+        waited.seconds, start = 0.0, time.perf_counter()
+        with waited.counting():
+            run()
+        return [round(s * 1e3, 3) for s in (time.perf_counter() - start, waited.seconds)]
+
+    variants = {name: small_pass(small_layer(name)) for name in ("none", "tbo")}
+    variants |= {f"{name}, shared expert": small_pass(small_layer(name, num_shared=1)) for name in ORDERS}
+    wide = {}
+    for ffn_dim in FFN_DIMS if args.wide else ():
+        wide |= {f"{name}, {ffn_dim}": small_pass(small_layer(name, ffn_dim)) for name in ("none", "tbo")}
+    rows = rows_alone(recorder.comm)
+    samples = recorder.alternate(variants | wide | rows, clock=clock, length=lambda sample: sample[0])
+    seen = {name: recorder.gather(lanes(traced(run))) for name, run in variants.items()}
+    recorder.say(MARK + json.dumps({"samples": samples, "timelines": seen}))
+    torch.distributed.destroy_process_group()
+
+
+def two_machines(mbit_per_s: float, rounds: int, wide: bool) -> dict:
+    """{"samples": {order: [[ms, waited ms]]}, "timelines": {order: lanes by rank}} at one rate, 0 for no limit.
+
+    HostsUnavailable where that is forbidden."""
+    from tools.hosts import run_program  # which imports what the ranks do not need
+
+    program = [str(Path(__file__).resolve()), "--work", "--device", "cpu", "--rounds", str(rounds)]
+    texts, _ = run_program(program + ["--wide"] * wide, mbit_per_s=mbit_per_s or None, limit_s=200)
+    (line,) = [line for text in texts for line in text.splitlines() if line.startswith(MARK)]
+    return json.loads(line.removeprefix(MARK))
+
+
+def machines(args: argparse.Namespace) -> int:
+    """Both rates, into the file."""
+    from tools.hosts import HostsUnavailable
+
+    rates = {}
+    for rate in args.rates:
+        name = f"{rate:g} Mbit/s" if rate else "no limit"
+        try:
+            found = two_machines(rate, args.rounds, wide=rate > 0)
+        except HostsUnavailable as reason:
+            print(f"no two machines here: {reason}", file=sys.stderr)
+            return 3
+        found["median_ms"] = {n: statistics.median(s[0] for s in own) for n, own in found["samples"].items()}
+        found["waited_ms"] = {n: statistics.median(s[1] for s in own) for n, own in found["samples"].items()}
+        rates[name] = found
+        for variant, ms in found["median_ms"].items():
+            print(f"{name}: {variant:22} {ms:7.1f} ms, waited {found['waited_ms'][variant]:7.1f}", flush=True)
+    facts = {"machines": 2, "ranks_per_host": 1, "rounds": args.rounds, **SHAPE, "ffn_dim": FFN_DIM}
+    facts |= {"ffn_dims": list(FFN_DIMS), "dtype": "float32"}
+    record.write(args.output, "overlap", torch.device("cpu"), facts | {"rates": rates})
+    return 0
+
+
+def main() -> int:
+    parser = record.parser(__doc__, rounds=20, device="auto", small=False)
+    parser.add_argument("--rates", nargs="+", type=float, default=[400, 0], help="Mbit/s; 0 sets no limit")
+    parser.add_argument("--work", action="store_true", help="be one of the two machines' ranks")
+    parser.add_argument("--wide", action="store_true", help="experts of several widths too")
+    args = parser.parse_args()
+    if args.work:
+        work(args)
+        return 0
+    return machines(args)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the group's threads may still end
