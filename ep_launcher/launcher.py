@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "489a4469d675fb883926f5a69574ee14ed3a7ba15bd8b7b819e4f5f93b732f4f"
+SOURCES_SHA256 = "c830f09015d44a301a899506f2b059234b46c2818153321617f8b14a0e74fcc7"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2179,7 +2179,9 @@ def load_plugin(argv: list[str] | None) -> None:
     try:
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the plugin {path} ({error}); --plugin names a Python file") from None
+        raise ValueError(
+            f"cannot read the plugin {str(path)!r} ({error}); --plugin names a Python file"
+        ) from None
     sys.path.append(str(LAUNCHER_DIR.parent))  # for `from ep_launcher import ...`
     plugin = sys.modules["plugin"] = type(sys)("plugin")  # where dataclasses look their module up
     plugin.__file__ = str(path)
@@ -2745,9 +2747,10 @@ def copy_to_rows(x: Tensor, order: RowOrder, out: Tensor | None = None) -> Tenso
     the order has gaps. x and out may be the first columns of wider tensors."""
     (num_tokens, top_k), d, num_rows = order.row_of_choice.shape, x.shape[1], len(order.choice_of_row)
     if not uses_kernels(x):
-        rows = x[order.choice_of_row // top_k] if num_tokens else x.new_zeros(num_rows, d)
-        rows = torch.where((order.choice_of_row < 0)[:, None], 0, rows) if order.has_gaps else rows
-        return rows if out is None else out.copy_(rows)
+        if not num_tokens:
+            return x.new_zeros(num_rows, d) if out is None else out.zero_()
+        out = torch.index_select(x, 0, order.choice_of_row.clamp(min=0) // top_k, out=out)
+        return out.masked_fill_((order.choice_of_row < 0)[:, None], 0) if order.has_gaps else out
     if out is None:
         out = (x.new_zeros if order.has_gaps else x.new_empty)(num_rows, d)
     block = column_block(d, 2048)
@@ -2775,7 +2778,11 @@ def sum_rows(a: Tensor, order: RowOrder, b: Tensor | None = None) -> Tensor:
             return a.new_zeros(num_tokens, d)
         own = row.amax(1, keepdim=True)  # a choice not sent reads another row of its token, times 0
         picked, is_sent = torch.where(row < 0, own.clamp(min=0), row), (row >= 0).to(wide)
-        total = F.embedding_bag(picked, rows, mode="sum", per_sample_weights=is_sent)
+        total = (
+            rows.index_select(0, picked[:, 0])
+            if top_k == 1
+            else F.embedding_bag(picked, rows, mode="sum", per_sample_weights=is_sent)
+        )
         return total.masked_fill_(own < 0, 0).to(a.dtype)
     y = a.new_empty(num_tokens, d)
     block = column_block(d, 1024)
@@ -2934,21 +2941,21 @@ def swiglu_tiles(num_rows: int, num_columns: int) -> tuple[int, int, int]:
     return rows, block, -(-num_rows // rows)
 
 
-def row_blocks(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
+def row_blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
     """The same rows of all tensors, block by block. On a CPU a block of [R, F] has 65,536 numbers, so that several
     steps in a row find it in the core's cache; on a GPU, where a step is a launch, it is everything."""
     first = tensors[0]
     rows = max(1, len(first) if first.is_cuda else 2**16 // max(1, first.shape[1]))
     for start in range(0, len(first), rows):
-        yield [t if t is None else t[start : start + rows] for t in tensors]
+        yield [t[start : start + rows] for t in tensors]
 
 
 def weighted_activation(
-    activation: Any, gate: Tensor, up: Tensor | None, weights: Tensor, num_rows: Tensor
+    activation: Any, gate: Tensor, up: Tensor, weights: Tensor, num_rows: Tensor
 ) -> Tensor:
-    """gate (and up) [R, F], weights [R], num_rows int64 [] on the device -> activation * weight, [R, F].
+    """gate, up [R, F], weights [R], num_rows int64 [] on the device -> activation * weight, [R, F].
 
-    One kernel for SwiGLU on a GPU; the same in PyTorch for the others and elsewhere.
+    One kernel for SwiGLU on a GPU; the same in PyTorch for others and elsewhere.
     """
     hidden = torch.empty_like(gate)
     if not (activation is SwiGLU and uses_kernels(gate)):
@@ -2963,8 +2970,8 @@ def weighted_activation(
 
 # %% notebooks/06_grouped_experts.ipynb #weighted-swiglu-backward
 def weighted_activation_backward_(
-    activation: Any, grad: Tensor, gate: Tensor, up: Tensor | None, weights: Tensor, num_rows: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    activation: Any, grad: Tensor, gate: Tensor, up: Tensor, weights: Tensor, num_rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad [R, F] of the weighted hidden rows -> these rows, the gradients of gate and up, and of weights [R].
 
     Writes over grad, gate and up; the kernel reads and writes each once. The gradient of weights is 0 behind the
@@ -2982,8 +2989,7 @@ def weighted_activation_backward_(
         wide, hidden = w.unsqueeze(1), activation.apply(g, u)
         total.copy_(torch.linalg.vecdot(d.to(w.dtype), hidden.to(w.dtype)))
         for old, new in zip((g, u), activation.gradient(d, g, u), strict=True):
-            if old is not None:
-                torch.mul(new, wide, out=old)
+            torch.mul(new, wide, out=old)
         torch.mul(hidden, wide, out=d)
     is_sent = torch.arange(len(gate), device=gate.device) < num_rows
     return grad, gate, up, torch.where(is_sent, grad_weights, 0)
@@ -3076,9 +3082,9 @@ class GroupedProducts:
 class ExpertsOnTokens(torch.autograd.Function):
     """x [R, D], topk_weights [R, J] -> y [R, D]: the experts' whole way, backward by hand, for every activation.
 
-    Copy to rows, products, weighted activation, product, sum of rows. Since the weight is applied before the last
-    product, which is linear, its gradient needs no result of an expert. Kept for backward: gate and up, 2 * F numbers
-    a row (F without up), and x, which is somebody else's; the sorted rows are copied again.
+    Copy to rows, products, weighted activation, product, sum of rows. Since the last product is linear, a weight's
+    gradient needs no result of an expert. Kept for backward: gate and up, 2 * F numbers a row (without up: gate, on a
+    CPU also the hidden rows), and x, which is somebody else's; the sorted rows are copied again.
     """
 
     @staticmethod
@@ -3087,14 +3093,18 @@ class ExpertsOnTokens(torch.autograd.Function):
         order: RowOrder, products: Any, activation: Any,
     ) -> Tensor:  # fmt: skip
         rows, weights = copy_to_rows(x, order), weights_of_rows(topk_weights, order)
-        gate = products.times(rows, w1, b1)
-        up = None if w3 is None else products.times(rows, w3, b3)
-        num_rows = order.counts.sum()
-        hidden = weighted_activation(activation, gate, up, weights, num_rows)
+        gate, num_rows = products.times(rows, w1, b1), order.counts.sum()
+        if w3 is None:
+            up, hidden = None, activation.apply(gate)
+            results = products.times(hidden, w2).mul_(weights[:, None])
+            kept = None if gate.is_cuda else hidden
+        else:
+            up, kept = products.times(rows, w3, b3), None
+            results = products.times(weighted_activation(activation, gate, up, weights, num_rows), w2)
         ctx.kind, ctx.on_host, ctx.activation = type(products), getattr(products, "splits", None), activation
         ctx.has_b1, ctx.has_b3, ctx.used = b1 is not None, b3 is not None, False
-        ctx.save_for_backward(x, weights, gate, up, w1, w2, w3, num_rows, *order.tensors)
-        return sum_rows(products.times(hidden, w2), order)
+        ctx.save_for_backward(x, weights, gate, up, kept, w1, w2, w3, num_rows, *order.tensors)
+        return sum_rows(results, order)
 
     @staticmethod
     @once_differentiable
@@ -3104,16 +3114,24 @@ class ExpertsOnTokens(torch.autograd.Function):
                 "a second backward: blocks and grouped write gradients over what they kept; take experts bmm or loop"
             )
         ctx.used = True
-        x, weights, gate, up, w1, w2, w3, num_rows, *order = ctx.saved_tensors
+        x, weights, gate, up, hidden, w1, w2, w3, num_rows, *order = ctx.saved_tensors
         order = RowOrder(*order)
         products = ctx.kind(order.counts, len(order.choice_of_row), ctx.on_host)
         grad_rows = copy_to_rows(grad.contiguous(), order)
-        hidden = products.times(grad_rows, w2.transpose(1, 2))  # its gradient, at first
-        hidden, gate, up, grad_weights = weighted_activation_backward_(
-            ctx.activation, hidden, gate, up, weights, num_rows
-        )  # from here on, gate and up are their gradients
+        grad_hidden = products.times(grad_rows, w2.transpose(1, 2))
+        # From here on, gate and up are their gradients.
+        if up is None:
+            hidden = ctx.activation.apply(gate) if hidden is None else hidden
+            gate, grad_weights = ctx.activation.gradient(grad_hidden, gate)[0], torch.empty_like(weights)
+            for g, h, total in row_blocks(grad_hidden, hidden, grad_weights):
+                total.copy_(torch.linalg.vecdot(g.to(total.dtype), h.to(total.dtype)))
+            gate, grad_rows = gate.mul_(weights[:, None]), grad_rows.mul_(weights[:, None])
+        else:
+            hidden, gate, up, grad_weights = weighted_activation_backward_(
+                ctx.activation, grad_hidden, gate, up, weights, num_rows
+            )
         grad_w2 = products.weight_gradient(hidden, grad_rows)
-        del hidden, grad_rows
+        del hidden, grad_hidden, grad_rows
         rows = copy_to_rows(x, order)
         grad_w1, grad_w3, grad_x = products.weight_gradient(rows, gate), None, None
         grad_b1 = products.bias_gradient(gate) if ctx.has_b1 else None
@@ -4291,13 +4309,19 @@ class RoutingOptions(Options):
         check_routing(self, config)
 
     def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
-        """ValueError where a setting would do nothing: a bias's speed without the bias, a weight that is multiplied by
-        0, a length without its loss."""
+        """ValueError where a setting would do nothing: a bias's speed without the bias, a weight without a loss or of
+        one that is multiplied by 0, a length without its loss."""
         usual, has_bias = RoutingOptions(), issubclass(REGISTRIES["balance"][config.balance], BiasBalance)
         if self.bias_speed != usual.bias_speed and not has_bias:
             raise ValueError(f"bias_speed {self.bias_speed} does nothing without a bias; take --balance bias")
+        weight, balance = training.aux_alpha, config.balance
+        has_loss = REGISTRIES["balance"][balance] not in (NoBalance, BiasBalance)
+        if weight not in (0, TrainingOptions().aux_alpha) and not (
+            has_loss or self.z_alpha or self.sequence_alpha
+        ):
+            raise ValueError(f"aux_alpha {weight} does nothing with balance {balance}; take --balance aux")
         for name in ("z_alpha", "sequence_alpha"):
-            if (value := getattr(self, name)) and not training.aux_alpha:
+            if (value := getattr(self, name)) and not weight:
                 raise ValueError(f"{name} {value} does nothing with aux_alpha 0; raise --aux-alpha")
         if self.sequence_length != usual.sequence_length and not self.sequence_alpha:
             raise ValueError(
