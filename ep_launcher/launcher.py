@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "c830f09015d44a301a899506f2b059234b46c2818153321617f8b14a0e74fcc7"
+SOURCES_SHA256 = "4950c48c206faeafe049487bea1863881cb042a7aee7e2ae6b8dd79f404abb8b"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1205,6 +1205,11 @@ class Options:
         """In the layer, between router and dispatcher: Routing -> Routing."""
         return routing
 
+    def syncs_host(self) -> str:
+        """In the launcher, before the first step: which option makes the host wait for the device in every step, and
+        what would not, in words; "" where none does. Such a step cannot be recorded (chapter 06)."""
+        return ""
+
     def show(self, log: Any, step: int, layer: Any) -> None:
         """In the launcher, at every log interval, once for each layer. Collective."""
 
@@ -1334,7 +1339,7 @@ def share_of_mean(mean: Tensor, num_tokens: int, mesh: Mesh) -> Tensor:
     The shares of all ranks add up to that mean, and so do their gradients; a rank without tokens has 0, and still
     a graph to go back through. One all-reduce of one number. Collective.
     """
-    total = mesh.batch.all_reduce(torch.tensor(num_tokens, device=mean.device)).clamp(min=1)
+    total = mesh.batch.all_reduce(torch.full((), num_tokens, device=mean.device)).clamp(min=1)
     total = total.to(torch.promote_types(mean.dtype, torch.float32))
     return (mean if num_tokens else torch.nan_to_num(mean)) * (num_tokens / total)
 
@@ -2056,7 +2061,8 @@ def pick_step(run: Run, model: nn.Module) -> str:
     best = max(kinds, key=lambda name: kinds[name].preference(run, model))
     if name != "auto" and kinds[name].preference(run, model) <= 0:
         took = ", ".join(f"{kind} {taken}" for kind, taken in moe_layers(model)[0].took.items())
-        where = f"{run.mesh.batch.size} {run.device.type} rank(s), {took}"
+        waits = [said for syncs_host in run.config.hooks("syncs_host") if (said := syncs_host())]
+        where = "; ".join([f"{run.mesh.batch.size} {run.device.type} rank(s), {took}", *waits])
         raise CannotRun(f"step {name} cannot run here ({where}); take auto (here: {best})")
     return best if name == "auto" else name
 
@@ -3309,8 +3315,8 @@ class BmmExperts(Experts):
 class GraphStep:
     """A training step recorded once as a CUDA graph and played back: one launch in place of a hundred.
 
-    Legal where nothing in the step needs a value on the host: dispatchers that record, experts that do not
-    synchronise. The numbers are those of the eager step, bit for bit. Memory of the recorded step stays taken.
+    Legal where nothing in the step needs a value on the host: dispatchers that record, experts and option groups that
+    do not synchronise. The numbers are those of the eager step, bit for bit. Memory of the recorded step stays taken.
     """
 
     def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -3320,7 +3326,7 @@ class GraphStep:
 
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
-        """Runs on GPUs where no layer of the model needs a value on the host."""
+        """Runs on GPUs where no layer of the model, and no option group, needs a value on the host."""
         tokens = shard_sizes(run.num_global_tokens, run.mesh.batch.size)
         even = run.mesh.batch.size == 1 or tokens[0] == tokens[-1]
         fixed = all(
@@ -3330,7 +3336,8 @@ class GraphStep:
             )
             for layer in moe_layers(model)
         )
-        return 10 if run.device.type == "cuda" and fixed and even else 0
+        waits = any(syncs_host() for syncs_host in run.config.hooks("syncs_host"))
+        return 10 if run.device.type == "cuda" and fixed and even and not waits else 0
 
     def record(self) -> None:
         """Warms up on a side stream, takes everything back, and records one step, with the bytes that it sends."""
@@ -3839,6 +3846,11 @@ class CapacityOptions(Options):
     def after_routing(self, routing: Routing, config: MoEConfig, batch: Communicator) -> Routing:
         """The layer's hook: the routing with the choices that are left. See limit_load."""
         return routing if self.capacity_factor is None else limit_load(routing, config, batch)
+
+    def syncs_host(self) -> str:
+        """In global scope a rank waits for the number of the others' tokens."""
+        is_global = self.capacity_scope == "global"
+        return "capacity_scope global waits for the device, local does not" if is_global else ""
 
 
 # %% notebooks/08_capacity.ipynb #local-capacity
@@ -6935,6 +6947,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError("manifest.json is damaged")
     if body["format"] > CHECKPOINT_FORMAT:
         raise ValueError(f"its format is {body['format']}, and this program reads up to {CHECKPOINT_FORMAT}")
+    kinds = {"step": int, "world_size": int, "ep_size": int, "settings": dict, "files": dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(body.get(name), kind)]:
+        raise ValueError(f"manifest.json is damaged: it lacks {', '.join(wrong)}")
     return body
 
 
@@ -7011,7 +7026,8 @@ def made_ready(folder: Path) -> tuple[int | None, list[str], str]:
     except (OSError, ValueError) as error:
         if lock is None:
             return None, [], reason(error)
-    return lock, [path.name for path in candidates(folder)], ""
+    wrong = "its `latest` is a folder, and must be a file" * (folder / "latest").is_dir()
+    return lock, [path.name for path in candidates(folder)], wrong
 
 
 # %% notebooks/15_mesh.ipynb #run-settings
