@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "4492d8537ef6eac2fdc8403d4e63e99287bacd061f508048fefe9ae8a26b6e39"
+SOURCES_SHA256 = "9ea8f84aa80999e66ea345be286f86728a5e0df5546a23aa3fb34f072e143343"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1205,6 +1205,11 @@ class Options:
         """In the layer, between router and dispatcher: Routing -> Routing."""
         return routing
 
+    def syncs_host(self) -> str:
+        """In the launcher, before the first step: which option makes the host wait for the device in every step, and
+        what would not, in words; "" where none does. Such a step cannot be recorded (chapter 06)."""
+        return ""
+
     def show(self, log: Any, step: int, layer: Any) -> None:
         """In the launcher, at every log interval, once for each layer. Collective."""
 
@@ -1334,7 +1339,7 @@ def share_of_mean(mean: Tensor, num_tokens: int, mesh: Mesh) -> Tensor:
     The shares of all ranks add up to that mean, and so do their gradients; a rank without tokens has 0, and still
     a graph to go back through. One all-reduce of one number. Collective.
     """
-    total = mesh.batch.all_reduce(torch.tensor(num_tokens, device=mean.device)).clamp(min=1)
+    total = mesh.batch.all_reduce(torch.full((), num_tokens, device=mean.device)).clamp(min=1)
     total = total.to(torch.promote_types(mean.dtype, torch.float32))
     return (mean if num_tokens else torch.nan_to_num(mean)) * (num_tokens / total)
 
@@ -2056,7 +2061,8 @@ def pick_step(run: Run, model: nn.Module) -> str:
     best = max(kinds, key=lambda name: kinds[name].preference(run, model))
     if name != "auto" and kinds[name].preference(run, model) <= 0:
         took = ", ".join(f"{kind} {taken}" for kind, taken in moe_layers(model)[0].took.items())
-        where = f"{run.mesh.batch.size} {run.device.type} rank(s), {took}"
+        waits = [said for syncs_host in run.config.hooks("syncs_host") if (said := syncs_host())]
+        where = "; ".join([f"{run.mesh.batch.size} {run.device.type} rank(s), {took}", *waits])
         raise CannotRun(f"step {name} cannot run here ({where}); take auto (here: {best})")
     return best if name == "auto" else name
 
@@ -2179,7 +2185,9 @@ def load_plugin(argv: list[str] | None) -> None:
     try:
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the plugin {path} ({error}); --plugin names a Python file") from None
+        raise ValueError(
+            f"cannot read the plugin {str(path)!r} ({error}); --plugin names a Python file"
+        ) from None
     sys.path.append(str(LAUNCHER_DIR.parent))  # for `from ep_launcher import ...`
     plugin = sys.modules["plugin"] = type(sys)("plugin")  # where dataclasses look their module up
     plugin.__file__ = str(path)
@@ -2745,9 +2753,10 @@ def copy_to_rows(x: Tensor, order: RowOrder, out: Tensor | None = None) -> Tenso
     the order has gaps. x and out may be the first columns of wider tensors."""
     (num_tokens, top_k), d, num_rows = order.row_of_choice.shape, x.shape[1], len(order.choice_of_row)
     if not uses_kernels(x):
-        rows = x[order.choice_of_row // top_k] if num_tokens else x.new_zeros(num_rows, d)
-        rows = torch.where((order.choice_of_row < 0)[:, None], 0, rows) if order.has_gaps else rows
-        return rows if out is None else out.copy_(rows)
+        if not num_tokens:
+            return x.new_zeros(num_rows, d) if out is None else out.zero_()
+        out = torch.index_select(x, 0, order.choice_of_row.clamp(min=0) // top_k, out=out)
+        return out.masked_fill_((order.choice_of_row < 0)[:, None], 0) if order.has_gaps else out
     if out is None:
         out = (x.new_zeros if order.has_gaps else x.new_empty)(num_rows, d)
     block = column_block(d, 2048)
@@ -2775,7 +2784,11 @@ def sum_rows(a: Tensor, order: RowOrder, b: Tensor | None = None) -> Tensor:
             return a.new_zeros(num_tokens, d)
         own = row.amax(1, keepdim=True)  # a choice not sent reads another row of its token, times 0
         picked, is_sent = torch.where(row < 0, own.clamp(min=0), row), (row >= 0).to(wide)
-        total = F.embedding_bag(picked, rows, mode="sum", per_sample_weights=is_sent)
+        total = (
+            rows.index_select(0, picked[:, 0])
+            if top_k == 1
+            else F.embedding_bag(picked, rows, mode="sum", per_sample_weights=is_sent)
+        )
         return total.masked_fill_(own < 0, 0).to(a.dtype)
     y = a.new_empty(num_tokens, d)
     block = column_block(d, 1024)
@@ -2934,21 +2947,21 @@ def swiglu_tiles(num_rows: int, num_columns: int) -> tuple[int, int, int]:
     return rows, block, -(-num_rows // rows)
 
 
-def row_blocks(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
+def row_blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
     """The same rows of all tensors, block by block. On a CPU a block of [R, F] has 65,536 numbers, so that several
     steps in a row find it in the core's cache; on a GPU, where a step is a launch, it is everything."""
     first = tensors[0]
     rows = max(1, len(first) if first.is_cuda else 2**16 // max(1, first.shape[1]))
     for start in range(0, len(first), rows):
-        yield [t if t is None else t[start : start + rows] for t in tensors]
+        yield [t[start : start + rows] for t in tensors]
 
 
 def weighted_activation(
-    activation: Any, gate: Tensor, up: Tensor | None, weights: Tensor, num_rows: Tensor
+    activation: Any, gate: Tensor, up: Tensor, weights: Tensor, num_rows: Tensor
 ) -> Tensor:
-    """gate (and up) [R, F], weights [R], num_rows int64 [] on the device -> activation * weight, [R, F].
+    """gate, up [R, F], weights [R], num_rows int64 [] on the device -> activation * weight, [R, F].
 
-    One kernel for SwiGLU on a GPU; the same in PyTorch for the others and elsewhere.
+    One kernel for SwiGLU on a GPU; the same in PyTorch for others and elsewhere.
     """
     hidden = torch.empty_like(gate)
     if not (activation is SwiGLU and uses_kernels(gate)):
@@ -2963,8 +2976,8 @@ def weighted_activation(
 
 # %% notebooks/06_grouped_experts.ipynb #weighted-swiglu-backward
 def weighted_activation_backward_(
-    activation: Any, grad: Tensor, gate: Tensor, up: Tensor | None, weights: Tensor, num_rows: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    activation: Any, grad: Tensor, gate: Tensor, up: Tensor, weights: Tensor, num_rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad [R, F] of the weighted hidden rows -> these rows, the gradients of gate and up, and of weights [R].
 
     Writes over grad, gate and up; the kernel reads and writes each once. The gradient of weights is 0 behind the
@@ -2982,8 +2995,7 @@ def weighted_activation_backward_(
         wide, hidden = w.unsqueeze(1), activation.apply(g, u)
         total.copy_(torch.linalg.vecdot(d.to(w.dtype), hidden.to(w.dtype)))
         for old, new in zip((g, u), activation.gradient(d, g, u), strict=True):
-            if old is not None:
-                torch.mul(new, wide, out=old)
+            torch.mul(new, wide, out=old)
         torch.mul(hidden, wide, out=d)
     is_sent = torch.arange(len(gate), device=gate.device) < num_rows
     return grad, gate, up, torch.where(is_sent, grad_weights, 0)
@@ -3076,9 +3088,9 @@ class GroupedProducts:
 class ExpertsOnTokens(torch.autograd.Function):
     """x [R, D], topk_weights [R, J] -> y [R, D]: the experts' whole way, backward by hand, for every activation.
 
-    Copy to rows, products, weighted activation, product, sum of rows. Since the weight is applied before the last
-    product, which is linear, its gradient needs no result of an expert. Kept for backward: gate and up, 2 * F numbers
-    a row (F without up), and x, which is somebody else's; the sorted rows are copied again.
+    Copy to rows, products, weighted activation, product, sum of rows. Since the last product is linear, a weight's
+    gradient needs no result of an expert. Kept for backward: gate and up, 2 * F numbers a row (without up: gate, on a
+    CPU also the hidden rows), and x, which is somebody else's; the sorted rows are copied again.
     """
 
     @staticmethod
@@ -3087,14 +3099,18 @@ class ExpertsOnTokens(torch.autograd.Function):
         order: RowOrder, products: Any, activation: Any,
     ) -> Tensor:  # fmt: skip
         rows, weights = copy_to_rows(x, order), weights_of_rows(topk_weights, order)
-        gate = products.times(rows, w1, b1)
-        up = None if w3 is None else products.times(rows, w3, b3)
-        num_rows = order.counts.sum()
-        hidden = weighted_activation(activation, gate, up, weights, num_rows)
+        gate, num_rows = products.times(rows, w1, b1), order.counts.sum()
+        if w3 is None:
+            up, hidden = None, activation.apply(gate)
+            results = products.times(hidden, w2).mul_(weights[:, None])
+            kept = None if gate.is_cuda else hidden
+        else:
+            up, kept = products.times(rows, w3, b3), None
+            results = products.times(weighted_activation(activation, gate, up, weights, num_rows), w2)
         ctx.kind, ctx.on_host, ctx.activation = type(products), getattr(products, "splits", None), activation
         ctx.has_b1, ctx.has_b3, ctx.used = b1 is not None, b3 is not None, False
-        ctx.save_for_backward(x, weights, gate, up, w1, w2, w3, num_rows, *order.tensors)
-        return sum_rows(products.times(hidden, w2), order)
+        ctx.save_for_backward(x, weights, gate, up, kept, w1, w2, w3, num_rows, *order.tensors)
+        return sum_rows(results, order)
 
     @staticmethod
     @once_differentiable
@@ -3104,16 +3120,24 @@ class ExpertsOnTokens(torch.autograd.Function):
                 "a second backward: blocks and grouped write gradients over what they kept; take experts bmm or loop"
             )
         ctx.used = True
-        x, weights, gate, up, w1, w2, w3, num_rows, *order = ctx.saved_tensors
+        x, weights, gate, up, hidden, w1, w2, w3, num_rows, *order = ctx.saved_tensors
         order = RowOrder(*order)
         products = ctx.kind(order.counts, len(order.choice_of_row), ctx.on_host)
         grad_rows = copy_to_rows(grad.contiguous(), order)
-        hidden = products.times(grad_rows, w2.transpose(1, 2))  # its gradient, at first
-        hidden, gate, up, grad_weights = weighted_activation_backward_(
-            ctx.activation, hidden, gate, up, weights, num_rows
-        )  # from here on, gate and up are their gradients
+        grad_hidden = products.times(grad_rows, w2.transpose(1, 2))
+        # From here on, gate and up are their gradients.
+        if up is None:
+            hidden = ctx.activation.apply(gate) if hidden is None else hidden
+            gate, grad_weights = ctx.activation.gradient(grad_hidden, gate)[0], torch.empty_like(weights)
+            for g, h, total in row_blocks(grad_hidden, hidden, grad_weights):
+                total.copy_(torch.linalg.vecdot(g.to(total.dtype), h.to(total.dtype)))
+            gate, grad_rows = gate.mul_(weights[:, None]), grad_rows.mul_(weights[:, None])
+        else:
+            hidden, gate, up, grad_weights = weighted_activation_backward_(
+                ctx.activation, grad_hidden, gate, up, weights, num_rows
+            )
         grad_w2 = products.weight_gradient(hidden, grad_rows)
-        del hidden, grad_rows
+        del hidden, grad_hidden, grad_rows
         rows = copy_to_rows(x, order)
         grad_w1, grad_w3, grad_x = products.weight_gradient(rows, gate), None, None
         grad_b1 = products.bias_gradient(gate) if ctx.has_b1 else None
@@ -3291,8 +3315,8 @@ class BmmExperts(Experts):
 class GraphStep:
     """A training step recorded once as a CUDA graph and played back: one launch in place of a hundred.
 
-    Legal where nothing in the step needs a value on the host: dispatchers that record, experts that do not
-    synchronise. The numbers are those of the eager step, bit for bit. Memory of the recorded step stays taken.
+    Legal where nothing in the step needs a value on the host: dispatchers that record, experts and option groups that
+    do not synchronise. The numbers are those of the eager step, bit for bit. Memory of the recorded step stays taken.
     """
 
     def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -3302,7 +3326,7 @@ class GraphStep:
 
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
-        """Runs on GPUs where no layer of the model needs a value on the host."""
+        """Runs on GPUs where no layer of the model, and no option group, needs a value on the host."""
         tokens = shard_sizes(run.num_global_tokens, run.mesh.batch.size)
         even = run.mesh.batch.size == 1 or tokens[0] == tokens[-1]
         fixed = all(
@@ -3312,7 +3336,8 @@ class GraphStep:
             )
             for layer in moe_layers(model)
         )
-        return 10 if run.device.type == "cuda" and fixed and even else 0
+        waits = any(syncs_host() for syncs_host in run.config.hooks("syncs_host"))
+        return 10 if run.device.type == "cuda" and fixed and even and not waits else 0
 
     def record(self) -> None:
         """Warms up on a side stream, takes everything back, and records one step, with the bytes that it sends."""
@@ -3822,6 +3847,11 @@ class CapacityOptions(Options):
         """The layer's hook: the routing with the choices that are left. See limit_load."""
         return routing if self.capacity_factor is None else limit_load(routing, config, batch)
 
+    def syncs_host(self) -> str:
+        """In global scope a rank waits for the number of the others' tokens."""
+        is_global = self.capacity_scope == "global"
+        return "capacity_scope global waits for the device, local does not" if is_global else ""
+
 
 # %% notebooks/08_capacity.ipynb #local-capacity
 def local_capacity(
@@ -4291,13 +4321,19 @@ class RoutingOptions(Options):
         check_routing(self, config)
 
     def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
-        """ValueError where a setting would do nothing: a bias's speed without the bias, a weight that is multiplied by
-        0, a length without its loss."""
+        """ValueError where a setting would do nothing: a bias's speed without the bias, a weight without a loss or of
+        one that is multiplied by 0, a length without its loss."""
         usual, has_bias = RoutingOptions(), issubclass(REGISTRIES["balance"][config.balance], BiasBalance)
         if self.bias_speed != usual.bias_speed and not has_bias:
             raise ValueError(f"bias_speed {self.bias_speed} does nothing without a bias; take --balance bias")
+        weight, balance = training.aux_alpha, config.balance
+        has_loss = REGISTRIES["balance"][balance] not in (NoBalance, BiasBalance)
+        if weight not in (0, TrainingOptions().aux_alpha) and not (
+            has_loss or self.z_alpha or self.sequence_alpha
+        ):
+            raise ValueError(f"aux_alpha {weight} does nothing with balance {balance}; take --balance aux")
         for name in ("z_alpha", "sequence_alpha"):
-            if (value := getattr(self, name)) and not training.aux_alpha:
+            if (value := getattr(self, name)) and not weight:
                 raise ValueError(f"{name} {value} does nothing with aux_alpha 0; raise --aux-alpha")
         if self.sequence_length != usual.sequence_length and not self.sequence_alpha:
             raise ValueError(
@@ -4498,6 +4534,14 @@ class TrafficOptions(Options):
 
 
 # %% notebooks/10_less_traffic.ipynb #gather-dispatcher
+def known_slots(config: MoEConfig) -> int | None:
+    """Tokens that a rank brings to an exchange at most; None where neither a run nor max_num_tokens says it. A layer
+    that cuts its tokens in parts (chapter 12) brings a part."""
+    known = config.option(TrafficOptions).slot_tokens or config.max_num_tokens
+    parts = getattr(REGISTRIES["overlap"].get(config.overlap), "num_parts", 1)
+    return None if known is None else -(-known // parts)
+
+
 @register("dispatcher", "gather_tokens")
 class GatherTokensDispatcher(Dispatcher):
     """Every token once to every rank, which keeps the choices that are its own; sums come home (chapter 10).
@@ -4515,9 +4559,7 @@ class GatherTokensDispatcher(Dispatcher):
     @classmethod
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "GatherTokensDispatcher":
         """See Dispatcher. As many slots as the run's largest share; without a run max_num_tokens, where it is set."""
-        known = config.option(TrafficOptions).slot_tokens or config.max_num_tokens
-        parts = 1 if config.overlap == "auto" else REGISTRIES["overlap"][config.overlap].num_parts
-        return cls(config.num_experts, comm, None if known is None else -(-known // parts))
+        return cls(config.num_experts, comm, known_slots(config))
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
@@ -5499,9 +5541,7 @@ class PeerDispatcher(Dispatcher):
                 f"dispatcher peer writes into memory of its own machine, and {num_machines + 1} machines share these "
                 "experts; take --dispatcher two_stage, or an --ep-size that fits on one"
             )
-        made = cls(
-            config.num_experts, comm, config.option(TrafficOptions).slot_tokens or config.max_num_tokens
-        )
+        made = cls(config.num_experts, comm, known_slots(config))
         made.records &= config.dtype != "float64"  # which has no kernels
         return made
 
@@ -6110,10 +6150,12 @@ class ForwardStep:
         self, layer: EPMoE, config: MoEConfig, experts: Experts, copies: Tensor | None = None
     ) -> None:
         self.layer, self.config, self.experts, self.copies = layer, config, experts, copies
-        of_experts = (
-            config if copies is None else replace(experts.config, max_num_tokens=config.max_num_tokens)
-        )
-        self.dispatcher = type(layer.dispatcher).for_layer(of_experts, layer.mesh.ep)
+        if (
+            copies is not None
+        ):  # the dispatcher counts physical experts, and the router's options do not fit them
+            kept = tuple(extra for extra in config.extras if type(extra).__qualname__ == "TrafficOptions")
+            config = replace(config, num_experts=experts.config.num_experts, extras=kept)
+        self.dispatcher = type(layer.dispatcher).for_layer(config, layer.mesh.ep)
         self.choose = self.decode = None
         self.stays = (
             layer.took["dispatcher"] == "local" and copies is None
@@ -6234,6 +6276,15 @@ def fixed_problem(step: ForwardStep, num_tokens: int) -> str:
 
 
 # %% notebooks/13_inference.ipynb #for-inference
+def inference_config(config: MoEConfig, max_num_tokens: int) -> MoEConfig:
+    """The layer's config for batches of so many tokens, which go through in one piece, whatever a run had set."""
+    extras = tuple(
+        replace(extra, slot_tokens=None) if type(extra).__qualname__ == "TrafficOptions" else extra
+        for extra in config.extras
+    )
+    return replace(config, max_num_tokens=max_num_tokens, overlap="none", extras=extras)
+
+
 def check_inference(x: Tensor, layer: EPMoE) -> None:
     """ValueError where x asks for what the inference path has not: a gradient, or a conversion of the weights."""
     if x.requires_grad and torch.is_grad_enabled():
@@ -6258,7 +6309,7 @@ def for_inference(
     """
     if max_num_tokens < 1:
         raise ValueError(f"max_num_tokens is {max_num_tokens}, and must be at least 1")
-    config = replace(layer.config, max_num_tokens=max_num_tokens)
+    config = inference_config(layer.config, max_num_tokens)
     experts, copies = (layer.experts, None) if placement is None else with_copies(layer, placement)
     step = ForwardStep(layer, config, experts, copies)
     by_default = batch_sizes(max_num_tokens) if experts.w1.is_cuda else ()
@@ -6701,8 +6752,7 @@ def with_copies(layer: EPMoE, placement: Tensor) -> tuple[Experts, Tensor]:
             f"dispatcher {layer.took['dispatcher']} counts blocks an expert, and knows no copies"
         )
     copies = copies_of(placement, config.num_experts).to(device)
-    kept = tuple(extra for extra in config.extras if type(extra).__qualname__ == "TrafficOptions")
-    of_experts = replace(config, num_experts=len(placement), extras=kept)
+    of_experts = replace(config, num_experts=len(placement), extras=())
     with torch.device("meta"):
         experts = type(layer.experts)(of_experts, mesh.ep, seed=0)
     experts, state = experts.to_empty(device=device).requires_grad_(False), full_state_dict(layer, mesh)
@@ -6907,6 +6957,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError("manifest.json is damaged")
     if body["format"] > CHECKPOINT_FORMAT:
         raise ValueError(f"its format is {body['format']}, and this program reads up to {CHECKPOINT_FORMAT}")
+    kinds = {"step": int, "world_size": int, "ep_size": int, "settings": dict, "files": dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(body.get(name), kind)]:
+        raise ValueError(f"manifest.json is damaged: it lacks {', '.join(wrong)}")
     return body
 
 
@@ -6983,14 +7036,15 @@ def made_ready(folder: Path) -> tuple[int | None, list[str], str]:
     except (OSError, ValueError) as error:
         if lock is None:
             return None, [], reason(error)
-    return lock, [path.name for path in candidates(folder)], ""
+    wrong = "its `latest` is a folder, and must be a file" * (folder / "latest").is_dir()
+    return lock, [path.name for path in candidates(folder)], wrong
 
 
 # %% notebooks/15_mesh.ipynb #run-settings
 # May change when a run goes on: how it is computed, watched and saved, and the optimiser's numbers, which are shown.
 FREE_FLAGS = set(
-    "steps log_interval log_dir summary timeout_s plugin step device max_num_tokens dispatcher experts ranks_per_host "
-    "ep_size checkpoint_dir checkpoint_interval keep_checkpoints resume async_checkpoints".split()
+    "steps log_interval log_dir summary timeout_s plugin step device max_num_tokens dispatcher experts overlap "
+    "ranks_per_host ep_size checkpoint_dir checkpoint_interval keep_checkpoints resume async_checkpoints".split()
 )
 SHOWN_FLAGS = {"lr", "aux_alpha", "max_grad_norm"}
 
