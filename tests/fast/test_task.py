@@ -71,7 +71,7 @@ def refusal(monkeypatch, capsys, *flags: str) -> str:
      "experts grouped cannot run in float64 on 1 cpu rank; take auto (here: blocks)"),
     (["--step", "graph", "--device", "cpu"], "step graph cannot run here (1 cpu rank(s), dispatcher local"),
     (["--topk", "4"], "unrecognized arguments: --topk 4; did you mean --top-k?"),
-    (["--plugin", "nowhere.py"], "cannot read the plugin nowhere.py"),
+    (["--plugin", "nowhere.py"], "cannot read the plugin 'nowhere.py'"),
 ])  # fmt: skip
 def test_a_setting_that_cannot_be_is_one_line(flags, says, tmp_path, monkeypatch, capsys):
     assert says in refusal(monkeypatch, capsys, *flags, "--log-dir", str(tmp_path / "logs"))
