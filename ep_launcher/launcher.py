@@ -31,7 +31,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "881cbb0d51ebdff2e31d227011faea16f0d165ce7c83c7d53e0b34717caf583c"
+SOURCES_SHA256 = "54808219b5332d257e4ad2abe701f9df5e615fcc19cd4173c4b108e8c04a217e"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -552,10 +552,10 @@ class Arrived:
     """What a dispatcher brought to this rank: rows, and for each row its choices among the local experts.
 
     x: [R, D], in any order. topk_ids: int64 [R, J], numbers of LOCAL experts, 0 to L - 1; -1 for none. A row
-    without experts may hold anything. topk_weights: [R, J], float32 or wider. handle: combine's. Where somebody
-    knows them besides: counts_on_host, the rows of each local expert, L ints; rows_per_expert, where rows
-    lie in blocks of one size, one an expert (J = 1, and a row that nobody filled has weight 0); max_pairs, how many
-    (row, expert) pairs there are at most.
+    without experts may hold anything. topk_weights: [R, J], float32 or wider. handle: combine's. And where they are
+    known: counts_on_host, the rows of each local expert, L ints; rows_per_expert, where rows lie in blocks of one
+    size, a block for each expert (J = 1, and an empty row has weight 0); max_pairs, the most (row, expert) pairs that
+    there can be.
     """
 
     x: Tensor
@@ -1239,12 +1239,12 @@ def is_recomputing() -> bool:
 
 # %% notebooks/03_experts.ipynb #aux-shares
 class AuxShares(list):
-    """The aux losses of a layer's training forwards that nobody has asked for yet. Copies start empty."""
+    """The aux losses of a layer's training forwards that have not been asked for yet. Copies start empty."""
 
     limit = 1024
 
     def add(self, share: Tensor) -> None:
-        """RuntimeError where they pile up, each with its graph: somebody forgot them. Others are added up."""
+        """RuntimeError where they pile up, each with its graph: they were forgotten. Others are added up."""
         if len(self) >= self.limit and not any(kept.requires_grad for kept in self):
             self[:] = [torch.stack(list(self)).sum()]
         if len(self) >= self.limit:
@@ -1724,7 +1724,7 @@ class StepTimer:
 class RunLog:
     """What rank 0 writes: the log lines (screen and train.log), TensorBoard, the progress bar. Others: nothing.
 
-    notes: whoever else is to hear of steps and of a warning (chapter 05's StepNotes). ValueError where log_dir cannot
+    notes: what else is told of steps and of a warning (chapter 05's StepNotes). ValueError where log_dir cannot
     be written. What cannot be written later costs one warning, and the run goes on.
     """
 
@@ -4496,6 +4496,14 @@ class TrafficOptions(Options):
 
 
 # %% notebooks/10_less_traffic.ipynb #gather-dispatcher
+def known_slots(config: MoEConfig) -> int | None:
+    """Tokens that a rank brings to an exchange at most; None where neither a run nor max_num_tokens says it. A layer
+    that cuts its tokens in parts (chapter 12) brings a part."""
+    known = config.option(TrafficOptions).slot_tokens or config.max_num_tokens
+    parts = getattr(REGISTRIES["overlap"].get(config.overlap), "num_parts", 1)
+    return None if known is None else -(-known // parts)
+
+
 @register("dispatcher", "gather_tokens")
 class GatherTokensDispatcher(Dispatcher):
     """Every token once to every rank, which keeps the choices that are its own; sums come home (chapter 10).
@@ -4513,9 +4521,7 @@ class GatherTokensDispatcher(Dispatcher):
     @classmethod
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "GatherTokensDispatcher":
         """See Dispatcher. As many slots as the run's largest share; without a run max_num_tokens, where it is set."""
-        known = config.option(TrafficOptions).slot_tokens or config.max_num_tokens
-        parts = 1 if config.overlap == "auto" else REGISTRIES["overlap"][config.overlap].num_parts
-        return cls(config.num_experts, comm, None if known is None else -(-known // parts))
+        return cls(config.num_experts, comm, known_slots(config))
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
@@ -4982,6 +4988,18 @@ class PeerMemory:
                 f"rank {self.rank} gave up on rank {late}, which did not write to it within about {self.limit_s:g} s"
             )
 
+    def watch(self, grace_s: float = 5) -> None:
+        """For a thread: ends the process where a kernel has given up and grace_s later nobody has, as NCCL's watchdog
+        does. The host may wait in a recorded step, whose collectives nobody watches."""
+        while not self.missing.any():
+            time.sleep(0.5)
+        time.sleep(grace_s)
+        try:
+            self.check()
+        except CollectiveError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
 
 def rider_start(num_rows: int, d: int, dtype: torch.dtype) -> int:
     """Where a slot's riders begin: behind rows [num_rows, d], at a multiple of 16 bytes."""
@@ -5009,6 +5027,8 @@ def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
             group = dist.group.WORLD
             limit_s = group._get_backend(group._device_types[0]).options._timeout.total_seconds()
         made.append(PeerMemory(comm.rank, blocks, limit_s))
+        if x.is_cuda and comm.size > 1:
+            threading.Thread(target=made[-1].watch, daemon=True).start()
         comm.meter.on_device += [(name, comm.ranks, sent) for name, sent in made[-1].sent.items()]
     made[-1].check()
     return made[-1]
@@ -5454,8 +5474,11 @@ class PeerHandle:
 @functools.cache
 def can_share_memory(device_type: str, num_local_ranks: int) -> bool:
     """Whether every rank of this machine can address every other's memory."""
-    pairs = itertools.permutations(range(num_local_ranks if device_type == "cuda" else 0), 2)
-    return all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
+    if device_type != "cuda" or num_local_ranks == 1:
+        return True
+    pairs = itertools.permutations(range(num_local_ranks), 2)
+    is_enough = torch.cuda.device_count() >= num_local_ranks
+    return is_enough and all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
 
 
 @register("dispatcher", "peer")
@@ -5480,9 +5503,7 @@ class PeerDispatcher(Dispatcher):
                 f"dispatcher peer writes into memory of its own machine, and {num_machines + 1} machines share these "
                 "experts; take --dispatcher two_stage, or an --ep-size that fits on one"
             )
-        made = cls(
-            config.num_experts, comm, config.option(TrafficOptions).slot_tokens or config.max_num_tokens
-        )
+        made = cls(config.num_experts, comm, known_slots(config))
         made.records &= config.dtype != "float64"  # which has no kernels
         return made
 
@@ -5885,8 +5906,8 @@ def made_ready(folder: Path) -> tuple[int | None, list[str], str]:
 # %% notebooks/15_mesh.ipynb #run-settings
 # May change when a run goes on: how it is computed, watched and saved, and the optimiser's numbers, which are shown.
 FREE_FLAGS = set(
-    "steps log_interval log_dir summary timeout_s plugin step device max_num_tokens dispatcher experts ranks_per_host "
-    "ep_size checkpoint_dir checkpoint_interval keep_checkpoints resume async_checkpoints".split()
+    "steps log_interval log_dir summary timeout_s plugin step device max_num_tokens dispatcher experts overlap "
+    "ranks_per_host ep_size checkpoint_dir checkpoint_interval keep_checkpoints resume async_checkpoints".split()
 )
 SHOWN_FLAGS = {"lr", "aux_alpha", "max_grad_norm"}
 

@@ -1,4 +1,4 @@
-"""Chapter 06's kernels against their PyTorch twins: on a GPU, or on the CPU under Triton's interpreter.
+"""The kernels of chapters 06, 10 and 11 against their PyTorch twins: on a GPU, or under Triton's interpreter.
 
 Without Triton there is nothing to test: the twins are what runs then, and the parity suite tests them. The
 interpreter must be asked for before Triton is imported: `make test-kernels` does.
@@ -168,3 +168,89 @@ def test_pack_copies(rank_sizes, d, dtype):
     assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
     held = ep.get_riders(ours, d, 2 * order.per_row)[:, order.per_row :]
     assert int((held >= 0).sum()) == int((ids >= 0).sum())
+
+
+def played_ranks(tokens: list[int], num_slots: int, dtype, d: int):
+    """(plans, x, topk_ids, weights) of ranks that this process plays by itself; two experts a rank, top-2."""
+    torch.manual_seed(sum(tokens) + d)
+    size = len(tokens)
+    blocks, plans = [torch.zeros(2**16, dtype=torch.uint8, device=DEVICE) for _ in tokens], []
+    for rank in range(size):
+        comm = ep.Communicator.alone()
+        comm.rank, comm.size, comm.ranks, comm.meter = (
+            rank,
+            size,
+            list(range(size)),
+            ep.TrafficMeter(rank, size),
+        )
+        plans.append(ep.PeerPlan(comm, ep.PeerMemory(rank, blocks, limit_s=30), num_slots, 2))
+    x = [draw(n, d + 8, dtype=dtype)[:, :d] for n in tokens]
+    ids = [torch.rand(n, 2 * size).argsort(dim=1)[:, :2] for n in tokens]
+    ids = [torch.where(torch.rand(i.shape) < 0.2, -1, i).to(DEVICE) for i in ids]
+    return plans, x, ids, [torch.rand(i.shape, device=DEVICE) for i in ids]
+
+
+def postponed(monkeypatch, name: str) -> list:
+    """The launches of a kernel, to be made when all ranks have written."""
+    compiled, launches = getattr(ep, name), []
+
+    class Later:
+        def __getitem__(self, grid):
+            return lambda *args, **flags: launches.append(lambda: compiled[grid](*args, **flags))
+
+    monkeypatch.setattr(ep, name, Later())
+    return launches
+
+
+PLAYED = [([3, 5], 5, 32), ([4, 0, 2], 4, 17), ([3], 3, 130), ([1, 2, 1, 2, 1], 2, 8)]
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.parametrize("sizes", PLAYED, ids=str)
+def test_rows_written_into_the_memory_of_peers(sizes, dtype, monkeypatch):
+    plans, x, ids, weights = played_ranks(*sizes[:2], dtype, sizes[2])
+    size, num_slots, d = len(plans), plans[0].num_slots, sizes[2]
+    takes, sums = postponed(monkeypatch, "take_rows_kernel"), postponed(monkeypatch, "sum_home_kernel")
+    for turn in range(3):  # slots come again
+        there = [ep.to_experts(x[r], ids[r], weights[r], None, plans[r], "dispatch") for r in range(size)]
+        [launch() for launch in takes]
+        for r, (rows, came, own) in enumerate(there):
+            for s, t in ((s, t) for s in range(size) for t in range(num_slots)):
+                local = (
+                    [e - 2 * r if e // 2 == r else -1 for e in ids[s][t].tolist()]
+                    if t < len(x[s])
+                    else [-1, -1]
+                )
+                row = s * num_slots + t
+                assert own[row].tolist() == local
+                assert torch.equal(rows[row], x[s][t] if max(local) >= 0 else torch.zeros_like(rows[row]))
+                assert max(local) < 0 or torch.equal(came[row], weights[s][t])
+            copies = [sum(any(e // 2 == p for e in line) for line in ids[r].tolist()) for p in range(size)]
+            copies[r] = 0
+            assert plans[r].memory.sent["dispatch"].tolist() == [
+                n * d * x[r].element_size() * (turn + 1) for n in copies
+            ]
+        home = [
+            ep.to_home(t[0] * (r + 1), t[1], ids[r], t[2], plans[r], "combine") for r, t in enumerate(there)
+        ]
+        [launch() for launch in sums]
+        for r, (y, grads) in enumerate(home):
+            owners = [{e // 2 for e in line if e >= 0} for line in ids[r].tolist()]
+            factor = torch.tensor([sum(p + 1 for p in own) for own in owners], device=DEVICE)[:, None]
+            torch.testing.assert_close(y.float(), x[r].float() * factor, **CLOSE[dtype])
+            assert torch.equal(grads, torch.where(ids[r] < 0, 0, weights[r]))
+        takes.clear(), sums.clear()
+    for plan in plans:
+        plan.memory.check()
+
+
+@with_kernels
+def test_a_kernel_gives_up_on_a_rank_that_does_not_write():
+    plans, x, ids, weights = played_ranks([2, 2], 2, torch.float32, 8)
+    plans[0].memory.looks = 3
+    ep.to_experts(x[0], ids[0], weights[0], None, plans[0], "dispatch")
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    with pytest.raises(ep.CollectiveError, match="rank 0 gave up on rank 1, which did not write"):
+        plans[0].memory.check()
