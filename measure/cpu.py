@@ -99,10 +99,12 @@ def small_variants(recorder: record.Recorder) -> dict[str, Callable[[], object]]
 def large_variants(recorder: record.Recorder) -> dict[str, Callable[[], object]]:
     """{name: one step} of the larger layer: forward, backward with the input's gradient, the gate's all-reduce."""
 
+    tokens, grad = torch.randn(2, LARGE["max_num_tokens"], LARGE["hidden_dim"])
+    grad /= grad.numel()
+
     def make_step(launcher: before.Launcher, dispatcher: str) -> tuple[ep.EPMoE, Callable[[], None]]:
         made = launcher.layer(ep.MoEConfig(**LARGE, dispatcher=dispatcher), CPU)
-        x = torch.randn(LARGE["max_num_tokens"], LARGE["hidden_dim"], requires_grad=True)
-        grad = torch.randn_like(x) / x.numel()
+        x = tokens.clone().requires_grad_()  # the same for all: loads that differ would be time that differs
 
         def step() -> None:
             made.zero_grad()

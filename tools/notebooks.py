@@ -121,7 +121,7 @@ def set_parameters(path: Path, notebook: NotebookNode, parameters: dict[str, Any
 
 def choose_notebooks(given: Sequence[str]) -> list[Path]:
     """The notebooks to run. Stopped where one does not exist, or two would share a copy."""
-    paths = [Path(name).resolve() for name in given] or sorted((ROOT / "notebooks").glob("[!.]*.ipynb"))
+    paths = [Path(name).resolve() for name in given] or sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     for path in paths:
         if not path.is_file() or path.suffix != ".ipynb":
             raise refuse(f"{shown(path)} is not a notebook; check the path")

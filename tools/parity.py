@@ -428,6 +428,8 @@ def begin() -> tuple[argparse.Namespace, torch.device]:
     parser.add_argument("--plugin", help="a file that registers more")
     parser.add_argument("--output")
     args = parser.parse_args()
+    if sys.flags.optimize:
+        parser.error("without assertions (PYTHONOPTIMIZE, -O) not every check can fail; leave that out")
     load_plugin(sys.argv[1:])
     if args.dispatcher and args.dispatcher not in REGISTRIES["dispatcher"]:
         parser.error(

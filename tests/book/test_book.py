@@ -17,7 +17,7 @@ from tools import site
 from tools.notebooks import clean
 from tools.site import foreign_addresses
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 QUICKEST = "01_parallelism.ipynb"
 
 

@@ -18,7 +18,8 @@ from tools.exercises.meeting import Meeting
 from tools.ranks import run_cell_on_ranks
 
 NOTEBOOKS = {
-    path.stem: json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+    path.stem: json.loads(path.read_text("utf-8"))
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 }
 
 

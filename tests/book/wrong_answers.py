@@ -188,6 +188,14 @@ WRONG = {
         ("shares.byte().argmax(2)", "torch.arange(owner.shape[1]).expand_as(owner)"),
         ("shares.byte().argmax(2), ", ""),
     ],
+    "solution-cache": [
+        ("1 / (4 + self.step - step)", "1"),
+        ("in self.uses[expert])", "in self.uses[expert][-1:])"),
+    ],
+    "solution-place": [
+        ("key=weight.__getitem__", "key=lambda r: -r"),
+        ("return [e for own in ranks for e in own]", "return list(range(num_physical))"),
+    ],
     "solution-across": [("len(set(away))", "len(away)"), ("for e in line if e >= 0", "for e in line")],
     "solution-room": [
         ("copies * per_row", "copies"),
@@ -196,10 +204,10 @@ WRONG = {
         ("(ids // local == rank)", "(ids % len(topk_ids) == rank)"),
     ],
     "solution-turns": [
-        ("number - turns + 1", "number - turns"),
-        ("min(seen)", "max(seen)"),
-        (" or number <= turns", ""),
-        ("min(seen) >= number - turns + 1 or number <= turns", "min(seen) >= number - 1"),
+        ("number - turns", "number - turns - 1"),
+        ("number - turns", "number - turns + 1"),
+        ("min(read)", "max(read)"),
+        ("min(read) >= number - turns", "True"),
     ],
     "solution-way-home": [
         ("[plan.own][token]", "[p * num_slots : (p + 1) * num_slots][token]"),

@@ -162,6 +162,11 @@ def launcher(book):
     return book / "ep_launcher/launcher.py"
 
 
+def is_golden(launcher):
+    """Whether it is what the small book says, and nothing lies beside it."""
+    return launcher.read_text() == GOLDEN and [p.name for p in launcher.parent.iterdir()] == [launcher.name]
+
+
 @pytest.fixture
 def run(capsys, book):
     """run("--check") -> (exit code, stdout, stderr), in this process, on the small book."""
@@ -197,10 +202,10 @@ def with_tools(root):
 def test_golden_bytes(book, run):
     assert run() == (0, "wrote ep_launcher/launcher.py: 3 cells from 2 notebooks\n", "")
     path = book / "ep_launcher/launcher.py"
-    assert path.read_bytes().decode() == GOLDEN
+    assert path.read_bytes() == GOLDEN.encode() and is_golden(path)
     os.utime(path, ns=(1, 1))
     assert run() == (0, "ep_launcher/launcher.py is up to date: 3 cells from 2 notebooks\n", "")
-    assert path.stat().st_mtime_ns == 1 and [p.name for p in path.parent.iterdir()] == ["launcher.py"]
+    assert path.stat().st_mtime_ns == 1 and is_golden(path)
 
 
 def test_bytes_do_not_depend_on_folder_or_hash_seed(book, tmp_path):
@@ -426,7 +431,7 @@ def test_refuses(name, book, launcher, run):
         assert (status, out) == (2, ""), err
         assert err.startswith("notebooks/03_bad.ipynb") and expected in err, err
         assert err.count("\n") == 1 and "; " in err, err
-    assert launcher.read_text() == GOLDEN and [p.name for p in launcher.parent.iterdir()] == ["launcher.py"]
+    assert is_golden(launcher)
 
 
 def test_refuses_import_from_a_later_chapter(book, launcher, run):
@@ -456,7 +461,7 @@ def test_failed_write_leaves_nothing_behind(book, launcher, run, monkeypatch):
     status, _, err = run()
     assert status == 2
     assert err.startswith("ep_launcher/launcher.py: cannot be written (No space left on device);")
-    assert [p.name for p in launcher.parent.iterdir()] == ["launcher.py"] and launcher.read_text() == GOLDEN
+    assert is_golden(launcher)
 
 
 def test_no_notebook_and_no_cell(tmp_path, run):

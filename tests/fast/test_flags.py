@@ -82,6 +82,8 @@ def test_300_flag_values_are_refused_in_one_line_or_train(tmp_path, monkeypatch)
     ("--bias-speed 0.1", "bias_speed 0.1 does nothing without a bias; take --balance bias"),
     ("--z-alpha 0.1 --aux-alpha 0", "z_alpha 0.1 does nothing with aux_alpha 0; raise --aux-alpha"),
     ("--ranks-per-host 2", "ranks_per_host 2 does nothing with dispatcher auto; take --dispatcher two_stage"),
+    ("--aux-alpha 0.1 --balance none", "aux_alpha 0.1 does nothing with balance none; take --balance aux"),
+    ("--aux-alpha 0.1 --balance bias", "aux_alpha 0.1 does nothing with balance bias"),
     ("--sequence-length 8", "does nothing without its loss; set --sequence-alpha"),
     ("--num-shared-experts -1", "num_shared_experts is -1"), ("--aux-alpha -1", "aux_alpha is -1.0"),
     ("--tokens 129", "129 tokens over 1 ranks are up to 129 per rank, above max_num_tokens 128"),
@@ -94,6 +96,7 @@ def test_what_would_fail_late_or_do_nothing_is_refused(flags, says):
 @pytest.mark.parametrize("flags", [
     "", "--zipf 1e20 --task clusters --num-clusters 3 --sort-tokens", f"--seed {2**63 - 1}", "--timeout-s 604800",
     "--capacity-factor 1e6 --dispatcher capacity", "--capacity-factor 1e-9", "--bias-speed 0.1 --balance bias",
+    "--aux-alpha 0.1 --balance bias --z-alpha 0.1", "--aux-alpha 0 --balance none",
     f"--sequence-alpha 0.1 --sequence-length {10**18}", f"--log-interval {10**30}", "--max-num-tokens 99999999999",
 ])  # fmt: skip
 def test_what_is_accepted_at_the_edge_trains(flags, tmp_path):
