@@ -27,11 +27,12 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/10_less_traffic.ipynb
 #   notebooks/11_peer_memory.ipynb
 #   notebooks/12_overlap.ipynb
+#   notebooks/13_inference.ipynb
 #   notebooks/15_mesh.ipynb
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "50f01585171b531548275ca4867fd236480472b3b9200de714137437cf545916"
+SOURCES_SHA256 = "4950c48c206faeafe049487bea1863881cb042a7aee7e2ae6b8dd79f404abb8b"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -465,6 +466,7 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "model": {},
     "task": {},
     "step": {},
+    "cache_policy": {},
     "overlap": {},
 }
 OPTION_GROUPS: list[type] = []
@@ -1203,6 +1205,11 @@ class Options:
         """In the layer, between router and dispatcher: Routing -> Routing."""
         return routing
 
+    def syncs_host(self) -> str:
+        """In the launcher, before the first step: which option makes the host wait for the device in every step, and
+        what would not, in words; "" where none does. Such a step cannot be recorded (chapter 06)."""
+        return ""
+
     def show(self, log: Any, step: int, layer: Any) -> None:
         """In the launcher, at every log interval, once for each layer. Collective."""
 
@@ -1332,7 +1339,7 @@ def share_of_mean(mean: Tensor, num_tokens: int, mesh: Mesh) -> Tensor:
     The shares of all ranks add up to that mean, and so do their gradients; a rank without tokens has 0, and still
     a graph to go back through. One all-reduce of one number. Collective.
     """
-    total = mesh.batch.all_reduce(torch.tensor(num_tokens, device=mean.device)).clamp(min=1)
+    total = mesh.batch.all_reduce(torch.full((), num_tokens, device=mean.device)).clamp(min=1)
     total = total.to(torch.promote_types(mean.dtype, torch.float32))
     return (mean if num_tokens else torch.nan_to_num(mean)) * (num_tokens / total)
 
@@ -2054,7 +2061,8 @@ def pick_step(run: Run, model: nn.Module) -> str:
     best = max(kinds, key=lambda name: kinds[name].preference(run, model))
     if name != "auto" and kinds[name].preference(run, model) <= 0:
         took = ", ".join(f"{kind} {taken}" for kind, taken in moe_layers(model)[0].took.items())
-        where = f"{run.mesh.batch.size} {run.device.type} rank(s), {took}"
+        waits = [said for syncs_host in run.config.hooks("syncs_host") if (said := syncs_host())]
+        where = "; ".join([f"{run.mesh.batch.size} {run.device.type} rank(s), {took}", *waits])
         raise CannotRun(f"step {name} cannot run here ({where}); take auto (here: {best})")
     return best if name == "auto" else name
 
@@ -3307,8 +3315,8 @@ class BmmExperts(Experts):
 class GraphStep:
     """A training step recorded once as a CUDA graph and played back: one launch in place of a hundred.
 
-    Legal where nothing in the step needs a value on the host: dispatchers that record, experts that do not
-    synchronise. The numbers are those of the eager step, bit for bit. Memory of the recorded step stays taken.
+    Legal where nothing in the step needs a value on the host: dispatchers that record, experts and option groups that
+    do not synchronise. The numbers are those of the eager step, bit for bit. Memory of the recorded step stays taken.
     """
 
     def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -3318,7 +3326,7 @@ class GraphStep:
 
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
-        """Runs on GPUs where no layer of the model needs a value on the host."""
+        """Runs on GPUs where no layer of the model, and no option group, needs a value on the host."""
         tokens = shard_sizes(run.num_global_tokens, run.mesh.batch.size)
         even = run.mesh.batch.size == 1 or tokens[0] == tokens[-1]
         fixed = all(
@@ -3328,7 +3336,8 @@ class GraphStep:
             )
             for layer in moe_layers(model)
         )
-        return 10 if run.device.type == "cuda" and fixed and even else 0
+        waits = any(syncs_host() for syncs_host in run.config.hooks("syncs_host"))
+        return 10 if run.device.type == "cuda" and fixed and even and not waits else 0
 
     def record(self) -> None:
         """Warms up on a side stream, takes everything back, and records one step, with the bytes that it sends."""
@@ -3837,6 +3846,11 @@ class CapacityOptions(Options):
     def after_routing(self, routing: Routing, config: MoEConfig, batch: Communicator) -> Routing:
         """The layer's hook: the routing with the choices that are left. See limit_load."""
         return routing if self.capacity_factor is None else limit_load(routing, config, batch)
+
+    def syncs_host(self) -> str:
+        """In global scope a rank waits for the number of the others' tokens."""
+        is_global = self.capacity_scope == "global"
+        return "capacity_scope global waits for the device, local does not" if is_global else ""
 
 
 # %% notebooks/08_capacity.ipynb #local-capacity
@@ -4520,6 +4534,14 @@ class TrafficOptions(Options):
 
 
 # %% notebooks/10_less_traffic.ipynb #gather-dispatcher
+def known_slots(config: MoEConfig) -> int | None:
+    """Tokens that a rank brings to an exchange at most; None where neither a run nor max_num_tokens says it. A layer
+    that cuts its tokens in parts (chapter 12) brings a part."""
+    known = config.option(TrafficOptions).slot_tokens or config.max_num_tokens
+    parts = getattr(REGISTRIES["overlap"].get(config.overlap), "num_parts", 1)
+    return None if known is None else -(-known // parts)
+
+
 @register("dispatcher", "gather_tokens")
 class GatherTokensDispatcher(Dispatcher):
     """Every token once to every rank, which keeps the choices that are its own; sums come home (chapter 10).
@@ -4537,9 +4559,7 @@ class GatherTokensDispatcher(Dispatcher):
     @classmethod
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "GatherTokensDispatcher":
         """See Dispatcher. As many slots as the run's largest share; without a run max_num_tokens, where it is set."""
-        known = config.option(TrafficOptions).slot_tokens or config.max_num_tokens
-        parts = 1 if config.overlap == "auto" else REGISTRIES["overlap"][config.overlap].num_parts
-        return cls(config.num_experts, comm, None if known is None else -(-known // parts))
+        return cls(config.num_experts, comm, known_slots(config))
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
@@ -5006,6 +5026,18 @@ class PeerMemory:
                 f"rank {self.rank} gave up on rank {late}, which did not write to it within about {self.limit_s:g} s"
             )
 
+    def watch(self, grace_s: float = 5) -> None:
+        """For a thread: ends the process where a kernel has given up and grace_s later nobody has, as NCCL's watchdog
+        does. The host may wait in a recorded step, whose collectives nobody watches."""
+        while not self.missing.any():
+            time.sleep(0.5)
+        time.sleep(grace_s)
+        try:
+            self.check()
+        except CollectiveError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
 
 def rider_start(num_rows: int, d: int, dtype: torch.dtype) -> int:
     """Where a slot's riders begin: behind rows [num_rows, d], at a multiple of 16 bytes."""
@@ -5033,6 +5065,8 @@ def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
             group = dist.group.WORLD
             limit_s = group._get_backend(group._device_types[0]).options._timeout.total_seconds()
         made.append(PeerMemory(comm.rank, blocks, limit_s))
+        if x.is_cuda and comm.size > 1:
+            threading.Thread(target=made[-1].watch, daemon=True).start()
         comm.meter.on_device += [(name, comm.ranks, sent) for name, sent in made[-1].sent.items()]
     made[-1].check()
     return made[-1]
@@ -5478,8 +5512,11 @@ class PeerHandle:
 @functools.cache
 def can_share_memory(device_type: str, num_local_ranks: int) -> bool:
     """Whether every rank of this machine can address every other's memory."""
-    pairs = itertools.permutations(range(num_local_ranks if device_type == "cuda" else 0), 2)
-    return all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
+    if device_type != "cuda" or num_local_ranks == 1:
+        return True
+    pairs = itertools.permutations(range(num_local_ranks), 2)
+    is_enough = torch.cuda.device_count() >= num_local_ranks
+    return is_enough and all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
 
 
 @register("dispatcher", "peer")
@@ -5504,9 +5541,7 @@ class PeerDispatcher(Dispatcher):
                 f"dispatcher peer writes into memory of its own machine, and {num_machines + 1} machines share these "
                 "experts; take --dispatcher two_stage, or an --ep-size that fits on one"
             )
-        made = cls(
-            config.num_experts, comm, config.option(TrafficOptions).slot_tokens or config.max_num_tokens
-        )
+        made = cls(config.num_experts, comm, known_slots(config))
         made.records &= config.dtype != "float64"  # which has no kernels
         return made
 
@@ -5630,6 +5665,1091 @@ class TwoBatches(InOrder):
         beside = None if shared is None else shared.output(hidden)
         y = torch.cat([dispatcher.end_combine(a), dispatcher.end_combine(b)])
         return y if shared is None else y + beside
+
+
+# ==========================================================================================================
+# performance: notebooks/13_inference.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/13_inference.ipynb #token-lists
+@dataclass(frozen=True)
+class TokenLists:
+    """Which choices go to which expert, on the device: one list an expert, in any order.
+
+    counts int32 [L + 1]: choices of each expert, and how many experts have any. active int32 [L]: those experts, one
+    after the other. choices int32 [L, R]: an expert's choices, each as row * J + j. Behind its counts stands anything.
+    """
+
+    counts: Tensor
+    active: Tensor
+    choices: Tensor
+
+    @staticmethod
+    def empty(num_experts: int, num_rows: int, device: torch.device) -> "TokenLists":
+        """Room for num_rows rows, each of which visits an expert once at most. Nobody is on a list yet."""
+        shapes = (num_experts + 1,), (num_experts,), (num_experts, num_rows)
+        return TokenLists(*(torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes))
+
+
+@kernel
+def put_on_lists(ids, choice, is_sent, counts, active, choices, num_experts, room):
+    """Puts choices (a tile) on the lists of their experts (a tile). Their order is chance; nothing depends on it."""
+    place = tl.atomic_add(counts + ids, 1, mask=is_sent)
+    tl.store(choices + ids.to(tl.int64) * room + place, choice, mask=is_sent & (place < room))
+    is_first = is_sent & (place == 0)
+    slot = tl.atomic_add(counts + num_experts + tl.zeros_like(ids), 1, mask=is_first)
+    tl.store(active + slot, ids, mask=is_first)
+
+
+@kernel
+def list_choices_kernel(topk_ids, counts, active, choices, num_choices, num_experts, room, BLOCK: constexpr):
+    """Program b: puts BLOCK choices of local experts on the lists; -1 on none."""
+    choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(topk_ids + choice, mask=choice < num_choices, other=-1).to(tl.int32)
+    put_on_lists(ids, choice, ids >= 0, counts, active, choices, num_experts, room)
+
+
+# %% notebooks/13_inference.ipynb #comes-last
+@kernel
+def comes_last(counter, num_parts):
+    """Whether this program is the last of num_parts to come here, so that it sees what all of them stored before. The
+    counter is 0 again then."""
+    tl.debug_barrier()  # what this program's threads stored, before the counter
+    before = tl.atomic_add(counter, 1, sem="acq_rel")
+    if before == num_parts - 1:
+        tl.store(counter, 0)
+    return before == num_parts - 1
+
+
+# %% notebooks/13_inference.ipynb #logits-piece
+@kernel
+def logits_piece(
+    x, gate, token, expert, is_token, part, D: constexpr, E: constexpr, SPLIT: constexpr, BLOCK: constexpr
+):
+    """Part `part` of SPLIT of a tile's logits: every SPLIT-th block of columns -> float32 [tokens, experts]."""
+    total = tl.zeros([token.shape[0], expert.shape[0]], dtype=tl.float32)
+    for n in range(D // (SPLIT * BLOCK)):
+        column = (n * SPLIT + part) * BLOCK + tl.arange(0, BLOCK)
+        rows = tl.load(x + token[:, None] * D + column[None, :], mask=is_token[:, None], other=0.0)
+        w = tl.load(gate + expert[:, None] * D + column[None, :], mask=(expert < E)[:, None], other=0.0)
+        if rows.dtype == tl.float32:
+            total = tl.dot(rows, tl.trans(w), total, input_precision="ieee")
+        else:  # two bfloat16 pieces of the weight, as in chapter 03
+            high = w.to(rows.dtype)
+            total = tl.dot(rows, tl.trans(high), total)
+            total = tl.dot(rows, tl.trans((w - high.to(tl.float32)).to(rows.dtype)), total)
+    return total
+
+
+# %% notebooks/13_inference.ipynb #best-experts
+@kernel
+def best_experts(
+    logits, choice_bias, expert, E: constexpr, K: constexpr, WIDTH: constexpr, SIGMOID: constexpr,
+    HAS_BIAS: constexpr,
+):  # fmt: skip
+    """logits float32 [tokens, experts] -> ids int32 and scores float32, [tokens, WIDTH], of which K count."""
+    if SIGMOID:
+        scores = tl.sigmoid(logits)
+    else:
+        scores = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+        scores = scores / tl.sum(scores, axis=1)[:, None]
+    keys = tl.where((expert < E)[None, :], scores, float("-inf"))
+    if HAS_BIAS:
+        keys += tl.load(choice_bias + expert, mask=expert < E, other=0.0)[None, :]
+    place = tl.arange(0, WIDTH)[None, :]
+    ids = tl.zeros([logits.shape[0], WIDTH], dtype=tl.int32)
+    weights = tl.zeros([logits.shape[0], WIDTH], dtype=tl.float32)
+    for k in tl.static_range(K):
+        score, best = tl.max(keys, axis=1, return_indices=True)
+        best = tl.minimum(best, E - 1)  # also where all is NaN
+        is_best = expert[None, :] == best[:, None]
+        if HAS_BIAS:  # which is for the choice alone
+            score = tl.sum(tl.where(is_best, scores, 0.0), axis=1)
+        ids = tl.where(place == k, best[:, None], ids)
+        weights = tl.where(place == k, score[:, None], weights)
+        keys = tl.where(is_best, float("-inf"), keys)
+    return ids, weights
+
+
+# %% notebooks/13_inference.ipynb #choose-kernel
+@kernel
+def choose_kernel(
+    x, gate, bias, choice_bias, num_tokens, pieces, arrived, topk_ids, topk_weights, counts, active, choices,
+    room, scale, D: constexpr, E: constexpr, EXPERTS: constexpr, K: constexpr, WIDTH: constexpr,
+    SPLIT: constexpr, TOKENS: constexpr, BLOCK: constexpr, SIGMOID: constexpr, HAS_BIAS: constexpr,
+    NORMALIZE: constexpr, LISTS: constexpr,
+):  # fmt: skip
+    """Program (tokens, part): a part of the logits; who comes last adds up all parts, in their order, and chooses."""
+    part, size = tl.program_id(1), tl.num_programs(0) * TOKENS * EXPERTS
+    token, expert = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
+    is_token = token < tl.load(num_tokens)
+    piece = logits_piece(x, gate, token, expert, is_token, part, D, E, SPLIT, BLOCK)
+    at = token[:, None] * EXPERTS + expert[None, :]
+    tl.store(pieces + part * size + at, piece)
+    if comes_last(arrived + tl.program_id(0), SPLIT):
+        logits = tl.zeros([TOKENS, EXPERTS], dtype=tl.float32)
+        for p in tl.static_range(SPLIT):
+            logits += tl.load(pieces + p * size + at, cache_modifier=".cg")
+        logits += tl.load(bias + expert, mask=expert < E, other=0.0)[None, :]
+        logits = tl.where((expert < E)[None, :], logits, float("-inf"))
+        ids, weights = best_experts(logits, choice_bias, expert, E, K, WIDTH, SIGMOID, HAS_BIAS)
+        if NORMALIZE:
+            weights = weights / tl.maximum(tl.sum(weights, axis=1), 1.1754944e-38)[:, None]
+        k = tl.arange(0, WIDTH)[None, :]
+        choice, is_sent = token[:, None] * K + k, is_token[:, None] & (k < K)
+        tl.store(
+            topk_ids + choice, tl.where(is_sent, ids, -1).to(tl.int64), mask=(k < K) & (token < room)[:, None]
+        )
+        tl.store(topk_weights + choice, weights * scale, mask=is_sent)
+        if LISTS:
+            put_on_lists(ids, choice, is_sent, counts, active, choices, E, room)
+
+
+# %% notebooks/13_inference.ipynb #halves
+@kernel
+def sum_halves(halves, at, size, is_row, PARTS: constexpr):
+    """The sums over all parts of both halves, float32 tiles, in the order of the parts."""
+    gate = tl.load(halves + at, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
+    up = tl.load(halves + size + at, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
+    for p in tl.static_range(1, PARTS):
+        gate += tl.load(halves + 2 * p * size + at, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
+        up += tl.load(halves + (2 * p + 1) * size + at, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
+    return gate, up
+
+
+@kernel
+def store_hidden(hidden, gate, up, topk_weights, choice, column, is_row, F: constexpr):
+    """silu(gate) * up * weight, for the choices of a tile, in hidden [R * J, F]."""
+    w = tl.load(topk_weights + choice, mask=is_row, other=0.0).to(tl.float32)
+    value = (gate * tl.sigmoid(gate) * up * w[:, None]).to(hidden.dtype.element_ty)
+    tl.store(hidden + choice[:, None] * F + column[None, :], value, mask=is_row[:, None])
+
+
+# %% notebooks/13_inference.ipynb #hidden-kernel
+@kernel
+def hidden_kernel(
+    x, x_stride, w1, w3, topk_weights, counts, active, choices, hidden, halves, arrived, num_experts, room,
+    D: constexpr, F: constexpr, J: constexpr, ROWS: constexpr, BLOCK_F: constexpr, BLOCK_D: constexpr,
+    SPLIT: constexpr,
+):  # fmt: skip
+    """Program (active expert, columns, part): both halves of SwiGLU in one pass over x, for the expert's rows.
+
+    With SPLIT above 1 it is a part of them; the part that comes last adds up all, in their order, and stores.
+    """
+    slot, part = tl.program_id(0), tl.program_id(2)
+    if slot < tl.load(counts + num_experts):
+        e = tl.load(active + slot).to(tl.int64)
+        num_rows, start = tl.load(counts + e), 0
+        column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+        counter = arrived + (slot * tl.num_programs(1) + tl.program_id(1)) * tl.cdiv(room, ROWS)
+        while start < num_rows:
+            place = start + tl.arange(0, ROWS)
+            is_row = place < num_rows
+            choice = tl.load(choices + e * room + place, mask=is_row, other=0).to(tl.int64)
+            gate = tl.zeros([ROWS, BLOCK_F], dtype=tl.float32)
+            up = tl.zeros([ROWS, BLOCK_F], dtype=tl.float32)
+            for n in range(D // (SPLIT * BLOCK_D)):
+                deep = (n * SPLIT + part) * BLOCK_D + tl.arange(0, BLOCK_D)
+                rows = tl.load(
+                    x + (choice // J)[:, None] * x_stride + deep[None, :], mask=is_row[:, None], other=0.0
+                )
+                at = e * D * F + deep[:, None] * F + column[None, :]
+                gate = tl.dot(rows, tl.load(w1 + at), gate, input_precision="ieee")
+                up = tl.dot(rows, tl.load(w3 + at), up, input_precision="ieee")
+            if SPLIT == 1:
+                store_hidden(hidden, gate, up, topk_weights, choice, column, is_row, F)
+            else:
+                at, size = choice[:, None] * F + column[None, :], room * J * F
+                tl.store(halves + 2 * part * size + at, gate, mask=is_row[:, None])
+                tl.store(halves + (2 * part + 1) * size + at, up, mask=is_row[:, None])
+                if comes_last(counter + start // ROWS, SPLIT):
+                    gate, up = sum_halves(halves, at, size, is_row, SPLIT)
+                    store_hidden(hidden, gate, up, topk_weights, choice, column, is_row, F)
+            start += ROWS
+
+
+# %% notebooks/13_inference.ipynb #rows-kernel
+@kernel
+def rows_kernel(
+    hidden, w2, counts, active, choices, rows, num_experts, room,
+    D: constexpr, F: constexpr, J: constexpr, ROWS: constexpr, BLOCK_D: constexpr, BLOCK_F: constexpr,
+):  # fmt: skip
+    """Program (active expert, columns): hidden w2 for the expert's rows, a row a choice [R * J, D]."""
+    slot = tl.program_id(0)
+    if slot < tl.load(counts + num_experts):
+        e = tl.load(active + slot).to(tl.int64)
+        num_rows, start = tl.load(counts + e), 0
+        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        while start < num_rows:
+            place = start + tl.arange(0, ROWS)
+            is_row = place < num_rows
+            choice = tl.load(choices + e * room + place, mask=is_row, other=0).to(tl.int64)
+            total = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+            for n in range(F // BLOCK_F):
+                deep = n * BLOCK_F + tl.arange(0, BLOCK_F)
+                h = tl.load(hidden + choice[:, None] * F + deep[None, :], mask=is_row[:, None], other=0.0)
+                weight = tl.load(w2 + e * F * D + deep[:, None] * D + column[None, :])
+                total = tl.dot(h, weight, total, input_precision="ieee")
+            tl.store(
+                rows + choice[:, None] * D + column[None, :],
+                total.to(rows.dtype.element_ty),
+                mask=is_row[:, None],
+            )
+            start += ROWS
+
+
+# %% notebooks/13_inference.ipynb #sum-choices-kernel
+@kernel
+def sum_choices_kernel(
+    rows, topk_ids, y, counts, num_experts, D: constexpr, J: constexpr, BLOCK: constexpr, LISTED: constexpr
+):
+    """Program (row, block): the sum over a row's choices, in their order. And nobody is on a list then."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for j in tl.static_range(J):
+        is_sent = tl.load(topk_ids + row * J + j) >= 0
+        at = (row * J + j) * D + column
+        total += tl.load(rows + at, mask=(column < D) & is_sent, other=0.0).to(tl.float32)
+    tl.store(y + row * D + column, total.to(y.dtype.element_ty), mask=column < D)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        expert = tl.arange(0, LISTED)
+        tl.store(counts + expert, 0, mask=expert <= num_experts)
+
+
+# %% notebooks/13_inference.ipynb #decode-tiles
+PROGRAMS = (
+    384  # so many programs keep the memory of a large GPU busy; where there are fewer, the long sum is split
+)
+
+
+def tile_of(length: int, limit: int) -> int:
+    """The largest power of two that divides length, at most limit."""
+    return min(limit, length & -length)
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """What a program of the decode kernels takes: rows; columns and depth of both products; parts of the first."""
+
+    rows: int
+    hidden: tuple[int, int]
+    parts: int
+    output: tuple[int, int]
+
+
+def decode_tiles(num_rows: int, top_k: int, num_experts: int, d: int, f: int) -> DecodeTiles:
+    """Tiles for num_rows rows of top_k choices among num_experts experts [d, f]."""
+    num_active = min(num_experts, num_rows * top_k)
+    rows = next(tile for tile in (16, 32, 64) if tile == 64 or num_rows * top_k <= tile // 2 * num_experts)
+    output = tile_of(d, 128), tile_of(f, 64)
+    wide, deep, parts = tile_of(f, 128), tile_of(d, 32), 1
+    if num_active * f // wide < PROGRAMS:
+        wide, deep = tile_of(f, 64), tile_of(d, 64)
+        while parts < 8 and num_active * f // wide * parts < PROGRAMS and d % (2 * parts * deep) == 0:
+            parts *= 2
+    return DecodeTiles(rows, (wide, deep), parts, output)
+
+
+# %% notebooks/13_inference.ipynb #decode-kernels
+class DecodeKernels:
+    """The kernels for few tokens, and what they write, allocated once: for R rows of J choices among L experts.
+
+    Experts are SwiGLU's, w1, w3 [L, D, F] and w2 [L, F, D]. Memory: 4 * L * R bytes of lists, and two rows a choice,
+    more where the long sum is split. One at a time: a second call writes over what the first one left.
+    """
+
+    def __init__(self, num_rows: int, top_k: int, w1: Tensor, tiles: DecodeTiles | None = None) -> None:
+        (self.num_experts, self.d, self.f), self.top_k, self.num_rows = w1.shape, top_k, num_rows
+        self.tiles = tiles or decode_tiles(num_rows, top_k, *w1.shape)
+        self.lists, num_choices = TokenLists.empty(self.num_experts, num_rows, w1.device), num_rows * top_k
+        (wide, _), parts, rows = self.tiles.hidden, self.tiles.parts, self.tiles.rows
+        self.num_active = min(self.num_experts, num_choices)
+        self.hidden, self.rows = (w1.new_empty(num_choices, n) for n in (self.f, self.d))
+        self.halves = w1.new_empty(2 * parts * num_choices * self.f if parts > 1 else 0, dtype=torch.float32)
+        counters = self.num_active * (self.f // wide) * -(-num_rows // rows)
+        self.arrived = torch.zeros(counters, dtype=torch.int32, device=w1.device)
+        self.y = w1.new_empty(num_rows, self.d)
+
+    def put_on_lists(self, topk_ids: Tensor) -> None:
+        """topk_ids int64 [R, J] of local experts, contiguous, -1 for none -> the lists."""
+        grid = (-(-topk_ids.numel() // 1024),)
+        list_choices_kernel[grid](
+            topk_ids, *vars(self.lists).values(), topk_ids.numel(), self.num_experts, self.num_rows, 1024
+        )
+
+    def compute(self, x: Tensor, topk_weights: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> None:
+        """x [R, D], topk_weights [R, J] -> for every listed choice a row of results, times its weight."""
+        (wide, deep), parts, rows = self.tiles.hidden, self.tiles.parts, self.tiles.rows
+        lists, sizes = (
+            vars(self.lists).values(),
+            (self.num_experts, self.num_rows, self.d, self.f, self.top_k),
+        )
+        hidden_kernel[(self.num_active, self.f // wide, parts)](
+            x, x.stride(0), w1, w3, topk_weights, *lists, self.hidden, self.halves, self.arrived, *sizes,
+            rows, wide, deep, parts, num_warps=4, num_stages=4,
+        )  # fmt: skip
+        wide, deep = self.tiles.output
+        rows_kernel[(self.num_active, self.d // wide)](
+            self.hidden, w2, *lists, self.rows, *sizes, rows, wide, deep, num_warps=4, num_stages=4
+        )
+
+    def sum_up(self, topk_ids: Tensor) -> Tensor:
+        """topk_ids [R, J] -> y [R, D], each row's sum over its choices, in float32, in order. Empties the lists."""
+        block = column_block(self.d, 1024)
+        listed = 1 << self.num_experts.bit_length()
+        sum_choices_kernel[(self.num_rows, -(-self.d // block))](
+            self.rows, topk_ids, self.y, self.lists.counts, self.num_experts, self.d, self.top_k, block, listed,
+            num_warps=4,
+        )  # fmt: skip
+        return self.y
+
+
+# %% notebooks/13_inference.ipynb #choose-experts
+def chooses_alike(config: MoEConfig) -> bool:
+    """Whether choose_kernel makes the choice of this layer's router: its scores, and no groups or hooks of others."""
+    hooks = (hook for name in ("limit_choice", "scale_weights") for hook in config.hooks(name))
+    is_plain = all(type(hook.__self__).__qualname__ == "RoutingOptions" for hook in hooks)
+    return (
+        config.router in ("softmax", "sigmoid") and config.option(RoutingOptions).num_groups == 1 and is_plain
+    )
+
+
+class ChooseKernel:
+    """Router, top-k and lists in one launch, for R rows; what it writes is allocated once. See choose_kernel.
+
+    Runs where chooses_alike(config), in float32 like the router. The gate is read as it is: nothing is kept of it.
+    """
+
+    def __init__(self, num_rows: int, config: MoEConfig, device: torch.device) -> None:
+        self.config, self.num_rows, self.tokens = config, num_rows, 16
+        self.block = tile_of(config.hidden_dim, 64)
+        self.split = tile_of(config.hidden_dim // self.block, 8)
+        self.experts = max(16, 1 << (config.num_experts - 1).bit_length())
+        tiles = -(-num_rows // self.tokens)
+        self.pieces = torch.empty(self.split, tiles * self.tokens, self.experts, device=device)
+        self.arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
+        self.topk_ids = torch.empty(num_rows, config.top_k, dtype=torch.int64, device=device)
+        self.topk_weights = torch.zeros(num_rows, config.top_k, device=device)
+        self.no_bias = torch.zeros(config.num_experts, device=device)
+
+    def __call__(
+        self,
+        x: Tensor,
+        num_tokens: Tensor,
+        router: Router,
+        choice_bias: Tensor | None,
+        lists: TokenLists | None,
+    ) -> tuple[Tensor, Tensor]:
+        """x [R, D], of which the first num_tokens (int64 [1], on the device) count -> topk_ids, topk_weights [R, K].
+
+        The other rows' ids are -1. lists: where the experts are all here, their choices are put on them, too.
+        """
+        gate, c, options = router.gate, self.config, self.config.option(RoutingOptions)
+        bias = self.no_bias if gate.bias is None else gate.bias
+        known = [self.arrived] * 3 if lists is None else vars(lists).values()
+        width = max(2, 1 << (c.top_k - 1).bit_length())
+        choose_kernel[len(self.arrived), self.split](
+            x, gate.weight, bias, self.no_bias if choice_bias is None else choice_bias, num_tokens, self.pieces,
+            self.arrived, self.topk_ids, self.topk_weights, *known, self.num_rows, options.routed_scaling_factor,
+            c.hidden_dim, c.num_experts, self.experts, c.top_k, width, self.split, self.tokens, self.block,
+            c.router == "sigmoid", choice_bias is not None, options.normalize_topk, lists is not None, num_warps=8,
+        )  # fmt: skip
+        return self.topk_ids, self.topk_weights
+
+
+# %% notebooks/13_inference.ipynb #fixed-batch
+class FixedBatch:
+    """A forward pass over a fixed number of rows, S, of which the first num_tokens count; on a GPU a recorded one.
+
+    run(x [S, D], num_tokens int64 [1] on the device) -> y [S, D]. Its buffers are allocated once; what it returns is
+    the caller's own. On a CPU run is called each time, with the same padding.
+    """
+
+    def __init__(self, run: Callable, size: int, like: Tensor, pool: Any = None) -> None:
+        self.x, self.run, self.graph = like.new_zeros(size, like.shape[-1]), run, None
+        self.num_tokens = torch.zeros(1, dtype=torch.int64, device=like.device)
+        if like.is_cuda:
+            self.record(pool)
+
+    def record(self, pool: Any) -> None:
+        """Warms up on a side stream, compiles what is to be compiled, and records."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.run(self.x, self.num_tokens)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self.y = self.run(self.x, self.num_tokens)
+        self.graph = graph
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """rows [n, D], n at most S -> [n, D]."""
+        self.x[: len(rows)].copy_(rows)
+        self.num_tokens.fill_(len(rows))
+        if self.graph is None:
+            self.y = self.run(self.x, self.num_tokens)
+        else:
+            self.graph.replay()
+        return self.y[: len(rows)].clone()
+
+
+# %% notebooks/13_inference.ipynb #takes-few
+def takes_few(experts: Experts, num_rows: int, top_k: int, x: Tensor) -> bool:
+    """Whether the decode kernels compute so many rows: SwiGLU, at most 32 rows an expert on average, whole tiles."""
+    is_fit = experts.activation is SwiGLU and all(n % 16 == 0 for n in experts.w1.shape[1:])
+    return is_fit and uses_kernels(x) and 0 < num_rows * top_k <= 32 * experts.num_local
+
+
+def batch_sizes(max_num_tokens: int, limit: int = 4096) -> tuple[int, ...]:
+    """The sizes to record: 1, 2, 4 ... and the largest, none above limit."""
+    largest = min(max_num_tokens, limit)
+    return tuple(size for size in (1 << n for n in range(largest.bit_length())) if size < largest) + (
+        largest,
+    )
+
+
+# %% notebooks/13_inference.ipynb #choose-copies
+def copies_of(placement: Tensor, num_experts: int) -> Tensor:
+    """placement int64 [P], the expert of each physical one -> int64 [E, C]: each expert's physical ones, then -1."""
+    found = [(placement == e).nonzero().flatten() for e in range(num_experts)]
+    if missing := [e for e, numbers in enumerate(found) if not len(numbers)]:
+        raise ValueError(f"placement has no expert {missing[0]}")
+    return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+
+
+def choose_copies(topk_ids: Tensor, copies: Tensor) -> Tensor:
+    """topk_ids int64 [T, K] of logical experts, copies [E, C] -> of physical ones: a token's number chooses the copy.
+
+    So the copies of an expert take turns, whatever the routing. -1 stays -1. No host synchronisation.
+    """
+    of_choice = copies[topk_ids.clamp(min=0)]
+    number = torch.arange(len(topk_ids), device=topk_ids.device)[:, None] % (of_choice >= 0).sum(2).clamp(
+        min=1
+    )
+    return torch.where(topk_ids < 0, -1, of_choice.gather(2, number[:, :, None]).squeeze(2))
+
+
+def rank_loads(topk_ids: Tensor, num_physical: int, num_ranks: int) -> Tensor:
+    """topk_ids [T, K] of physical experts -> int64 [W]: the choices that each rank's experts get."""
+    return count_choices(topk_ids, num_physical).view(num_ranks, -1).sum(1)
+
+
+# %% notebooks/13_inference.ipynb #forward-step
+class ForwardStep:
+    """What a forward pass of at most S tokens a rank does, with the kernels for that size.
+
+    experts: the layer's, or physical ones with the table of their copies, int64 [E, C], -1 behind an expert's last.
+    """
+
+    def __init__(
+        self, layer: EPMoE, config: MoEConfig, experts: Experts, copies: Tensor | None = None
+    ) -> None:
+        self.layer, self.config, self.experts, self.copies = layer, config, experts, copies
+        of_experts = (
+            config if copies is None else replace(experts.config, max_num_tokens=config.max_num_tokens)
+        )
+        self.dispatcher = type(layer.dispatcher).for_layer(of_experts, layer.mesh.ep)
+        self.choose = self.decode = None
+        self.stays = (
+            layer.took["dispatcher"] == "local" and copies is None
+        )  # rows and ids arrive as they leave
+
+    def __call__(self, x: Tensor, num_tokens: Tensor | None = None) -> Tensor:
+        """x [S, D], of which the first num_tokens (int64 [1], on the device) count, or all -> y [S, D]. Collective."""
+        topk_ids, topk_weights = self.route(x, num_tokens)
+        if self.copies is not None:
+            topk_ids = choose_copies(topk_ids, self.copies)
+        arrived = self.dispatcher.dispatch(x, topk_ids, topk_weights)
+        is_few = num_tokens is not None and takes_few(self.experts, *arrived.topk_ids.shape, x)
+        y = self.dispatcher.combine(self.few(arrived) if is_few else self.experts(arrived), arrived.handle)
+        return y if self.layer.shared is None else y + self.layer.shared(x)
+
+    def route(self, x: Tensor, num_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """topk_ids and topk_weights [S, K]; padding's ids are -1."""
+        layer, config = self.layer, self.config
+        if num_tokens is not None and uses_kernels(x) and chooses_alike(config):
+            self.choose = self.choose or ChooseKernel(len(x), config, x.device)
+            lists = None
+            if self.stays and takes_few(self.experts, len(x), config.top_k, x):
+                lists = self.decode_kernels(len(x), config.top_k).lists
+            return self.choose(x, num_tokens, layer.router, layer.balance.choice_bias, lists)
+        routing = layer.router(x, layer.balance.choice_bias)
+        if num_tokens is not None:
+            is_padding = torch.arange(len(x), device=x.device)[:, None] >= num_tokens
+            return routing.topk_ids.masked_fill(is_padding, -1), routing.topk_weights
+        for after_routing in config.hooks("after_routing"):
+            routing = after_routing(routing, config, layer.mesh.batch)
+        return routing.topk_ids, routing.topk_weights
+
+    def decode_kernels(self, num_rows: int, top_k: int) -> DecodeKernels:
+        """The kernels for few tokens, made at the first call."""
+        self.decode = self.decode or DecodeKernels(num_rows, top_k, self.experts.w1)
+        return self.decode
+
+    def few(self, arrived: Arrived) -> Tensor:
+        """The experts' sums for few rows, by the decode kernels: y [R, D]."""
+        topk_ids, e = arrived.topk_ids.contiguous(), self.experts
+        decode = self.decode_kernels(*topk_ids.shape)
+        if not (self.stays and self.choose):  # who put them on the lists already
+            decode.put_on_lists(topk_ids)
+        decode.compute(arrived.x, arrived.topk_weights.contiguous(), e.w1, e.w2, e.w3)
+        return decode.sum_up(topk_ids)
+
+
+# %% notebooks/13_inference.ipynb #inference-layer
+class InferenceMoE(nn.Module):
+    """A layer for forward passes alone, made by `for_inference`. It holds the layer and shares its weights.
+
+    An update of the weights in place is seen. Where a weight has moved, forward refuses: a recorded batch would read
+    the old place. So it does where the experts are copies (`with_copies`), and a weight has changed.
+    """
+
+    def __init__(self, step: ForwardStep, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layer, self.config, self.any_rows = step.layer, step.config, step
+        self.batches: dict[int, FixedBatch] = {}
+        like, pool = step.experts.w1.new_empty(0, self.config.hidden_dim), None
+        for size in sorted(
+            sizes, reverse=True
+        ):  # the largest first: the others find their memory in its pool
+            config = replace(self.config, max_num_tokens=size)
+            run = ForwardStep(self.layer, config, step.experts, step.copies)
+            with torch.no_grad():
+                self.batches[size] = FixedBatch(run, size, like, pool)
+            pool = self.batches[size].graph and self.batches[size].graph.pool()
+        self.made_of = self.state()
+
+    def state(self) -> list[tuple]:
+        """Where the weights are; and how often they have changed, where somebody has copies of them."""
+        is_copied = self.any_rows.copies is not None
+        tensors = (*self.layer.parameters(), *self.layer.buffers())
+        return [(t.data_ptr(), t._version if is_copied else 0) for t in tensors]  # which has no public name
+
+    def forward(self, x: Tensor, largest: int | None = None) -> Tensor:
+        """x [..., D] -> y [..., D]: what the layer gives in eval mode, without a gradient. Collective.
+
+        largest: the tokens of the rank that has most in this step, the same number on all ranks; a scheduler knows it.
+        By default max_num_tokens, on several ranks. RuntimeError where a weight has moved; ValueError where x does not
+        fit.
+        """
+        check_tokens(x, self.config)
+        check_inference(x, self.layer)
+        if self.state() != self.made_of:
+            raise RuntimeError("weights of the layer have moved or changed; call for_inference again")
+        rows, most = x.reshape(-1, x.shape[-1]), self.config.max_num_tokens
+        if largest is None:
+            largest = len(rows) if self.layer.mesh.ep.size == 1 else most
+        if not len(rows) <= largest <= most:
+            raise ValueError(f"largest is {largest}, with {len(rows)} tokens here and max_num_tokens {most}")
+        size = min((size for size in self.batches if size >= largest), default=None)
+        with torch.no_grad():
+            y = self.any_rows(rows) if size is None else self.batches[size](rows)
+        return y.view(x.shape)
+
+
+# %% notebooks/13_inference.ipynb #fixed-problem
+def fixed_problem(step: ForwardStep, num_tokens: int) -> str:
+    """Why this layer's batches cannot have a fixed size with padding; nothing where they can."""
+    config, layer, on_gpu = step.config, step.layer, step.experts.w1.is_cuda
+    limited = [
+        hook for hook in config.hooks("after_routing") if "Capacity" not in type(hook.__self__).__qualname__
+    ]
+    if limited or config.option(CapacityOptions).capacity_factor is not None:
+        return "a capacity counts tokens, and would count padding"
+    if on_gpu and not step.dispatcher.records:
+        return f"dispatcher {layer.took['dispatcher']} needs the host"
+    num_rows = num_tokens * layer.mesh.ep.size
+    if (
+        on_gpu
+        and step.experts.asks_host(num_rows, None)
+        and not takes_few(step.experts, num_rows, config.top_k, step.experts.w1)
+    ):
+        return f"experts {layer.took['experts']} need the host"
+    return ""
+
+
+# %% notebooks/13_inference.ipynb #for-inference
+def check_inference(x: Tensor, layer: EPMoE) -> None:
+    """ValueError where x asks for what the inference path has not: a gradient, or a conversion of the weights."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "x asks for a gradient, and the inference path has none; call it under torch.no_grad()"
+        )
+    if x.dtype != layer.experts.w1.dtype:
+        raise ValueError(
+            f"x is {x.dtype} and the experts {layer.experts.w1.dtype}; convert one of them, once"
+        )
+
+
+def for_inference(
+    layer: EPMoE, max_num_tokens: int, sizes: tuple[int, ...] | None = None, placement: Tensor | None = None
+) -> InferenceMoE:
+    """A layer for forward passes alone, of at most max_num_tokens tokens a rank, prepared once. Collective.
+
+    sizes: batches of fixed size, to which fewer tokens are padded, each recorded as a CUDA graph; by default 1, 2, 4
+    ... 4096 on a GPU where the layer can be recorded, and none elsewhere. placement: int64 [P], the expert of each
+    physical expert (`plan_copies`); their weights are copied. ValueError where a number makes no sense,
+    CannotRun where named sizes cannot be fixed.
+    """
+    if max_num_tokens < 1:
+        raise ValueError(f"max_num_tokens is {max_num_tokens}, and must be at least 1")
+    config = replace(layer.config, max_num_tokens=max_num_tokens)
+    experts, copies = (layer.experts, None) if placement is None else with_copies(layer, placement)
+    step = ForwardStep(layer, config, experts, copies)
+    by_default = batch_sizes(max_num_tokens) if experts.w1.is_cuda else ()
+    wanted = by_default if sizes is None else sizes
+    if bad := [size for size in wanted if not 1 <= size <= max_num_tokens]:
+        raise ValueError(f"sizes has {bad[0]}, and goes from 1 to max_num_tokens {max_num_tokens}")
+    possible = tuple(size for size in wanted if not fixed_problem(step, size))
+    if sizes and len(possible) < len(sizes):
+        raise CannotRun(
+            f"batches of {max(sizes)} cannot be of a fixed size: {fixed_problem(step, max(sizes))}"
+        )
+    return InferenceMoE(step, possible)
+
+
+# %% notebooks/13_inference.ipynb #bench-inference
+def inference_parser() -> FlagParser:
+    """The flags of `python -m ep_launcher bench-inference`."""
+    parser = FlagParser(prog="python -m ep_launcher bench-inference", description=bench_inference.__doc__)
+    sizes = {"num-experts": 16, "top-k": 2, "hidden-dim": 256, "ffn-dim": 1024, "rounds": 50}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 256], help="batch sizes")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default bfloat16 on a GPU, float32 elsewhere")
+    parser.add_argument("--activation", choices=list(REGISTRIES["activation"]), default="swiglu")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--output", default="results", help="the folder of <device>_bench_inference.json")
+    return parser
+
+
+def call_times(run: Callable[[], Any], rounds: int, device: torch.device) -> list[float]:
+    """Microseconds of each of so many calls, after a warm-up, by the wall clock with the device's work done."""
+    times = []
+    for turn in range(-3, rounds):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if turn >= 0:
+            times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def quantile(samples: list[float], share: float) -> float:
+    """The sample that `share` of all do not exceed."""
+    return sorted(samples)[max(0, math.ceil(share * len(samples)) - 1)]
+
+
+# %% notebooks/13_inference.ipynb #bench-line
+def bench_config(args: argparse.Namespace, device: torch.device) -> MoEConfig:
+    """The layer that the flags ask for. ValueError, before anything is allocated, where they make no sense here."""
+    if bad := [n for n in (*args.tokens, args.rounds) if n < 1]:
+        raise ValueError(f"tokens and rounds must be at least 1, and one is {bad[0]}")
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    config = MoEConfig(
+        args.num_experts, args.top_k, args.hidden_dim, args.ffn_dim, dtype=dtype, activation=args.activation
+    )
+    d, f, size = config.hidden_dim, config.ffn_dim, DTYPES[dtype].itemsize
+    matrices = 3 if REGISTRIES["activation"][config.activation].is_gated else 2
+    check_memory(
+        {
+            "experts (--num-experts, --hidden-dim, --ffn-dim)": config.num_experts * matrices * d * f * size,
+            "rows (--tokens, --top-k)": max(args.tokens) * config.top_k * (d + matrices * f) * size,
+        },
+        device,
+    )
+    return config
+
+
+def bench_line(layer: EPMoE, fast: InferenceMoE, x: Tensor, rounds: int) -> dict[str, float]:
+    """Medians and 99th percentiles, in microseconds, of the layer in eval mode and of the inference path, in turn."""
+    with torch.no_grad():
+        needed = len(layer.router(x, layer.balance.choice_bias).topk_ids.unique())
+        samples: dict[str, list[float]] = {"layer": [], "inference": []}
+        for _ in range(5):  # in blocks, so that a slow moment hits both
+            samples["layer"] += call_times(lambda: layer(x), -(-rounds // 5), x.device)
+            samples["inference"] += call_times(lambda: fast(x), -(-rounds // 5), x.device)
+    gb = needed * sum(p[0].nbytes for p in layer.experts.parameters()) / 1e9
+    found = {"tokens": len(x), "experts": needed, "weights_gb": gb}
+    for name, times in samples.items():
+        found |= {f"{name}_us": quantile(times, 0.5), f"{name}_p99_us": quantile(times, 0.99)}
+    return found | {"gb_per_s": gb / found["inference_us"] * 1e6}
+
+
+# %% notebooks/13_inference.ipynb #bench-main
+def bench_inference(argv: list[str] | None = None) -> int:
+    """Times a layer's forward pass on this machine: as it is in eval mode, and by for_inference. Writes a file."""
+    args = inference_parser().parse_args(argv)
+    try:
+        if world_from_env()[1] > 1:
+            raise ValueError("bench-inference runs on one rank; several: measure/inference.py --two")
+        device = choose_device(args.device)
+        config = bench_config(args, device)
+        path = Path(args.output) / f"{device.type}_bench_inference.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, None)
+        layer = EPMoE(config, init_ep(), seed=0, device=device).eval()
+        fast = for_inference(layer, max(args.tokens))
+    except (ValueError, OSError) as error:
+        return refuse(str(error))
+    print(f"{device_model(device)}, {config.dtype}: {config.num_experts} experts of {config.hidden_dim} x "
+          f"{config.ffn_dim}, top-{config.top_k}; us a forward pass, median (99th percentile)")  # fmt: skip
+    lines = []
+    for tokens in args.tokens:
+        x = torch.randn(tokens, config.hidden_dim, device=device).to(DTYPES[config.dtype])
+        lines.append(bench_line(layer, fast, x, args.rounds))
+        print("{tokens:6} tokens: layer {layer_us:10.1f} ({layer_p99_us:10.1f})   inference {inference_us:10.1f} "
+              "({inference_p99_us:10.1f})   {experts:4} experts, {gb_per_s:7.1f} GB/s".format(**lines[-1]))  # fmt: skip
+    facts = {"device": device_model(device), "torch": torch.__version__, "rounds": args.rounds}
+    replace_file(path, json.dumps(facts | {"config": bench_facts(config), "lines": lines}, indent=1) + "\n")
+    print(f"written: {path}")
+    return 0
+
+
+def bench_facts(config: MoEConfig) -> dict[str, Any]:
+    """The sizes of the layer that was measured."""
+    names = ("num_experts", "top_k", "hidden_dim", "ffn_dim", "dtype", "activation")
+    return {name: getattr(config, name) for name in names}
+
+
+# %% notebooks/13_inference.ipynb #cache-policies
+class CachePolicy:
+    """Which expert leaves when another one needs its slot: the one that is worth least. Ties: the lower number.
+
+    use(experts) is told every step which experts it needed; worth(expert) answers at any time.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts, self.step = num_experts, 0
+        self.score = [0.0] * num_experts
+
+    def use(self, experts: list[int]) -> None:
+        """One step needed these experts."""
+        raise NotImplementedError
+
+    def worth(self, expert: int) -> float:
+        """How much a slot would be worth to this expert."""
+        return self.score[expert]
+
+
+@register("cache_policy", "lru")
+class LeastRecentlyUsed(CachePolicy):
+    """Worth is the last step in which an expert was needed."""
+
+    def use(self, experts: list[int]) -> None:
+        """See CachePolicy."""
+        self.step += 1
+        for e in experts:
+            self.score[e] = self.step
+
+
+@register("cache_policy", "lfu")
+class LeastFrequentlyUsed(CachePolicy):
+    """Worth is the number of steps in which an expert was needed."""
+
+    def use(self, experts: list[int]) -> None:
+        """See CachePolicy."""
+        for e in experts:
+            self.score[e] += 1
+
+
+@register("cache_policy", "decayed")
+class DecayedFrequency(CachePolicy):
+    """Worth is the number of steps in which an expert was needed, each step counting half as much after half_life more.
+
+    Between lru (a short half-life) and lfu (an endless one), as LRFU (Lee et al. 2001).
+    """
+
+    half_life = 16.0
+
+    def use(self, experts: list[int]) -> None:
+        """See CachePolicy. Instead of all old scores shrinking, new ones grow; all of them shrink now and then."""
+        self.step += 1
+        weight = 2.0 ** (self.step / self.half_life)
+        for e in experts:
+            self.score[e] += weight
+        if weight > 1e200:
+            self.score, self.step = [score / weight for score in self.score], 0
+
+
+# %% notebooks/13_inference.ipynb #expert-cache
+class ExpertCache:
+    """All experts of a layer in host memory, and num_slots of them on a device, wherever a policy lets them.
+
+    host: {name: [E, ...]}, pinned where the device is a GPU. It counts hits and misses (of needed experts), and the
+    bytes that it brought. Memory on the device: num_slots experts.
+    """
+
+    def __init__(
+        self, host: dict[str, Tensor], num_slots: int, policy: str, activation: Any, device: torch.device
+    ) -> None:
+        num_experts = len(next(iter(host.values())))
+        if not 1 <= num_slots <= num_experts:
+            raise ValueError(f"num_slots is {num_slots}, and goes from 1 to the {num_experts} experts")
+        if policy not in (known := REGISTRIES["cache_policy"]):
+            raise ValueError(f"policy is {policy!r}; take one of {', '.join(known)}")
+        on_gpu = device.type == "cuda"
+        self.host = {name: t.pin_memory() if on_gpu and not t.is_pinned() else t for name, t in host.items()}
+        self.slots = {name: t.new_empty(num_slots, *t.shape[1:], device=device) for name, t in host.items()}
+        self.policy, self.num_slots, self.activation = known[policy](num_experts), num_slots, activation
+        self.expert_bytes = sum(t[0].nbytes for t in host.values())
+        self.slot_of: dict[int, int] = {}
+        self.hits = self.misses = self.prefetched = self.prefetched_in_vain = 0
+        self.unused: set[int] = set()  # brought before they were needed, and not needed yet
+        self.coming: set[int] = set()  # whose copy has started, and nobody has waited for it
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
+
+    def bring(self, expert: int, protected: set[int]) -> bool:
+        """Starts to copy an expert into a free slot, or into that of the expert worth least that is not protected.
+
+        False where all slots are protected."""
+        slot = len(self.slot_of)
+        if slot == self.num_slots:
+            victims = [e for e in self.slot_of if e not in protected]
+            if not victims:
+                return False
+            victim = min(victims, key=lambda e: (self.policy.worth(e), e))
+            self.prefetched_in_vain += victim in self.unused
+            self.unused.discard(victim)
+            slot = self.slot_of.pop(victim)
+        self.slot_of[expert] = slot
+        self.coming.add(expert)
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+            for name, slots in self.slots.items():
+                slots[slot].copy_(self.host[name][expert], non_blocking=True)
+        return True
+
+    def fetch(self, experts: list[int]) -> None:
+        """Starts to bring those of the experts, num_slots at most, that are not here; `wait` before they are read."""
+        if self.stream:
+            self.stream.wait_stream(
+                torch.cuda.current_stream()
+            )  # which may still read a slot that is filled anew
+        for e in experts:
+            is_here = e in self.slot_of
+            self.hits, self.misses = self.hits + is_here, self.misses + (not is_here)
+            self.unused.discard(e)
+            if not is_here:
+                self.bring(e, set(experts))
+
+    def wait(self) -> None:
+        """What the current stream does next comes after all copies that were started."""
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
+        self.coming.clear()
+
+    def prefetch(self, experts: list[int], in_use: list[int]) -> None:
+        """Starts to bring experts that the next step may need, beside what runs; those in use keep their slots."""
+        for e in experts:
+            if e not in self.slot_of and self.bring(e, {*in_use, *experts}):
+                self.prefetched += 1
+                self.unused.add(e)
+
+
+# %% notebooks/13_inference.ipynb #cached-layer
+class CachedMoE(nn.Module):
+    """A layer whose experts do not fit: its router on the device, its experts behind an `ExpertCache`. One rank.
+
+    A step that needs more experts than there are slots takes several rounds. A choice's result does not depend on its
+    slot or round, and a token's sum is taken in the order of its choices: the cache never shows in y. ahead: so many
+    experts that nearly won are fetched after each step, beside the computation. One host synchronisation: the host
+    has to know which experts to copy.
+    """
+
+    def __init__(
+        self, router: Router, cache: ExpertCache, choice_bias: Tensor | None = None, ahead: int = 0
+    ) -> None:
+        super().__init__()
+        self.router, self.cache, self.choice_bias, self.ahead = router, cache, choice_bias, ahead
+        self.decode: DecodeKernels | None = None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, D] -> y [T, D], as the layer with all its experts there."""
+        routing, cache, here = self.router(x, self.choice_bias), self.cache, []
+        likely = routing.probs.sum(0).argsort(descending=True)
+        on_host = torch.cat([routing.topk_ids.flatten(), likely]).tolist()
+        chosen, likely = on_host[: routing.topk_ids.numel()], on_host[routing.topk_ids.numel() :]
+        needed = sorted(
+            set(chosen), key=lambda e: (e not in cache.slot_of, e)
+        )  # those that are here come first
+        self.decode = decode_for(cache, routing.topk_ids, x, self.decode)
+        rows = x.new_empty(len(chosen), x.shape[1]) if self.decode is None else self.decode.rows
+        compute = functools.partial(compute_choices, x, routing, cache, chosen, rows, self.decode)
+        for start in range(0, len(needed), cache.num_slots):
+            here = needed[start : start + cache.num_slots]
+            cache.fetch(here)
+            coming = [e for e in here if e in cache.coming]
+            compute([e for e in here if e not in coming])
+            cache.wait()
+            compute(coming)
+        cache.policy.use(needed)
+        cache.prefetch([e for e in likely if e not in needed][: self.ahead], here)
+        wide = rows.view(*routing.topk_ids.shape, -1).to(torch.promote_types(x.dtype, torch.float32))
+        return wide.sum(1).to(x.dtype)
+
+
+# %% notebooks/13_inference.ipynb #compute-choices
+def decode_for(
+    cache: ExpertCache, topk_ids: Tensor, x: Tensor, kept: DecodeKernels | None
+) -> DecodeKernels | None:
+    """The decode kernels for such a batch over the cache's slots, the kept ones where they fit; None without a GPU."""
+    is_fit = cache.activation is SwiGLU and all(n % 16 == 0 for n in cache.slots["w1"].shape[1:])
+    if not (is_fit and uses_kernels(x) and 0 < topk_ids.numel() <= 32 * cache.num_slots):
+        return None
+    return kept if kept and kept.num_rows == len(x) else DecodeKernels(*topk_ids.shape, cache.slots["w1"])
+
+
+def compute_choices(
+    x: Tensor, routing: Routing, cache: ExpertCache, chosen: list[int], rows: Tensor,
+    decode: DecodeKernels | None, experts: list[int],
+) -> None:  # fmt: skip
+    """For every choice of these experts, which are on the device: its result times its weight, into rows [T * K, D]."""
+    slots, slot_of, top_k = cache.slots, cache.slot_of, routing.topk_ids.shape[1]
+    if decode is not None and experts:
+        wanted = torch.tensor([slot_of[e] if e in experts else -1 for e in chosen], device=x.device)
+        decode.put_on_lists(wanted.view(-1, top_k))
+        decode.compute(x, routing.topk_weights, slots["w1"], slots["w2"], slots["w3"])
+        decode.lists.counts.zero_()
+        return
+    weights = routing.topk_weights.flatten()
+    for e in experts:
+        choice = torch.tensor([n for n, other in enumerate(chosen) if other == e], device=x.device)
+        own = {name: tensor[slot_of[e]] for name, tensor in slots.items()}
+        block = x[choice // top_k]
+        up = affine(block, own["w3"], own.get("b3")) if "w3" in own else None
+        hidden = cache.activation.apply(affine(block, own["w1"], own.get("b1")), up)
+        rows[choice] = (affine(hidden, own["w2"], own.get("b2")) * weights[choice, None]).to(x.dtype)
+
+
+# %% notebooks/13_inference.ipynb #predict-hits
+def expected_hits(needed: Tensor, num_slots: int, policy: str) -> tuple[float, float]:
+    """Prediction: the share of needed experts that are on the device, between (low, high).
+
+    needed [E]: how likely a step needs each one; steps are taken to be independent.
+
+    lru keeps an expert for a time that is the same for all: of t steps, where the sum over e of 1 - (1 - needed_e)^t is
+    num_slots (Che et al. 2002); low is high. The others keep the likeliest: in all slots at best, and at worst in those
+    that the experts passing through leave.
+    """
+    p = needed.double().clamp(max=1 - 1e-12).sort(descending=True).values
+    if num_slots >= (p > 0).sum():
+        return 1.0, 1.0
+    if policy != "lru":
+        taken = (
+            torch.arange(1, len(p) + 1) + p.sum() - p.cumsum(0)
+        )  # the first n, and a slot for each that passes
+        kept = int((taken <= num_slots).sum())
+        return float(p[:kept].sum() / p.sum()), float(p[:num_slots].sum() / p.sum())
+    low, high = 0.0, 1e12
+    for _ in range(200):
+        middle = (low + high) / 2
+        held = -torch.expm1(middle * torch.log1p(-p))
+        low, high = (middle, high) if held.sum() < num_slots else (low, middle)
+    return (float((p * held).sum() / p.sum()),) * 2
+
+
+# %% notebooks/13_inference.ipynb #check-plan
+def check_plan(
+    num_experts: int, num_physical: int, num_ranks: int, num_groups: int, num_machines: int
+) -> None:
+    """ValueError where experts, groups, ranks and machines do not divide one another."""
+    if num_physical < num_experts or num_physical % num_ranks:
+        raise ValueError(
+            f"num_physical is {num_physical}; take a multiple of the {num_ranks} ranks, at least {num_experts}"
+        )
+    for what, number, name, divisor in (
+        ("num_experts", num_experts, "num_groups", num_groups),
+        ("num_groups", num_groups, "num_machines", num_machines),
+        ("num_ranks", num_ranks, "num_machines", num_machines),
+    ):
+        if divisor < 1 or number % divisor:
+            raise ValueError(f"{name} is {divisor}, and must divide {what} {number}")
+
+
+# %% notebooks/13_inference.ipynb #plan-copies
+import collections
+
+
+def pack_evenly(loads: list[float], num_packs: int) -> list[list[int]]:
+    """Numbers of the loads in num_packs packs of equal length: the heaviest first, each to the lightest with room.
+
+    As many packs as loads: each keeps its own.
+    """
+    room = len(loads) // num_packs
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    if room == 1:
+        return [[number] for number in range(num_packs)]
+    weight = [0.0] * num_packs
+    for number in sorted(range(len(loads)), key=lambda n: -loads[n]):
+        lightest = min((p for p in range(num_packs) if len(packs[p]) < room), key=weight.__getitem__)
+        packs[lightest].append(number)
+        weight[lightest] += loads[number]
+    return packs
+
+
+def add_copies(loads: list[float], num_physical: int) -> list[int]:
+    """The expert of each of num_physical physical ones: every expert once, then copies, each of the expert that has
+    most load a copy."""
+    copies, experts = [1] * len(loads), list(range(len(loads)))
+    while len(experts) < num_physical:
+        hottest = max(range(len(loads)), key=lambda e: loads[e] / copies[e])
+        copies[hottest] += 1
+        experts.append(hottest)
+    return experts
+
+
+def plan_copies(
+    loads: Tensor, num_physical: int, num_ranks: int, num_groups: int = 1, num_machines: int = 1
+) -> Tensor:
+    """loads [E], counted -> int64 [num_physical]: the expert of each physical one, num_physical / num_ranks a rank.
+
+    Greedy in three steps, as EPLB (DeepSeek-V3 report, section 3.4): groups of experts to machines, copies inside each
+    machine, physical experts to its ranks. ValueError where the numbers do not divide one another.
+    """
+    check_plan(len(loads), num_physical, num_ranks, num_groups, num_machines)
+    load, size, placed = loads.tolist(), len(loads) // num_groups, []
+    of_groups = [sum(load[g * size : (g + 1) * size]) for g in range(num_groups)]
+    for groups in pack_evenly(of_groups, num_machines):
+        experts = [g * size + e for g in groups for e in range(size)]
+        physical = add_copies([load[e] for e in experts], num_physical // num_machines)
+        num_copies = collections.Counter(physical)
+        shares = [load[experts[p]] / num_copies[p] for p in physical]
+        for rank in pack_evenly(shares, num_ranks // num_machines):
+            placed += [experts[physical[number]] for number in rank]
+    return torch.tensor(placed)
+
+
+# %% notebooks/13_inference.ipynb #with-copies
+def with_copies(layer: EPMoE, placement: Tensor) -> tuple[Experts, Tensor]:
+    """This rank's physical experts, with the weights of what they copy, and the table of copies [E, C]. Collective.
+
+    For a moment every rank holds all experts. ValueError where placement misses an expert or does not fit the ranks.
+    """
+    mesh, config, device = layer.mesh, layer.config, layer.experts.w1.device
+    check_plan(config.num_experts, len(placement), mesh.ep.size, 1, 1)
+    if layer.dispatcher.needs_capacity:
+        raise ValueError(
+            f"dispatcher {layer.took['dispatcher']} counts blocks an expert, and knows no copies"
+        )
+    copies = copies_of(placement, config.num_experts).to(device)
+    kept = tuple(extra for extra in config.extras if type(extra).__qualname__ == "TrafficOptions")
+    of_experts = replace(config, num_experts=len(placement), extras=kept)
+    with torch.device("meta"):
+        experts = type(layer.experts)(of_experts, mesh.ep, seed=0)
+    experts, state = experts.to_empty(device=device).requires_grad_(False), full_state_dict(layer, mesh)
+    own = placement[experts.first_expert : experts.first_expert + experts.num_local]
+    for name, parameter in experts.named_parameters():
+        parameter.copy_(state[f"experts.{name}"].to(device)[own.to(device)])
+    return experts, copies
 
 
 # ==========================================================================================================
@@ -5827,6 +6947,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError("manifest.json is damaged")
     if body["format"] > CHECKPOINT_FORMAT:
         raise ValueError(f"its format is {body['format']}, and this program reads up to {CHECKPOINT_FORMAT}")
+    kinds = {"step": int, "world_size": int, "ep_size": int, "settings": dict, "files": dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(body.get(name), kind)]:
+        raise ValueError(f"manifest.json is damaged: it lacks {', '.join(wrong)}")
     return body
 
 
@@ -5903,14 +7026,15 @@ def made_ready(folder: Path) -> tuple[int | None, list[str], str]:
     except (OSError, ValueError) as error:
         if lock is None:
             return None, [], reason(error)
-    return lock, [path.name for path in candidates(folder)], ""
+    wrong = "its `latest` is a folder, and must be a file" * (folder / "latest").is_dir()
+    return lock, [path.name for path in candidates(folder)], wrong
 
 
 # %% notebooks/15_mesh.ipynb #run-settings
 # May change when a run goes on: how it is computed, watched and saved, and the optimiser's numbers, which are shown.
 FREE_FLAGS = set(
-    "steps log_interval log_dir summary timeout_s plugin step device max_num_tokens dispatcher experts ranks_per_host "
-    "ep_size checkpoint_dir checkpoint_interval keep_checkpoints resume async_checkpoints".split()
+    "steps log_interval log_dir summary timeout_s plugin step device max_num_tokens dispatcher experts overlap "
+    "ranks_per_host ep_size checkpoint_dir checkpoint_interval keep_checkpoints resume async_checkpoints".split()
 )
 SHOWN_FLAGS = {"lr", "aux_alpha", "max_grad_norm"}
 

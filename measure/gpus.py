@@ -1,4 +1,4 @@
-"""Everything that several GPUs have to show, in one run under four minutes.
+"""Everything that several GPUs have to show, in one run under five minutes.
 
     torchrun --standalone --nproc_per_node=2 measure/gpus.py
     torchrun --standalone --nproc_per_node=2 measure/gpus.py --device cpu --small     in small, on gloo

@@ -30,12 +30,12 @@ COMMON = "--model lm --task text --activation swiglu --warmup-steps 50 --final-l
 SIZES = {  # flags, then steps
     "small": (
         "--hidden-dim 256 --ffn-dim 256 --num-layers 6 --num-heads 4 --num-experts 16 --top-k 2 --context 256 "
-        "--tokens 16384 --max-num-tokens 16384 --dtype bfloat16 --lr 2e-3 --eval-tokens 131072",
+        "--tokens 16384 --max-num-tokens 16384 --dtype bfloat16 --lr 2e-3 --eval-tokens 65536",
         1000,
     ),
     "large": (
         "--hidden-dim 512 --ffn-dim 512 --num-layers 8 --num-heads 8 --num-experts 16 --top-k 2 --context 256 "
-        "--tokens 16384 --max-num-tokens 16384 --dtype bfloat16 --lr 1e-3 --eval-tokens 131072",
+        "--tokens 16384 --max-num-tokens 16384 --dtype bfloat16 --lr 1e-3 --eval-tokens 65536",
         600,
     ),
     "miniature": (
@@ -62,7 +62,7 @@ SPEEDS = {  # flags of each variant
     "experts, gather_tokens": "--ep-size 2 --dispatcher gather_tokens",
     "experts, peer": "--ep-size 2 --dispatcher peer",
 }
-POINTS = 16  # places of a curve
+POINTS = 12  # places of a curve
 
 
 @dataclass(frozen=True)

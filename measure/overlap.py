@@ -8,8 +8,9 @@ Two machines: forward and backward of a layer over a cable of 400 Mbit/s, and ov
 then with experts of several widths, so that products take from much less to much more time than the exchange. A sample
 is [ms, of which the rank waited for rows], of the slower rank. And one pass of each order as torch.profiler saw it.
 
-GPUs: the layers of measure/layer.py with each dispatcher and order, all held against the plain order first; what of the
-exchange's kernels runs while no other does, by torch.profiler; one product beside a copy. Needs Linux and root for the
+GPUs: the layers of measure/layer.py with each dispatcher and order, recorded where the dispatcher records, all held
+against the plain order first; what of the exchange's kernels runs while no other does, by torch.profiler; one product
+beside a copy. Needs Linux and root for the
 two machines.
 """
 
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,6 +41,14 @@ MARK = "overlap: "
 SHAPE = {"num_tokens": 512, "hidden_dim": 512, "num_experts": 8, "top_k": 2}
 FFN_DIM, FFN_DIMS = 1024, (64, 256, 512, 1024, 2048, 4096)
 ORDERS = ("none", "shared", "tbo")
+DISPATCHERS = ("all_to_all", "dedup", "gather_tokens", "peer")
+EXCHANGE_KERNELS = (
+    "nccl",
+    "push_tokens",
+    "take_rows",
+    "push_home",
+    "sum_home",
+)  # by a word in a kernel's name
 
 
 class Waited:
@@ -216,6 +226,146 @@ def machines(args: argparse.Namespace) -> int:
     return 0
 
 
+def covered_ms(spans: list[tuple[float, float]]) -> tuple[float, list[tuple[float, float]]]:
+    """Spans (start, end) in us -> the ms that they cover together, and the same as spans that do not touch."""
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
+        else:
+            merged.append((start, end))
+    return sum(end - start for start, end in merged) / 1e3, merged
+
+
+def exchange_of(run: Callable[[], object], passes: int = 3) -> dict[str, float]:
+    """Per pass, in ms, by torch.profiler: exchange_ms, in which a kernel of the exchange runs; exposed_ms, of that, in
+    which no other kernel does; idle_ms, in which none does."""
+    run()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(passes):
+            run()
+        torch.cuda.synchronize()
+    events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [
+        (e.name, e.time_range.start, e.time_range.end)
+        for e in events
+        if e.time_range.end > e.time_range.start
+    ]
+    is_exchange = [any(word in name.lower() for word in EXCHANGE_KERNELS) for name, _, _ in spans]
+    own = [span[1:] for span, own in zip(spans, is_exchange, strict=True) if own]
+    others = [span[1:] for span, own in zip(spans, is_exchange, strict=True) if not own]
+    all_ms, merged = covered_ms(own + others)
+    span_ms = (merged[-1][1] - merged[0][0]) / 1e3 if merged else 0.0
+    exposed_ms = all_ms - covered_ms(others)[0]
+    found = {"exchange_ms": covered_ms(own)[0], "exposed_ms": exposed_ms, "idle_ms": span_ms - all_ms}
+    return {name: round(ms / passes, 4) for name, ms in found.items()}
+
+
+def alone_layer(recorder: Recorder, ours: ep.EPMoE) -> ep.EPMoE:
+    """A layer of this rank alone, with all experts: as many tokens, and nothing travels."""
+    config = replace(ours.config, dispatcher="local", overlap="none")
+    mesh = ep.Mesh(*[ep.Communicator.alone()] * 3)
+    with mock.patch.object(ep, "seeded_uniform_", layer.fill), recorder.device:
+        return ep.EPMoE(config, mesh, seed=0, device=recorder.device)
+
+
+def orders_of(recorder: Recorder, ours: ep.EPMoE) -> dict[str, ep.EPMoE]:
+    """{dispatcher, order: a layer on the weights of ours}; with a shared expert too, which has weights of its own."""
+    launcher, config = recorder.launchers[""], ours.config
+    registered = ep.REGISTRIES["dispatcher"]
+    names = [name for name in DISPATCHERS if name in registered
+             and registered[name].preference(config, recorder.device, recorder.comm.size) > 0]  # fmt: skip
+    base = launcher.sharing(ours, num_shared_experts=1)
+    for parameter in base.shared.parameters():
+        layer.fill(parameter, parameter.shape[1])
+    made = {}
+    for name in names:
+        for order in ("none", "tbo"):
+            made[f"{name}, {order}"] = launcher.sharing(ours, dispatcher=name, overlap=order)
+        for order in ORDERS if name in ("all_to_all", "peer") else ():
+            made[f"{name}, {order}, shared expert"] = launcher.sharing(base, dispatcher=name, overlap=order)
+    return made
+
+
+def one_size(recorder: Recorder, size: str) -> dict:
+    """Every dispatcher and order at one size: how far from the plain order, times, exchanges."""
+    ours = layer.make_layer(recorder, size)
+    x, grad = layer.tokens(ours, ours.config.max_num_tokens)
+    made = orders_of(recorder, ours) | {"one rank alone": alone_layer(recorder, ours)}
+    passes = {n: layer.train_pass(own, x, grad, list(own.parameters())) for n, own in made.items()}
+    errors, plain = {}, {}
+    for name, run in list(passes.items()):
+        found = [run().detach(), x.grad, made[name].experts.w1.grad]
+        first = plain.setdefault("shared" in name, [t.clone() for t in found])
+        if name != "one rank alone":
+            off = max(
+                float((a.float() - b.float()).norm() / b.float().norm())
+                for a, b in zip(found, first, strict=True)
+            )
+            errors[name] = max(recorder.gather(off))
+            if not errors[name] <= 2e-2:
+                recorder.failures.append(f"{size}: {name} is {errors[name]:.1e} off the plain order")
+        if recorder.on_gpu and made[name].dispatcher.records and name != "one rank alone":
+            passes[name] = record.captured(run)
+    samples = recorder.alternate(passes, 2, recorder.event_ms, warm_up=2)
+    ms, exchange = record.medians(samples), {}
+    for name in made if recorder.on_gpu else ():
+        by_rank = recorder.gather(exchange_of(passes[name]))
+        exchange[name] = max(by_rank, key=lambda found: found["exposed_ms"])
+    for name in ms:
+        kernels = ", ".join(f"{what} {value:.2f}" for what, value in exchange.get(name, {}).items())
+        recorder.say(f"  {size:9} {name:34} {ms[name]:8.3f} ms  {kernels}  off {errors.get(name, 0):.1e}")
+    return {"tokens": len(x), "errors": errors, "median_ms": ms, "samples_ms": samples, "exchange": exchange}
+
+
+def beside(recorder: Recorder) -> dict:
+    """One large product, alone and while something else moves 235 MiB to the other GPU: the product's own ms."""
+    n, comm = 8192, recorder.comm
+    a, b = (torch.randn(n, n, device=recorder.device, dtype=torch.bfloat16) for _ in range(2))
+    x = torch.zeros(235 * 2**19, device=recorder.device, dtype=torch.bfloat16)
+    other = torch.empty(x.shape, dtype=x.dtype, device=f"cuda:{(comm.rank + 1) % torch.cuda.device_count()}")
+    gathered, side = x.new_empty(comm.size * len(x)), torch.cuda.Stream()
+
+    def product_ms(start_copy: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        side.wait_stream(torch.cuda.current_stream())
+        start_copy()
+        start.record()
+        a @ b
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+
+    def copy_engine() -> None:
+        with torch.cuda.stream(side):
+            other.copy_(x, non_blocking=True)
+
+    def nccl() -> None:
+        works.append(torch.distributed.all_gather_into_tensor(gathered, x, async_op=True))
+
+    works: list = []  # which keep the tensors until all is done
+    ways = {
+        "alone": lambda: None,
+        "beside a copy engine's copy": copy_engine,
+        "beside NCCL's all_gather": nccl,
+    }
+    samples = recorder.alternate(ways, clock=lambda way, _: product_ms(way), warm_up=3)
+    for name, ms in record.medians(samples).items():
+        recorder.say(f"  a product of {n} cubed, {name:30} {ms:.3f} ms")
+    return {"size": n, "copied_mib": 235, "median_ms": record.medians(samples), "samples_ms": samples}
+
+
+def gpus(recorder: Recorder) -> None:
+    """The GPUs' part, into the file size by size."""
+    result: dict = {"beside": beside(recorder) if recorder.on_gpu else None, "sizes": {}}
+    for size in layer.SMALL_SIZES if recorder.args.small else layer.SIZES:
+        result["sizes"][size] = one_size(recorder, size)
+        recorder.free_memory()
+        recorder.write(f"x{recorder.comm.size}_overlap", result)
+    for failure in recorder.failures:
+        recorder.say(f"FAILED: {failure}")
+
+
 def main() -> int:
     parser = record.parser(__doc__, rounds=20, device="auto", small=False)
     parser.add_argument("--rates", nargs="+", type=float, default=[400, 0], help="Mbit/s; 0 sets no limit")
@@ -225,6 +375,8 @@ def main() -> int:
     if args.work:
         work(args)
         return 0
+    if ep.world_from_env()[1] > 1:
+        record.main(gpus, parser, needs_group=True)  # which ends the process
     return machines(args)
 
 

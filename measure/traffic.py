@@ -141,7 +141,7 @@ def kernels(recorder: Recorder) -> dict:
             times = layer.kernel_times(lambda: [run() for run in ways.values()])
         for name in ("push_tokens", "take_rows", "push_home", "sum_home"):
             ms = next((ms for key, ms in times.items() if key.startswith(name)), 0.0)
-            found.setdefault(name, {})[programs] = max(recorder.gather(ms))
+            found.setdefault(name, {})[programs] = min(recorder.gather(ms))  # who waits for the other is slow
     num_bytes = int(sent["peer, combine"])
     memory = next(iter(ep.memories_of(comm).values()))[-1]
     there = memory.blocks[(comm.rank + 1) % comm.size][memory.flag_bytes :][:num_bytes]
@@ -176,6 +176,25 @@ def wires(recorder: Recorder, num_tokens: int, d: int) -> dict:
     return {f"slots by {name}": run for name, run in ways.items() if recorder.on_gpu}
 
 
+def alone() -> before.Launcher:
+    """Our launcher, on this rank alone."""
+    one = before.Launcher()
+    one.batch = ep.Communicator.alone()
+    one.mesh = ep.Mesh(one.batch, one.batch, one.batch)
+    return one
+
+
+def without_exchange(recorder: Recorder, ours: ep.EPMoE, batch: tuple) -> dict[str, Callable]:
+    """A pass of a layer on one rank alone with this rank's share of the experts: as many rows, and no exchange."""
+    config, one = ours.config, alone()
+    num_local = config.num_experts // recorder.comm.size
+    if num_local < config.top_k or not recorder.on_gpu:
+        return {}
+    other = one.layer(replace(config, num_experts=num_local, dispatcher="local"), recorder.device, layer.fill)
+    run = layer.train_pass(lambda x: one.forward(other, x)[0], *batch, list(other.parameters()))
+    return {"one rank alone, recorded": record.captured(run)}
+
+
 def layers(recorder: Recorder) -> dict:
     """{size: errors, memory and times of a layer with each dispatcher}."""
     found = {}
@@ -194,6 +213,7 @@ def layers(recorder: Recorder) -> dict:
         if recorder.on_gpu:
             for name in ("ours, gather_tokens", "ours, peer"):
                 passes[f"{name}, recorded"] = record.captured(passes[name])
+        passes |= without_exchange(recorder, ours, batch)
         samples = recorder.alternate(passes, 1 if recorder.args.small else 3)
         found[size] = layer.finish(recorder, size, ours, samples, result)
         del passes, makers, ours
@@ -211,9 +231,7 @@ def step(recorder: Recorder) -> dict:
         flags |= {f"{n}, recorded": ["--dispatcher", n, "--step", "graph"] for n in ("gather_tokens", "peer")}
     make = recorder.launchers[""].step
     variants = {name: make(own, recorder.device) for name, own in flags.items()}
-    one = before.Launcher()
-    one.batch = ep.Communicator.alone()
-    one.mesh = ep.Mesh(one.batch, one.batch, one.batch)
+    one = alone()
     tokens = str(32 * recorder.comm.size)
     variants["one rank alone"] = one.step(["--tokens", tokens, "--max-num-tokens", tokens], recorder.device)
     curves = [make(flags[n], recorder.device) for n in ("peer", "peer, recorded") if n in flags]

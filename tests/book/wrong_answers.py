@@ -10,6 +10,19 @@ from typing import Any
 
 # {the solution cell's id: [(what stands there, what a wrong answer has instead)]}
 WRONG = {
+    "solution-saved": [
+        ("2 * min(exchange_ms, shared_ms / 2)", "min(exchange_ms, shared_ms)"),
+        ("2 * min(exchange_ms, shared_ms / 2)", "shared_ms"),
+    ],
+    "solution-own-order": [
+        ("torch.where(is_first, -1, ids)", "ids"),
+        ("dispatcher.end_combine(a) + dispatcher.end_combine(b)", "dispatcher.end_combine(a)"),
+        (  # right, and nothing has experts beside it
+            "y = dispatcher.end_combine(a) + dispatcher.end_combine(b)",
+            "y = dispatcher.end_combine(a) + dispatcher.end_combine(b)\n"
+            "        return InOrder.forward(layer, x, routing)",
+        ),
+    ],
     "solution-bias": [
         ("slices) + b2", "slices) + parts * b2"),
         ("x @ w1_mine + b1_mine)", "x @ w1_mine) + b1.sum()"),
@@ -175,12 +188,35 @@ WRONG = {
         ("shares.byte().argmax(2)", "torch.arange(owner.shape[1]).expand_as(owner)"),
         ("shares.byte().argmax(2), ", ""),
     ],
+    "solution-cache": [
+        ("1 / (4 + self.step - step)", "1"),
+        ("in self.uses[expert])", "in self.uses[expert][-1:])"),
+    ],
+    "solution-place": [
+        ("key=weight.__getitem__", "key=lambda r: -r"),
+        ("return [e for own in ranks for e in own]", "return list(range(num_physical))"),
+    ],
     "solution-across": [("len(set(away))", "len(away)"), ("for e in line if e >= 0", "for e in line")],
     "solution-room": [
         ("copies * per_row", "copies"),
         ("slots * per_row", "choices"),
         ("max(map(len, topk_ids))", "len(topk_ids[rank])"),
         ("(ids // local == rank)", "(ids % len(topk_ids) == rank)"),
+    ],
+    "solution-turns": [
+        ("number - turns", "number - turns - 1"),
+        ("number - turns", "number - turns + 1"),
+        ("min(read)", "max(read)"),
+        ("min(read) >= number - turns", "True"),
+    ],
+    "solution-way-home": [
+        ("[plan.own][token]", "[p * num_slots : (p + 1) * num_slots][token]"),
+        ("y[p * num_slots + token]", "y[token]"),
+        (
+            "torch.where(came, rows[p * num_slots : p * num_slots + len(total)], 0)",
+            "rows[p * num_slots : p * num_slots + len(total)]",
+        ),
+        ("for n in is_used.sum(1)]", "for n in is_used.sum(1) + 1]"),
     ],
     "solution-often": [
         ("2 * save_s", "save_s"),

@@ -102,6 +102,9 @@ DAMAGES = {
     "missing": lambda c: (c / ".metadata").unlink(),
     "no manifest.json": lambda c: (c / "manifest.json").unlink(),
     "manifest.json is damaged": lambda c: (c / "manifest.json").write_text("{}"),
+    "manifest.json is damaged: it lacks settings, files": lambda c: (c / "manifest.json").write_text(
+        ep.sealed({key: ep.read_manifest(c)[key] for key in ("format", "step", "world_size", "ep_size")})
+    ),
     "its format is 2": lambda c: (c / "manifest.json").write_text(
         ep.sealed(ep.read_manifest(c) | {"format": 2})
     ),
@@ -215,6 +218,13 @@ def test_a_manifest_says_whose_it_is(whole):
         body["step"] == 10 and body["world_size"] == body["ep_size"] == 1 and body["settings"]["tokens"] == 8
     )
     assert json.loads((whole[1] / "step-00000010/manifest.json").read_text())["body"] == body
+
+
+def test_a_folder_where_the_pointer_belongs(whole, tmp_path):
+    folder = copy_of(whole[1], tmp_path, 5)
+    (folder / "latest").mkdir()
+    with pytest.raises(ep.CannotRun, match="its `latest` is a folder, and must be a file"):
+        run(folder, "--resume")
 
 
 def test_a_lost_newest_is_named(whole, tmp_path):

@@ -1,4 +1,4 @@
-"""Chapter 06's kernels against their PyTorch twins: on a GPU, or on the CPU under Triton's interpreter.
+"""The kernels of chapters 06, 10, 11 and 13 against their twins: on a GPU, or under Triton's interpreter.
 
 Without Triton there is nothing to test: the twins are what runs then, and the parity suite tests them. The
 interpreter must be asked for before Triton is imported: `make test-kernels` does.
@@ -168,3 +168,200 @@ def test_pack_copies(rank_sizes, d, dtype):
     assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
     held = ep.get_riders(ours, d, 2 * order.per_row)[:, order.per_row :]
     assert int((held >= 0).sum()) == int((ids >= 0).sum())
+
+
+def played_ranks(tokens: list[int], num_slots: int, dtype, d: int):
+    """(plans, x, topk_ids, weights) of ranks that this process plays by itself; two experts a rank, top-2."""
+    torch.manual_seed(sum(tokens) + d)
+    size = len(tokens)
+    blocks, plans = [torch.zeros(2**16, dtype=torch.uint8, device=DEVICE) for _ in tokens], []
+    for rank in range(size):
+        comm = ep.Communicator.alone()
+        comm.rank, comm.size, comm.ranks, comm.meter = (
+            rank,
+            size,
+            list(range(size)),
+            ep.TrafficMeter(rank, size),
+        )
+        plans.append(ep.PeerPlan(comm, ep.PeerMemory(rank, blocks, limit_s=30), num_slots, 2))
+    x = [draw(n, d + 8, dtype=dtype)[:, :d] for n in tokens]
+    ids = [torch.rand(n, 2 * size).argsort(dim=1)[:, :2] for n in tokens]
+    ids = [torch.where(torch.rand(i.shape) < 0.2, -1, i).to(DEVICE) for i in ids]
+    return plans, x, ids, [torch.rand(i.shape, device=DEVICE) for i in ids]
+
+
+def postponed(monkeypatch, name: str) -> list:
+    """The launches of a kernel, to be made when all ranks have written."""
+    compiled, launches = getattr(ep, name), []
+
+    class Later:
+        def __getitem__(self, grid):
+            return lambda *args, **flags: launches.append(lambda: compiled[grid](*args, **flags))
+
+    monkeypatch.setattr(ep, name, Later())
+    return launches
+
+
+PLAYED = [([3, 5], 5, 32), ([4, 0, 2], 4, 17), ([3], 3, 130), ([1, 2, 1, 2, 1], 2, 8)]
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.parametrize("sizes", PLAYED, ids=str)
+def test_rows_written_into_the_memory_of_peers(sizes, dtype, monkeypatch):
+    plans, x, ids, weights = played_ranks(*sizes[:2], dtype, sizes[2])
+    size, num_slots, d = len(plans), plans[0].num_slots, sizes[2]
+    takes, sums = postponed(monkeypatch, "take_rows_kernel"), postponed(monkeypatch, "sum_home_kernel")
+    for turn in range(3):  # slots come again
+        there = [ep.to_experts(x[r], ids[r], weights[r], None, plans[r], "dispatch") for r in range(size)]
+        [launch() for launch in takes]
+        for r, (rows, came, own) in enumerate(there):
+            for s, t in ((s, t) for s in range(size) for t in range(num_slots)):
+                local = (
+                    [e - 2 * r if e // 2 == r else -1 for e in ids[s][t].tolist()]
+                    if t < len(x[s])
+                    else [-1, -1]
+                )
+                row = s * num_slots + t
+                assert own[row].tolist() == local
+                assert torch.equal(rows[row], x[s][t] if max(local) >= 0 else torch.zeros_like(rows[row]))
+                assert max(local) < 0 or torch.equal(came[row], weights[s][t])
+            copies = [sum(any(e // 2 == p for e in line) for line in ids[r].tolist()) for p in range(size)]
+            copies[r] = 0
+            assert plans[r].memory.sent["dispatch"].tolist() == [
+                n * d * x[r].element_size() * (turn + 1) for n in copies
+            ]
+        home = [
+            ep.to_home(t[0] * (r + 1), t[1], ids[r], t[2], plans[r], "combine") for r, t in enumerate(there)
+        ]
+        [launch() for launch in sums]
+        for r, (y, grads) in enumerate(home):
+            owners = [{e // 2 for e in line if e >= 0} for line in ids[r].tolist()]
+            factor = torch.tensor([sum(p + 1 for p in own) for own in owners], device=DEVICE)[:, None]
+            torch.testing.assert_close(y.float(), x[r].float() * factor, **CLOSE[dtype])
+            assert torch.equal(grads, torch.where(ids[r] < 0, 0, weights[r]))
+        takes.clear(), sums.clear()
+    for plan in plans:
+        plan.memory.check()
+
+
+@with_kernels
+def test_a_kernel_gives_up_on_a_rank_that_does_not_write():
+    plans, x, ids, weights = played_ranks([2, 2], 2, torch.float32, 8)
+    plans[0].memory.looks = 3
+    ep.to_experts(x[0], ids[0], weights[0], None, plans[0], "dispatch")
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    with pytest.raises(ep.CollectiveError, match="rank 0 gave up on rank 1, which did not write"):
+        plans[0].memory.check()
+
+
+# Chapter 13. The interpreter multiplies bfloat16 as if it were whole numbers, so there it is float32 alone.
+DECODE_DTYPES = ["float32"] + ["bfloat16"] * torch.cuda.is_available()
+DECODE_SIZES = [  # tokens, batch, experts, top_k, D, F: some with split sums, some whose rows need two tiles
+    (5, 8, 8, 2, 64, 48), (1, 1, 4, 2, 32, 32), (20, 24, 6, 3, 128, 64), (3, 4, 16, 8, 64, 64),
+    (40, 40, 2, 1, 256, 32), (40, 40, 16, 1, 32, 32),
+]  # fmt: skip
+
+
+def decode_layer(sizes, dtype, **kind):
+    """(a layer in eval mode, its tokens)."""
+    num_tokens, _, num_experts, top_k, d, f = sizes
+    options = ep.RoutingOptions(
+        normalize_topk=kind.pop("normalize", True) and top_k > 1, routed_scaling_factor=1.5
+    )
+    config = ep.MoEConfig(
+        num_experts, top_k, d, f, dtype=dtype, activation="swiglu", extras=(options,), **kind
+    )
+    layer = ep.EPMoE(config, ep.Mesh(*[ep.Communicator.alone()] * 3), seed=0, device=DEVICE).eval()
+    torch.manual_seed(num_tokens)
+    if layer.balance.choice_bias is not None:
+        layer.balance.bias.normal_(std=0.1)
+    if num_tokens > 2 * num_experts and layer.router.gate.bias is not None:
+        layer.router.gate.bias.data[1] += 50  # all go to one expert, in several tiles
+    return layer, draw(num_tokens, d, dtype=ep.DTYPES[dtype])
+
+
+def far_apart(ours, theirs):
+    """Relative error, by norms."""
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", DECODE_DTYPES)
+@pytest.mark.parametrize("sizes", DECODE_SIZES, ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"router": "softmax", "normalize": False},
+        {"router": "sigmoid", "balance": "bias"},
+        {"router_bias": False},
+    ],
+    ids=["softmax", "sigmoid, bias", "no gate bias"],
+)
+def test_decode_kernels_give_the_layers_answer(sizes, kind, dtype):
+    layer, x = decode_layer(sizes, dtype, **kind)
+    with torch.no_grad():
+        expected = twin(layer, x)
+    fast = ep.for_inference(layer, sizes[1], sizes=sizes[1:2])
+    first = fast(x)
+    kept = first.clone()
+    fast(-x)
+    assert torch.equal(first, kept)  # nobody wrote over what came back
+    step = fast.batches[sizes[1]].run
+    assert step.choose and step.decode  # both kernels ran
+    assert far_apart(first, expected) < (1e-5 if dtype == "float32" else 2e-2)
+    assert torch.equal(fast(x), first)  # the lists are empty again, and every counter is 0
+    assert (
+        not step.decode.lists.counts.any() and not step.decode.arrived.any() and not step.choose.arrived.any()
+    )
+    few = max(1, len(x) // 2)
+    assert far_apart(fast(x[:few]), expected[:few]) < (1e-5 if dtype == "float32" else 2e-2)
+    assert (step.choose.topk_ids[few:] == -1).all()  # padding reads no expert
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", DECODE_DTYPES)
+def test_decode_kernels_with_choices_that_are_not_sent(dtype):
+    layer, x = decode_layer((12, 12, 4, 3, 64, 32), dtype)
+    e, ids = layer.experts, torch.rand(12, 4, device=DEVICE).argsort(1)[:, :3].contiguous()
+    ids[0], ids[3, 1] = -1, -1
+    weights = torch.rand(12, 3, device=DEVICE)
+    wide = torch.cat([x, x * float("nan")], dim=1)[:, :64]  # the first columns of a wider tensor
+    decode = ep.DecodeKernels(12, 3, e.w1)
+    with torch.no_grad():
+        expected = twin(e, ep.Arrived(x, ids, weights))
+        decode.put_on_lists(ids)
+        assert decode.lists.counts[:4].tolist() == ep.count_choices(ids, 4).tolist()
+        decode.compute(wide, weights, e.w1, e.w2, e.w3)
+        y = decode.sum_up(ids)
+    assert far_apart(y, expected) < (1e-5 if dtype == "float32" else 2e-2) and not y[0].any()
+
+
+@with_kernels
+def test_decode_results_do_not_depend_on_the_order_of_the_lists():
+    layer, x = decode_layer((20, 20, 3, 2, 128, 32), "float32")
+    e, routing, found = layer.experts, layer.router(x), []
+    with torch.no_grad():
+        for seed in range(2):
+            decode = ep.DecodeKernels(20, 2, e.w1)
+            decode.put_on_lists(routing.topk_ids)
+            for number, own in enumerate(decode.lists.counts[:3].tolist()):
+                torch.manual_seed(seed)
+                line = decode.lists.choices[number]
+                line[:own] = line[:own][torch.randperm(own, device=DEVICE)]
+            decode.compute(x, routing.topk_weights, e.w1, e.w2, e.w3)
+            found.append(decode.sum_up(routing.topk_ids).clone())
+    assert torch.equal(*found) and decode.tiles.parts > 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
+def test_a_decode_step_does_not_wait_for_the_device():
+    layer, x = decode_layer((5, 8, 8, 2, 64, 48), "bfloat16")
+    fast = ep.for_inference(layer, 8)
+    fast(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fast(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

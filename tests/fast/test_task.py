@@ -1,5 +1,7 @@
 """Parts of a training run by themselves, on one rank: teacher, timer, a task's loss, refusals of the command line."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -73,3 +75,41 @@ def refusal(monkeypatch, capsys, *flags: str) -> str:
 ])  # fmt: skip
 def test_a_setting_that_cannot_be_is_one_line(flags, says, tmp_path, monkeypatch, capsys):
     assert says in refusal(monkeypatch, capsys, *flags, "--log-dir", str(tmp_path / "logs"))
+
+
+def step_taken(flags: str) -> str:
+    """The kind of step that a run with these flags would take on one GPU; nothing is trained, and none is needed."""
+    small = "--hidden-dim 8 --ffn-dim 8 --num-experts 4 --experts bmm"
+    config, options = ep.parse_flags(f"{small} {flags}".split())
+    mesh = ep.init_ep()
+    run = ep.Run(config, options, mesh, torch.device("cuda"), ep.RunLog(Path("."), 1, rank=1))
+    return ep.pick_step(run, ep.EPMoE(run.config, mesh, seed=0, device="cpu"))
+
+
+@pytest.mark.parametrize("flags", [
+    "", "--capacity-factor 1 --overflow reroute", "--capacity-factor 1 --dispatcher capacity",
+    "--balance bias --router sigmoid --num-groups 2 --topk-groups 1 --z-alpha 0.1 --sequence-alpha 0.1",
+])  # fmt: skip
+def test_a_step_without_a_synchronisation_is_recorded(flags):
+    assert step_taken(flags) == "graph" == step_taken(f"{flags} --step graph")
+    assert step_taken(f"{flags} --step compiled") == "compiled"
+
+
+@pytest.mark.parametrize("named", ["graph", "compiled"])
+def test_global_scope_is_never_recorded(named):
+    """It waits for the other ranks' numbers of tokens, on one rank as well."""
+    flags = "--capacity-factor 1 --capacity-scope global"
+    assert step_taken(flags) == "eager"
+    with pytest.raises(ep.CannotRun) as refused:
+        step_taken(f"{flags} --step {named}")
+    assert str(refused.value) == (
+        f"step {named} cannot run here (1 cuda rank(s), dispatcher local, experts bmm, overlap none; "
+        "capacity_scope global waits for the device, local does not); take auto (here: eager)"
+    )
+
+
+def test_a_share_of_a_mean_can_be_recorded(monkeypatch):
+    """A number copied from the host is refused while a CUDA graph is captured; one that a kernel fills in is not."""
+    monkeypatch.setattr(torch, "tensor", None)
+    share = ep.share_of_mean(torch.ones((), requires_grad=True), 3, ep.init_ep())
+    assert share.item() == 1

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from trials import train, trial
 
@@ -113,9 +114,9 @@ def published(family: str, sizes: dict) -> nn.Module:
     return model
 
 
-def batch_of(size: int, rank: int) -> tuple[Tensor, Tensor]:
-    """(the whole batch, this rank's sequences): uneven, and none for the last of four ranks."""
-    ids = torch.randint(0, 48, (3, 17), generator=torch.Generator().manual_seed(1))
+def batch_of(size: int, rank: int, number: int) -> tuple[Tensor, Tensor]:
+    """(the whole batch of so many sequences, this rank's)."""
+    ids = torch.randint(0, 48, (number, 17), generator=torch.Generator().manual_seed(1))
     return ids, ids.tensor_split(size)[rank]
 
 
@@ -130,10 +131,18 @@ def apart(ours: Tensor, right: Tensor) -> float:
 
 
 def compare(
-    model: nn.Module, ours: nn.Module, logits_of: Callable, gradients_of: Callable, mesh: ep.Mesh
+    model: nn.Module,
+    ours: nn.Module,
+    logits_of: Callable,
+    gradients_of: Callable,
+    mesh: ep.Mesh,
+    number: int = 3,
 ) -> dict[str, float]:
-    """Relative errors of logits, loss and every gradient of ours on all ranks, against transformers' on one."""
-    ids, own = batch_of(mesh.batch.size, mesh.batch.rank)
+    """Relative errors of logits, loss and every gradient of ours on all ranks, against transformers' on one.
+
+    number: of sequences. With 3 one of four ranks has none, which transformers' own attention cannot reshape.
+    """
+    ids, own = batch_of(mesh.batch.size, mesh.batch.rank, number)
     right = model(ids[:, :-1]).logits
     right_loss = loss_sum(right, ids) / ids[:, 1:].numel()
     right_loss.backward()
@@ -185,6 +194,12 @@ def whole_models(mesh: ep.Mesh, folder: Path) -> dict[str, dict[str, float]]:
         state = model.state_dict()
         assert set(back) == set(state), sorted(set(back) ^ set(state))
         assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+        if mesh.batch.rank == 0:  # and transformers reads it as a file
+            copy = folder / f"{family}-{mesh.batch.size}-back"
+            shutil.copytree(folder / f"{family}-{mesh.batch.size}", copy)
+            save_file(back, copy / "model.safetensors", metadata={"format": "pt"})
+            read = transformers().AutoModelForCausalLM.from_pretrained(copy).state_dict()
+            assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
     return found
 
 
@@ -229,7 +244,7 @@ def layers_inside(mesh: ep.Mesh, folder: Path) -> dict[str, dict[str, float]]:
             return gathered_gradients(changed, mesh), wanted
 
         assert len(replaced) >= 2
-        found[family] = compare(model, changed, lambda ids, m=changed: m(ids).logits, gradients, mesh)
+        found[family] = compare(model, changed, lambda ids, m=changed: m(ids).logits, gradients, mesh, 5)
     return found
 
 

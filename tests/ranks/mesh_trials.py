@@ -22,7 +22,9 @@ LIMITS = dict.fromkeys(KINDS, 1e-10) | {"float32": 1e-5, "bfloat16": 2e-2}  # ho
 MESHES = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 8: (4, 8)}
 DISPATCHERS = {4: ("all_gather", "gather_tokens", "dedup", "two_stage")}
 SAVED = [(8, 4), (8, 8), (4, 2), (2, 2)]  # (world size, ep_size) of the runs that are saved
-RUN_AS = {"cpu": ["eager"], "cuda": ["eager", "graph"]}  # the kinds of step that save and go on
+# How runs that save and go on take their steps. In float64 not every dispatcher can be recorded; this one can.
+EAGER = {"eager": "--step eager"}
+RUN_AS = {"cpu": EAGER, "cuda": EAGER | {"graph": "--step graph --dispatcher gather_tokens"}}
 STEPS = 6
 
 
@@ -44,13 +46,26 @@ def every_mesh(mesh: ep.Mesh, folder: Path) -> dict[str, list[float]]:
     return found
 
 
+@trial(1)
+def recorded(mesh: ep.Mesh, folder: Path) -> dict[str, str]:
+    """{kind of run: why its step cannot be recorded, or "" where it has been}."""
+    said = {}
+    for name, flags in KINDS.items():
+        try:
+            curve(f"{flags} --step graph", steps=2)
+            said[name] = ""
+        except ep.CannotRun as error:
+            said[name] = str(error)
+    return said
+
+
 @trial(4, 2)
 def gpus_of_a_rank(mesh: ep.Mesh, folder: Path) -> list[bool]:
     """Whether this rank has memory on each GPU, after saves in the background: a thread begins on GPU 0."""
     here = (
         f"--checkpoint-dir {folder / f'gpus-{mesh.batch.size}'} --checkpoint-interval 3 --async-checkpoints"
     )
-    curve(f"{here} --dtype float32")
+    curve(f"{here} --dtype float32 --dispatcher gather_tokens")
     count = ep.torch.cuda.device_count()
     return [ep.torch._C._cuda_hasPrimaryContext(gpu) for gpu in range(count)]  # nothing public says it
 
@@ -60,7 +75,7 @@ def saved_and_resumed(mesh: ep.Mesh, folder: Path) -> dict[str, list[float]]:
     """Saves on each mesh that there are ranks for; all that are no larger go on in copies, at every ep_size."""
     size, found, comm = mesh.batch.size, {}, mesh.batch
     for (saved_on, ep_size), step in product(SAVED, RUN_AS[DEVICE]):
-        flags = f"{KINDS['bias, clipped']} --step {step}"
+        flags = f"{KINDS['bias, clipped']} {RUN_AS[DEVICE][step]}"
         here = folder / f"saved-on-{saved_on}-{ep_size}-{step}"
         if size == saved_on:
             kept = f"--checkpoint-dir {here} --checkpoint-interval 3 --keep-checkpoints 9 --ep-size {ep_size}"

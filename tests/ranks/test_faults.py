@@ -67,6 +67,7 @@ def run_on_cuda(folder, killed: int | None = None, **flags) -> tuple[dict, Broke
     """A recorded run on one GPU, or two over NCCL; one rank gets SIGKILL a third of the way -> what is left of it."""
     nproc = min(2, torch.cuda.device_count())
     own = {"steps": 1500, "checkpoint_interval": 200, "device": "cuda", "step": "graph", "timeout_s": 20}
+    own |= {"dispatcher": "gather_tokens"}  # which can be recorded in float64, too
     with BrokenRun(folder, nproc, **FLAGS | own | flags) as run:
         if killed is not None:
             run.wait_for_step(500)

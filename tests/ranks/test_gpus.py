@@ -42,7 +42,8 @@ def test_every_part_runs_and_is_recorded(tmp_path):
 
 def test_what_is_broken_is_said_and_the_next_part_runs(tmp_path):
     """A copy whose results come home in the wrong order, and which has no notebooks to extract."""
-    broken = copy_of_the_code(tmp_path / "copy", '"combine"), order)', '"combine").flip(0), order)')
+    landed = "(rows,) = flight.land()\n        return sum_rows(rows"
+    broken = copy_of_the_code(tmp_path / "copy", landed, landed + ".flip(0)")
     done = torchrun(
         2, str(broken / "measure/gpus.py"), *SMALL, str(tmp_path), "--parts", "seed", "bandwidth", "layers"
     )

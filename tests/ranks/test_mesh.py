@@ -64,6 +64,16 @@ def test_a_checkpoint_goes_on_on_any_mesh(played, device, world_size):
     assert len(found) == (len(own) + len(saved) * len(MESHES[world_size])) * len(RUN_AS[device])
 
 
+@pytest.mark.parametrize("device", {device for device, _ in PLACES})
+def test_what_cannot_be_recorded_is_refused(played, device):
+    """On a GPU the capacity in global scope; every other kind of run is recorded. On a CPU none is."""
+    for name, said in outcome(played(device), "recorded", 1)[0].items():
+        is_global = name == "global capacity"
+        assert bool(said) == (is_global or device == "cpu"), (name, said)
+        assert ("; capacity_scope global waits for the device, local does not" in said) == is_global
+        assert "\n" not in said and (not said or said.endswith("take auto (here: eager)"))
+
+
 @pytest.mark.skipif(NUM_GPUS < 2, reason="each rank needs a GPU of its own")
 def test_a_save_in_the_background_stays_on_its_gpu_cuda(played):
     size = min(4, max(WORLDS["cuda"]))
