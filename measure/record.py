@@ -171,7 +171,7 @@ class Recorder:
         """Every rank's value, by rank. Collective."""
         values: list = [value] * self.comm.size
         if self.comm.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.comm.group)
         return values
 
     def is_over(self) -> bool:
