@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "cc5b5ce3dd4d77412aeb766a270d80a18e38ee475fecd5e3148aaefc7eb0b582"
+SOURCES_SHA256 = "58da227768d2b3074a5a1c5e93299b2ae5768984c800502531370811d36a2680"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -6152,10 +6152,12 @@ class ForwardStep:
         self, layer: EPMoE, config: MoEConfig, experts: Experts, copies: Tensor | None = None
     ) -> None:
         self.layer, self.config, self.experts, self.copies = layer, config, experts, copies
-        of_experts = (
-            config if copies is None else replace(experts.config, max_num_tokens=config.max_num_tokens)
-        )
-        self.dispatcher = type(layer.dispatcher).for_layer(of_experts, layer.mesh.ep)
+        if (
+            copies is not None
+        ):  # the dispatcher counts physical experts, and the router's options do not fit them
+            kept = tuple(extra for extra in config.extras if type(extra).__qualname__ == "TrafficOptions")
+            config = replace(config, num_experts=experts.config.num_experts, extras=kept)
+        self.dispatcher = type(layer.dispatcher).for_layer(config, layer.mesh.ep)
         self.choose = self.decode = None
         self.stays = (
             layer.took["dispatcher"] == "local" and copies is None
@@ -6276,6 +6278,15 @@ def fixed_problem(step: ForwardStep, num_tokens: int) -> str:
 
 
 # %% notebooks/13_inference.ipynb #for-inference
+def inference_config(config: MoEConfig, max_num_tokens: int) -> MoEConfig:
+    """The layer's config for batches of so many tokens, which go through in one piece, whatever a run had set."""
+    extras = tuple(
+        replace(extra, slot_tokens=None) if type(extra).__qualname__ == "TrafficOptions" else extra
+        for extra in config.extras
+    )
+    return replace(config, max_num_tokens=max_num_tokens, overlap="none", extras=extras)
+
+
 def check_inference(x: Tensor, layer: EPMoE) -> None:
     """ValueError where x asks for what the inference path has not: a gradient, or a conversion of the weights."""
     if x.requires_grad and torch.is_grad_enabled():
@@ -6300,7 +6311,7 @@ def for_inference(
     """
     if max_num_tokens < 1:
         raise ValueError(f"max_num_tokens is {max_num_tokens}, and must be at least 1")
-    config = replace(layer.config, max_num_tokens=max_num_tokens)
+    config = inference_config(layer.config, max_num_tokens)
     experts, copies = (layer.experts, None) if placement is None else with_copies(layer, placement)
     step = ForwardStep(layer, config, experts, copies)
     by_default = batch_sizes(max_num_tokens) if experts.w1.is_cuda else ()
@@ -6743,8 +6754,7 @@ def with_copies(layer: EPMoE, placement: Tensor) -> tuple[Experts, Tensor]:
             f"dispatcher {layer.took['dispatcher']} counts blocks an expert, and knows no copies"
         )
     copies = copies_of(placement, config.num_experts).to(device)
-    kept = tuple(extra for extra in config.extras if type(extra).__qualname__ == "TrafficOptions")
-    of_experts = replace(config, num_experts=len(placement), extras=kept)
+    of_experts = replace(config, num_experts=len(placement), extras=())
     with torch.device("meta"):
         experts = type(layer.experts)(of_experts, mesh.ep, seed=0)
     experts, state = experts.to_empty(device=device).requires_grad_(False), full_state_dict(layer, mesh)

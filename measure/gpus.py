@@ -93,22 +93,26 @@ def run_invariance(recorder: Recorder) -> dict:
     flags += ["--tokens", "64", "--step", "eager"]
     sizes = [size for size in range(1, world_size + 1) if world_size % size == 0 and 16 % size == 0]
     timeout = timedelta(seconds=recorder.args.timeout_s)
-    groups = {size: dist.new_group(list(range(size)), timeout=timeout) for size in sizes}
     curves: dict[str, list[float]] = {}
-    for size in sizes:
-        comm = ep.Communicator(groups[size]) if recorder.comm.rank < size else None
+    for (
+        size
+    ) in sizes:  # every rank trains in some group: torch numbers a rank's meetings over symmetric memory
+        groups = [
+            dist.new_group(list(range(r, r + size)), timeout=timeout) for r in range(0, world_size, size)
+        ]
+        comm = ep.Communicator(groups[recorder.comm.rank // size])
         config, _ = ep.parse_flags(flags)
-        names = list(dispatchers(recorder, config, comm)) if comm else []
+        names = list(dispatchers(recorder, config, comm))
         for dispatcher, experts in product(recorder.gather(names)[0], ("loop", "blocks")):
             name = f"{size} ranks: {dispatcher}+{experts}"
             if recorder.is_over():
                 recorder.failures.append(f"time was up before {name}")
-            elif comm:
+            else:
                 try:
                     mesh = ep.Mesh(comm, comm, ep.Communicator.alone(comm.meter))
                     kinds = ["--dispatcher", dispatcher, "--experts", experts]
                     curves[name] = train(recorder, [*flags, *kinds], mesh)["task_loss"]
-                except Exception as error:  # the ranks outside this group wait for the next question
+                except Exception as error:  # the other groups wait for the next question
                     recorder.failures.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
     away, first = {"": 0.0}, [0.0]
     if recorder.comm.rank == 0:

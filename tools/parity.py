@@ -202,10 +202,11 @@ def dense_reference(layer: EPMoE, x: Tensor, parameters: dict[str, Tensor]) -> t
     low = config.dtype == "bfloat16"
     y, aux = dense_moe(x, parameters, config.top_k, topk_ids if low else None, config.activation)
     if config.num_shared_experts:
-        w1, b1, w2, b2, w3 = (
-            parameters.get(f"shared.expert.{name}") for name in ("w1", "b1", "w2", "b2", "w3")
+        w1, b1, w2, b2, w3, b3 = (
+            parameters.get(f"shared.expert.{name}") for name in ("w1", "b1", "w2", "b2", "w3", "b3")
         )
-        gate, up = x @ w1[0] + (0 if b1 is None else b1[0]), None if w3 is None else x @ w3[0]
+        gate = x @ w1[0] + (0 if b1 is None else b1[0])
+        up = None if w3 is None else x @ w3[0] + (0 if b3 is None else b3[0])
         hidden = REGISTRIES["activation"][config.activation].apply(gate, up)
         y = y + hidden @ w2[0] + (0 if b2 is None else b2[0])
     return y, aux

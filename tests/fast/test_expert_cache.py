@@ -68,6 +68,19 @@ def test_no_tokens_and_other_shapes():
         assert fast(x[:0]).shape == (0, 16) and torch.equal(fast(x.view(3, 1, 16)).flatten(0, 1), fast(x))
 
 
+def test_a_layer_of_a_run_is_not_bound_to_its_batches():
+    """A run had told the dispatcher of 2 tokens; the answers come in batches of 6."""
+    layer = layer_of(dispatcher="gather_tokens", extras=(ep.TrafficOptions(slot_tokens=2),))
+    x, plan = torch.randn(6, 16), ep.plan_copies(torch.arange(8.0), 10, 1)
+    expected = ep.EPMoE(ep.MoEConfig(8, 2, 16, 24), ALONE, seed=0).eval()(x)
+    for fast in (
+        ep.for_inference(layer, 6),
+        ep.for_inference(layer, 6, (6,)),
+        ep.for_inference(layer, 6, placement=plan),
+    ):
+        assert torch.allclose(fast(x), expected, atol=1e-6)
+
+
 def test_a_layer_with_a_capacity_has_no_padding():
     layer = layer_of(extras=(ep.CapacityOptions(capacity_factor=1.0),))
     with pytest.raises(ep.CannotRun, match="would count padding"):

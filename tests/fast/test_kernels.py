@@ -1,4 +1,4 @@
-"""The kernels of chapters 06, 10, 11 and 13 against their twins: on a GPU, or under Triton's interpreter.
+"""The kernels of chapters 06, 10, 11 and 13 against their PyTorch twins: on a GPU, or under Triton's interpreter.
 
 Without Triton there is nothing to test: the twins are what runs then, and the parity suite tests them. The
 interpreter must be asked for before Triton is imported: `make test-kernels` does.

@@ -103,7 +103,7 @@ def test_global_scope_is_never_recorded(named):
     with pytest.raises(ep.CannotRun) as refused:
         step_taken(f"{flags} --step {named}")
     assert str(refused.value) == (
-        f"step {named} cannot run here (1 cuda rank(s), dispatcher local, experts bmm, overlap none; "
+        f"step {named} cannot run here (1 cuda rank(s), dispatcher local, experts bmm; "
         "capacity_scope global waits for the device, local does not); take auto (here: eager)"
     )
 

@@ -60,7 +60,10 @@ def test_bytes_are_what_topk_ids_predict(results):
     for r in results:
         predicted, counted = r["bytes"]
         assert counted == predicted and r["bytes_agree"], r
-        is_empty = r["case"] in ("no_tokens_at_all", "checkpoint") or r["dispatcher"] == "local"
+        is_empty = (
+            r["case"] in ("no_tokens_at_all", "checkpoint", "two_halves_checkpoint")
+            or r["dispatcher"] == "local"
+        )
         is_empty |= r["case"] == "replicas" and r["world_size"] == 2  # each rank has all experts
         if r["world_size"] > 1 and not is_empty:
             assert counted > 0, r
@@ -80,7 +83,7 @@ SAYS = {
     "gradient": "over the limit: even float64",
     "byte": "bytes predicted",
     "destination": "by pass and destination",
-    "crash": "crashed: rank 0, even float64 all_to_all blocks gelu",
+    "crash": "crashed: rank 0, even float64 all_to_all blocks ",
 }
 
 
