@@ -49,7 +49,7 @@ def test_world_size_does_not_matter(played, name):
 
 def test_an_exchange_that_nobody_ends_is_named(played):
     for rank, said in enumerate(outcome(played, "forgotten", 2)):
-        assert said.startswith(f"rank {rank}: the exchange of 'dispatch', its collective "), said
+        assert said.startswith(f"rank {rank}: the exchange of 'combine', its collective "), said
         assert "was never ended" in said
 
 
