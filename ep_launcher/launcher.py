@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "9ea8f84aa80999e66ea345be286f86728a5e0df5546a23aa3fb34f072e143343"
+SOURCES_SHA256 = "58da227768d2b3074a5a1c5e93299b2ae5768984c800502531370811d36a2680"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -129,15 +129,16 @@ class TrafficMeter:
 
     sent: {purpose: bytes by destination, a list with a place for every rank of the job}. A rank's message to
     itself costs nothing. num_collectives: how many it has entered, which names the straggler when a run hangs.
-    under_way: the exchanges that have begun and not ended, by their numbers (chapter 12).
+    under_way: the exchanges that have begun and not ended, by their numbers. readers: called before anybody
+    reads the bytes; each adds what kernels have counted (chapter 11).
     """
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.sent: dict[str, list[int]] = {}
         self.num_collectives = 0
-        self.on_device: list[tuple[str, list[int], Tensor]] = []  # what kernels count (chapter 11)
         self.under_way: dict[int, Any] = {}
+        self.readers: list[Callable[[], None]] = []
 
     def record(self, purpose: str, bytes_by_destination: list[int], ranks: list[int] | None = None) -> None:
         """Adds one collective's bytes to each destination, the rank's own share left out.
@@ -150,28 +151,15 @@ class TrafficMeter:
                 totals[destination] += num_bytes
 
     def fetch(self) -> dict[str, list[int]]:
-        """sent, with what kernels have counted since the last call: a host synchronisation where there are any."""
-        for purpose, ranks, counted in self.on_device:
-            self.record(purpose, counted.tolist(), ranks)
-            counted.zero_()
+        """sent, with what the readers add: a host synchronisation where there are any."""
+        for read in self.readers:
+            read()
         return self.sent
 
     def total(self, *purposes: str) -> int:
         """Bytes sent for these purposes so far, to all other ranks together."""
-        self.fetch()
-        return sum(sum(self.sent.get(purpose, ())) for purpose in purposes)
-
-    def check_ended(self) -> None:
-        """RuntimeError where an exchange has begun and nobody has ended it; it says where."""
-        for pending in self.under_way.values():
-            path, line = pending.begun_at
-            with contextlib.suppress(OSError, KeyError):  # a stitched program knows its cells
-                markers = globals()["read_cell_markers"](path)
-                path, _, line = (globals()["locate_cell"](markers, line) or f"{path}:{line}").rpartition(":")
-            raise RuntimeError(
-                f"rank {self.rank}: the exchange begun at {path}:{line} was never ended; give what begin_dispatch "
-                "or begin_combine returned to end_dispatch or end_combine"
-            )
+        sent = self.fetch()
+        return sum(sum(sent.get(purpose, ())) for purpose in purposes)
 
 
 # %% notebooks/01_parallelism.ipynb #collective-error
@@ -179,7 +167,6 @@ class CollectiveError(RuntimeError):
     """A collective failed on this rank: another rank died, stayed away too long, or sent another size."""
 
 
-# %% notebooks/01_parallelism.ipynb #pending
 @contextlib.contextmanager
 def as_collective_error(rank: int, number: int) -> Iterator[None]:
     """A library's failure inside becomes a CollectiveError that names rank and collective."""
@@ -190,23 +177,20 @@ def as_collective_error(rank: int, number: int) -> Iterator[None]:
         raise CollectiveError(f"rank {rank}, collective {number}: {reason}") from error
 
 
+# %% notebooks/01_parallelism.ipynb #pending
 class Pending:
     """An exchange that this rank has begun, and the tensor [n, ...] that it brings; there already where work is None.
 
     Until `wait` the library holds what is sent and what comes, and nobody else may touch them.
     """
 
-    def __init__(self, rows: Tensor, meter: TrafficMeter, work: Any = None) -> None:
-        self.rows, self.meter, self.work, self.number = rows, meter, work, meter.num_collectives
+    def __init__(self, rows: Tensor, meter: TrafficMeter, work: Any = None, purpose: str = "") -> None:
+        self.rows, self.meter, self.work = rows, meter, work
+        self.purpose, self.number = purpose, meter.num_collectives
         if work is not None:
-            self.begun_at, frame = None, sys._getframe(1)
-            while frame:  # whoever called begin_dispatch, or another method that begins
-                if frame.f_code.co_name.startswith("begin_"):
-                    self.begun_at = frame.f_back.f_code.co_filename, frame.f_back.f_lineno
-                frame = frame.f_back
             meter.under_way[self.number] = self
             if len(meter.under_way) > 256:
-                meter.check_ended()
+                check_ended(meter)
 
     def wait(self) -> Tensor:
         """The rows, once they are there. Of a CPU this rank waits; of a GPU its stream does, and the host goes on.
@@ -217,6 +201,15 @@ class Pending:
             with as_collective_error(self.meter.rank, self.number):
                 work.wait()
         return self.rows
+
+
+def check_ended(meter: TrafficMeter) -> None:
+    """RuntimeError where an exchange has begun and nobody has ended it."""
+    for number, pending in meter.under_way.items():
+        raise RuntimeError(
+            f"rank {meter.rank}: the exchange of {pending.purpose!r}, its collective {number}, was never ended; "
+            "give what begin_dispatch or begin_combine returned to end_dispatch or end_combine"
+        )
 
 
 # %% notebooks/01_parallelism.ipynb #communicator
@@ -289,7 +282,7 @@ class Communicator:
         out, splits = x.new_empty(sum(output_splits), *x.shape[1:]), (output_splits, input_splits)
         with self.entering():
             work = dist.all_to_all_single(out, x.contiguous(), *splits, group=self.group, async_op=not wait)
-        return Pending(out, self.meter, work)
+        return Pending(out, self.meter, work, purpose)
 
     def all_to_all(
         self, x: Tensor, input_splits: list[int], output_splits: list[int], purpose: str
@@ -1388,7 +1381,7 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
     """
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise RuntimeError("the model is in DistributedDataParallel, which overwrites experts; take it out")
-    mesh.meter.check_ended()
+    check_ended(mesh.meter)
     local = {id(p): p for p in expert_parameters(model) if p.requires_grad}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in local]
     for parameter in [*local.values(), *others]:
@@ -5051,6 +5044,12 @@ def memories_of(comm: Communicator) -> dict[tuple, list[PeerMemory]]:
     return {}
 
 
+def read_counts(meter: TrafficMeter, ranks: list[int], purpose: str, counted: Tensor) -> None:
+    """A reader of the meter: adds the bytes [W] that kernels have counted since its last call, by destination."""
+    meter.record(purpose, counted.tolist(), ranks)
+    counted.zero_()
+
+
 def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
     """The group's memory with slots of num_bytes at least; x says on which device, and whether kernels write.
 
@@ -5067,7 +5066,10 @@ def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
         made.append(PeerMemory(comm.rank, blocks, limit_s))
         if x.is_cuda and comm.size > 1:
             threading.Thread(target=made[-1].watch, daemon=True).start()
-        comm.meter.on_device += [(name, comm.ranks, sent) for name, sent in made[-1].sent.items()]
+        for purpose, counted in made[-1].sent.items():
+            comm.meter.readers.append(
+                functools.partial(read_counts, comm.meter, comm.ranks, purpose, counted)
+            )
     made[-1].check()
     return made[-1]
 

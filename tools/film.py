@@ -18,7 +18,7 @@ import torch
 from IPython.display import HTML
 from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
@@ -35,9 +35,11 @@ STOPS = (0.10, 0.17, 0.27, 0.40, 0.46, 0.53, 0.68, 0.82)  # leave, arrive, leave
 
 
 def token_style(rank: int, token: int) -> tuple[str, str, float]:
-    """(fill, edge, width of the edge): token 0 in its home rank's colour, token 1 outlined in it."""
-    color = to_hex(rank_color(rank))
-    return (color, INK, 1.0) if token == 0 else ("#ffffff", color, 3.0)
+    """(fill, edge, width of the edge): token 0 in its home rank's colour, token 1 outlined in it, pale ones darker."""
+    red, green, blue = to_rgb(rank_color(rank))
+    is_pale = 0.3 * red + 0.59 * green + 0.11 * blue > 0.72
+    outline = to_hex([value * (0.6 if is_pale else 1) for value in (red, green, blue)])
+    return (to_hex((red, green, blue)), INK, 1.0) if token == 0 else ("#ffffff", outline, 3.0)
 
 
 class Flight:
@@ -125,8 +127,9 @@ def draw_flight(flight: Flight, names: Sequence[str]) -> Figure:
         for rows, tags, _ in stage:
             for (home, token), (expert, *source, _) in zip(rows.long().tolist(), tags.tolist(), strict=True):
                 fill, edge, width = token_style(home, token)
-                place = places[*source, expert]
-                draw_box(ax, *place, fill, str(expert), height=0.9, fontsize=14, edge=edge, linewidth=width)
+                x, y = places[*source, expert]
+                draw_box(ax, x + 0.08, y, fill, str(expert), width=0.74, height=0.9, fontsize=13, edge=edge,
+                         linewidth=min(width, 2.2))  # fmt: skip
     for name, places in (("x", flight.places[0]), ("y", flight.places[4])):
         corners = iter(flight.one_of_each(places).values())
         for held in flight.by_rank:

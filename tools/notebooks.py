@@ -253,8 +253,11 @@ def clean_outputs(cell: NotebookNode, path: Path) -> list[NotebookNode]:
     return kept
 
 
+FOLDED = {"setup", "plot", "solution"}  # cells whose source JupyterLab and the site show on a click
+
+
 def clean(notebook: NotebookNode, path: Path) -> None:
-    """Leaves what a commit holds: sources, tags, folded solutions, clean outputs; nothing of the run."""
+    """Leaves what a commit holds: sources, tags, folded cells, clean outputs; nothing of the run."""
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata |= {"kernelspec": kernel, "language_info": {"name": "python"}}
     for extra in ("papermill", "widgets"):
@@ -262,10 +265,12 @@ def clean(notebook: NotebookNode, path: Path) -> None:
     notebook.nbformat_minor = 5
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
-        is_folded = "solution" in tags or cell.metadata.get("jupyter", {}).get("source_hidden")
+        is_folded = FOLDED & set(tags) or cell.metadata.get("jupyter", {}).get("source_hidden")
         cell.metadata = NotebookNode({"tags": tags} if tags else {})
         if is_folded:
             cell.metadata.jupyter = NotebookNode(source_hidden=True)
+        if "solution" in tags:
+            cell.metadata.jupyter.outputs_hidden = True
         if cell.cell_type == "code":
             cell.execution_count, cell.outputs = None, clean_outputs(cell, path)
 

@@ -242,7 +242,8 @@ display({"text/plain": ""}, raw=True)
     assert {cell.get("execution_count") for cell in notebook.cells} == {None}
     loud_cell = notebook.cells[3]
     assert (
-        loud_cell.metadata == {"tags": ["solution"], "jupyter": {"source_hidden": True}}
+        loud_cell.metadata
+        == {"tags": ["solution"], "jupyter": {"source_hidden": True, "outputs_hidden": True}}
         and "papermill" not in text
     )
     assert [output.get("text") or output.data["text/plain"] for output in loud_cell.outputs] == [

@@ -60,15 +60,15 @@ def test_an_exchange_under_way_is_known_until_it_ends():
     meter = ep.TrafficMeter(3, 4)
 
     def begin_something() -> ep.Pending:
-        return ep.Pending(torch.ones(1), meter, Work())
+        return ep.Pending(torch.ones(1), meter, Work(), "combine")
 
     pending = begin_something()
     with pytest.raises(
-        RuntimeError, match=r"rank 3: the exchange begun at .*test_overlap\.py:\d+ was never ended"
+        RuntimeError, match="rank 3: the exchange of 'combine', its collective 0, was never ended"
     ):
-        meter.check_ended()
+        ep.check_ended(meter)
     assert pending.wait() is pending.wait()
-    meter.check_ended()
+    ep.check_ended(meter)
 
 
 def test_lanes_of_a_trace():

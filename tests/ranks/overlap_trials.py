@@ -140,7 +140,7 @@ def ended_twice(mesh: ep.Mesh, folder: Path) -> list[str]:
             end(what)
         except RuntimeError as error:
             said.append(str(error))
-    mesh.meter.check_ended()
+    ep.check_ended(mesh.meter)
     return said
 
 

@@ -47,11 +47,9 @@ def test_world_size_does_not_matter(played, name):
         assert sent["predicted"] == sent["counted"] and (sent["counted"] > 0) == (size > 1)
 
 
-def test_an_exchange_that_nobody_ends_is_named_with_its_cell(played):
+def test_an_exchange_that_nobody_ends_is_named(played):
     for rank, said in enumerate(outcome(played, "forgotten", 2)):
-        assert said.startswith(
-            f"rank {rank}: the exchange begun at notebooks/12_overlap.ipynb #two-batches:"
-        ), said
+        assert said.startswith(f"rank {rank}: the exchange of 'combine', its collective "), said
         assert "was never ended" in said
 
 

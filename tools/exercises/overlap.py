@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ep_launcher.launcher import REGISTRIES, Communicator, EPMoE, Flight, Mesh, MoEConfig
+from ep_launcher.launcher import REGISTRIES, Communicator, EPMoE, Flight, Mesh, MoEConfig, check_ended
 from tools.exercises.meeting import Meeting
 from tools.exercises.verdict import NotYet, shape_of
 
@@ -77,7 +77,7 @@ def trace_overlap(answer: type, comm: Communicator, meeting: Meeting) -> None:
         if not isinstance(y, Tensor) or y.shape != x.shape:
             raise NotYet(f"12 tokens: it must return [12, 16], and gave {shape_of(y)}")
         y.sum().backward()
-        comm.meter.check_ended()
+        check_ended(comm.meter)
         found = hidden(watch(layer, x))
     for way in ("forward", "backward"):
         own = {
