@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "58da227768d2b3074a5a1c5e93299b2ae5768984c800502531370811d36a2680"
+SOURCES_SHA256 = "a7ad84cb557a36933513eed788c65dec08f1841238abbde2a0f5ebe67c2e455c"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -56,6 +56,7 @@ import ctypes
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -66,6 +67,7 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -188,6 +190,8 @@ class Pending:
         self.rows, self.meter, self.work = rows, meter, work
         self.purpose, self.number = purpose, meter.num_collectives
         if work is not None:
+            stack = itertools.islice(traceback.walk_stack(None), 8)
+            self.begun_by = [(f.f_code.co_filename, line, f.f_code.co_name) for f, line in stack]
             meter.under_way[self.number] = self
             if len(meter.under_way) > 256:
                 check_ended(meter)
@@ -204,12 +208,15 @@ class Pending:
 
 
 def check_ended(meter: TrafficMeter) -> None:
-    """RuntimeError where an exchange has begun and nobody has ended it."""
+    """RuntimeError where an exchange has begun and nobody has ended it, with a note of the lines that began it."""
     for number, pending in meter.under_way.items():
-        raise RuntimeError(
+        error = RuntimeError(
             f"rank {meter.rank}: the exchange of {pending.purpose!r}, its collective {number}, was never ended; "
             "give what begin_dispatch or begin_combine returned to end_dispatch or end_combine"
         )
+        lines = (f'  File "{path}", line {line}, in {name}' for path, line, name in pending.begun_by)
+        error.add_note("\n".join(["It was begun by, innermost first:", *lines]))
+        raise error
 
 
 # %% notebooks/01_parallelism.ipynb #communicator

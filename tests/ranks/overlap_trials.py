@@ -120,7 +120,8 @@ def forgotten(mesh: ep.Mesh, folder: Path) -> str:
         try:
             broken.sync_gradients(layer, layer.mesh)
         except RuntimeError as error:
-            return str(error)
+            path = broken.__file__
+            return broken.describe_frames(error, path, broken.read_cell_markers(path))[0]
         finally:
             leave_group()
     return "noticed nothing"

@@ -47,10 +47,13 @@ def test_world_size_does_not_matter(played, name):
         assert sent["predicted"] == sent["counted"] and (sent["counted"] > 0) == (size > 1)
 
 
-def test_an_exchange_that_nobody_ends_is_named(played):
+def test_an_exchange_that_nobody_ends_is_named_with_its_cell(played):
     for rank, said in enumerate(outcome(played, "forgotten", 2)):
-        assert said.startswith(f"rank {rank}: the exchange of 'combine', its collective "), said
-        assert "was never ended" in said
+        assert (
+            f"rank {rank}: the exchange of 'combine', its collective " in said and "was never ended" in said
+        )
+        begun = said.partition("It was begun by")[2]
+        assert "(notebooks/12_overlap.ipynb #two-batches:" in begun, said
 
 
 def test_an_exchange_ends_once(played):
