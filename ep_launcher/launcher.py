@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "a7ad84cb557a36933513eed788c65dec08f1841238abbde2a0f5ebe67c2e455c"
+SOURCES_SHA256 = "931183d3030e85a183cbd5d01f071ee8ffeab729c6709e8430dab6c60441d37e"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5529,22 +5529,15 @@ def can_share_memory(device_type: str, num_local_ranks: int) -> bool:
 
 
 @register("dispatcher", "peer")
-class PeerDispatcher(Dispatcher):
+class PeerDispatcher(GatherTokensDispatcher):
     """Writes a token into the memory of every rank that has one of its experts, at its own place (chapter 11).
 
-    num_slots: tokens that a rank brings at most, S. Where it is known, nothing asks the host and a step can be
-    recorded; None: the ranks tell one another how many they have, one host synchronisation.
+    num_slots: see GatherTokensDispatcher.
     """
-
-    syncs_host, records = False, True
-
-    def __init__(self, num_experts: int, comm: Communicator, num_slots: int | None = None) -> None:
-        super().__init__(num_experts, comm)
-        self.num_slots, self.syncs_host, self.records = num_slots, num_slots is None, num_slots is not None
 
     @classmethod
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "PeerDispatcher":
-        """See Dispatcher. As many slots as gather_tokens has. CannotRun where the ranks are on several machines."""
+        """See Dispatcher. CannotRun where the ranks are on several machines."""
         if num_machines := len({rank // world_from_env()[3] for rank in comm.ranks}) - 1:
             raise CannotRun(
                 f"dispatcher peer writes into memory of its own machine, and {num_machines + 1} machines share these "
