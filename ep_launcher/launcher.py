@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "931183d3030e85a183cbd5d01f071ee8ffeab729c6709e8430dab6c60441d37e"
+SOURCES_SHA256 = "26b5a431b4f71fff1c125b0177e3c5817caf9755dc0587fc6affed7e297807ca"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -458,6 +458,7 @@ def make_metadata(topk_ids: Tensor, rank: int) -> Tensor:
 # %% notebooks/02_all_to_all.ipynb #registry
 REGISTRIES: dict[str, dict[str, Any]] = {
     "router": {},
+    "choice": {},
     "dispatcher": {},
     "experts": {},
     "balance": {},
@@ -818,6 +819,13 @@ class GateLogits(torch.autograd.Function):
         return grad_x, (grad.t() @ x).to(weight_dtype)
 
 
+# %% notebooks/03_experts.ipynb #choose-largest
+@register("choice", "topk")
+def choose_largest(keys: Tensor, top_k: int) -> Tensor:
+    """keys [T, E] -> int64 [T, K], which are the largest of each row, in descending order."""
+    return keys.topk(top_k, dim=-1).indices
+
+
 # %% notebooks/03_experts.ipynb #router
 @register("router", "softmax")
 class Router(KeepsPrecision):
@@ -857,7 +865,8 @@ class Router(KeepsPrecision):
         keys = probs.detach() if choice_bias is None else probs.detach() + choice_bias
         for limit_choice in self.config.hooks("limit_choice"):
             keys = limit_choice(keys, self.config)
-        topk_ids = keys.topk(self.config.top_k, dim=-1).indices
+        *_, choose = REGISTRIES["choice"].values()
+        topk_ids = choose(keys, self.config.top_k)
         topk_weights = probs.gather(1, topk_ids)
         for scale_weights in self.config.hooks("scale_weights"):
             topk_weights = scale_weights(topk_weights)
@@ -2691,21 +2700,96 @@ class RowOrder:
         return self.row_of_choice, self.choice_of_row, self.counts
 
 
+# %% notebooks/06_grouped_experts.ipynb #order-kernels
+@kernel
+def rank_kernel(topk_ids, row_of_choice, table, num_choices, num_experts, CHUNK: constexpr):
+    """Program b: each choice's rank among chunk b's choices of its expert; their number, in row b of table."""
+    place = tl.arange(0, CHUNK)
+    choice = tl.program_id(0).to(tl.int64) * CHUNK + place
+    expert = tl.load(topk_ids + choice, mask=choice < num_choices, other=-1).to(tl.int32)
+    expert = tl.where(expert < 0, num_experts, expert)
+    is_same = (expert[:, None] == expert[None, :]).to(tl.int32)
+    rank = tl.sum(tl.where(place[None, :] < place[:, None], is_same, 0), axis=1)
+    is_last = rank == tl.sum(is_same, axis=1) - 1
+    tl.store(row_of_choice + choice, rank.to(tl.int64), mask=choice < num_choices)
+    tl.store(table + tl.program_id(0) * (num_experts + 1) + expert, rank + 1, mask=is_last)
+
+
+@kernel
+def scan_kernel(table, counts, num_chunks, num_experts, CHUNKS: constexpr, WIDTH: constexpr):
+    """Program e: in WIDTH columns of table, each entry becomes the sum of those above it; the sums of all -> counts."""
+    expert = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    above = tl.zeros([WIDTH], dtype=tl.int32)
+    start = 0
+    while start < num_chunks:
+        chunk = start + tl.arange(0, CHUNKS)
+        at = chunk[:, None] * (num_experts + 1) + expert[None, :]
+        is_read = (chunk < num_chunks)[:, None] & (expert <= num_experts)[None, :]
+        number = tl.load(table + at, mask=is_read, other=0)
+        tl.store(table + at, above[None, :] + tl.cumsum(number, axis=0) - number, mask=is_read)
+        above += tl.sum(number, axis=0)
+        start += CHUNKS
+    tl.store(counts + expert, above.to(tl.int64), mask=expert <= num_experts)
+
+
+# %% notebooks/06_grouped_experts.ipynb #place-kernel
+@kernel
+def place_kernel(
+    topk_ids, table, counts, row_of_choice, choice_of_row, num_choices, num_rows, num_experts,
+    CHUNK: constexpr, EXPERTS: constexpr,
+):  # fmt: skip
+    """Program b: chunk b's ranks become rows, and each row learns its choice."""
+    choice = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    is_choice = choice < num_choices
+    expert = tl.load(topk_ids + choice, mask=is_choice, other=-1).to(tl.int32)
+    expert = tl.where(expert < 0, num_experts, expert)
+    row = tl.load(row_of_choice + choice, mask=is_choice, other=0).to(tl.int32)
+    row += tl.load(table + tl.program_id(0) * (num_experts + 1) + expert)
+    first = 0
+    while first < num_experts:
+        other = first + tl.arange(0, EXPERTS)
+        number = tl.load(counts + other, mask=other < num_experts, other=0).to(tl.int32)
+        row += tl.sum(tl.where(other[None, :] < expert[:, None], number[None, :], 0), axis=1)
+        first += EXPERTS
+    tl.store(row_of_choice + choice, tl.where(expert < num_experts, row, -1).to(tl.int64), mask=is_choice)
+    tl.store(choice_of_row + row, choice, mask=is_choice & (row < num_rows))
+
+
+# %% notebooks/06_grouped_experts.ipynb #order-rows
+def order_by_counting(topk_ids: Tensor, num_experts: int, num_rows: int) -> RowOrder:
+    """order_rows on a GPU: four launches, and 4 * (E + 1) bytes for every 128 choices."""
+    num_choices, chunk, width = topk_ids.numel(), 128, 16
+    num_chunks, topk_ids = -(-num_choices // chunk), topk_ids.contiguous()
+    table = topk_ids.new_zeros(num_chunks, num_experts + 1, dtype=torch.int32)
+    counts, choice_of_row = topk_ids.new_empty(num_experts + 1), topk_ids.new_empty(num_rows)
+    row_of_choice = torch.empty_like(topk_ids)
+    sizes = num_choices, num_experts
+    rank_kernel[(num_chunks,)](topk_ids, row_of_choice, table, *sizes, chunk, num_warps=4)
+    scan_kernel[(-(-(num_experts + 1) // width),)](table, counts, num_chunks, num_experts, chunk, width)
+    place_kernel[(num_chunks,)](
+        topk_ids, table, counts, row_of_choice, choice_of_row, num_choices, num_rows, num_experts, chunk, 64,
+        num_warps=4,
+    )  # fmt: skip
+    return RowOrder(row_of_choice, choice_of_row, counts[:num_experts])
+
+
 def order_rows(topk_ids: Tensor, num_experts: int, max_pairs: int | None = None) -> RowOrder:
     """topk_ids int64 [T, K], -1 where a choice is not sent -> RowOrder, stable: ties by (token, k). No host sync.
 
     max_pairs: so many choices are sent at most, and R; by default R is T * K.
     """
+    num_rows = topk_ids.numel() if max_pairs is None else min(max_pairs, topk_ids.numel())
+    if uses_kernels(topk_ids) and topk_ids.numel():
+        return order_by_counting(topk_ids, num_experts, num_rows)
     expert = topk_ids.reshape(-1)
     expert = torch.where(expert < 0, num_experts, expert)
-    # A radix sort's passes grow with the bytes of its keys.
     keys = expert.to(torch.int16) if num_experts < 2**15 else expert
     choice_of_row = keys.argsort(stable=True)
     counts = expert.new_zeros(num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))[:num_experts]
     row_of_choice = torch.empty_like(choice_of_row)
     row_of_choice[choice_of_row] = torch.arange(len(expert), device=expert.device)
     row_of_choice = torch.where(topk_ids < 0, -1, row_of_choice.view(topk_ids.shape))
-    return RowOrder(row_of_choice, choice_of_row[:max_pairs], counts)
+    return RowOrder(row_of_choice, choice_of_row[:num_rows], counts)
 
 
 # %% notebooks/06_grouped_experts.ipynb #copy-rows-kernel
@@ -3012,6 +3096,11 @@ class BlockProducts:
         self.splits = counts.tolist() if counts_on_host is None else counts_on_host
         self.num_counted = sum(self.splits)
 
+    @staticmethod
+    def rows(x: Tensor, order: RowOrder) -> Tensor:
+        """x [T, D] -> the sorted rows [R, D], as the products below take them."""
+        return copy_to_rows(x, order)
+
     def blocks(self, rows: Tensor) -> tuple[Tensor, ...]:
         """rows [R, n] -> each expert's block."""
         return rows[: self.num_counted].split(self.splits)
@@ -3054,6 +3143,8 @@ class GroupedProducts:
     def __init__(self, counts: Tensor, num_rows: int, counts_on_host: list[int] | None = None) -> None:
         self.counts, self.num_rows = counts, num_rows
         self.offsets = counts.cumsum(0, dtype=torch.int32)
+
+    rows = staticmethod(BlockProducts.rows)
 
     @functools.cached_property
     def membership(self) -> Tensor:
@@ -3098,7 +3189,7 @@ class ExpertsOnTokens(torch.autograd.Function):
         ctx: Any, x: Tensor, topk_weights: Tensor, w1: Tensor, b1: Any, w2: Tensor, w3: Any, b3: Any,
         order: RowOrder, products: Any, activation: Any,
     ) -> Tensor:  # fmt: skip
-        rows, weights = copy_to_rows(x, order), weights_of_rows(topk_weights, order)
+        rows, weights = products.rows(x, order), weights_of_rows(topk_weights, order)
         gate, num_rows = products.times(rows, w1, b1), order.counts.sum()
         if w3 is None:
             up, hidden = None, activation.apply(gate)
@@ -3107,7 +3198,8 @@ class ExpertsOnTokens(torch.autograd.Function):
         else:
             up, kept = products.times(rows, w3, b3), None
             results = products.times(weighted_activation(activation, gate, up, weights, num_rows), w2)
-        ctx.kind, ctx.on_host, ctx.activation = type(products), getattr(products, "splits", None), activation
+        ctx.kind, ctx.activation = getattr(products, "in_backward", type(products)), activation
+        ctx.on_host = getattr(products, "splits", None)
         ctx.has_b1, ctx.has_b3, ctx.used = b1 is not None, b3 is not None, False
         ctx.save_for_backward(x, weights, gate, up, kept, w1, w2, w3, num_rows, *order.tensors)
         return sum_rows(results, order)
@@ -3123,7 +3215,7 @@ class ExpertsOnTokens(torch.autograd.Function):
         x, weights, gate, up, hidden, w1, w2, w3, num_rows, *order = ctx.saved_tensors
         order = RowOrder(*order)
         products = ctx.kind(order.counts, len(order.choice_of_row), ctx.on_host)
-        grad_rows = copy_to_rows(grad.contiguous(), order)
+        grad_rows = products.rows(grad.contiguous(), order)
         grad_hidden = products.times(grad_rows, w2.transpose(1, 2))
         # From here on, gate and up are their gradients.
         if up is None:
@@ -3138,7 +3230,7 @@ class ExpertsOnTokens(torch.autograd.Function):
             )
         grad_w2 = products.weight_gradient(hidden, grad_rows)
         del hidden, grad_hidden, grad_rows
-        rows = copy_to_rows(x, order)
+        rows = products.rows(x, order)
         grad_w1, grad_w3, grad_x = products.weight_gradient(rows, gate), None, None
         grad_b1 = products.bias_gradient(gate) if ctx.has_b1 else None
         grad_b3 = products.bias_gradient(up) if ctx.has_b3 else None
@@ -5746,6 +5838,16 @@ def logits_piece(
 
 # %% notebooks/13_inference.ipynb #best-experts
 @kernel
+def take_best(keys, expert, E: constexpr):
+    """keys float32 [tokens, experts] -> each token's largest key (of equal ones the first), whose it is, where it
+    stands, and the keys without it."""
+    score, best = tl.max(keys, axis=1, return_indices=True)
+    best = tl.minimum(best, E - 1)  # also where all is NaN
+    is_best = expert[None, :] == best[:, None]
+    return score, best, is_best, tl.where(is_best, float("-inf"), keys)
+
+
+@kernel
 def best_experts(
     logits, choice_bias, expert, E: constexpr, K: constexpr, WIDTH: constexpr, SIGMOID: constexpr,
     HAS_BIAS: constexpr,
@@ -5763,14 +5865,11 @@ def best_experts(
     ids = tl.zeros([logits.shape[0], WIDTH], dtype=tl.int32)
     weights = tl.zeros([logits.shape[0], WIDTH], dtype=tl.float32)
     for k in tl.static_range(K):
-        score, best = tl.max(keys, axis=1, return_indices=True)
-        best = tl.minimum(best, E - 1)  # also where all is NaN
-        is_best = expert[None, :] == best[:, None]
+        score, best, is_best, keys = take_best(keys, expert, E)
         if HAS_BIAS:  # which is for the choice alone
             score = tl.sum(tl.where(is_best, scores, 0.0), axis=1)
         ids = tl.where(place == k, best[:, None], ids)
         weights = tl.where(place == k, score[:, None], weights)
-        keys = tl.where(is_best, float("-inf"), keys)
     return ids, weights
 
 
