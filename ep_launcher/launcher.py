@@ -28,11 +28,12 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/11_peer_memory.ipynb
 #   notebooks/12_overlap.ipynb
 #   notebooks/13_inference.ipynb
+#   notebooks/14_kernels.ipynb
 #   notebooks/15_mesh.ipynb
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "26b5a431b4f71fff1c125b0177e3c5817caf9755dc0587fc6affed7e297807ca"
+SOURCES_SHA256 = "b2eee2eb358029757488a2eccaf9ab35b3d27b3b17492728b36e0b6ad21fa44e"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1093,7 +1094,9 @@ def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int 
     best = max(liking, key=liking.get)
     if name != "auto" and liking[name] <= 0:
         where = f"in {config.dtype} on {ep_size} {device.type} rank{'s' * (ep_size > 1)}"
-        raise CannotRun(f"{kind} {name} cannot run {where}; take auto (here: {best})")
+        needs = getattr(registered[name], "needs", "")
+        needs = f", it needs {needs}" if needs else ""
+        raise CannotRun(f"{kind} {name} cannot run {where}{needs}; take auto (here: {best})")
     return best if name == "auto" else name
 
 
@@ -6861,6 +6864,246 @@ def with_copies(layer: EPMoE, placement: Tensor) -> tuple[Experts, Tensor]:
     for name, parameter in experts.named_parameters():
         parameter.copy_(state[f"experts.{name}"].to(device)[own.to(device)])
     return experts, copies
+
+
+# ==========================================================================================================
+# performance: notebooks/14_kernels.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/14_kernels.ipynb #choice-kernel
+@kernel
+def topk_kernel(
+    keys, topk_ids, num_tokens, E: constexpr, EXPERTS: constexpr, K: constexpr, TOKENS: constexpr
+):
+    """Program b: for TOKENS tokens K times the best key that is left -> topk_ids, in descending order."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, EXPERTS)
+    is_key = (token < num_tokens)[:, None] & (expert < E)[None, :]
+    left = tl.load(keys + token[:, None] * E + expert[None, :], mask=is_key, other=float("-inf"))
+    for k in tl.static_range(K):
+        _, best, _, left = take_best(left, expert, E)
+        tl.store(topk_ids + token * K + k, best.to(tl.int64), mask=token < num_tokens)
+
+
+@register("choice", "one_launch")
+def choose_in_one_launch(keys: Tensor, top_k: int) -> Tensor:
+    """keys float32 [T, E] -> int64 [T, K], as choose_largest; of equal keys the first.
+
+    One launch on a GPU for at most 1,024 experts and top-16; elsewhere PyTorch's topk. At least K keys of a row must be
+    above -inf.
+    """
+    num_tokens, num_experts = keys.shape
+    fits = num_tokens > 0 and num_experts <= 1024 and top_k <= 16
+    if not (fits and uses_kernels(keys)):
+        return choose_largest(keys, top_k)
+    width = 1 << (num_experts - 1).bit_length()
+    topk_ids, tokens = keys.new_empty(num_tokens, top_k, dtype=torch.int64), max(1, 2048 // width)
+    topk_kernel[(-(-num_tokens // tokens),)](
+        keys.contiguous(), topk_ids, num_tokens, num_experts, width, top_k, tokens, num_warps=4
+    )
+    return topk_ids
+
+
+# %% notebooks/14_kernels.ipynb #fp8-kernels
+FLOAT8 = torch.float8_e4m3fn
+
+
+@kernel
+def scale_rows_kernel(x, values, scales, num_columns, x_stride, BLOCK: constexpr):
+    """Program r: row r of x, divided by its scale, so that its largest number is 448."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    piece = tl.load(x + row * x_stride + column, mask=column < num_columns, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(piece), axis=0), 1e-12) / 448
+    tl.store(scales + row, scale)
+    narrow = (piece / scale).to(values.dtype.element_ty)
+    tl.store(values + row * num_columns + column, narrow, mask=column < num_columns)
+
+
+@kernel
+def scale_columns_kernel(w, values, scales, depth, num_columns, DEEP: constexpr, WIDE: constexpr):
+    """Program (e, b): WIDE columns of expert e's w [depth, columns], each divided by its scale and stored as a row."""
+    e, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    is_column, first = column < num_columns, e * depth * num_columns
+    largest, start = tl.zeros([WIDE], dtype=tl.float32), 0
+    while start < depth:
+        deep = start + tl.arange(0, DEEP)
+        is_read = (deep < depth)[:, None] & is_column[None, :]
+        at = first + deep[:, None] * num_columns + column[None, :]
+        piece = tl.load(w + at, mask=is_read, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(piece), axis=0))
+        start += DEEP
+    scale, start = tl.maximum(largest, 1e-12) / 448, 0
+    tl.store(scales + e * num_columns + column, scale, mask=is_column)
+    while start < depth:
+        deep = start + tl.arange(0, DEEP)
+        is_read = (deep < depth)[:, None] & is_column[None, :]
+        at = first + deep[:, None] * num_columns + column[None, :]
+        piece = tl.load(w + at, mask=is_read, other=0.0).to(tl.float32)
+        narrow = tl.trans((piece / scale[None, :]).to(values.dtype.element_ty))
+        at = first + column[:, None] * depth + deep[None, :]
+        tl.store(values + at, narrow, mask=is_column[:, None] & (deep < depth)[None, :])
+        start += DEEP
+
+
+# %% notebooks/14_kernels.ipynb #fp8-scaled
+@dataclass(frozen=True)
+class Scaled:
+    """values float8 [..., n, i] and scales float32 [..., n], one a row; values * scales[..., None] is meant."""
+
+    values: Tensor
+    scales: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def meant(self, dtype: torch.dtype) -> Tensor:
+        """What was meant, rounded, [..., n, i]."""
+        return (self.values.float() * self.scales.unsqueeze(-1)).to(dtype)
+
+
+def scale_rows(x: Tensor) -> Scaled:
+    """x [n, i] -> Scaled [n, i]: each row's largest number becomes 448. Reads x once."""
+    if not (uses_kernels(x) and x.numel()):
+        scales = x.float().abs().amax(-1).clamp(min=1e-12) / 448
+        return Scaled((x.float() / scales.unsqueeze(-1)).to(FLOAT8), scales)
+    values, scales = torch.empty_like(x, dtype=FLOAT8), x.new_empty(len(x), dtype=torch.float32)
+    x, block = x if x.stride(1) == 1 else x.contiguous(), 1 << (x.shape[1] - 1).bit_length()
+    scale_rows_kernel[(len(x),)](x, values, scales, x.shape[1], x.stride(0), block, num_warps=8)
+    return Scaled(values, scales)
+
+
+def scale_columns(w: Tensor) -> Scaled:
+    """w [L, i, o] -> Scaled [L, o, i]: each column becomes a row whose largest number is 448. Reads w twice."""
+    if not uses_kernels(w):
+        scales = w.float().abs().amax(1).clamp(min=1e-12) / 448
+        return Scaled((w.float() / scales.unsqueeze(1)).to(FLOAT8).transpose(1, 2).contiguous(), scales)
+    num_local, depth, num_columns = w.shape
+    values = w.new_empty(num_local, num_columns, depth, dtype=FLOAT8)
+    scales = w.new_empty(num_local, num_columns, dtype=torch.float32)
+    grid = num_local, -(-num_columns // 64)
+    scale_columns_kernel[grid](w.contiguous(), values, scales, depth, num_columns, 128, 64, num_warps=8)
+    return Scaled(values, scales)
+
+
+# %% notebooks/14_kernels.ipynb #fp8-products
+class Float8Products(GroupedProducts):
+    """GroupedProducts whose forward products take eight-bit factors, one scale a row and a column (e4m3)."""
+
+    in_backward = GroupedProducts
+
+    @staticmethod
+    def rows(x: Tensor, order: RowOrder) -> Scaled:
+        """x [T, D], D even -> the sorted rows, Scaled [R, D]: rounded before they are copied."""
+        scaled, top_k = scale_rows(x), order.row_of_choice.shape[1]
+        pairs = copy_to_rows(scaled.values.view(torch.bfloat16), order)
+        scales = (
+            scaled.scales[order.choice_of_row.clamp(min=0) // top_k] if len(x) else x.new_ones(len(pairs))
+        )
+        return Scaled(pairs.view(FLOAT8), scales)
+
+    def times(self, rows: Scaled | Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See BlockProducts. A GPU adds up in its matrix units' own precision (use_fast_accum)."""
+        rows, weights, dtype = scale_rows(rows) if isinstance(rows, Tensor) else rows, weights, weights.dtype
+        if not rows.values.is_cuda or not len(rows):
+            return super().times(rows.meant(dtype), scale_columns(weights).meant(dtype).transpose(1, 2), bias)
+        columns, by_row = scale_columns(weights), F.ScalingType.RowWise
+        out = F.scaled_grouped_mm(
+            rows.values, columns.values.transpose(1, 2), rows.scales, by_row, columns.scales, by_row,
+            offs=self.offsets, output_dtype=dtype, use_fast_accum=True,
+        )  # fmt: skip
+        return out if bias is None else torch.addmm(out, self.membership.to(out.dtype), bias)
+
+
+@register("experts", "grouped_fp8")
+class Float8Experts(GroupedExperts):
+    """grouped, with the forward products in eight bits. Its parity limit is its own: 6e-2."""
+
+    products = Float8Products
+    needs = "what grouped needs, and on a GPU a Hopper or newer"
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Never auto's: it changes the numbers. On a CPU it only rounds."""
+        runs = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+        return 0.5 if runs and GroupedExperts.preference(config, device, ep_size) else 0
+
+
+# %% notebooks/14_kernels.ipynb #quack-products
+import importlib.util
+
+
+@dataclass(frozen=True)
+class IndexedRows:
+    """The sorted rows x[token], which nobody has copied. x [T, n]; token int32 [R]."""
+
+    x: Tensor
+    token: Tensor
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+
+class QuackProducts(GroupedProducts):
+    """The methods of GroupedProducts by quack-kernels' products, which read rows by their index. bfloat16, no bias."""
+
+    @staticmethod
+    def rows(x: Tensor, order: RowOrder) -> IndexedRows:
+        """x [T, D] -> IndexedRows: nothing is copied but an index."""
+        return IndexedRows(x, (order.choice_of_row // order.row_of_choice.shape[1]).int())
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """int32 [L + 1]: where each expert's rows begin, and where the last ones end."""
+        return F.pad(self.offsets, (1, 0))
+
+    def times(self, rows: IndexedRows | Tensor, weights: Tensor, bias: None = None) -> Tensor:
+        """See BlockProducts."""
+        from quack.gemm_interface import gemm
+
+        x, token = (rows.x, rows.token) if isinstance(rows, IndexedRows) else (rows, None)
+        if not len(rows):
+            return x.new_empty(0, weights.shape[2])
+        return gemm(x, weights, cu_seqlens_m=self.starts, A_idx=token, tuned=False)
+
+    def add_times(self, out: Tensor, rows: Tensor, weights: Tensor) -> None:
+        """out [R, o] += the product, in the same launch."""
+        from quack.gemm_interface import gemm_add
+
+        if len(rows):
+            gemm_add(rows, weights, C=out, out=out, cu_seqlens_m=self.starts, tuned=False)
+
+    def weight_gradient(self, rows: IndexedRows | Tensor, grad: IndexedRows | Tensor) -> Tensor:
+        """See BlockProducts. An index belongs to the first factor: where it is grad's, the product is transposed."""
+        from quack.gemm_interface import gemm
+
+        is_turned = isinstance(grad, IndexedRows)
+        first, second = (grad, rows) if is_turned else (rows, grad)
+        x, token = (first.x, first.token) if isinstance(first, IndexedRows) else (first, None)
+        sizes = (second.shape[1], x.shape[1]) if is_turned else (x.shape[1], second.shape[1])
+        out = (x.new_empty if len(first) else x.new_zeros)(len(self.counts), *sizes)
+        into = out.transpose(1, 2) if is_turned else out
+        if len(first):
+            gemm(x.t(), second, out=into, cu_seqlens_k=self.starts, A_idx=token, tuned=False)
+        return out
+
+
+@register("experts", "quack")
+class QuackExperts(GroupedExperts):
+    """All experts in one product of quack-kernels each; no rows are copied. Gated activations without biases."""
+
+    products = QuackProducts
+    needs = (
+        "the package quack-kernels, a Hopper GPU or newer, bfloat16, and a gated activation without biases"
+    )
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Where the package is installed, and the card and the layer are those it is written for."""
+        activation = REGISTRIES["activation"][config.activation]
+        fits = activation.is_gated and not activation.has_bias and importlib.util.find_spec("quack")
+        is_new = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        return 40 if fits and is_new and GroupedExperts.preference(config, device, ep_size) else 0
 
 
 # ==========================================================================================================
