@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "b2eee2eb358029757488a2eccaf9ab35b3d27b3b17492728b36e0b6ad21fa44e"
+SOURCES_SHA256 = "d85f58831657663ac26dd8d81e00da47e502aede831d8c2997fd65dbbee09d22"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2711,9 +2711,11 @@ def rank_kernel(topk_ids, row_of_choice, table, num_choices, num_experts, CHUNK:
     choice = tl.program_id(0).to(tl.int64) * CHUNK + place
     expert = tl.load(topk_ids + choice, mask=choice < num_choices, other=-1).to(tl.int32)
     expert = tl.where(expert < 0, num_experts, expert)
-    is_same = (expert[:, None] == expert[None, :]).to(tl.int32)
-    rank = tl.sum(tl.where(place[None, :] < place[:, None], is_same, 0), axis=1)
-    is_last = rank == tl.sum(is_same, axis=1) - 1
+    both = tl.where(
+        place[None, :] < place[:, None], 65537, 1
+    )  # two sums in one: earlier ones count 2^16 besides
+    both = tl.sum(tl.where(expert[:, None] == expert[None, :], both, 0), axis=1)
+    rank, is_last = both >> 16, (both >> 16) == (both & 65535) - 1
     tl.store(row_of_choice + choice, rank.to(tl.int64), mask=choice < num_choices)
     tl.store(table + tl.program_id(0) * (num_experts + 1) + expert, rank + 1, mask=is_last)
 
@@ -2760,15 +2762,17 @@ def place_kernel(
 
 # %% notebooks/06_grouped_experts.ipynb #order-rows
 def order_by_counting(topk_ids: Tensor, num_experts: int, num_rows: int) -> RowOrder:
-    """order_rows on a GPU: four launches, and 4 * (E + 1) bytes for every 128 choices."""
-    num_choices, chunk, width = topk_ids.numel(), 128, 16
+    """order_rows on a GPU: four launches, and 4 * (E + 1) bytes for every 64 choices."""
+    num_choices, chunk, width = topk_ids.numel(), 64, 16
     num_chunks, topk_ids = -(-num_choices // chunk), topk_ids.contiguous()
     table = topk_ids.new_zeros(num_chunks, num_experts + 1, dtype=torch.int32)
     counts, choice_of_row = topk_ids.new_empty(num_experts + 1), topk_ids.new_empty(num_rows)
     row_of_choice = torch.empty_like(topk_ids)
     sizes = num_choices, num_experts
     rank_kernel[(num_chunks,)](topk_ids, row_of_choice, table, *sizes, chunk, num_warps=4)
-    scan_kernel[(-(-(num_experts + 1) // width),)](table, counts, num_chunks, num_experts, chunk, width)
+    scan_kernel[(-(-(num_experts + 1) // width),)](
+        table, counts, num_chunks, num_experts, 512, width, num_warps=8
+    )
     place_kernel[(num_chunks,)](
         topk_ids, table, counts, row_of_choice, choice_of_row, num_choices, num_rows, num_experts, chunk, 64,
         num_warps=4,
