@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "d85f58831657663ac26dd8d81e00da47e502aede831d8c2997fd65dbbee09d22"
+SOURCES_SHA256 = "d9a77eeae987262f459dfbed3187eb518983ae10c38fb9a6a68b1cda4ec5d8b3"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -7021,15 +7021,16 @@ class Float8Products(GroupedProducts):
 
 @register("experts", "grouped_fp8")
 class Float8Experts(GroupedExperts):
-    """grouped, with the forward products in eight bits. Its parity limit is its own: 6e-2."""
+    """grouped, with the forward products in eight bits, in bfloat16. Its parity limit is its own."""
 
-    products = Float8Products
-    needs = "what grouped needs, and on a GPU a Hopper or newer"
+    products, parity_limit = Float8Products, 0.1
+    needs = "bfloat16, rows of multiples of 16 bytes, and on a GPU a Hopper or newer"
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
         """Never auto's: it changes the numbers. On a CPU it only rounds."""
-        runs = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+        is_new = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+        runs = is_new and config.dtype == "bfloat16"
         return 0.5 if runs and GroupedExperts.preference(config, device, ep_size) else 0
 
 
@@ -7103,11 +7104,16 @@ class QuackExperts(GroupedExperts):
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Where the package is installed, and the card and the layer are those it is written for."""
+        """Where the package is installed, and layer and card are those it is written for: the first choice for narrow
+        experts, whose products are small beside the copies that they spare."""
         activation = REGISTRIES["activation"][config.activation]
-        fits = activation.is_gated and not activation.has_bias and importlib.util.find_spec("quack")
-        is_new = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        return 40 if fits and is_new and GroupedExperts.preference(config, device, ep_size) else 0
+        fits = activation.is_gated and not activation.has_bias and device.type == "cuda"
+        if not (
+            fits and GroupedExperts.preference(config, device, ep_size) and importlib.util.find_spec("quack")
+        ):
+            return 0
+        is_new = torch.cuda.get_device_capability(device) >= (9, 0)
+        return (60 if config.ffn_dim <= 1024 else 40) if is_new else 0
 
 
 # ==========================================================================================================
