@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "d9a77eeae987262f459dfbed3187eb518983ae10c38fb9a6a68b1cda4ec5d8b3"
+SOURCES_SHA256 = "a96a1809597657abfcda5cf938546693309fa15c9f7885c51a35ab74c56e2132"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -6991,6 +6991,11 @@ def scale_columns(w: Tensor) -> Scaled:
 
 
 # %% notebooks/14_kernels.ipynb #fp8-products
+def is_hopper(device: torch.device) -> bool:
+    """Whether this GPU is a Hopper or newer."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 class Float8Products(GroupedProducts):
     """GroupedProducts whose forward products take eight-bit factors, one scale a row and a column (e4m3)."""
 
@@ -7029,8 +7034,7 @@ class Float8Experts(GroupedExperts):
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
         """Never auto's: it changes the numbers. On a CPU it only rounds."""
-        is_new = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
-        runs = is_new and config.dtype == "bfloat16"
+        runs = (device.type != "cuda" or is_hopper(device)) and config.dtype == "bfloat16"
         return 0.5 if runs and GroupedExperts.preference(config, device, ep_size) else 0
 
 
@@ -7112,8 +7116,7 @@ class QuackExperts(GroupedExperts):
             fits and GroupedExperts.preference(config, device, ep_size) and importlib.util.find_spec("quack")
         ):
             return 0
-        is_new = torch.cuda.get_device_capability(device) >= (9, 0)
-        return (60 if config.ffn_dim <= 1024 else 40) if is_new else 0
+        return (60 if config.ffn_dim <= 1024 else 40) if is_hopper(device) else 0
 
 
 # ==========================================================================================================

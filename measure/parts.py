@@ -33,23 +33,6 @@ def kinds(layer: ep.EPMoE) -> list[str]:
     return [k for k in usual if ep.REGISTRIES["experts"][k].preference(layer.config, device, 1) > 0]
 
 
-def sorting_parts(recorder: record.Recorder, keys: Tensor, top_k: int) -> dict[str, Part]:
-    """The choice and the order of rows, of every launcher; and PyTorch's topk."""
-    num_experts, ids = keys.shape[1], ep.choose_largest(keys, top_k)
-    chosen, choices = keys.nbytes + ids.nbytes, 2 * ids.nbytes + 8 * num_experts
-    parts: dict[str, Part] = {
-        "choice, topk": (lambda: ep.choose_largest(keys, top_k), chosen),
-        "choice, one launch": (lambda: ep.choose_in_one_launch(keys, top_k), chosen),
-        "softmax": (lambda: keys.softmax(-1), 2 * keys.nbytes),
-    }
-    for prefix, launcher in recorder.launchers.items():
-        parts[f"{prefix}order_rows"] = (
-            lambda launcher=launcher: launcher.ep.order_rows(ids, num_experts),
-            ids.nbytes + choices,
-        )
-    return parts
-
-
 def moving_parts(layer: ep.EPMoE, x: Tensor, order: ep.RowOrder) -> dict[str, Part]:
     """Copies, sums and activations, in their order in a pass."""
     w1, num_rows = layer.experts.w1.detach(), len(order.choice_of_row)
@@ -153,8 +136,7 @@ def one_size(recorder: record.Recorder, size: str) -> dict:
     with torch.no_grad():
         routing = layer.router(x)
         order = ep.order_rows(routing.topk_ids, c.num_experts)
-        parts = sorting_parts(recorder, routing.probs, c.top_k)
-        parts |= moving_parts(layer, x, order) | product_parts(layer, x, order)
+        parts = moving_parts(layer, x, order) | product_parts(layer, x, order)
         found = {"parts": timed_parts(recorder, size, parts)}
     del parts
     recorder.free_memory()
