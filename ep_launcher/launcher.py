@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "931183d3030e85a183cbd5d01f071ee8ffeab729c6709e8430dab6c60441d37e"
+SOURCES_SHA256 = "99b22a160632ea7153f74a13d101b6f9401316c5a770724c6378c28327ad481e"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -819,6 +819,13 @@ class GateLogits(torch.autograd.Function):
 
 
 # %% notebooks/03_experts.ipynb #router
+class Gate(nn.Linear):
+    """A linear layer that draws nothing when it is made: its router does, from the seed."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the parameters as they are."""
+
+
 @register("router", "softmax")
 class Router(KeepsPrecision):
     """Scores every expert for every token and picks the top_k best: softmax of one linear layer, the gate.
@@ -831,10 +838,7 @@ class Router(KeepsPrecision):
         super().__init__()
         self.config, self.seed = config, seed
         dtype = torch.promote_types(DTYPES[config.dtype], torch.float32)
-        device = torch.get_default_device() if device is None else device  # skip_init leaves None's on meta
-        self.gate = nn.utils.skip_init(
-            nn.Linear, config.hidden_dim, config.num_experts, config.router_bias, device=device, dtype=dtype
-        )
+        self.gate = Gate(config.hidden_dim, config.num_experts, config.router_bias, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -2053,6 +2057,22 @@ class EagerStep:
         return losses
 
 
+# %% notebooks/04_training.ipynb #optimizer
+import inspect
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, whose first use does not import torch's compiler: a second less at the start of every rank."""
+
+    add_param_group = torch.optim.AdamW.add_param_group.__wrapped__
+    zero_grad = torch.optim.AdamW.zero_grad.__wrapped__
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Any:
+        """One update; see torch.optim.AdamW."""
+        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+
+
 # %% notebooks/04_training.ipynb #train
 def pick_step(run: Run, model: nn.Module) -> str:
     """The name of the kind of step that --step names, or of the one that likes this run best. CannotRun for one
@@ -2091,7 +2111,7 @@ def train(run: Run) -> dict[str, Any]:
     task = make_task(run.config, options.seed, run.num_global_tokens, mesh.batch, device)
     took = moe_layers(model)[0].took | {"step": pick_step(run, model)}
     is_capturable = device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True, capturable=is_capturable)
+    optimizer = AdamW(model.parameters(), lr=options.lr, fused=True, capturable=is_capturable)
     advance = REGISTRIES["step"][took["step"]](run, model, task, optimizer)
     shared = "" if mesh.ep.size == mesh.batch.size else f", ep size {mesh.ep.size}"
     names = ", ".join(f"{kind} {name}" for kind, name in took.items())
