@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "99b22a160632ea7153f74a13d101b6f9401316c5a770724c6378c28327ad481e"
+SOURCES_SHA256 = "b1965f2ca6be961a29deffbeded2e4197a108bb9d0d0d8769736cd6bdb269622"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1123,7 +1123,6 @@ class EPMoE(nn.Module):
         self.shared = SharedExperts(config, seed, device) if config.num_shared_experts else None
         self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
         self.aux_shares, self.recorded_aux = AuxShares(), True
-        self.run = kept_from_compiler(type(self).forward_tokens, self.mesh.ep.size)
         self.overlap = REGISTRIES["overlap"][pick("overlap", config, device, self.mesh.ep.size)]
         self.overlap.check(self)
 
@@ -1143,10 +1142,19 @@ class EPMoE(nn.Module):
         refuse_wrappers(self)
         kind = x.device.type
         if x.is_meta or not torch.is_autocast_enabled(kind):
-            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+            return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)
         x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+            return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+    def run(self, x: Tensor) -> Tensor:
+        """forward_tokens; on several ranks torch.compile leaves it alone, since ranks must enter collectives alike."""
+        forward = type(self).forward_tokens
+        if (
+            self.mesh.ep.size > 1 and torch.compiler.is_compiling()
+        ):  # not before: it would import the compiler
+            forward = torch.compiler.disable(forward)
+        return forward(self, x)
 
     def route(self, x: Tensor) -> Routing:
         """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
@@ -1235,11 +1243,6 @@ def check_tokens(x: Tensor, config: MoEConfig) -> None:
     num_tokens, limit = math.prod(x.shape[:-1]), config.max_num_tokens
     if limit is not None and num_tokens > limit:
         raise ValueError(f"{num_tokens} tokens on one rank, above max_num_tokens {limit}")
-
-
-def kept_from_compiler(function: Callable, ep_size: int) -> Callable:
-    """The function; on several ranks one that torch.compile leaves alone, since ranks must enter collectives alike."""
-    return function if ep_size == 1 else torch.compiler.disable(function)
 
 
 def is_recomputing() -> bool:
