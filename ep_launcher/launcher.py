@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "b1965f2ca6be961a29deffbeded2e4197a108bb9d0d0d8769736cd6bdb269622"
+SOURCES_SHA256 = "ba7e6865e41a328402d7d03b5e9f6df634e0246d2ec7aabf578c3fc53126a8f0"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1150,9 +1150,8 @@ class EPMoE(nn.Module):
     def run(self, x: Tensor) -> Tensor:
         """forward_tokens; on several ranks torch.compile leaves it alone, since ranks must enter collectives alike."""
         forward = type(self).forward_tokens
-        if (
-            self.mesh.ep.size > 1 and torch.compiler.is_compiling()
-        ):  # not before: it would import the compiler
+        # disable() imports the compiler: not before somebody compiles.
+        if self.mesh.ep.size > 1 and torch.compiler.is_compiling():
             forward = torch.compiler.disable(forward)
         return forward(self, x)
 
