@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
-from measure import corpus, record  # noqa: E402
+from measure import corpus, peers, record  # noqa: E402
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bfloat16, NVIDIA's data sheets (SXM)
 COMMON = "--model lm --task text --activation swiglu --warmup-steps 50 --final-lr 0.05 --max-grad-norm 1"
@@ -54,7 +54,7 @@ SIZES = {  # flags, then steps
         6,
     ),
 }
-# What the comparison on two GPUs trains: about 1 B parameters in all, of which a token meets 0.17 B.
+# What the comparison on two GPUs trains: 0.94 B parameters in all, of which a token meets 0.15 B.
 BILLION = (
     "--hidden-dim 1024 --ffn-dim 768 --num-layers 12 --num-heads 16 --num-kv-heads 4 --num-experts 32 --top-k 4 "
     "--context 1024 --dtype bfloat16 --lr 1e-4"
@@ -66,6 +66,7 @@ SPEEDS = {  # flags of each variant
     "experts, dedup": "--ep-size 2 --dispatcher dedup",
     "experts, gather_tokens": "--ep-size 2 --dispatcher gather_tokens",
     "experts, peer": "--ep-size 2 --dispatcher peer",
+    "experts, torchtitan": "--ep-size 2 --dispatcher all_to_all --aux-alpha 0",
 }
 POINTS = 12  # places of a curve
 LAST_TOKENS = 2**20  # of the text held out, for the last of them
@@ -111,6 +112,9 @@ def gpu_jobs(size: str = "small", large: str = "large") -> Iterator[Job]:
         yield Job(f"top-{top_k}", "top_k", size, flags=sizes)
     yield Job("no balance", "balance", size, flags="--balance none")
     yield Job("bias", "balance", size, flags="--balance bias --router sigmoid --normalize-topk")
+    for seed in range(3):
+        yield Job("normalised", "normalised", size, seed, flags="--normalize-topk")
+    yield Job("64 experts, normalised", "normalised", size, flags="--num-experts 64 --normalize-topk")
     for seed in range(3):
         same = {"as_long_as": "experts", "by": "compiled", "is_dense": True}
         yield Job("dense, equal time compiled", "compiled", size, seed, **same)
@@ -318,6 +322,37 @@ def fill(model: torch.nn.Module) -> None:
                 p.uniform_(-(p.shape[-1] ** -0.5), p.shape[-1] ** -0.5)
 
 
+class TitanStep:
+    """An eager training step with torchtitan's layers in the place of ours, everything else as it was.
+
+    They have no aux loss here, and the norm is not clipped: both are left out in torchtitan's favour.
+    """
+
+    def __init__(self, model: ep.Decoder, task: Any, run: ep.Run, folder: Path) -> None:
+        from torch.distributed.tensor import DTensor
+
+        mesh = torch.distributed.init_device_mesh(
+            run.device.type, (run.mesh.ep.size,), mesh_dim_names=("ep",)
+        )
+        for block in model.layers:
+            theirs = peers.torchtitan_layer(block.mlp, folder, mesh)
+            block.mlp = torch.nn.Module()
+            block.mlp.moe, block.mlp.forward = theirs, peers.forward_of(theirs)
+        self.model, self.task, self.batch = model, task, run.mesh.batch
+        self.others = [p for p in model.parameters() if not isinstance(p, DTensor)]
+        experts = [p for p in model.parameters() if isinstance(p, DTensor)]
+        self.optimizers = [torch.optim.AdamW(of, lr=1e-4, fused=True) for of in (self.others, experts)]
+
+    def __call__(self) -> None:
+        """Forward, backward, the sum over the batch, the update."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        self.task.loss(self.model, self.task.next()).backward()
+        ep.sum_over(self.batch, [p.grad for p in self.others if p.grad is not None])
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
 def speed(recorder: record.Recorder, name: str) -> dict[str, Any]:
     """Tokens a second of one variant: warm-up, then samples of the slowest rank."""
     args, device = recorder.args, recorder.device
@@ -327,18 +362,22 @@ def speed(recorder: record.Recorder, name: str) -> dict[str, Any]:
     run = made(f"{sizes} {tokens} {SPEEDS[name]}", 0, name.startswith("dense"), device)
     model = ep.Decoder(run.config, run.mesh, 0, "meta").to_empty(device=device)
     fill(model)
+    flops = ep.training_flops(model, run.config.option(ep.TextOptions).context)
     task = ep.TextStream(run.config, 0, run.num_global_tokens, run.mesh.batch, device)
-    kind, advance = step_of(args.step, run, model, task, optimizer_of(model, run))
+    counts, took = ep.parameter_counts(model), [layer.took for layer in ep.moe_layers(model)[:1]]
+    if name.endswith("torchtitan"):
+        kind, advance, took = "eager", TitanStep(model, task, run, args.torchtitan), []
+    else:
+        kind, advance = step_of(args.step, run, model, task, optimizer_of(model, run))
     if recorder.on_gpu:
         torch.cuda.reset_peak_memory_stats()
     samples = recorder.alternate({name: advance}, steps=args.steps or 1, warm_up=3)[name]
-    counts, flops = ep.parameter_counts(model), ep.training_flops(model, task.context)
     best = record.medians({name: samples})[name]
     rate = run.num_global_tokens / best * 1e3
     peak = next((p for card, p in PEAK_FLOPS.items() if card in ep.device_model(device)), None)
-    took = ep.moe_layers(model)[0].took if ep.moe_layers(model) else None
     kept = {
-        "flags": SPEEDS[name], "step": kind, "took": took, "parameters": counts, "flops_per_token": flops,
+        "flags": SPEEDS[name], "step": kind, "took": took[0] if took else None, "parameters": counts,
+        "flops_per_token": flops,
         "tokens_per_step": run.num_global_tokens, "median_ms": best, "tokens_per_s": round(rate),
         "mfu": peak and round(rate * flops / (peak * recorder.comm.size), 4),
         "peak_bytes": torch.cuda.max_memory_allocated() if recorder.on_gpu else None, "samples_ms": samples,
@@ -360,7 +399,7 @@ def speeds(recorder: record.Recorder) -> None:
             continue
         try:
             found[name] = speed(recorder, name)
-        except (ValueError, torch.OutOfMemoryError) as error:  # the same on every rank
+        except (ValueError, ImportError, RuntimeError) as error:  # the same on every rank
             recorder.say(f"{name}: {str(error).splitlines()[0]}")
             recorder.free_memory()
             continue
@@ -380,11 +419,16 @@ def main() -> None:
     flags.set_defaults(steps=None)
     flags.add_argument("--minutes", type=float, help="begin no run after so many")
     flags.add_argument(
-        "--only", nargs="+", choices=["main", "large", "experts", "top_k", "balance", "compiled"]
+        "--only",
+        nargs="+",
+        choices=["main", "large", "experts", "top_k", "balance", "normalised", "compiled"],
     )
     flags.add_argument("--workers", type=int, default=1, help="runs side by side")
     flags.add_argument("--speed", action="store_true", help="time steps of a model of 1 B parameters instead")
     flags.add_argument("--step", choices=["auto", "eager"], default="auto")
+    flags.add_argument(
+        "--torchtitan", type=Path, default=record.ROOT / "build/torchtitan", help="its package"
+    )
     flags.add_argument("--tokens", type=int, default=16384, help="of a rank, with --speed")
     record.main(lambda recorder: (speeds if recorder.args.speed else compare)(recorder), flags)
 
