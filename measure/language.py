@@ -2,7 +2,7 @@
 
     python measure/corpus.py                            first: the text, into build/
     python measure/language.py --minutes 8              on one GPU, into results/<device>_language.json
-    python measure/language.py --only main --steps 400  dense against experts alone
+    python measure/language.py --only normalised        one part, into results/<device>_language_normalised.json
     python measure/language.py --device cpu             the miniature on plays, into results/cpu_language.json
     python measure/language.py --speed --ranks 2        on two GPUs, into results/<device>_x2_language.json
 
@@ -78,7 +78,7 @@ READS_SOURCES = (
 
 @dataclass(frozen=True)
 class Job:
-    """One run. flags: what differs from the size's. as_long_as: another job, whose time it may take, by this step."""
+    """One run. flags: what differs from the size's. as_long_as: another job, whose time it may take."""
 
     name: str
     group: str
@@ -86,7 +86,6 @@ class Job:
     seed: int = 0
     flags: str = ""
     as_long_as: str = ""
-    by: str = "graph"
     is_dense: bool = field(default=False)
 
     @property
@@ -115,9 +114,6 @@ def gpu_jobs(size: str = "small", large: str = "large") -> Iterator[Job]:
     for seed in range(3):
         yield Job("normalised", "normalised", size, seed, flags="--normalize-topk")
     yield Job("64 experts, normalised", "normalised", size, flags="--num-experts 64 --normalize-topk")
-    for seed in range(3):
-        same = {"as_long_as": "experts", "by": "compiled", "is_dense": True}
-        yield Job("dense, equal time compiled", "compiled", size, seed, **same)
 
 
 def cpu_jobs() -> Iterator[Job]:
@@ -253,13 +249,13 @@ def trained_apart(args: Any, job: Job, steps: int) -> dict[str, Any]:
     return trained(record.Recorder(args), job, steps)
 
 
-def steps_of(job: Job, args: Any, times: dict[str, dict[str, Any]]) -> int | None:
-    """How many steps a run makes: as its size says, or as many as take the time of another; None: that is unknown."""
+def steps_of(job: Job, args: Any, times: dict[str, dict[str, Any]]) -> int:
+    """How many steps a run makes: as its size says, or as many as take the time of another."""
     steps = args.steps or SIZES[job.size][1]
     if not job.as_long_as:
         return steps
-    other, own = (times.get(name, {}).get(job.by) for name in (job.as_long_as, job.timed_as))
-    return max(2, round(steps * other["median_ms"] / own["median_ms"])) if other and own else None
+    other, own = (times[name]["graph"]["median_ms"] for name in (job.as_long_as, job.timed_as))
+    return max(2, round(steps * other / own))
 
 
 def with_time(kept: dict[str, Any], times: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
@@ -289,11 +285,9 @@ def compare(recorder: record.Recorder) -> None:
                 job = jobs.pop(0)
                 steps = steps_of(job, args, times)
                 alone = times.get(job.timed_as, {}).get("graph", {"median_ms": 0})["median_ms"]
-                lasts = (
-                    8 + (steps or 0) * alone * args.workers / 1e3
-                )  # if nothing is gained by running side by side
-                if steps is None or time.perf_counter() + lasts > end:
-                    recorder.say(f"{job.name} seed {job.seed}: left out, {steps or 'unknown'} steps")
+                lasts = 8 + steps * alone * args.workers / 1e3  # if nothing is gained side by side
+                if time.perf_counter() + lasts > end:
+                    recorder.say(f"no time left for {job.name}, seed {job.seed}")
                     continue
                 running[pool.submit(trained_apart, args, job, steps)] = job, time.perf_counter()
             for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
@@ -308,7 +302,8 @@ def compare(recorder: record.Recorder) -> None:
                 sizes = {name: {"flags": flags, "steps": n} for name, (flags, n) in SIZES.items()}
                 sha256 = corpus.SHA256 if runs[0]["size"] in READS_SOURCES else ep.BOOK_SHA256
                 text = {"sha256": sha256, "common_flags": COMMON, "workers": args.workers}
-                recorder.write("language", {"text": text, "sizes": sizes, "times": times, "runs": runs})
+                name = "_".join(["language", *(args.only or ())])
+                recorder.write(name, {"text": text, "sizes": sizes, "times": times, "runs": runs})
 
 
 def fill(model: torch.nn.Module) -> None:
@@ -393,7 +388,7 @@ def speeds(recorder: record.Recorder) -> None:
     recorder.end = time.perf_counter() + 60 * args.minutes if args.minutes else None
     found: dict[str, dict] = {}
     for name in SPEEDS:
-        kind = SPEEDS[name].partition("--dispatcher ")[2]
+        kind = SPEEDS[name].partition("--dispatcher ")[2].partition(" ")[0]
         if recorder.is_over() or (kind and kind not in ep.REGISTRIES["dispatcher"]):
             recorder.say(f"{name}: left out")
             continue
@@ -421,7 +416,7 @@ def main() -> None:
     flags.add_argument(
         "--only",
         nargs="+",
-        choices=["main", "large", "experts", "top_k", "balance", "normalised", "compiled"],
+        choices=["main", "large", "experts", "top_k", "balance", "normalised"],
     )
     flags.add_argument("--workers", type=int, default=1, help="runs side by side")
     flags.add_argument("--speed", action="store_true", help="time steps of a model of 1 B parameters instead")
