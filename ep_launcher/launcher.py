@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "931183d3030e85a183cbd5d01f071ee8ffeab729c6709e8430dab6c60441d37e"
+SOURCES_SHA256 = "9b2fcf1580a85e04a567cc8eefd46b50948c13e99d3885a6f0abe753f6aeec9e"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -132,7 +132,8 @@ class TrafficMeter:
     sent: {purpose: bytes by destination, a list with a place for every rank of the job}. A rank's message to
     itself costs nothing. num_collectives: how many it has entered, which names the straggler when a run hangs.
     under_way: the exchanges that have begun and not ended, by their numbers. readers: called before anybody
-    reads the bytes; each adds what kernels have counted (chapter 11).
+    reads the bytes; each adds what kernels have counted (chapter 11). checks: called then, before gradients are
+    summed and before a recorded step is played; each raises where a kernel has left a note of a failure.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -141,6 +142,7 @@ class TrafficMeter:
         self.num_collectives = 0
         self.under_way: dict[int, Any] = {}
         self.readers: list[Callable[[], None]] = []
+        self.checks: list[Callable[[], None]] = []
 
     def record(self, purpose: str, bytes_by_destination: list[int], ranks: list[int] | None = None) -> None:
         """Adds one collective's bytes to each destination, the rank's own share left out.
@@ -154,7 +156,7 @@ class TrafficMeter:
 
     def fetch(self) -> dict[str, list[int]]:
         """sent, with what the readers add: a host synchronisation where there are any."""
-        for read in self.readers:
+        for read in [*self.readers, *self.checks]:
             read()
         return self.sent
 
@@ -208,7 +210,10 @@ class Pending:
 
 
 def check_ended(meter: TrafficMeter) -> None:
-    """RuntimeError where an exchange has begun and nobody has ended it, with a note of the lines that began it."""
+    """RuntimeError where an exchange has begun and nobody has ended it, with a note of the lines that began it; what
+    the meter's checks raise."""
+    for check in meter.checks:
+        check()
     for number, pending in meter.under_way.items():
         error = RuntimeError(
             f"rank {meter.rank}: the exchange of {pending.purpose!r}, its collective {number}, was never ended; "
@@ -1916,7 +1921,7 @@ def check_finite(losses: Tensor, step: int) -> None:
 class Run:
     """Everything that one rank needs to train; made by `main`, or by hand in a notebook.
 
-    step: the training step it is in.
+    step: the training step it is in. fail: says on the screen why it ends, and returns the exit code; for threads.
     """
 
     config: MoEConfig
@@ -1925,6 +1930,7 @@ class Run:
     device: torch.device
     log: RunLog
     step: int = 0
+    fail: Callable[[Exception], int] | None = None
 
     def __post_init__(self) -> None:
         """Later chapters' option groups fit themselves to this run."""
@@ -2069,14 +2075,15 @@ def pick_step(run: Run, model: nn.Module) -> str:
 
 @dataclass
 class Training:
-    """What a run holds while it trains, for the hooks of option groups; notes: what they keep from step to step;
-    notes["summary"] is added to the summary."""
+    """What a run holds while it trains, for the hooks of option groups. advance: takes one step -> losses [2]; `begin`
+    may put another in its place. notes: what they keep from step to step; notes["summary"] is added to the summary."""
 
     run: Run
     model: nn.Module
     task: Any
     optimizer: torch.optim.Optimizer
     record: Record
+    advance: Callable[[], Tensor]
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -2097,7 +2104,7 @@ def train(run: Run) -> dict[str, Any]:
     names = ", ".join(f"{kind} {name}" for kind, name in took.items())
     run.log.write(f"{names}, world size {mesh.batch.size}{shared}")
     record = Record(run, model)
-    training = Training(run, model, task, optimizer, record)
+    training = Training(run, model, task, optimizer, record, advance)
     try:
         for begin in run.config.hooks("begin"):
             begin(training)
@@ -2105,7 +2112,7 @@ def train(run: Run) -> dict[str, Any]:
         for step in range(run.step, options.steps):
             run.step = step
             record.begin_step()
-            record.end_step(step, advance())
+            record.end_step(step, training.advance())
             for after_update in run.config.hooks("after_update"):
                 after_update(training)
     finally:
@@ -2516,7 +2523,8 @@ def report_failure(heartbeat: Heartbeat, error: Exception) -> int:
 
     Where the store is lost, one rank of each machine does, and torchrun is ended.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     is_first = heartbeat.first_to_report()
     is_lost = is_first is None
     if is_first or (is_lost and world_from_env()[2] == 0):
@@ -2587,6 +2595,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     store = init_distributed(device, options.timeout_s)
     run = Run(config, options, init_ep(ep_size_of(config, world_from_env()[1])), device, log)
     heartbeat = Heartbeat(store, run)
+    run.fail = functools.partial(report_failure, heartbeat)
     usual = signal.getsignal(signal.SIGINT)
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -3310,6 +3319,60 @@ class BmmExperts(Experts):
         return (torch.bmm(hidden, w2) if bias is None else torch.baddbmm(bias, hidden, w2)).flatten(0, 1)
 
 
+# %% notebooks/06_grouped_experts.ipynb #replays
+import weakref
+
+
+def watch_over(
+    check: Callable[[], None], fail: Callable[[Exception], object] | None = None, grace_s: float = 0
+) -> None:
+    """A thread that calls check, a method, twice a second, as long as its object lives. Where it raises
+    CollectiveError, and grace_s later nobody else has ended the process, the thread does: fail(error), exit code 1.
+    """
+    method = weakref.WeakMethod(check)
+
+    def look() -> None:
+        while (still_there := method()) is not None:
+            try:
+                still_there()
+            except CollectiveError as error:
+                time.sleep(grace_s)
+                fail(error) if fail else print(f"error: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
+            del still_there
+            time.sleep(0.5)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+class Replays:
+    """Replays of a recorded step, begun and ended: who waits for a rank that never comes finds out in limit_s.
+
+    begun counts on the host. The recording itself counts those that have ended, in memory that the host can read while
+    the device works: so nothing waits, and no CUDA call disturbs a stream.
+    """
+
+    def __init__(self, limit_s: float, fail: Callable[[Exception], object] | None = None) -> None:
+        self.begun, self.limit_s, self.seen, self.since = 0, limit_s, 0, time.monotonic()
+        self.ended = torch.zeros(1, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        watch_over(self.check, fail)
+
+    def record_end(self, count: Tensor) -> None:
+        """The last thing in a recording. count: int64 [1] on its device, 0."""
+        count.add_(1)
+        self.ended.copy_(count, non_blocking=True)
+
+    def check(self) -> None:
+        """CollectiveError where one has been under way for limit_s, and no other has ended meanwhile."""
+        ended, now = int(self.ended), time.monotonic()
+        if ended == self.begun or ended != self.seen:
+            self.seen, self.since = ended, now
+        elif now - self.since > self.limit_s:
+            raise CollectiveError(
+                f"replay {ended + 1} of the recorded step has not ended in {self.limit_s:g} s"
+            )
+
+
 # %% notebooks/06_grouped_experts.ipynb #graph-step
 @register("step", "graph")
 class GraphStep:
@@ -3323,6 +3386,7 @@ class GraphStep:
         self.eager = REGISTRIES["step"]["eager"](run, model, task, optimizer)
         self.graph, self.losses, self.model = torch.cuda.CUDAGraph(), None, model
         self.meter, self.sent = run.mesh.meter, {}
+        self.replays = Replays(run.options.timeout_s, run.fail)
 
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
@@ -3360,8 +3424,10 @@ class GraphStep:
         generator.set_state(before[1])
         self.graph.register_generator_state(generator)
         self.meter.sent.clear()
+        count = torch.zeros(1, dtype=torch.int64, device=generator.device)
         with torch.cuda.graph(self.graph):
             self.losses = eager()
+            self.replays.record_end(count)
         self.sent = {purpose: list(sent) for purpose, sent in self.meter.sent.items()}
         self.meter.sent.clear()
 
@@ -3369,6 +3435,8 @@ class GraphStep:
         """One step -> the global losses [2] before its update. The meter counts what the recording sent, anew."""
         if self.losses is None:
             self.record()
+        check_ended(self.meter)
+        self.replays.begun += 1
         self.graph.replay()
         for purpose, sent in self.sent.items():
             self.meter.record(purpose, sent)
@@ -4996,6 +5064,7 @@ class PeerMemory:
     the other. For kernels: table int64 [2, W], the addresses of the ranks' slots and of their flags; state int64 [2],
     exchanges so far and programs of the running kernel that are done; looks, how often they look at a flag before they
     give up; missing int64 [W], 1 for a rank on which one gave up, where the host can read it; sent {pass: int64 [W]}.
+    overflow int64 [1]: choices that came and found no room, since somebody set it to 0; crowded, the same for the host.
     """
 
     def __init__(self, rank: int, blocks: list[Tensor], limit_s: float = 60, turns: int = 2) -> None:
@@ -5006,7 +5075,10 @@ class PeerMemory:
         self.table = torch.stack([flags + self.flag_bytes, flags])
         self.state = torch.zeros(2, dtype=torch.int64, device=device)
         self.looks = int(limit_s * 5e6)  # a look takes about 0.2 microseconds
-        self.missing = torch.zeros(len(blocks), dtype=torch.int64, pin_memory=device.type == "cuda")
+        on_gpu = device.type == "cuda"
+        self.missing = torch.zeros(len(blocks), dtype=torch.int64, pin_memory=on_gpu)
+        self.crowded = torch.zeros(1, dtype=torch.int64, pin_memory=on_gpu)
+        self.overflow, self.noted = self.state.new_zeros(1), torch.cuda.Event() if on_gpu else None
         self.sent = {name: torch.zeros(len(blocks), dtype=torch.int64, device=device) for name in PASSES}
 
     def slot(self, rank: int, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -5026,17 +5098,15 @@ class PeerMemory:
                 f"rank {self.rank} gave up on rank {late}, which did not write to it within about {self.limit_s:g} s"
             )
 
-    def watch(self, grace_s: float = 5) -> None:
-        """For a thread: ends the process where a kernel has given up and grace_s later nobody has, as NCCL's watchdog
-        does. The host may wait in a recorded step, whose collectives nobody watches."""
-        while not self.missing.any():
-            time.sleep(0.5)
-        time.sleep(grace_s)
-        try:
-            self.check()
-        except CollectiveError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
+    def check_room(self) -> None:
+        """RuntimeError where more came in an earlier call than arrival_factor has room for; waits for that call."""
+        if self.noted is not None and not torch.cuda.is_current_stream_capturing():
+            self.noted.synchronize()
+        if self.crowded.any():
+            raise RuntimeError(
+                f"rank {self.rank}: {int(self.crowded)} choices more came than arrival_factor has room for, and what "
+                "the layer returned since is wrong; take a larger arrival_factor, or leave it out"
+            )
 
 
 def rider_start(num_rows: int, d: int, dtype: torch.dtype) -> int:
@@ -5061,7 +5131,7 @@ def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
     """The group's memory with slots of num_bytes at least; x says on which device, and whether kernels write.
 
     Collective where it has to be made, with twice as many bytes as the last one or more. CollectiveError where a rank
-    did not come to an earlier exchange.
+    did not come to an earlier exchange, RuntimeError where it had too little room.
     """
     made = memories_of(comm).setdefault((x.device, uses_kernels(x)), [])
     if not made or made[-1].slot_bytes < num_bytes:
@@ -5071,13 +5141,15 @@ def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
             group = dist.group.WORLD
             limit_s = group._get_backend(group._device_types[0]).options._timeout.total_seconds()
         made.append(PeerMemory(comm.rank, blocks, limit_s))
+        comm.meter.checks += [made[-1].check, made[-1].check_room]
         if x.is_cuda and comm.size > 1:
-            threading.Thread(target=made[-1].watch, daemon=True).start()
+            watch_over(made[-1].check, grace_s=5)
         for purpose, counted in made[-1].sent.items():
             comm.meter.readers.append(
                 functools.partial(read_counts, comm.meter, comm.ranks, purpose, counted)
             )
-    made[-1].check()
+    for check in (made[-1].check, made[-1].check_room):
+        check()
     return made[-1]
 
 
@@ -5508,6 +5580,114 @@ class ToHome(torch.autograd.Function):
         return to_experts(grad, topk_ids, None, ids, ctx.plan, "combine backward")[0], None, None, None
 
 
+# %% notebooks/11_peer_memory.ipynb #arrival-room
+@option_group
+@dataclass(frozen=True)
+class ArrivalOptions(Options):
+    """How much may arrive. ValueError where the factor makes no sense.
+
+    arrival_factor: room for so many times the choices that an even load brings a rank; unset, for all that can come
+    """
+
+    arrival_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.arrival_factor is not None and not 0 < self.arrival_factor < math.inf:
+            raise ValueError(f"arrival_factor is {self.arrival_factor}, and must be a number above 0")
+
+    def check(self, config: MoEConfig) -> None:
+        """ValueError where the dispatcher makes no room in advance."""
+        if self.arrival_factor is not None and config.dispatcher != "peer":
+            raise ValueError(
+                f"arrival_factor does nothing with dispatcher {config.dispatcher}; take --dispatcher peer"
+            )
+
+    def begin(self, training: Training) -> None:
+        """The launcher takes a step that found too little room again."""
+        if self.arrival_factor is not None:
+            training.advance = StepAgain(training)
+
+
+def arrival_room(num_slots: int, size: int, top_k: int, num_local: int, factor: float | None) -> int:
+    """(row, expert) pairs for which a rank's experts have room: factor * S * K, or all that can come."""
+    most = size * num_slots * min(top_k, num_local)
+    return most if factor is None else min(most, math.ceil(factor * num_slots * top_k))
+
+
+def keep_to_room(ids: Tensor, room: int, plan: PeerPlan, raises: bool) -> Tensor:
+    """ids [R, K] of what came, as they are, or all -1 where they are more than room; then memory.overflow says so.
+
+    raises: memory.crowded too, for the next call. No host synchronisation.
+    """
+    memory = plan.memory
+    if room == len(ids) * min(ids.shape[1], plan.num_local):
+        return ids
+    too_many = ((ids >= 0).sum() - room).clamp(min=0)
+    memory.overflow += too_many
+    if raises:
+        memory.crowded.copy_(memory.overflow, non_blocking=True)
+        if memory.noted is not None and not torch.cuda.is_current_stream_capturing():
+            memory.noted.record()
+    return torch.where(too_many > 0, -1, ids)
+
+
+# %% notebooks/11_peer_memory.ipynb #step-again
+class StepAgain:
+    """Takes a step; where more came than there was room for, on any rank, takes it again with room for all.
+
+    So losses and parameters are those of a run with room for all. The step may be recorded: the device skips the update
+    and the host reads one number behind it. Bytes of both tries are counted. notes["summary"]["steps_taken_again"].
+    """
+
+    def __init__(self, training: Training) -> None:
+        run, model, optimizer = training.run, training.model, training.optimizer
+        self.advance, self.training, self.times = training.advance, training, 0
+        self.again = REGISTRIES["step"]["eager"](run, model, training.task, optimizer)
+        self.layers = moe_layers(model)
+        for layer in self.layers:
+            layer.dispatcher.raises = False
+        self.is_crowded = torch.zeros((), device=run.device)
+        optimizer.found_inf, optimizer.grad_scale = (
+            self.is_crowded,
+            None,
+        )  # GradScaler sets them: no public names
+        optimizer.register_step_pre_hook(self.agree)
+
+    def agree(self, *_: Any) -> None:
+        """Before the update: is_crowded is 1 on all ranks where any had too little room."""
+        notes = [m.overflow for made in memories_of(self.layers[0].dispatcher.comm).values() for m in made]
+        total = self.training.run.mesh.batch.all_reduce(torch.stack(notes).sum().float())
+        self.is_crowded.copy_(total.clamp(max=1))
+        for note in notes:
+            note.zero_()
+
+    def __call__(self) -> Tensor:
+        """One step -> the global losses [2] before its update. One host synchronisation, behind it."""
+        generator, buffers = self.training.task.generator, list(self.training.model.buffers())
+        before = generator.get_state(), [buffer.clone() for buffer in buffers]
+        losses = self.advance()
+        if self.is_crowded.item():
+            self.times += 1
+            losses = self.take_again(*before)
+        self.training.notes.setdefault("summary", {})["steps_taken_again"] = self.times
+        return losses
+
+    def take_again(self, state: Tensor, buffers: list[Tensor]) -> Tensor:
+        """The step from this state of the generator and these buffers, with room for all."""
+        self.training.task.generator.set_state(state)
+        for buffer, kept in zip(self.training.model.buffers(), buffers, strict=True):
+            buffer.copy_(kept)
+        chosen = [layer.topk_ids for layer in self.layers]
+        factors = [layer.dispatcher.arrival_factor for layer in self.layers]
+        for layer in self.layers:
+            layer.dispatcher.arrival_factor = None
+        losses = self.again()
+        for layer, ids, factor in zip(self.layers, chosen, factors, strict=True):
+            layer.dispatcher.arrival_factor = factor
+            layer.topk_ids = ids.copy_(layer.topk_ids)  # where a recorded step leaves its own
+        return losses
+
+
 # %% notebooks/11_peer_memory.ipynb #peer-dispatcher
 @dataclass(frozen=True)
 class PeerHandle:
@@ -5532,8 +5712,12 @@ def can_share_memory(device_type: str, num_local_ranks: int) -> bool:
 class PeerDispatcher(GatherTokensDispatcher):
     """Writes a token into the memory of every rank that has one of its experts, at its own place (chapter 11).
 
-    num_slots: see GatherTokensDispatcher.
+    num_slots: see GatherTokensDispatcher. arrival_factor: see ArrivalOptions. raises: whether the next call raises
+    where more choices came than there is room for; somebody else may look (StepAgain).
     """
+
+    arrival_factor: float | None = None
+    raises = True
 
     @classmethod
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "PeerDispatcher":
@@ -5545,6 +5729,7 @@ class PeerDispatcher(GatherTokensDispatcher):
             )
         made = cls(config.num_experts, comm, known_slots(config))
         made.records &= config.dtype != "float64"  # which has no kernels
+        made.arrival_factor = config.option(ArrivalOptions).arrival_factor
         return made
 
     @staticmethod
@@ -5568,8 +5753,9 @@ class PeerDispatcher(GatherTokensDispatcher):
         num_bytes = rider_start(num_rows, x.shape[1], x.dtype) + num_rows * rider_bytes
         plan = PeerPlan(self.comm, memory_of(self.comm, num_bytes, x), num_slots, self.num_local_experts)
         rows, weights, ids = ToExperts.apply(x, topk_weights, topk_ids, plan)
-        most = num_rows * min(top_k, self.num_local_experts)
-        return Arrived(rows, ids, weights, PeerHandle(topk_ids, ids, plan), max_pairs=most)
+        room = arrival_room(num_slots, size, top_k, self.num_local_experts, self.arrival_factor)
+        fitting = keep_to_room(ids, room, plan, self.raises)
+        return Arrived(rows, fitting, weights, PeerHandle(topk_ids, ids, plan), max_pairs=room)
 
     def begin_combine(self, y: Tensor, handle: PeerHandle) -> Tensor:
         """See Dispatcher. Sends a row back for each that came."""
