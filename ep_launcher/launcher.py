@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "9b2fcf1580a85e04a567cc8eefd46b50948c13e99d3885a6f0abe753f6aeec9e"
+SOURCES_SHA256 = "1fd09ee0b7af2691112a38bec871dcf6c719f7013a29cba68e8d8ce2397c9b48"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2911,13 +2911,14 @@ def swiglu_kernel(gate, up, weights, num_rows, hidden, num_columns, ROWS: conste
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     last = tl.load(num_rows)
-    at = row[:, None] * num_columns + column[None, :]
-    is_read = (row < last)[:, None] & (column < num_columns)[None, :]
-    g = tl.load(gate + at, mask=is_read, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
-    w = tl.load(weights + row, mask=row < last, other=0.0).to(tl.float32)
-    value = g * tl.sigmoid(g) * u * w[:, None]
-    tl.store(hidden + at, value.to(hidden.dtype.element_ty), mask=is_read)
+    if tl.program_id(0) * ROWS < last:  # buffers may be much longer than what is in them (chapter 11)
+        at = row[:, None] * num_columns + column[None, :]
+        is_read = (row < last)[:, None] & (column < num_columns)[None, :]
+        g = tl.load(gate + at, mask=is_read, other=0.0).to(tl.float32)
+        u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
+        w = tl.load(weights + row, mask=row < last, other=0.0).to(tl.float32)
+        value = g * tl.sigmoid(g) * u * w[:, None]
+        tl.store(hidden + at, value.to(hidden.dtype.element_ty), mask=is_read)
 
 
 # %% notebooks/06_grouped_experts.ipynb #swiglu-backward-kernel
@@ -2929,23 +2930,24 @@ def swiglu_backward_kernel(
     gradient is the sum of grad * silu(gate) * up over its row."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     last = tl.load(num_rows)
-    is_row = row < last
-    w = tl.load(weights + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for start in range(0, COLUMNS, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        at = row[:, None] * COLUMNS + column[None, :]
-        is_read = is_row[:, None] & (column < COLUMNS)[None, :]
-        d = tl.load(grad + at, mask=is_read, other=0.0).to(tl.float32)
-        g = tl.load(gate + at, mask=is_read, other=0.0).to(tl.float32)
-        u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
-        s = tl.sigmoid(g)
-        silu = g * s
-        total += d * silu * u
-        tl.store(gate + at, (d * w * u * (s + silu * (1 - s))).to(gate.dtype.element_ty), mask=is_read)
-        tl.store(up + at, (d * w * silu).to(up.dtype.element_ty), mask=is_read)
-        tl.store(grad + at, (silu * u * w).to(grad.dtype.element_ty), mask=is_read)
-    tl.store(grad_weights + row, tl.sum(total, axis=1), mask=is_row)
+    if tl.program_id(0) * ROWS < last:
+        is_row = row < last
+        w = tl.load(weights + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+        total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+        for start in range(0, COLUMNS, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            at = row[:, None] * COLUMNS + column[None, :]
+            is_read = is_row[:, None] & (column < COLUMNS)[None, :]
+            d = tl.load(grad + at, mask=is_read, other=0.0).to(tl.float32)
+            g = tl.load(gate + at, mask=is_read, other=0.0).to(tl.float32)
+            u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
+            s = tl.sigmoid(g)
+            silu = g * s
+            total += d * silu * u
+            tl.store(gate + at, (d * w * u * (s + silu * (1 - s))).to(gate.dtype.element_ty), mask=is_read)
+            tl.store(up + at, (d * w * silu).to(up.dtype.element_ty), mask=is_read)
+            tl.store(grad + at, (silu * u * w).to(grad.dtype.element_ty), mask=is_read)
+        tl.store(grad_weights + row, tl.sum(total, axis=1), mask=is_row)
 
 
 # %% notebooks/06_grouped_experts.ipynb #weighted-swiglu
@@ -5065,6 +5067,7 @@ class PeerMemory:
     exchanges so far and programs of the running kernel that are done; looks, how often they look at a flag before they
     give up; missing int64 [W], 1 for a rank on which one gave up, where the host can read it; sent {pass: int64 [W]}.
     overflow int64 [1]: choices that came and found no room, since somebody set it to 0; crowded, the same for the host.
+    under_way: exchanges that have begun and not ended, where the two part (chapter 12).
     """
 
     def __init__(self, rank: int, blocks: list[Tensor], limit_s: float = 60, turns: int = 2) -> None:
@@ -5078,6 +5081,7 @@ class PeerMemory:
         on_gpu = device.type == "cuda"
         self.missing = torch.zeros(len(blocks), dtype=torch.int64, pin_memory=on_gpu)
         self.crowded = torch.zeros(1, dtype=torch.int64, pin_memory=on_gpu)
+        self.under_way = 0
         self.overflow, self.noted = self.state.new_zeros(1), torch.cuda.Event() if on_gpu else None
         self.sent = {name: torch.zeros(len(blocks), dtype=torch.int64, device=device) for name in PASSES}
 
@@ -5117,7 +5121,7 @@ def rider_start(num_rows: int, d: int, dtype: torch.dtype) -> int:
 # %% notebooks/11_peer_memory.ipynb #memory-of
 @functools.cache
 def memories_of(comm: Communicator) -> dict[tuple, list[PeerMemory]]:
-    """{(device, whether kernels write): all that were made for this group}; kept as long as the process lives."""
+    """{(device, whether kernels write, purpose): all that were made for this group}; as long as the process lives."""
     return {}
 
 
@@ -5127,13 +5131,14 @@ def read_counts(meter: TrafficMeter, ranks: list[int], purpose: str, counted: Te
     counted.zero_()
 
 
-def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
-    """The group's memory with slots of num_bytes at least; x says on which device, and whether kernels write.
+def memory_of(comm: Communicator, num_bytes: int, x: Tensor, purpose: str = "") -> PeerMemory:
+    """The group's memory with slots of num_bytes at least; x says on which device, and whether kernels write. What
+    takes turns in another way has a memory of its own, by its purpose.
 
     Collective where it has to be made, with twice as many bytes as the last one or more. CollectiveError where a rank
     did not come to an earlier exchange, RuntimeError where it had too little room.
     """
-    made = memories_of(comm).setdefault((x.device, uses_kernels(x)), [])
+    made = memories_of(comm).setdefault((x.device, uses_kernels(x), purpose), [])
     if not made or made[-1].slot_bytes < num_bytes:
         num_bytes = max(2**20, 1 << (num_bytes - 1).bit_length())
         blocks, limit_s = share_memory(comm, 2 * num_bytes + 2**13, x.device), 60.0
@@ -5688,6 +5693,18 @@ class StepAgain:
         return losses
 
 
+# %% notebooks/11_peer_memory.ipynb #agreed-slots
+def agreed_slots(num_slots: int | None, x: Tensor, comm: Communicator) -> int:
+    """S; where nobody has said it, the most tokens of a rank, by one host synchronisation. ValueError where this rank
+    has more."""
+    if num_slots is None:
+        length = torch.tensor([len(x)], device=x.device)
+        num_slots = max(1, int(comm.all_gather(length, "metadata").max()))
+    if len(x) > num_slots:
+        raise ValueError(f"{len(x)} tokens on one rank, and its slots were made for {num_slots}")
+    return num_slots
+
+
 # %% notebooks/11_peer_memory.ipynb #peer-dispatcher
 @dataclass(frozen=True)
 class PeerHandle:
@@ -5724,8 +5741,8 @@ class PeerDispatcher(GatherTokensDispatcher):
         """See Dispatcher. CannotRun where the ranks are on several machines."""
         if num_machines := len({rank // world_from_env()[3] for rank in comm.ranks}) - 1:
             raise CannotRun(
-                f"dispatcher peer writes into memory of its own machine, and {num_machines + 1} machines share these "
-                "experts; take --dispatcher two_stage, or an --ep-size that fits on one"
+                f"dispatcher {config.dispatcher} writes into memory of its own machine, and {num_machines + 1} "
+                "machines share these experts; take --dispatcher two_stage, or an --ep-size that fits on one"
             )
         made = cls(config.num_experts, comm, known_slots(config))
         made.records &= config.dtype != "float64"  # which has no kernels
@@ -5741,14 +5758,8 @@ class PeerDispatcher(GatherTokensDispatcher):
         return 48 if device.type == "cuda" and ep_size > 1 and num_local_ranks % ep_size == 0 else 1
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
-        """See Dispatcher. Sends a row for each (token, other rank), and S * K weights and ids to each other rank.
-        ValueError where this rank has more than S tokens."""
-        num_slots, size, top_k = self.num_slots, self.comm.size, topk_ids.shape[1]
-        if num_slots is None:
-            length = torch.tensor([len(x)], device=x.device)
-            num_slots = max(1, int(self.comm.all_gather(length, "metadata").max()))
-        if len(x) > num_slots:
-            raise ValueError(f"{len(x)} tokens on one rank, and peer was made for {num_slots}")
+        """See Dispatcher. Sends a row for each (token, other rank), and S * K weights and ids to each other rank."""
+        num_slots, size, top_k = agreed_slots(self.num_slots, x, self.comm), self.comm.size, topk_ids.shape[1]
         num_rows, rider_bytes = size * num_slots, 2 * top_k * topk_weights.element_size()
         num_bytes = rider_start(num_rows, x.shape[1], x.dtype) + num_rows * rider_bytes
         plan = PeerPlan(self.comm, memory_of(self.comm, num_bytes, x), num_slots, self.num_local_experts)
@@ -5853,6 +5864,238 @@ class TwoBatches(InOrder):
         beside = None if shared is None else shared.output(hidden)
         y = torch.cat([dispatcher.end_combine(a), dispatcher.end_combine(b)])
         return y if shared is None else y + beside
+
+
+# %% notebooks/12_overlap.ipynb #meet-ranks
+@kernel
+def meet_kernel(table, state, missing, looks, RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr):
+    """One program: raises this rank's flag in every memory, and waits for all others'."""
+    epoch = tl.load(state)
+    signal_peers(table, state, epoch, RANK, NUM_RANKS, PLACES)
+    await_peers(table, epoch + 1, missing, looks, RANK, NUM_RANKS, PLACES)
+
+
+def meet(comm: Communicator, memory: PeerMemory) -> None:
+    """Whatever is enqueued on this stream afterwards runs when all ranks have come this far. No host synchronisation
+    on GPUs."""
+    if uses_kernels(memory.state):
+        places = 1 << (comm.size - 1).bit_length()
+        meet_kernel[(1,)](
+            memory.table, memory.state, memory.missing, memory.looks, comm.rank, comm.size, places
+        )
+    else:
+        comm.all_reduce(torch.zeros(1, device=memory.state.device))
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> Any:
+    """The stream on which blocks are copied; None on a CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+# %% notebooks/12_overlap.ipynb #copy-flight
+class CopyFlight:
+    """One exchange of blocks that are in order, by copies into the peers' memory; backward takes it the other way.
+
+    send begins it. Out: this rank's block [S, n] goes to every rank. Home: block p of [W * S, n] goes to rank p. land
+    ends it: what came, [W * S, n], in a slot that the next but one may overwrite. Rows and riders; either may be None.
+    """
+
+    def __init__(self, comm: Communicator, memory: PeerMemory, num_slots: int, purpose: str) -> None:
+        self.comm, self.memory, self.num_slots, self.purpose = comm, memory, num_slots, purpose
+
+    def block(self, rank: int) -> slice:
+        """A rank's rows among all."""
+        return slice(rank * self.num_slots, (rank + 1) * self.num_slots)
+
+    def send(
+        self, rows: Tensor | None, riders: Tensor | None, is_home: bool, is_backward: bool = False
+    ) -> None:
+        """Begins. RuntimeError where every slot has an exchange under way."""
+        comm, memory, sources = self.comm, self.memory, (rows, riders)
+        if memory.under_way == memory.turns:
+            raise RuntimeError(
+                f"{memory.turns} exchanges are under way, one for each slot; end one before the next"
+            )
+        widths = [0 if t is None else t.shape[1] for t in sources]
+        shape, dtype = (comm.size * self.num_slots, *widths), (riders if rows is None else rows).dtype
+        row_bytes = sum(t.shape[1] * t.element_size() for t in sources if t is not None)
+        purpose, stream = self.purpose + " backward" * is_backward, copy_stream(memory.state.device)
+        comm.meter.record(purpose, [self.num_slots * row_bytes] * comm.size, comm.ranks)
+        comm.meter.num_collectives += 1
+        ended = threading.Event() if stream is None else torch.cuda.Event()
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            meet(comm, memory)
+            for n in range(1, comm.size):
+                p = (comm.rank + n) % comm.size
+                for source, slot in zip(sources, memory.slot(p, shape, dtype), strict=True):
+                    if source is not None:
+                        slot[self.block(comm.rank)] = source[self.block(p)] if is_home else source
+            meet(comm, memory)
+            ended.set() if stream is None else ended.record()
+        came = memory.slot(comm.rank, shape, dtype)
+        self.sources, self.came = (
+            sources,
+            came,
+        )  # kept until the main stream has waited: then they are freed by order
+        self.pending = Pending(came[0], comm.meter, ended, purpose)
+        memory.turn, memory.under_way = (memory.turn + 1) % memory.turns, memory.under_way + 1
+
+    def land(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+        """Ends -> what came, rows and riders, and what this rank had to send."""
+        self.pending.wait()
+        self.memory.under_way -= 1
+        came, sources = self.came, self.sources
+        self.came = self.sources = self.pending = None
+        return came, sources
+
+    def joined(self, came: Tensor, own: Tensor) -> Tensor:
+        """A copy of what came from all ranks, [W * S, n], with this rank's own block in its place."""
+        rank, out = self.comm.rank, torch.empty_like(came)
+        for p in range(self.comm.size):
+            out[self.block(p)] = own if p == rank else came[self.block(p)]
+        return out
+
+    def total(self, came: Tensor, sent: Tensor) -> Tensor:
+        """The sum of what came home from all ranks, [S, n], in float32 or wider."""
+        parts = [(sent if p == self.comm.rank else came)[self.block(p)] for p in range(self.comm.size)]
+        if len(parts) == 2:
+            return parts[0] + parts[1]  # one kernel, which adds in float32
+        wide = torch.promote_types(sent.dtype, torch.float32)
+        return torch.stack(parts).sum(0, dtype=wide).to(sent.dtype)
+
+
+# %% notebooks/12_overlap.ipynb #copy-nodes
+class SendTokens(torch.autograd.Function):
+    """x [T, D], topk_weights, topk_ids [T, K] -> a ticket for ReceiveTokens: they leave for every rank, padded to S."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, flight: CopyFlight) -> Tensor:
+        (num_tokens, k), padding = topk_ids.shape, flight.num_slots - len(x)
+        ctx.flight, ctx.num_tokens, flight.x_needs_grad = flight, num_tokens, ctx.needs_input_grad[0]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        riders = x.new_full((flight.num_slots, 2 * k), -1, dtype=wide)
+        riders[:num_tokens, :k], riders[:num_tokens, k:] = topk_weights, topk_ids
+        flight.send(F.pad(x, (0, 0, 0, padding)) if padding else x.contiguous(), riders, is_home=False)
+        return topk_weights.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ticket: Tensor) -> tuple:
+        came, sent = ctx.flight.land()
+        grads = [
+            None if s is None else ctx.flight.total(c, s)[: ctx.num_tokens]
+            for c, s in zip(came, sent, strict=True)
+        ]
+        return *grads, None, None
+
+
+class ReceiveTokens(torch.autograd.Function):
+    """(ticket, flight) -> rows [W * S, D], weights and ids of all experts [W * S, K]. Backward sends gradients home."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, flight: CopyFlight) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.flight = flight
+        rows, riders = (flight.joined(c, s) for c, s in zip(*flight.land(), strict=True))
+        weights, ids = riders.tensor_split(2, dim=1)
+        weights, ids = weights.to(ticket.dtype).contiguous(), ids.long()
+        ctx.mark_non_differentiable(ids, *(() if flight.x_needs_grad else (rows,)))
+        ctx.set_materialize_grads(False)
+        return rows, weights, ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
+        rows = grad_rows.contiguous() if ctx.flight.x_needs_grad else None
+        ctx.flight.send(rows, grad_weights.contiguous(), is_home=True, is_backward=True)
+        return grad_weights.new_empty(0), None
+
+
+class SendHome(torch.autograd.Function):
+    """y [W * S, D], a block for every rank -> a ticket for SumBlocks. Backward receives the tokens' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, flight: CopyFlight) -> Tensor:
+        ctx.flight = flight
+        flight.send(y.contiguous(), None, is_home=True)
+        return y.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ticket: Tensor) -> tuple:
+        (came, _), (sent, _) = ctx.flight.land()
+        return ctx.flight.joined(came, sent), None
+
+
+class SumBlocks(torch.autograd.Function):
+    """(ticket, flight) -> [T, D], the sum of what came home. Backward sends its gradient to every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, flight: CopyFlight, num_tokens: int) -> Tensor:
+        ctx.flight = flight
+        (came, _), (sent, _) = flight.land()
+        return flight.total(came, sent)[:num_tokens]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        padding = ctx.flight.num_slots - len(grad)
+        rows = F.pad(grad, (0, 0, 0, padding)) if padding else grad.contiguous()
+        ctx.flight.send(rows, None, is_home=False, is_backward=True)
+        return grad.new_empty(0), None, None
+
+
+# %% notebooks/12_overlap.ipynb #copy-dispatcher
+@register("dispatcher", "copies")
+class CopiesDispatcher(PeerDispatcher):
+    """gather_tokens by the copy engine: each rank's tokens, in order, into every other's memory (chapter 12).
+
+    Its exchanges part, so something can run beside them; at most two may be under way. Bytes are gather_tokens'.
+    """
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Never auto's; it cannot run where ranks cannot address each other's memory."""
+        return 1 if can_share_memory(device.type, world_from_env()[3]) else 0
+
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
+        """See Dispatcher. Sends S rows to each other rank, with K weights and K ids each."""
+        num_slots, d, k = agreed_slots(self.num_slots, x, self.comm), x.shape[1], topk_ids.shape[1]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        num_rows = self.comm.size * num_slots
+        num_bytes = rider_start(num_rows, d, x.dtype) + num_rows * 2 * k * wide.itemsize
+        memory = memory_of(self.comm, num_bytes, x, "copies")
+        there, back = (CopyFlight(self.comm, memory, num_slots, way) for way in ("dispatch", "combine"))
+        return SendTokens.apply(x, topk_weights, topk_ids, there), there, (back, len(x))
+
+    def end_dispatch(self, pending: tuple) -> Arrived:
+        """See Dispatcher. No host synchronisation."""
+        ticket, flight, handle = pending
+        rows, weights, ids = ReceiveTokens.apply(ticket, flight)
+        local = ids - self.comm.rank * self.num_local_experts
+        ids = torch.where((ids >= 0) & (local >= 0) & (local < self.num_local_experts), local, -1)
+        most = len(rows) * min(ids.shape[1], self.num_local_experts)
+        return Arrived(rows, ids, weights, handle, max_pairs=most)
+
+    def begin_combine(self, y: Tensor, handle: tuple) -> tuple:
+        """See Dispatcher. Sends S rows to each other rank."""
+        flight, num_tokens = handle
+        return SendHome.apply(y, flight), flight, num_tokens
+
+    def end_combine(self, pending: tuple) -> Tensor:
+        """See Dispatcher."""
+        return SumBlocks.apply(*pending)
+
+    def predict_bytes(
+        self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
+    ) -> dict[str, Tensor]:
+        """See Dispatcher: the slots, whatever is in them."""
+        size, row = len(topk_ids), hidden_dim * dtype.itemsize
+        slots = torch.full((size, size), self.num_slots or max(1, *map(len, topk_ids)))
+        weights = topk_ids[0].shape[1] * torch.promote_types(dtype, torch.float32).itemsize
+        return bytes_by_pass(slots, slots, row, 2 * weights, row * x_needs_grad + weights)
 
 
 # ==========================================================================================================
