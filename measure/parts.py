@@ -34,12 +34,16 @@ def kinds(layer: ep.EPMoE) -> list[str]:
 
 
 def moving_parts(layer: ep.EPMoE, x: Tensor, order: ep.RowOrder) -> dict[str, Part]:
-    """Copies, sums and activations, in their order in a pass."""
+    """Copies, sums and activations, in their order in a pass.
+
+    SwiGLU's backward works in place, so all but its first call read what the last one left: it moves as many bytes.
+    """
     w1, num_rows = layer.experts.w1.detach(), len(order.choice_of_row)
     rows, gate = (torch.randn(num_rows, n, device=x.device).to(x.dtype) for n in w1.shape[1:])
     others = torch.randn_like(rows)
     up, grad, weights = torch.randn_like(gate), torch.randn_like(gate), torch.rand(num_rows, device=x.device)
     sent, index = order.counts.sum(), order.row_of_choice.nbytes
+    used = [grad, gate.clone(), up.clone()]
     return {
         "copy_to_rows": (lambda: ep.copy_to_rows(x, order), x.nbytes + rows.nbytes + index),
         "sum_rows": (lambda: ep.sum_rows(rows, order), rows.nbytes + x.nbytes + index),
@@ -49,7 +53,7 @@ def moving_parts(layer: ep.EPMoE, x: Tensor, order: ep.RowOrder) -> dict[str, Pa
             3 * gate.nbytes + weights.nbytes,
         ),
         "swiglu backward": (
-            lambda: ep.weighted_activation_backward_(ep.SwiGLU, grad, gate, up, weights, sent),
+            lambda: ep.weighted_activation_backward_(ep.SwiGLU, *used, weights, sent),
             6 * gate.nbytes + 2 * weights.nbytes,
         ),
     }
