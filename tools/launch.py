@@ -250,8 +250,9 @@ def launch(
 
     nproc: processes on this host; None is one a GPU where there are two or more, else two, on the CPU.
     nnodes, rdzv_endpoint, rdzv_id, rdzv_conf: for several hosts; every host makes the same call.
-    master_port: a fixed port in place of a free one. max_restarts: how often all ranks start again once one has ended,
-    from the last checkpoint where there is one (chapter 15). quiet: prints nothing. limit_s: ends the run after so long.
+    master_port: a fixed port in place of a free one. max_restarts: how often all ranks start again once one has
+    ended, from the last checkpoint where there is one (chapter 15). quiet: prints nothing. limit_s: ends the run
+    after so long.
     script: another stitched launcher. flags: launcher.py's, `top_k=2` for `--top-k 2`, True and False for
     `--x` and `--no-x`, None for leaving it out; paths are relative to the current folder.
 
