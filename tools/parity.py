@@ -382,8 +382,9 @@ def run_suite(
 ) -> list[dict]:
     """Every variant in every case, over the ranks of the default group -> results, the same list on every rank.
 
-    extras: option groups of every config. takes(dispatcher, experts, activation, dtype): which variants run. is_over: asked before each variant, on every rank alike; where it says yes,
-    the rest is left out. A crash is told on stderr, and raised. Collective.
+    extras: option groups of every config. takes(dispatcher, experts, activation, dtype): whether a variant runs.
+    is_over: asked before each variant, on every rank alike; where it says yes, the rest is left out. A crash is told
+    on stderr, and raised. Collective.
     """
     results, known, references, size = [], cases(mesh.batch.size), {}, mesh.batch.size
     for parts in sorted({case["ep"] for case in known.values()}):
