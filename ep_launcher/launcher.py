@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "a96a1809597657abfcda5cf938546693309fa15c9f7885c51a35ab74c56e2132"
+SOURCES_SHA256 = "438f630dbf67e036785bf7162379867f3092119163f80e1623260ecd8faedd0e"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -133,7 +133,8 @@ class TrafficMeter:
     sent: {purpose: bytes by destination, a list with a place for every rank of the job}. A rank's message to
     itself costs nothing. num_collectives: how many it has entered, which names the straggler when a run hangs.
     under_way: the exchanges that have begun and not ended, by their numbers. readers: called before anybody
-    reads the bytes; each adds what kernels have counted (chapter 11).
+    reads the bytes; each adds what kernels have counted (chapter 11). checks: called then, before gradients are
+    summed and before a recorded step is played; each raises where a kernel has left a note of a failure.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -142,6 +143,7 @@ class TrafficMeter:
         self.num_collectives = 0
         self.under_way: dict[int, Any] = {}
         self.readers: list[Callable[[], None]] = []
+        self.checks: list[Callable[[], None]] = []
 
     def record(self, purpose: str, bytes_by_destination: list[int], ranks: list[int] | None = None) -> None:
         """Adds one collective's bytes to each destination, the rank's own share left out.
@@ -155,7 +157,7 @@ class TrafficMeter:
 
     def fetch(self) -> dict[str, list[int]]:
         """sent, with what the readers add: a host synchronisation where there are any."""
-        for read in self.readers:
+        for read in [*self.readers, *self.checks]:
             read()
         return self.sent
 
@@ -209,7 +211,10 @@ class Pending:
 
 
 def check_ended(meter: TrafficMeter) -> None:
-    """RuntimeError where an exchange has begun and nobody has ended it, with a note of the lines that began it."""
+    """RuntimeError where an exchange has begun and nobody has ended it, with a note of the lines that began it; what
+    the meter's checks raise."""
+    for check in meter.checks:
+        check()
     for number, pending in meter.under_way.items():
         error = RuntimeError(
             f"rank {meter.rank}: the exchange of {pending.purpose!r}, its collective {number}, was never ended; "
@@ -828,6 +833,13 @@ def choose_largest(keys: Tensor, top_k: int) -> Tensor:
 
 
 # %% notebooks/03_experts.ipynb #router
+class Gate(nn.Linear):
+    """A linear layer that draws nothing when it is made: its router does, from the seed."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the parameters as they are."""
+
+
 @register("router", "softmax")
 class Router(KeepsPrecision):
     """Scores every expert for every token and picks the top_k best: softmax of one linear layer, the gate.
@@ -840,10 +852,7 @@ class Router(KeepsPrecision):
         super().__init__()
         self.config, self.seed = config, seed
         dtype = torch.promote_types(DTYPES[config.dtype], torch.float32)
-        device = torch.get_default_device() if device is None else device  # skip_init leaves None's on meta
-        self.gate = nn.utils.skip_init(
-            nn.Linear, config.hidden_dim, config.num_experts, config.router_bias, device=device, dtype=dtype
-        )
+        self.gate = Gate(config.hidden_dim, config.num_experts, config.router_bias, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -1131,7 +1140,6 @@ class EPMoE(nn.Module):
         self.shared = SharedExperts(config, seed, device) if config.num_shared_experts else None
         self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
         self.aux_shares, self.recorded_aux = AuxShares(), True
-        self.run = kept_from_compiler(type(self).forward_tokens, self.mesh.ep.size)
         self.overlap = REGISTRIES["overlap"][pick("overlap", config, device, self.mesh.ep.size)]
         self.overlap.check(self)
 
@@ -1151,10 +1159,18 @@ class EPMoE(nn.Module):
         refuse_wrappers(self)
         kind = x.device.type
         if x.is_meta or not torch.is_autocast_enabled(kind):
-            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+            return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)
         x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+            return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+    def run(self, x: Tensor) -> Tensor:
+        """forward_tokens; on several ranks torch.compile leaves it alone, since ranks must enter collectives alike."""
+        forward = type(self).forward_tokens
+        # disable() imports the compiler: not before somebody compiles.
+        if self.mesh.ep.size > 1 and torch.compiler.is_compiling():
+            forward = torch.compiler.disable(forward)
+        return forward(self, x)
 
     def route(self, x: Tensor) -> Routing:
         """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
@@ -1243,11 +1259,6 @@ def check_tokens(x: Tensor, config: MoEConfig) -> None:
     num_tokens, limit = math.prod(x.shape[:-1]), config.max_num_tokens
     if limit is not None and num_tokens > limit:
         raise ValueError(f"{num_tokens} tokens on one rank, above max_num_tokens {limit}")
-
-
-def kept_from_compiler(function: Callable, ep_size: int) -> Callable:
-    """The function; on several ranks one that torch.compile leaves alone, since ranks must enter collectives alike."""
-    return function if ep_size == 1 else torch.compiler.disable(function)
 
 
 def is_recomputing() -> bool:
@@ -1928,7 +1939,7 @@ def check_finite(losses: Tensor, step: int) -> None:
 class Run:
     """Everything that one rank needs to train; made by `main`, or by hand in a notebook.
 
-    step: the training step it is in.
+    step: the training step it is in. fail: says on the screen why it ends, and returns the exit code; for threads.
     """
 
     config: MoEConfig
@@ -1937,6 +1948,7 @@ class Run:
     device: torch.device
     log: RunLog
     step: int = 0
+    fail: Callable[[Exception], int] | None = None
 
     def __post_init__(self) -> None:
         """Later chapters' option groups fit themselves to this run."""
@@ -2065,6 +2077,22 @@ class EagerStep:
         return losses
 
 
+# %% notebooks/04_training.ipynb #optimizer
+import inspect
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, whose first use does not import torch's compiler: a second less at the start of every rank."""
+
+    add_param_group = torch.optim.AdamW.add_param_group.__wrapped__
+    zero_grad = torch.optim.AdamW.zero_grad.__wrapped__
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Any:
+        """One update; see torch.optim.AdamW."""
+        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+
+
 # %% notebooks/04_training.ipynb #train
 def pick_step(run: Run, model: nn.Module) -> str:
     """The name of the kind of step that --step names, or of the one that likes this run best. CannotRun for one
@@ -2081,14 +2109,15 @@ def pick_step(run: Run, model: nn.Module) -> str:
 
 @dataclass
 class Training:
-    """What a run holds while it trains, for the hooks of option groups; notes: what they keep from step to step;
-    notes["summary"] is added to the summary."""
+    """What a run holds while it trains, for the hooks of option groups. advance: takes one step -> losses [2]; `begin`
+    may put another in its place. notes: what they keep from step to step; notes["summary"] is added to the summary."""
 
     run: Run
     model: nn.Module
     task: Any
     optimizer: torch.optim.Optimizer
     record: Record
+    advance: Callable[[], Tensor]
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -2103,13 +2132,13 @@ def train(run: Run) -> dict[str, Any]:
     task = make_task(run.config, options.seed, run.num_global_tokens, mesh.batch, device)
     took = moe_layers(model)[0].took | {"step": pick_step(run, model)}
     is_capturable = device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True, capturable=is_capturable)
+    optimizer = AdamW(model.parameters(), lr=options.lr, fused=True, capturable=is_capturable)
     advance = REGISTRIES["step"][took["step"]](run, model, task, optimizer)
     shared = "" if mesh.ep.size == mesh.batch.size else f", ep size {mesh.ep.size}"
     names = ", ".join(f"{kind} {name}" for kind, name in took.items())
     run.log.write(f"{names}, world size {mesh.batch.size}{shared}")
     record = Record(run, model)
-    training = Training(run, model, task, optimizer, record)
+    training = Training(run, model, task, optimizer, record, advance)
     try:
         for begin in run.config.hooks("begin"):
             begin(training)
@@ -2117,7 +2146,7 @@ def train(run: Run) -> dict[str, Any]:
         for step in range(run.step, options.steps):
             run.step = step
             record.begin_step()
-            record.end_step(step, advance())
+            record.end_step(step, training.advance())
             for after_update in run.config.hooks("after_update"):
                 after_update(training)
     finally:
@@ -2528,7 +2557,8 @@ def report_failure(heartbeat: Heartbeat, error: Exception) -> int:
 
     Where the store is lost, one rank of each machine does, and torchrun is ended.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     is_first = heartbeat.first_to_report()
     is_lost = is_first is None
     if is_first or (is_lost and world_from_env()[2] == 0):
@@ -2599,6 +2629,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     store = init_distributed(device, options.timeout_s)
     run = Run(config, options, init_ep(ep_size_of(config, world_from_env()[1])), device, log)
     heartbeat = Heartbeat(store, run)
+    run.fail = functools.partial(report_failure, heartbeat)
     usual = signal.getsignal(signal.SIGINT)
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -2993,13 +3024,14 @@ def swiglu_kernel(gate, up, weights, num_rows, hidden, num_columns, ROWS: conste
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     last = tl.load(num_rows)
-    at = row[:, None] * num_columns + column[None, :]
-    is_read = (row < last)[:, None] & (column < num_columns)[None, :]
-    g = tl.load(gate + at, mask=is_read, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
-    w = tl.load(weights + row, mask=row < last, other=0.0).to(tl.float32)
-    value = g * tl.sigmoid(g) * u * w[:, None]
-    tl.store(hidden + at, value.to(hidden.dtype.element_ty), mask=is_read)
+    if tl.program_id(0) * ROWS < last:  # buffers may be much longer than what is in them (chapter 11)
+        at = row[:, None] * num_columns + column[None, :]
+        is_read = (row < last)[:, None] & (column < num_columns)[None, :]
+        g = tl.load(gate + at, mask=is_read, other=0.0).to(tl.float32)
+        u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
+        w = tl.load(weights + row, mask=row < last, other=0.0).to(tl.float32)
+        value = g * tl.sigmoid(g) * u * w[:, None]
+        tl.store(hidden + at, value.to(hidden.dtype.element_ty), mask=is_read)
 
 
 # %% notebooks/06_grouped_experts.ipynb #swiglu-backward-kernel
@@ -3011,23 +3043,24 @@ def swiglu_backward_kernel(
     gradient is the sum of grad * silu(gate) * up over its row."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     last = tl.load(num_rows)
-    is_row = row < last
-    w = tl.load(weights + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for start in range(0, COLUMNS, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        at = row[:, None] * COLUMNS + column[None, :]
-        is_read = is_row[:, None] & (column < COLUMNS)[None, :]
-        d = tl.load(grad + at, mask=is_read, other=0.0).to(tl.float32)
-        g = tl.load(gate + at, mask=is_read, other=0.0).to(tl.float32)
-        u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
-        s = tl.sigmoid(g)
-        silu = g * s
-        total += d * silu * u
-        tl.store(gate + at, (d * w * u * (s + silu * (1 - s))).to(gate.dtype.element_ty), mask=is_read)
-        tl.store(up + at, (d * w * silu).to(up.dtype.element_ty), mask=is_read)
-        tl.store(grad + at, (silu * u * w).to(grad.dtype.element_ty), mask=is_read)
-    tl.store(grad_weights + row, tl.sum(total, axis=1), mask=is_row)
+    if tl.program_id(0) * ROWS < last:
+        is_row = row < last
+        w = tl.load(weights + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+        total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+        for start in range(0, COLUMNS, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            at = row[:, None] * COLUMNS + column[None, :]
+            is_read = is_row[:, None] & (column < COLUMNS)[None, :]
+            d = tl.load(grad + at, mask=is_read, other=0.0).to(tl.float32)
+            g = tl.load(gate + at, mask=is_read, other=0.0).to(tl.float32)
+            u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
+            s = tl.sigmoid(g)
+            silu = g * s
+            total += d * silu * u
+            tl.store(gate + at, (d * w * u * (s + silu * (1 - s))).to(gate.dtype.element_ty), mask=is_read)
+            tl.store(up + at, (d * w * silu).to(up.dtype.element_ty), mask=is_read)
+            tl.store(grad + at, (silu * u * w).to(grad.dtype.element_ty), mask=is_read)
+        tl.store(grad_weights + row, tl.sum(total, axis=1), mask=is_row)
 
 
 # %% notebooks/06_grouped_experts.ipynb #weighted-swiglu
@@ -3409,6 +3442,60 @@ class BmmExperts(Experts):
         return (torch.bmm(hidden, w2) if bias is None else torch.baddbmm(bias, hidden, w2)).flatten(0, 1)
 
 
+# %% notebooks/06_grouped_experts.ipynb #replays
+import weakref
+
+
+def watch_over(
+    check: Callable[[], None], fail: Callable[[Exception], object] | None = None, grace_s: float = 0
+) -> None:
+    """A thread that calls check, a method, twice a second, as long as its object lives. Where it raises
+    CollectiveError, and grace_s later nobody else has ended the process, the thread does: fail(error), exit code 1.
+    """
+    method = weakref.WeakMethod(check)
+
+    def look() -> None:
+        while (still_there := method()) is not None:
+            try:
+                still_there()
+            except CollectiveError as error:
+                time.sleep(grace_s)
+                fail(error) if fail else print(f"error: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
+            del still_there
+            time.sleep(0.5)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+class Replays:
+    """Replays of a recorded step, begun and ended: who waits for a rank that never comes finds out in limit_s.
+
+    begun counts on the host. The recording itself counts those that have ended, in memory that the host can read while
+    the device works: so nothing waits, and no CUDA call disturbs a stream.
+    """
+
+    def __init__(self, limit_s: float, fail: Callable[[Exception], object] | None = None) -> None:
+        self.begun, self.limit_s, self.seen, self.since = 0, limit_s, 0, time.monotonic()
+        self.ended = torch.zeros(1, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        watch_over(self.check, fail)
+
+    def record_end(self, count: Tensor) -> None:
+        """The last thing in a recording. count: int64 [1] on its device, 0."""
+        count.add_(1)
+        self.ended.copy_(count, non_blocking=True)
+
+    def check(self) -> None:
+        """CollectiveError where one has been under way for limit_s, and no other has ended meanwhile."""
+        ended, now = int(self.ended), time.monotonic()
+        if ended == self.begun or ended != self.seen:
+            self.seen, self.since = ended, now
+        elif now - self.since > self.limit_s:
+            raise CollectiveError(
+                f"replay {ended + 1} of the recorded step has not ended in {self.limit_s:g} s"
+            )
+
+
 # %% notebooks/06_grouped_experts.ipynb #graph-step
 @register("step", "graph")
 class GraphStep:
@@ -3422,6 +3509,7 @@ class GraphStep:
         self.eager = REGISTRIES["step"]["eager"](run, model, task, optimizer)
         self.graph, self.losses, self.model = torch.cuda.CUDAGraph(), None, model
         self.meter, self.sent = run.mesh.meter, {}
+        self.replays = Replays(run.options.timeout_s, run.fail)
 
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
@@ -3459,8 +3547,10 @@ class GraphStep:
         generator.set_state(before[1])
         self.graph.register_generator_state(generator)
         self.meter.sent.clear()
+        count = torch.zeros(1, dtype=torch.int64, device=generator.device)
         with torch.cuda.graph(self.graph):
             self.losses = eager()
+            self.replays.record_end(count)
         self.sent = {purpose: list(sent) for purpose, sent in self.meter.sent.items()}
         self.meter.sent.clear()
 
@@ -3468,6 +3558,8 @@ class GraphStep:
         """One step -> the global losses [2] before its update. The meter counts what the recording sent, anew."""
         if self.losses is None:
             self.record()
+        check_ended(self.meter)
+        self.replays.begun += 1
         self.graph.replay()
         for purpose, sent in self.sent.items():
             self.meter.record(purpose, sent)
@@ -5095,6 +5187,8 @@ class PeerMemory:
     the other. For kernels: table int64 [2, W], the addresses of the ranks' slots and of their flags; state int64 [2],
     exchanges so far and programs of the running kernel that are done; looks, how often they look at a flag before they
     give up; missing int64 [W], 1 for a rank on which one gave up, where the host can read it; sent {pass: int64 [W]}.
+    overflow int64 [1]: choices that came and found no room, since somebody set it to 0; crowded, the same for the host.
+    under_way: exchanges that have begun and not ended, where the two part (chapter 12).
     """
 
     def __init__(self, rank: int, blocks: list[Tensor], limit_s: float = 60, turns: int = 2) -> None:
@@ -5105,7 +5199,11 @@ class PeerMemory:
         self.table = torch.stack([flags + self.flag_bytes, flags])
         self.state = torch.zeros(2, dtype=torch.int64, device=device)
         self.looks = int(limit_s * 5e6)  # a look takes about 0.2 microseconds
-        self.missing = torch.zeros(len(blocks), dtype=torch.int64, pin_memory=device.type == "cuda")
+        on_gpu = device.type == "cuda"
+        self.missing = torch.zeros(len(blocks), dtype=torch.int64, pin_memory=on_gpu)
+        self.crowded = torch.zeros(1, dtype=torch.int64, pin_memory=on_gpu)
+        self.under_way = 0
+        self.overflow, self.noted = self.state.new_zeros(1), torch.cuda.Event() if on_gpu else None
         self.sent = {name: torch.zeros(len(blocks), dtype=torch.int64, device=device) for name in PASSES}
 
     def slot(self, rank: int, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -5125,17 +5223,15 @@ class PeerMemory:
                 f"rank {self.rank} gave up on rank {late}, which did not write to it within about {self.limit_s:g} s"
             )
 
-    def watch(self, grace_s: float = 5) -> None:
-        """For a thread: ends the process where a kernel has given up and grace_s later nobody has, as NCCL's watchdog
-        does. The host may wait in a recorded step, whose collectives nobody watches."""
-        while not self.missing.any():
-            time.sleep(0.5)
-        time.sleep(grace_s)
-        try:
-            self.check()
-        except CollectiveError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
+    def check_room(self) -> None:
+        """RuntimeError where more came in an earlier call than arrival_factor has room for; waits for that call."""
+        if self.noted is not None and not torch.cuda.is_current_stream_capturing():
+            self.noted.synchronize()
+        if self.crowded.any():
+            raise RuntimeError(
+                f"rank {self.rank}: {int(self.crowded)} choices more came than arrival_factor has room for, and what "
+                "the layer returned since is wrong; take a larger arrival_factor, or leave it out"
+            )
 
 
 def rider_start(num_rows: int, d: int, dtype: torch.dtype) -> int:
@@ -5146,7 +5242,7 @@ def rider_start(num_rows: int, d: int, dtype: torch.dtype) -> int:
 # %% notebooks/11_peer_memory.ipynb #memory-of
 @functools.cache
 def memories_of(comm: Communicator) -> dict[tuple, list[PeerMemory]]:
-    """{(device, whether kernels write): all that were made for this group}; kept as long as the process lives."""
+    """{(device, whether kernels write, purpose): all that were made for this group}; as long as the process lives."""
     return {}
 
 
@@ -5156,13 +5252,14 @@ def read_counts(meter: TrafficMeter, ranks: list[int], purpose: str, counted: Te
     counted.zero_()
 
 
-def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
-    """The group's memory with slots of num_bytes at least; x says on which device, and whether kernels write.
+def memory_of(comm: Communicator, num_bytes: int, x: Tensor, purpose: str = "") -> PeerMemory:
+    """The group's memory with slots of num_bytes at least; x says on which device, and whether kernels write. What
+    takes turns in another way has a memory of its own, by its purpose.
 
     Collective where it has to be made, with twice as many bytes as the last one or more. CollectiveError where a rank
-    did not come to an earlier exchange.
+    did not come to an earlier exchange, RuntimeError where it had too little room.
     """
-    made = memories_of(comm).setdefault((x.device, uses_kernels(x)), [])
+    made = memories_of(comm).setdefault((x.device, uses_kernels(x), purpose), [])
     if not made or made[-1].slot_bytes < num_bytes:
         num_bytes = max(2**20, 1 << (num_bytes - 1).bit_length())
         blocks, limit_s = share_memory(comm, 2 * num_bytes + 2**13, x.device), 60.0
@@ -5170,13 +5267,15 @@ def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
             group = dist.group.WORLD
             limit_s = group._get_backend(group._device_types[0]).options._timeout.total_seconds()
         made.append(PeerMemory(comm.rank, blocks, limit_s))
+        comm.meter.checks += [made[-1].check, made[-1].check_room]
         if x.is_cuda and comm.size > 1:
-            threading.Thread(target=made[-1].watch, daemon=True).start()
+            watch_over(made[-1].check, grace_s=5)
         for purpose, counted in made[-1].sent.items():
             comm.meter.readers.append(
                 functools.partial(read_counts, comm.meter, comm.ranks, purpose, counted)
             )
-    made[-1].check()
+    for check in (made[-1].check, made[-1].check_room):
+        check()
     return made[-1]
 
 
@@ -5607,6 +5706,126 @@ class ToHome(torch.autograd.Function):
         return to_experts(grad, topk_ids, None, ids, ctx.plan, "combine backward")[0], None, None, None
 
 
+# %% notebooks/11_peer_memory.ipynb #arrival-room
+@option_group
+@dataclass(frozen=True)
+class ArrivalOptions(Options):
+    """How much may arrive. ValueError where the factor makes no sense.
+
+    arrival_factor: room for so many times the choices that an even load brings a rank; unset, for all that can come
+    """
+
+    arrival_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.arrival_factor is not None and not 0 < self.arrival_factor < math.inf:
+            raise ValueError(f"arrival_factor is {self.arrival_factor}, and must be a number above 0")
+
+    def check(self, config: MoEConfig) -> None:
+        """ValueError where the dispatcher makes no room in advance."""
+        if self.arrival_factor is not None and config.dispatcher != "peer":
+            raise ValueError(
+                f"arrival_factor does nothing with dispatcher {config.dispatcher}; take --dispatcher peer"
+            )
+
+    def begin(self, training: Training) -> None:
+        """The launcher takes a step that found too little room again."""
+        if self.arrival_factor is not None:
+            training.advance = StepAgain(training)
+
+
+def arrival_room(num_slots: int, size: int, top_k: int, num_local: int, factor: float | None) -> int:
+    """(row, expert) pairs for which a rank's experts have room: factor * S * K, or all that can come."""
+    most = size * num_slots * min(top_k, num_local)
+    return most if factor is None else min(most, math.ceil(factor * num_slots * top_k))
+
+
+def keep_to_room(ids: Tensor, room: int, plan: PeerPlan, raises: bool) -> Tensor:
+    """ids [R, K] of what came, as they are, or all -1 where they are more than room; then memory.overflow says so.
+
+    raises: memory.crowded too, for the next call. No host synchronisation.
+    """
+    memory = plan.memory
+    if room == len(ids) * min(ids.shape[1], plan.num_local):
+        return ids
+    too_many = ((ids >= 0).sum() - room).clamp(min=0)
+    memory.overflow += too_many
+    if raises:
+        memory.crowded.copy_(memory.overflow, non_blocking=True)
+        if memory.noted is not None and not torch.cuda.is_current_stream_capturing():
+            memory.noted.record()
+    return torch.where(too_many > 0, -1, ids)
+
+
+# %% notebooks/11_peer_memory.ipynb #step-again
+class StepAgain:
+    """Takes a step; where more came than there was room for, on any rank, takes it again with room for all.
+
+    So losses and parameters are those of a run with room for all. The step may be recorded: the device skips the update
+    and the host reads one number behind it. Bytes of both tries are counted. notes["summary"]["steps_taken_again"].
+    """
+
+    def __init__(self, training: Training) -> None:
+        run, model, optimizer = training.run, training.model, training.optimizer
+        self.advance, self.training, self.times = training.advance, training, 0
+        self.again = REGISTRIES["step"]["eager"](run, model, training.task, optimizer)
+        self.layers = moe_layers(model)
+        for layer in self.layers:
+            layer.dispatcher.raises = False
+        self.is_crowded = torch.zeros((), device=run.device)
+        optimizer.found_inf, optimizer.grad_scale = (
+            self.is_crowded,
+            None,
+        )  # GradScaler sets them: no public names
+        optimizer.register_step_pre_hook(self.agree)
+
+    def agree(self, *_: Any) -> None:
+        """Before the update: is_crowded is 1 on all ranks where any had too little room."""
+        notes = [m.overflow for made in memories_of(self.layers[0].dispatcher.comm).values() for m in made]
+        total = self.training.run.mesh.batch.all_reduce(torch.stack(notes).sum().float())
+        self.is_crowded.copy_(total.clamp(max=1))
+        for note in notes:
+            note.zero_()
+
+    def __call__(self) -> Tensor:
+        """One step -> the global losses [2] before its update. One host synchronisation, behind it."""
+        generator, buffers = self.training.task.generator, list(self.training.model.buffers())
+        before = generator.get_state(), [buffer.clone() for buffer in buffers]
+        losses = self.advance()
+        if self.is_crowded.item():
+            self.times += 1
+            losses = self.take_again(*before)
+        self.training.notes.setdefault("summary", {})["steps_taken_again"] = self.times
+        return losses
+
+    def take_again(self, state: Tensor, buffers: list[Tensor]) -> Tensor:
+        """The step from this state of the generator and these buffers, with room for all."""
+        self.training.task.generator.set_state(state)
+        for buffer, kept in zip(self.training.model.buffers(), buffers, strict=True):
+            buffer.copy_(kept)
+        chosen = [layer.topk_ids for layer in self.layers]
+        factors = [layer.dispatcher.arrival_factor for layer in self.layers]
+        for layer in self.layers:
+            layer.dispatcher.arrival_factor = None
+        losses = self.again()
+        for layer, ids, factor in zip(self.layers, chosen, factors, strict=True):
+            layer.dispatcher.arrival_factor = factor
+            layer.topk_ids = ids.copy_(layer.topk_ids)  # where a recorded step leaves its own
+        return losses
+
+
+# %% notebooks/11_peer_memory.ipynb #agreed-slots
+def agreed_slots(num_slots: int | None, x: Tensor, comm: Communicator) -> int:
+    """S; where nobody has said it, the most tokens of a rank, by one host synchronisation. ValueError where this rank
+    has more."""
+    if num_slots is None:
+        length = torch.tensor([len(x)], device=x.device)
+        num_slots = max(1, int(comm.all_gather(length, "metadata").max()))
+    if len(x) > num_slots:
+        raise ValueError(f"{len(x)} tokens on one rank, and its slots were made for {num_slots}")
+    return num_slots
+
+
 # %% notebooks/11_peer_memory.ipynb #peer-dispatcher
 @dataclass(frozen=True)
 class PeerHandle:
@@ -5631,19 +5850,24 @@ def can_share_memory(device_type: str, num_local_ranks: int) -> bool:
 class PeerDispatcher(GatherTokensDispatcher):
     """Writes a token into the memory of every rank that has one of its experts, at its own place (chapter 11).
 
-    num_slots: see GatherTokensDispatcher.
+    num_slots: see GatherTokensDispatcher. arrival_factor: see ArrivalOptions. raises: whether the next call raises
+    where more choices came than there is room for; somebody else may look (StepAgain).
     """
+
+    arrival_factor: float | None = None
+    raises = True
 
     @classmethod
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "PeerDispatcher":
         """See Dispatcher. CannotRun where the ranks are on several machines."""
         if num_machines := len({rank // world_from_env()[3] for rank in comm.ranks}) - 1:
             raise CannotRun(
-                f"dispatcher peer writes into memory of its own machine, and {num_machines + 1} machines share these "
-                "experts; take --dispatcher two_stage, or an --ep-size that fits on one"
+                f"dispatcher {config.dispatcher} writes into memory of its own machine, and {num_machines + 1} "
+                "machines share these experts; take --dispatcher two_stage, or an --ep-size that fits on one"
             )
         made = cls(config.num_experts, comm, known_slots(config))
         made.records &= config.dtype != "float64"  # which has no kernels
+        made.arrival_factor = config.option(ArrivalOptions).arrival_factor
         return made
 
     @staticmethod
@@ -5655,20 +5879,15 @@ class PeerDispatcher(GatherTokensDispatcher):
         return 48 if device.type == "cuda" and ep_size > 1 and num_local_ranks % ep_size == 0 else 1
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
-        """See Dispatcher. Sends a row for each (token, other rank), and S * K weights and ids to each other rank.
-        ValueError where this rank has more than S tokens."""
-        num_slots, size, top_k = self.num_slots, self.comm.size, topk_ids.shape[1]
-        if num_slots is None:
-            length = torch.tensor([len(x)], device=x.device)
-            num_slots = max(1, int(self.comm.all_gather(length, "metadata").max()))
-        if len(x) > num_slots:
-            raise ValueError(f"{len(x)} tokens on one rank, and peer was made for {num_slots}")
+        """See Dispatcher. Sends a row for each (token, other rank), and S * K weights and ids to each other rank."""
+        num_slots, size, top_k = agreed_slots(self.num_slots, x, self.comm), self.comm.size, topk_ids.shape[1]
         num_rows, rider_bytes = size * num_slots, 2 * top_k * topk_weights.element_size()
         num_bytes = rider_start(num_rows, x.shape[1], x.dtype) + num_rows * rider_bytes
         plan = PeerPlan(self.comm, memory_of(self.comm, num_bytes, x), num_slots, self.num_local_experts)
         rows, weights, ids = ToExperts.apply(x, topk_weights, topk_ids, plan)
-        most = num_rows * min(top_k, self.num_local_experts)
-        return Arrived(rows, ids, weights, PeerHandle(topk_ids, ids, plan), max_pairs=most)
+        room = arrival_room(num_slots, size, top_k, self.num_local_experts, self.arrival_factor)
+        fitting = keep_to_room(ids, room, plan, self.raises)
+        return Arrived(rows, fitting, weights, PeerHandle(topk_ids, ids, plan), max_pairs=room)
 
     def begin_combine(self, y: Tensor, handle: PeerHandle) -> Tensor:
         """See Dispatcher. Sends a row back for each that came."""
@@ -5766,6 +5985,238 @@ class TwoBatches(InOrder):
         beside = None if shared is None else shared.output(hidden)
         y = torch.cat([dispatcher.end_combine(a), dispatcher.end_combine(b)])
         return y if shared is None else y + beside
+
+
+# %% notebooks/12_overlap.ipynb #meet-ranks
+@kernel
+def meet_kernel(table, state, missing, looks, RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr):
+    """One program: raises this rank's flag in every memory, and waits for all others'."""
+    epoch = tl.load(state)
+    signal_peers(table, state, epoch, RANK, NUM_RANKS, PLACES)
+    await_peers(table, epoch + 1, missing, looks, RANK, NUM_RANKS, PLACES)
+
+
+def meet(comm: Communicator, memory: PeerMemory) -> None:
+    """Whatever is enqueued on this stream afterwards runs when all ranks have come this far. No host synchronisation
+    on GPUs."""
+    if uses_kernels(memory.state):
+        places = 1 << (comm.size - 1).bit_length()
+        meet_kernel[(1,)](
+            memory.table, memory.state, memory.missing, memory.looks, comm.rank, comm.size, places
+        )
+    else:
+        comm.all_reduce(torch.zeros(1, device=memory.state.device))
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> Any:
+    """The stream on which blocks are copied; None on a CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+# %% notebooks/12_overlap.ipynb #copy-flight
+class CopyFlight:
+    """One exchange of blocks that are in order, by copies into the peers' memory; backward takes it the other way.
+
+    send begins it. Out: this rank's block [S, n] goes to every rank. Home: block p of [W * S, n] goes to rank p. land
+    ends it: what came, [W * S, n], in a slot that the next but one may overwrite. Rows and riders; either may be None.
+    """
+
+    def __init__(self, comm: Communicator, memory: PeerMemory, num_slots: int, purpose: str) -> None:
+        self.comm, self.memory, self.num_slots, self.purpose = comm, memory, num_slots, purpose
+
+    def block(self, rank: int) -> slice:
+        """A rank's rows among all."""
+        return slice(rank * self.num_slots, (rank + 1) * self.num_slots)
+
+    def send(
+        self, rows: Tensor | None, riders: Tensor | None, is_home: bool, is_backward: bool = False
+    ) -> None:
+        """Begins. RuntimeError where every slot has an exchange under way."""
+        comm, memory, sources = self.comm, self.memory, (rows, riders)
+        if memory.under_way == memory.turns:
+            raise RuntimeError(
+                f"{memory.turns} exchanges are under way, one for each slot; end one before the next"
+            )
+        widths = [0 if t is None else t.shape[1] for t in sources]
+        shape, dtype = (comm.size * self.num_slots, *widths), (riders if rows is None else rows).dtype
+        row_bytes = sum(t.shape[1] * t.element_size() for t in sources if t is not None)
+        purpose, stream = self.purpose + " backward" * is_backward, copy_stream(memory.state.device)
+        comm.meter.record(purpose, [self.num_slots * row_bytes] * comm.size, comm.ranks)
+        comm.meter.num_collectives += 1
+        ended = threading.Event() if stream is None else torch.cuda.Event()
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            meet(comm, memory)
+            for n in range(1, comm.size):
+                p = (comm.rank + n) % comm.size
+                for source, slot in zip(sources, memory.slot(p, shape, dtype), strict=True):
+                    if source is not None:
+                        slot[self.block(comm.rank)] = source[self.block(p)] if is_home else source
+            meet(comm, memory)
+            ended.set() if stream is None else ended.record()
+        came = memory.slot(comm.rank, shape, dtype)
+        self.sources, self.came = (
+            sources,
+            came,
+        )  # kept until the main stream has waited: then they are freed by order
+        self.pending = Pending(came[0], comm.meter, ended, purpose)
+        memory.turn, memory.under_way = (memory.turn + 1) % memory.turns, memory.under_way + 1
+
+    def land(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+        """Ends -> what came, rows and riders, and what this rank had to send."""
+        self.pending.wait()
+        self.memory.under_way -= 1
+        came, sources = self.came, self.sources
+        self.came = self.sources = self.pending = None
+        return came, sources
+
+    def joined(self, came: Tensor, own: Tensor) -> Tensor:
+        """A copy of what came from all ranks, [W * S, n], with this rank's own block in its place."""
+        rank, out = self.comm.rank, torch.empty_like(came)
+        for p in range(self.comm.size):
+            out[self.block(p)] = own if p == rank else came[self.block(p)]
+        return out
+
+    def total(self, came: Tensor, sent: Tensor) -> Tensor:
+        """The sum of what came home from all ranks, [S, n], in float32 or wider."""
+        parts = [(sent if p == self.comm.rank else came)[self.block(p)] for p in range(self.comm.size)]
+        if len(parts) == 2:
+            return parts[0] + parts[1]  # one kernel, which adds in float32
+        wide = torch.promote_types(sent.dtype, torch.float32)
+        return torch.stack(parts).sum(0, dtype=wide).to(sent.dtype)
+
+
+# %% notebooks/12_overlap.ipynb #copy-nodes
+class SendTokens(torch.autograd.Function):
+    """x [T, D], topk_weights, topk_ids [T, K] -> a ticket for ReceiveTokens: they leave for every rank, padded to S."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, flight: CopyFlight) -> Tensor:
+        (num_tokens, k), padding = topk_ids.shape, flight.num_slots - len(x)
+        ctx.flight, ctx.num_tokens, flight.x_needs_grad = flight, num_tokens, ctx.needs_input_grad[0]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        riders = x.new_full((flight.num_slots, 2 * k), -1, dtype=wide)
+        riders[:num_tokens, :k], riders[:num_tokens, k:] = topk_weights, topk_ids
+        flight.send(F.pad(x, (0, 0, 0, padding)) if padding else x.contiguous(), riders, is_home=False)
+        return topk_weights.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ticket: Tensor) -> tuple:
+        came, sent = ctx.flight.land()
+        grads = [
+            None if s is None else ctx.flight.total(c, s)[: ctx.num_tokens]
+            for c, s in zip(came, sent, strict=True)
+        ]
+        return *grads, None, None
+
+
+class ReceiveTokens(torch.autograd.Function):
+    """(ticket, flight) -> rows [W * S, D], weights and ids of all experts [W * S, K]. Backward sends gradients home."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, flight: CopyFlight) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.flight = flight
+        rows, riders = (flight.joined(c, s) for c, s in zip(*flight.land(), strict=True))
+        weights, ids = riders.tensor_split(2, dim=1)
+        weights, ids = weights.to(ticket.dtype).contiguous(), ids.long()
+        ctx.mark_non_differentiable(ids, *(() if flight.x_needs_grad else (rows,)))
+        ctx.set_materialize_grads(False)
+        return rows, weights, ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
+        rows = grad_rows.contiguous() if ctx.flight.x_needs_grad else None
+        ctx.flight.send(rows, grad_weights.contiguous(), is_home=True, is_backward=True)
+        return grad_weights.new_empty(0), None
+
+
+class SendHome(torch.autograd.Function):
+    """y [W * S, D], a block for every rank -> a ticket for SumBlocks. Backward receives the tokens' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, flight: CopyFlight) -> Tensor:
+        ctx.flight = flight
+        flight.send(y.contiguous(), None, is_home=True)
+        return y.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ticket: Tensor) -> tuple:
+        (came, _), (sent, _) = ctx.flight.land()
+        return ctx.flight.joined(came, sent), None
+
+
+class SumBlocks(torch.autograd.Function):
+    """(ticket, flight) -> [T, D], the sum of what came home. Backward sends its gradient to every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, flight: CopyFlight, num_tokens: int) -> Tensor:
+        ctx.flight = flight
+        (came, _), (sent, _) = flight.land()
+        return flight.total(came, sent)[:num_tokens]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        padding = ctx.flight.num_slots - len(grad)
+        rows = F.pad(grad, (0, 0, 0, padding)) if padding else grad.contiguous()
+        ctx.flight.send(rows, None, is_home=False, is_backward=True)
+        return grad.new_empty(0), None, None
+
+
+# %% notebooks/12_overlap.ipynb #copy-dispatcher
+@register("dispatcher", "copies")
+class CopiesDispatcher(PeerDispatcher):
+    """gather_tokens by the copy engine: each rank's tokens, in order, into every other's memory (chapter 12).
+
+    Its exchanges part, so something can run beside them; at most two may be under way. Bytes are gather_tokens'.
+    """
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Never auto's; it cannot run where ranks cannot address each other's memory."""
+        return 1 if can_share_memory(device.type, world_from_env()[3]) else 0
+
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
+        """See Dispatcher. Sends S rows to each other rank, with K weights and K ids each."""
+        num_slots, d, k = agreed_slots(self.num_slots, x, self.comm), x.shape[1], topk_ids.shape[1]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        num_rows = self.comm.size * num_slots
+        num_bytes = rider_start(num_rows, d, x.dtype) + num_rows * 2 * k * wide.itemsize
+        memory = memory_of(self.comm, num_bytes, x, "copies")
+        there, back = (CopyFlight(self.comm, memory, num_slots, way) for way in ("dispatch", "combine"))
+        return SendTokens.apply(x, topk_weights, topk_ids, there), there, (back, len(x))
+
+    def end_dispatch(self, pending: tuple) -> Arrived:
+        """See Dispatcher. No host synchronisation."""
+        ticket, flight, handle = pending
+        rows, weights, ids = ReceiveTokens.apply(ticket, flight)
+        local = ids - self.comm.rank * self.num_local_experts
+        ids = torch.where((ids >= 0) & (local >= 0) & (local < self.num_local_experts), local, -1)
+        most = len(rows) * min(ids.shape[1], self.num_local_experts)
+        return Arrived(rows, ids, weights, handle, max_pairs=most)
+
+    def begin_combine(self, y: Tensor, handle: tuple) -> tuple:
+        """See Dispatcher. Sends S rows to each other rank."""
+        flight, num_tokens = handle
+        return SendHome.apply(y, flight), flight, num_tokens
+
+    def end_combine(self, pending: tuple) -> Tensor:
+        """See Dispatcher."""
+        return SumBlocks.apply(*pending)
+
+    def predict_bytes(
+        self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
+    ) -> dict[str, Tensor]:
+        """See Dispatcher: the slots, whatever is in them."""
+        size, row = len(topk_ids), hidden_dim * dtype.itemsize
+        slots = torch.full((size, size), self.num_slots or max(1, *map(len, topk_ids)))
+        weights = topk_ids[0].shape[1] * torch.promote_types(dtype, torch.float32).itemsize
+        return bytes_by_pass(slots, slots, row, 2 * weights, row * x_needs_grad + weights)
 
 
 # ==========================================================================================================
