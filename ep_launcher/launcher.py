@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "438f630dbf67e036785bf7162379867f3092119163f80e1623260ecd8faedd0e"
+SOURCES_SHA256 = "a0dc16593e334e25f1181375915de510cbb97fb48828ca467afba28a31009ada"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5803,14 +5803,16 @@ class StepAgain:
         self.training.task.generator.set_state(state)
         for buffer, kept in zip(self.training.model.buffers(), buffers, strict=True):
             buffer.copy_(kept)
-        chosen = [layer.topk_ids for layer in self.layers]
+        seen = [(layer.topk_ids, layer.probs) for layer in self.layers]
         factors = [layer.dispatcher.arrival_factor for layer in self.layers]
         for layer in self.layers:
             layer.dispatcher.arrival_factor = None
         losses = self.again()
-        for layer, ids, factor in zip(self.layers, chosen, factors, strict=True):
-            layer.dispatcher.arrival_factor = factor
-            layer.topk_ids = ids.copy_(layer.topk_ids)  # where a recorded step leaves its own
+        for layer, (ids, probs), factor in zip(self.layers, seen, factors, strict=True):
+            layer.dispatcher.arrival_factor = (
+                factor  # and for whoever watches, where a recorded step leaves its own:
+            )
+            layer.topk_ids, layer.probs = ids.copy_(layer.topk_ids), probs.copy_(layer.probs)
         return losses
 
 
