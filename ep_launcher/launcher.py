@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "a0dc16593e334e25f1181375915de510cbb97fb48828ca467afba28a31009ada"
+SOURCES_SHA256 = "29ed4fe0b5169d1d2b2e511392e76b19bd818e26c04360b4881ca29dce05dcbc"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5773,10 +5773,8 @@ class StepAgain:
         for layer in self.layers:
             layer.dispatcher.raises = False
         self.is_crowded = torch.zeros((), device=run.device)
-        optimizer.found_inf, optimizer.grad_scale = (
-            self.is_crowded,
-            None,
-        )  # GradScaler sets them: no public names
+        optimizer.grad_scale = None  # GradScaler sets these two, which have no public names
+        optimizer.found_inf = self.is_crowded
         optimizer.register_step_pre_hook(self.agree)
 
     def agree(self, *_: Any) -> None:
