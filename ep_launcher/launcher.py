@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "29ed4fe0b5169d1d2b2e511392e76b19bd818e26c04360b4881ca29dce05dcbc"
+SOURCES_SHA256 = "410b36ed27a99e9db268fdd2bd4ae2cf4d7b4f6c0c641326261a1ae27c133cca"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5773,8 +5773,7 @@ class StepAgain:
         for layer in self.layers:
             layer.dispatcher.raises = False
         self.is_crowded = torch.zeros((), device=run.device)
-        optimizer.grad_scale = None  # GradScaler sets these two, which have no public names
-        optimizer.found_inf = self.is_crowded
+        optimizer.found_inf = self.is_crowded  # GradScaler sets it too; it has no public name
         optimizer.register_step_pre_hook(self.agree)
 
     def agree(self, *_: Any) -> None:
