@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "d548b8fc40eea51a6abfbeeb9f3b69355cd1c59a6cf06d2c6cb2c3b05f347230"
+SOURCES_SHA256 = "209d2082767262fb758e0156f36f4cd61546e5d6da70be34aedaa81423a870e8"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5784,10 +5784,7 @@ class StepAgain:
         for layer in self.layers:
             layer.dispatcher.raises = False
         self.is_crowded = torch.zeros((), device=run.device)
-        optimizer.found_inf, optimizer.grad_scale = (
-            self.is_crowded,
-            None,
-        )  # GradScaler sets them: no public names
+        optimizer.found_inf = self.is_crowded  # GradScaler sets it too; it has no public name
         optimizer.register_step_pre_hook(self.agree)
 
     def agree(self, *_: Any) -> None:
@@ -5814,14 +5811,16 @@ class StepAgain:
         self.training.task.generator.set_state(state)
         for buffer, kept in zip(self.training.model.buffers(), buffers, strict=True):
             buffer.copy_(kept)
-        chosen = [layer.topk_ids for layer in self.layers]
+        seen = [(layer.topk_ids, layer.probs) for layer in self.layers]
         factors = [layer.dispatcher.arrival_factor for layer in self.layers]
         for layer in self.layers:
             layer.dispatcher.arrival_factor = None
         losses = self.again()
-        for layer, ids, factor in zip(self.layers, chosen, factors, strict=True):
-            layer.dispatcher.arrival_factor = factor
-            layer.topk_ids = ids.copy_(layer.topk_ids)  # where a recorded step leaves its own
+        for layer, (ids, probs), factor in zip(self.layers, seen, factors, strict=True):
+            layer.dispatcher.arrival_factor = (
+                factor  # and for whoever watches, where a recorded step leaves its own:
+            )
+            layer.topk_ids, layer.probs = ids.copy_(layer.topk_ids), probs.copy_(layer.probs)
         return losses
 
 
