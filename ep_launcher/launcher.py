@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "438f630dbf67e036785bf7162379867f3092119163f80e1623260ecd8faedd0e"
+SOURCES_SHA256 = "209d2082767262fb758e0156f36f4cd61546e5d6da70be34aedaa81423a870e8"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -3155,11 +3155,21 @@ class BlockProducts:
                 torch.addmm(bias[e], block, weights[e], out=into)
         return out
 
-    def add_times(self, out: Tensor, rows: Tensor, weights: Tensor) -> Tensor | None:
-        """out [R, o] += the product, in the same call -> None: nothing is left to add."""
-        for e, (block, into) in enumerate(zip(self.blocks(rows), self.blocks(out), strict=True)):
-            torch.addmm(into, block, weights[e], out=into)
-        return None
+    def gated(
+        self, x: Tensor, order: RowOrder, w1: Tensor, b1: Any, w3: Tensor, b3: Any, weights: Tensor,
+        num_rows: Tensor, activation: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """x [T, D] -> gate, up and the weighted activation, [R, F] each: a copy, two products, one activation."""
+        rows = self.rows(x, order)
+        gate, up = self.times(rows, w1, b1), self.times(rows, w3, b3)
+        return gate, up, weighted_activation(activation, gate, up, weights, num_rows)
+
+    def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients gate, up [R, F] -> gate w1^T + up w3^T, [R, D], and what is left to add to it: nothing."""
+        out = self.times(gate, w1.transpose(1, 2))
+        for e, (block, into) in enumerate(zip(self.blocks(up), self.blocks(out), strict=True)):
+            torch.addmm(into, block, w3[e].t(), out=into)
+        return out, None
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
@@ -3184,7 +3194,7 @@ class GroupedProducts:
         self.counts, self.num_rows = counts, num_rows
         self.offsets = counts.cumsum(0, dtype=torch.int32)
 
-    rows = staticmethod(BlockProducts.rows)
+    rows, gated = staticmethod(BlockProducts.rows), BlockProducts.gated
 
     @functools.cached_property
     def membership(self) -> Tensor:
@@ -3199,9 +3209,9 @@ class GroupedProducts:
         out = F.grouped_mm(rows, weights, offs=self.offsets)
         return out if bias is None else torch.addmm(out, self.membership.to(out.dtype), bias)
 
-    def add_times(self, out: Tensor, rows: Tensor, weights: Tensor) -> Tensor | None:
-        """The product, [R, o], left for the caller to add to out: grouped_mm cannot."""
-        return self.times(rows, weights)
+    def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
+        """gate w1^T, and up w3^T for the caller to add: grouped_mm adds nothing."""
+        return self.times(gate, w1.transpose(1, 2)), self.times(up, w3.transpose(1, 2))
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
@@ -3229,15 +3239,15 @@ class ExpertsOnTokens(torch.autograd.Function):
         ctx: Any, x: Tensor, topk_weights: Tensor, w1: Tensor, b1: Any, w2: Tensor, w3: Any, b3: Any,
         order: RowOrder, products: Any, activation: Any,
     ) -> Tensor:  # fmt: skip
-        rows, weights = products.rows(x, order), weights_of_rows(topk_weights, order)
-        gate, num_rows = products.times(rows, w1, b1), order.counts.sum()
+        weights, num_rows = weights_of_rows(topk_weights, order), order.counts.sum()
         if w3 is None:
-            up, hidden = None, activation.apply(gate)
+            gate, up = products.times(products.rows(x, order), w1, b1), None
+            hidden = activation.apply(gate)
             results = products.times(hidden, w2).mul_(weights[:, None])
             kept = None if gate.is_cuda else hidden
         else:
-            up, kept = products.times(rows, w3, b3), None
-            results = products.times(weighted_activation(activation, gate, up, weights, num_rows), w2)
+            gate, up, hidden = products.gated(x, order, w1, b1, w3, b3, weights, num_rows, activation)
+            results, kept = products.times(hidden, w2), None
         ctx.kind, ctx.activation = getattr(products, "in_backward", type(products)), activation
         ctx.on_host = getattr(products, "splits", None)
         ctx.has_b1, ctx.has_b3, ctx.used = b1 is not None, b3 is not None, False
@@ -3278,9 +3288,10 @@ class ExpertsOnTokens(torch.autograd.Function):
             grad_w3 = products.weight_gradient(rows, up)
         del rows
         if ctx.needs_input_grad[0]:
-            first, rest = products.times(gate, w1.transpose(1, 2)), None
-            if up is not None:
-                rest = products.add_times(first, up, w3.transpose(1, 2))
+            if up is None:
+                first, rest = products.times(gate, w1.transpose(1, 2)), None
+            else:
+                first, rest = products.x_gradient(gate, up, w1, w3)
             grad_x = sum_rows(first, order, rest)
         grad_topk = weights_of_choices(grad_weights, order)
         return grad_x, grad_topk, grad_w1, grad_b1, grad_w2, grad_w3, grad_b3, None, None, None
@@ -5773,10 +5784,7 @@ class StepAgain:
         for layer in self.layers:
             layer.dispatcher.raises = False
         self.is_crowded = torch.zeros((), device=run.device)
-        optimizer.found_inf, optimizer.grad_scale = (
-            self.is_crowded,
-            None,
-        )  # GradScaler sets them: no public names
+        optimizer.found_inf = self.is_crowded  # GradScaler sets it too; it has no public name
         optimizer.register_step_pre_hook(self.agree)
 
     def agree(self, *_: Any) -> None:
@@ -5803,14 +5811,16 @@ class StepAgain:
         self.training.task.generator.set_state(state)
         for buffer, kept in zip(self.training.model.buffers(), buffers, strict=True):
             buffer.copy_(kept)
-        chosen = [layer.topk_ids for layer in self.layers]
+        seen = [(layer.topk_ids, layer.probs) for layer in self.layers]
         factors = [layer.dispatcher.arrival_factor for layer in self.layers]
         for layer in self.layers:
             layer.dispatcher.arrival_factor = None
         losses = self.again()
-        for layer, ids, factor in zip(self.layers, chosen, factors, strict=True):
-            layer.dispatcher.arrival_factor = factor
-            layer.topk_ids = ids.copy_(layer.topk_ids)  # where a recorded step leaves its own
+        for layer, (ids, probs), factor in zip(self.layers, seen, factors, strict=True):
+            layer.dispatcher.arrival_factor = (
+                factor  # and for whoever watches, where a recorded step leaves its own:
+            )
+            layer.topk_ids, layer.probs = ids.copy_(layer.topk_ids), probs.copy_(layer.probs)
         return losses
 
 
@@ -7360,6 +7370,161 @@ def choose_in_one_launch(keys: Tensor, top_k: int) -> Tensor:
     return topk_ids
 
 
+# %% notebooks/14_kernels.ipynb #fused-tiles
+@kernel
+def own_tile(program, counts, num_experts, EXPERTS: constexpr, ROWS: constexpr):
+    """A tile is ROWS rows of one expert -> tile number `program`: its expert, its first row, and where the expert's
+    rows end. Behind the last tile both rows are 0."""
+    expert = tl.arange(0, EXPERTS)
+    number = tl.load(counts + expert, mask=expert < num_experts, other=0).to(tl.int32)
+    tiles = (number + ROWS - 1) // ROWS
+    tiles_end, rows_end = tl.cumsum(tiles, axis=0), tl.cumsum(number, axis=0)
+    tile = program - (tiles_end - tiles)  # counted within each expert
+    is_own = (tile >= 0) & (tile < tiles)
+    row = tl.sum(tl.where(is_own, rows_end - number + tile * ROWS, 0), axis=0)
+    return tl.sum(tl.where(is_own, expert, 0), axis=0), row, tl.sum(tl.where(is_own, rows_end, 0), axis=0)
+
+
+@kernel
+def in_groups(program, num_tiles, num_blocks, GROUP: constexpr):
+    """Program -> (tile, block): GROUP tiles take a block of columns before anybody takes the next."""
+    first = program // (GROUP * num_blocks) * GROUP
+    height, within = tl.minimum(num_tiles - first, GROUP), program % (GROUP * num_blocks)
+    return first + within % height, within // height
+
+
+# %% notebooks/14_kernels.ipynb #fused-gate-up
+@kernel
+def gate_up_kernel(
+    x, token, w1, w3, weights, counts, gate, up, hidden, num_tiles, num_experts, D: constexpr, F: constexpr,
+    EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr, DEEP: constexpr, GROUP: constexpr,
+):  # fmt: skip
+    """A tile of gate = x[token] w1 and up = x[token] w3, one load of x for both; hidden = silu(gate) * up * weight."""
+    tile, block = in_groups(tl.program_id(0), num_tiles, (F + COLUMNS - 1) // COLUMNS, GROUP)
+    e, first, end = own_tile(tile, counts, num_experts, EXPERTS, ROWS)
+    if first >= end:
+        return
+    row, deep = first + tl.arange(0, ROWS), tl.arange(0, DEEP)
+    source = tl.load(token + row, mask=row < end, other=0).to(tl.int64) * D
+    g = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    u = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(0, D, DEEP):
+        rows = tl.load(x + source[:, None] + (start + deep)[None, :])
+        g = tl.dot(rows, w1.load([e * D + start, block * COLUMNS]), g)
+        u = tl.dot(rows, w3.load([e * D + start, block * COLUMNS]), u)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    at = row.to(tl.int64)[:, None] * F + column[None, :]
+    is_own = (row < end)[:, None] & (column < F)[None, :]
+    w = tl.load(weights + row, mask=row < end, other=0.0).to(tl.float32)
+    tl.store(gate + at, g.to(gate.dtype.element_ty), mask=is_own)
+    tl.store(up + at, u.to(up.dtype.element_ty), mask=is_own)
+    tl.store(hidden + at, (g * tl.sigmoid(g) * u * w[:, None]).to(hidden.dtype.element_ty), mask=is_own)
+
+
+# %% notebooks/14_kernels.ipynb #fused-x-gradient
+@kernel
+def x_gradient_kernel(
+    gate, up, w1, w3, counts, out, num_tiles, num_experts, D: constexpr, F: constexpr,
+    EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr, DEEP: constexpr, GROUP: constexpr,
+):  # fmt: skip
+    """A tile of out = gate w1^T + up w3^T, both added up in the same registers."""
+    tile, block = in_groups(tl.program_id(0), num_tiles, (D + COLUMNS - 1) // COLUMNS, GROUP)
+    e, first, end = own_tile(tile, counts, num_experts, EXPERTS, ROWS)
+    if first >= end:
+        return
+    row, deep = first + tl.arange(0, ROWS), tl.arange(0, DEEP)
+    source = tl.where(row < end, row, first).to(tl.int64) * F
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(0, F, DEEP):
+        rows = tl.load(gate + source[:, None] + (start + deep)[None, :])
+        total = tl.dot(rows, w1.load([e * D + block * COLUMNS, start]).T, total)
+    for start in range(0, F, DEEP):
+        rows = tl.load(up + source[:, None] + (start + deep)[None, :])
+        total = tl.dot(rows, w3.load([e * D + block * COLUMNS, start]).T, total)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    at = row.to(tl.int64)[:, None] * D + column[None, :]
+    is_own = (row < end)[:, None] & (column < D)[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=is_own)
+
+
+# %% notebooks/14_kernels.ipynb #fused-products
+def is_hopper(device: torch.device) -> bool:
+    """Whether this GPU is a Hopper or newer."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+TILES = {
+    "gated": (128, 128, 64, 8),
+    "x_gradient": (128, 256, 64, 16),
+}  # rows, columns, depth, tiles in a group
+WIDEST_GATED = 4096  # columns of an expert; wider ones go faster by themselves
+
+
+def tiles_of(weights: Tensor, rows: int, columns: int) -> Any:
+    """weights [L, i, o] as one matrix [L * i, o], which the copy engine reads in tiles."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(weights.contiguous().flatten(0, 1), [rows, columns])
+
+
+class FusedProducts(GroupedProducts):
+    """GroupedProducts of which two methods are one kernel each, for SwiGLU in bfloat16."""
+
+    def started(self, way: str, num_rows: int, num_columns: int) -> tuple[int, int, int, int]:
+        """-> (programs, tiles of rows at the most, L, L as a power of two)."""
+        (rows, columns, *_), num_local = TILES[way], len(self.counts)
+        num_tiles = -(-num_rows // rows) + num_local
+        return num_tiles * -(-num_columns // columns), num_tiles, num_local, 1 << (num_local - 1).bit_length()
+
+    def gated(
+        self, x: Tensor, order: RowOrder, w1: Tensor, b1: Any, w3: Tensor, b3: Any, weights: Tensor,
+        num_rows: Tensor, activation: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See BlockProducts."""
+        (_, d, f), (rows, columns, depth, group) = w1.shape, TILES["gated"]
+        if not (activation is SwiGLU and uses_kernels(x) and len(x) and f <= WIDEST_GATED):
+            return super().gated(x, order, w1, b1, w3, b3, weights, num_rows, activation)
+        token = (order.choice_of_row.clamp(min=0) // order.row_of_choice.shape[1]).int()
+        gate, up, hidden = (x.new_empty(len(token), f) for _ in range(3))
+        programs, num_tiles, *experts = self.started("gated", len(token), f)
+        gate_up_kernel[(programs,)](
+            x.contiguous(), token, tiles_of(w1, depth, columns), tiles_of(w3, depth, columns), weights,
+            self.counts, gate, up, hidden, num_tiles, experts[0], d, f, experts[1], rows, columns, depth,
+            group, num_warps=8, num_stages=3,
+        )  # fmt: skip
+        return gate, up, hidden
+
+    def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See BlockProducts: both products, and nothing left to add."""
+        (_, d, f), (rows, columns, depth, group) = w1.shape, TILES["x_gradient"]
+        if not (uses_kernels(gate) and len(gate)):
+            return super().x_gradient(gate, up, w1, w3)
+        out = gate.new_empty(len(gate), d)
+        programs, num_tiles, *experts = self.started("x_gradient", len(gate), d)
+        x_gradient_kernel[(programs,)](
+            gate, up, tiles_of(w1, columns, depth), tiles_of(w3, columns, depth), self.counts, out, num_tiles,
+            experts[0], d, f, experts[1], rows, columns, depth, group, num_warps=8, num_stages=3,
+        )  # fmt: skip
+        return out, None
+
+
+# %% notebooks/14_kernels.ipynb #fused-experts-kind
+@register("experts", "fused")
+class TiledExperts(GroupedExperts):
+    """grouped, with the activation in the product that makes its factors, and x's gradient in one product."""
+
+    products = FusedProducts
+    needs = "Triton, a Hopper GPU or newer, bfloat16, swiglu, and dimensions of multiples of 64"
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """By name alone: no layer has been timed with it yet."""
+        fits = config.activation == "swiglu" and config.hidden_dim % 64 == config.ffn_dim % 64 == 0
+        if not (fits and triton is not None and device.type == "cuda" and is_hopper(device)):
+            return 0
+        return 45 if GroupedExperts.preference(config, device, ep_size) else 0
+
+
 # %% notebooks/14_kernels.ipynb #fp8-kernels
 FLOAT8 = torch.float8_e4m3fn
 
@@ -7442,11 +7607,6 @@ def scale_columns(w: Tensor) -> Scaled:
 
 
 # %% notebooks/14_kernels.ipynb #fp8-products
-def is_hopper(device: torch.device) -> bool:
-    """Whether this GPU is a Hopper or newer."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 class Float8Products(GroupedProducts):
     """GroupedProducts whose forward products take eight-bit factors, one scale a row and a column (e4m3)."""
 
@@ -7526,12 +7686,14 @@ class QuackProducts(GroupedProducts):
             return x.new_empty(0, weights.shape[2])
         return gemm(x, weights, cu_seqlens_m=self.starts, A_idx=token, tuned=False)
 
-    def add_times(self, out: Tensor, rows: Tensor, weights: Tensor) -> None:
-        """out [R, o] += the product, in the same launch."""
+    def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, None]:
+        """See BlockProducts: the second product adds the first in its own launch."""
         from quack.gemm_interface import gemm_add
 
-        if len(rows):
-            gemm_add(rows, weights, C=out, out=out, cu_seqlens_m=self.starts, tuned=False)
+        out = self.times(gate, w1.transpose(1, 2))
+        if len(up):
+            gemm_add(up, w3.transpose(1, 2), C=out, out=out, cu_seqlens_m=self.starts, tuned=False)
+        return out, None
 
     def weight_gradient(self, rows: IndexedRows | Tensor, grad: IndexedRows | Tensor) -> Tensor:
         """See BlockProducts. An index belongs to the first factor: where it is grad's, the product is transposed."""

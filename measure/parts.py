@@ -29,7 +29,7 @@ Part = tuple[Callable[[], Any], int]  # what is timed, and the bytes that it mus
 
 def kinds(layer: ep.EPMoE) -> list[str]:
     """The experts kinds that take part: those that can run here."""
-    device, usual = layer.experts.w1.device, ("grouped", "grouped_fp8", "quack")
+    device, usual = layer.experts.w1.device, ("grouped", "fused", "grouped_fp8", "quack")
     return [k for k in usual if ep.REGISTRIES["experts"][k].preference(layer.config, device, 1) > 0]
 
 
@@ -64,6 +64,7 @@ def product_parts(layer: ep.EPMoE, x: Tensor, order: ep.RowOrder) -> dict[str, P
     w1, w2 = layer.experts.w1.detach(), layer.experts.w2.detach()
     num_rows = len(order.choice_of_row)
     hidden = torch.randn(num_rows, w2.shape[1], device=x.device).to(x.dtype)
+    weights = torch.rand(num_rows, device=x.device)
     parts: dict[str, Part] = {}
     for kind in kinds(layer):
         products = ep.REGISTRIES["experts"][kind].products(order.counts, num_rows)
@@ -88,10 +89,14 @@ def product_parts(layer: ep.EPMoE, x: Tensor, order: ep.RowOrder) -> dict[str, P
             lambda p=products, g=grads: p.weight_gradient(hidden, g),
             moved + hidden.nbytes,
         )
-        total = torch.randn(num_rows, x.shape[1], device=x.device).to(x.dtype)
-        parts[f"{kind}, grad w1^T added"] = (
-            lambda p=products, t=total: p.add_times(t, hidden, w1.transpose(1, 2)),
-            moved + hidden.nbytes,
+        gated = (x, order, w1, None, w1, None, weights, order.counts.sum(), ep.SwiGLU)
+        parts[f"{kind}, gated"] = (
+            lambda p=products, g=gated: p.gated(*g),
+            x.nbytes + 2 * w1.nbytes + 3 * hidden.nbytes,
+        )
+        parts[f"{kind}, x gradient"] = (
+            lambda p=products: p.x_gradient(hidden, hidden, w1, w1),
+            2 * w1.nbytes + 2 * hidden.nbytes + num_rows * x.shape[1] * x.itemsize,
         )
     if "grouped_fp8" in kinds(layer):
         parts["scale_rows of x"] = (lambda: ep.scale_rows(x), 3 * x.nbytes // 2)

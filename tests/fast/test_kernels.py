@@ -106,6 +106,32 @@ def test_eight_bits_with_a_scale_a_row(n, depth, columns, dtype):
         assert ours.values.is_contiguous() and ours.values.shape == theirs.values.shape
 
 
+@with_kernels
+@pytest.mark.parametrize("sizes", [(5, 2, 4, 64, 64), (40, 2, 3, 128, 192), (150, 1, 2, 64, 320)], ids=str)
+def test_products_that_do_more(sizes):
+    """Experts without rows, blocks that stick out, tiles that end early, choices that are not sent."""
+    num_tokens, top_k, num_experts, d, f = sizes
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    torch.manual_seed(0)
+    ids = torch.rand(num_tokens, num_experts).argsort(dim=1)[:, :top_k].to(DEVICE)
+    ids[ids == 1], ids[0, 0] = 0, -1
+    order = ep.order_rows(ids, num_experts)
+    sent, num_rows = int(order.counts.sum()), len(order.choice_of_row)
+    x, w1, w3 = (
+        draw(num_tokens, d, dtype=dtype),
+        *(draw(num_experts, d, f, dtype=dtype) / d**0.5 for _ in "13"),
+    )
+    weights = torch.rand(num_rows, device=DEVICE)
+    products = ep.FusedProducts(order.counts, num_rows)
+    asked = x, order, w1, None, w3, None, weights, order.counts.sum(), ep.SwiGLU
+    gate, up, hidden = products.gated(*asked)
+    for ours, theirs in zip((gate, up, hidden), twin(products.gated, *asked), strict=True):
+        torch.testing.assert_close(ours[:sent], theirs[:sent], **CLOSE[dtype])
+    (ours, rest), theirs = products.x_gradient(gate, up, w1, w3), twin(products.x_gradient, gate, up, w1, w3)
+    assert rest is None
+    torch.testing.assert_close(ours[:sent], sum(theirs)[:sent], **CLOSE[dtype])
+
+
 def draw(*shape, dtype):
     return torch.randn(*shape).to(dtype).to(DEVICE)
 
