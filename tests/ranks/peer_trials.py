@@ -32,8 +32,6 @@ AGAIN = {  # the same, of a step that is taken again
     "an update that is not skipped": ("optimizer.found_inf = self.is_crowded  #", "pass  #"),
     "a generator that goes on": ("self.training.task.generator.set_state(state)", "pass"),
     "buffers that go on": ("buffer.copy_(kept)\n        seen", "pass\n        seen"),
-    "a rank for itself": ("self.training.run.mesh.batch.all_reduce(torch.stack(notes).sum().float())",
-                          "torch.stack(notes).sum().float()"),
     "choices without room": ("return torch.where(too_many > 0, -1, ids)", "return ids.where(too_many == 0, 0)"),
 }  # fmt: skip
 CROWDED = (
