@@ -89,7 +89,8 @@ def library(mesh: ep.Mesh, folder: Path) -> list[str]:
             for memory in made:
                 memory.crowded.zero_(), memory.overflow.zero_()
         extras = (ep.ArrivalOptions(1.25),)
-        layer = ep.EPMoE(ep.MoEConfig(4, 2, 8, 8, 16, dispatcher="peer", extras=extras), mesh, seed=0)
+        config = ep.MoEConfig(4, 2, 8, 8, 16, dispatcher="peer", balance="none", extras=extras)
+        layer = ep.EPMoE(config, mesh, seed=0)
         with torch.no_grad():
             layer.router.gate.bias.copy_(torch.tensor([90.0, 90, 0, 0]))
         y = layer(torch.randn(16, 8))
