@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "209d2082767262fb758e0156f36f4cd61546e5d6da70be34aedaa81423a870e8"
+SOURCES_SHA256 = "6d6d45a92c889dee66d4facf7b6d1ff6d637f0236e0e5206bd0be1556ee81c19"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -6144,6 +6144,7 @@ class ReceiveTokens(torch.autograd.Function):
         return grad_weights.new_empty(0), None
 
 
+# %% notebooks/12_overlap.ipynb #copy-home
 class SendHome(torch.autograd.Function):
     """y [W * S, D], a block for every rank -> a ticket for SumBlocks. Backward receives the tokens' gradients."""
 
@@ -6166,12 +6167,16 @@ class SumBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, flight: CopyFlight, num_tokens: int) -> Tensor:
         ctx.flight = flight
+        ctx.save_for_backward(ticket)
         (came, _), (sent, _) = flight.land()
         return flight.total(came, sent)[:num_tokens]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
+        _ = (
+            ctx.saved_tensors
+        )  # under checkpoint all is computed again now, with nothing under way, and to its end
         padding = ctx.flight.num_slots - len(grad)
         rows = F.pad(grad, (0, 0, 0, padding)) if padding else grad.contiguous()
         ctx.flight.send(rows, None, is_home=False, is_backward=True)
