@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "209d2082767262fb758e0156f36f4cd61546e5d6da70be34aedaa81423a870e8"
+SOURCES_SHA256 = "bad6e3c0836cfacd2b1463698dcfd075c7ed3cf30c45233fab391d550d8fc8cb"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2224,6 +2224,8 @@ def load_plugin(argv: list[str] | None) -> None:
     sys.modules["ep_launcher.launcher"] = sys.modules[register.__module__]
     path = os.path.expanduser(path)
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("no regular file: not every rank could read it")
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -8555,6 +8557,8 @@ BOOK_SHA256 = "85ce758134058541291e00561510e7f4f7b38b5756c7a44e09b7456433c63e1f"
 def read_text(path: Path) -> bytes:
     """A UTF-8 file's bytes, unpacked where it ends in .bz2. ValueError where it cannot be read, or is not UTF-8."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("no regular file: it might never end")
         data = path.read_bytes()
         data = bz2.decompress(data) if path.suffix == ".bz2" else data
         data.decode("utf-8")
