@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "6d6d45a92c889dee66d4facf7b6d1ff6d637f0236e0e5206bd0be1556ee81c19"
+SOURCES_SHA256 = "d2d064270049ac3fd8bcb1a6fa415d5c4aa4681ccffad95e9750d3c7588cd997"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2224,6 +2224,8 @@ def load_plugin(argv: list[str] | None) -> None:
     sys.modules["ep_launcher.launcher"] = sys.modules[register.__module__]
     path = os.path.expanduser(path)
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("no regular file: not every rank could read it")
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -8560,6 +8562,8 @@ BOOK_SHA256 = "85ce758134058541291e00561510e7f4f7b38b5756c7a44e09b7456433c63e1f"
 def read_text(path: Path) -> bytes:
     """A UTF-8 file's bytes, unpacked where it ends in .bz2. ValueError where it cannot be read, or is not UTF-8."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("no regular file: it might never end")
         data = path.read_bytes()
         data = bz2.decompress(data) if path.suffix == ".bz2" else data
         data.decode("utf-8")
