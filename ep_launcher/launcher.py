@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "51984aed8d44eef715ab44b68701a3da489e4c5b86447db6b57f0dc92235d417"
+SOURCES_SHA256 = "86ba0af9b894fac759f89e21262cf14fb70b39d2c02210fa34ba957227e75e18"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1154,20 +1154,16 @@ class EPMoE(nn.Module):
         """
         check_tokens(x, self.config)
         refuse_wrappers(self)
-        kind = x.device.type
-        if x.is_meta or not torch.is_autocast_enabled(kind):
-            return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)
-        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
-            return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)
-
-    def run(self, x: Tensor) -> Tensor:
-        """forward_tokens; on several ranks torch.compile leaves it alone, since ranks must enter collectives alike."""
-        forward = type(self).forward_tokens
-        # disable() imports the compiler: not before somebody compiles.
+        kind, forward = x.device.type, type(self).forward_tokens
+        # On several ranks torch.compile leaves it alone, since ranks must enter collectives alike. disable() imports
+        # the compiler: not before somebody compiles.
         if self.mesh.ep.size > 1 and torch.compiler.is_compiling():
             forward = torch.compiler.disable(forward)
-        return forward(self, x)
+        if x.is_meta or not torch.is_autocast_enabled(kind):
+            return forward(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return forward(self, x.reshape(-1, x.shape[-1])).view(x.shape)
 
     def route(self, x: Tensor) -> Routing:
         """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
@@ -1454,18 +1450,11 @@ def dense_moe(
 
 
 # %% notebooks/03_experts.ipynb #name-shares
-def rename_own(experts: Experts, state: dict, prefix: str, is_saved: bool) -> None:
-    """Renames this rank's stacked parameters in a state dict: w1 <-> w1.8-15, the numbers of its experts."""
-    for name, _ in experts.named_parameters():
-        short, long = prefix + name, f"{prefix}{name}.{experts.own_range}"
-        old, new = (short, long) if is_saved else (long, short)
-        if old in state:
-            state[new] = state.pop(old)
-
-
 def save_own_names(experts: Experts, state: dict, prefix: str, metadata: dict) -> None:
-    """A state dict says whose weights it holds, so that ranks never overwrite one another's in one checkpoint."""
-    rename_own(experts, state, prefix, is_saved=True)
+    """A state dict says whose weights it holds, w1.8-15 for w1 of experts 8 to 15, so that ranks never overwrite one
+    another's in one checkpoint."""
+    for name, _ in experts.named_parameters():
+        state[f"{prefix}{name}.{experts.own_range}"] = state.pop(prefix + name)
 
 
 def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> None:
@@ -1475,7 +1464,9 @@ def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> No
             f"this rank holds experts {experts.own_range}, and the state others; take a full_state_dict, and "
             "load_full_state_dict(model, state, mesh)"
         )
-    rename_own(experts, state, prefix, is_saved=False)
+    for name, _ in experts.named_parameters():
+        if (own := f"{prefix}{name}.{experts.own_range}") in state:
+            state[prefix + name] = state.pop(own)
 
 
 # %% notebooks/03_experts.ipynb #full-state
@@ -3290,11 +3281,6 @@ def spread_weights(arrived: Arrived, num_local_experts: int) -> Tensor:
     return weights.new_zeros(len(ids), num_local_experts).scatter_add(1, ids.clamp(min=0), weights)
 
 
-def add_output_bias(y: Tensor, arrived: Arrived, b2: Tensor | None) -> Tensor:
-    """y [R, D] + the weighted sum of each row's output biases, b2 [L, D]."""
-    return y if b2 is None else torch.addmm(y, spread_weights(arrived, len(b2)).to(y.dtype), b2)
-
-
 # %% notebooks/06_grouped_experts.ipynb #fused-experts
 class FusedExperts(Experts):
     """Experts whose products share one call or fill one buffer; `products` says how. Parameters as in Experts."""
@@ -3309,7 +3295,7 @@ class FusedExperts(Experts):
         y = ExpertsOnTokens.apply(
             arrived.x, arrived.topk_weights, w1, b1, w2, w3, b3, order, products, self.activation
         )
-        return add_output_bias(y, arrived, b2)
+        return y if b2 is None else torch.addmm(y, spread_weights(arrived, self.num_local).to(y.dtype), b2)
 
 
 # %% notebooks/06_grouped_experts.ipynb #grouped-experts
