@@ -32,7 +32,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "931183d3030e85a183cbd5d01f071ee8ffeab729c6709e8430dab6c60441d37e"
+SOURCES_SHA256 = "9b8b1bdd95740d5da147a755938d34bf055582a4a4cd9f0b42e50ab22443e6e4"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5724,6 +5724,21 @@ def comes_last(counter, num_parts):
     return before == num_parts - 1
 
 
+# %% notebooks/13_inference.ipynb #starts-early
+@kernel
+def wait_for_earlier(EARLY: constexpr):
+    """The first thing that a kernel of the decode path does. Nothing is read or written before it."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def starts_early(x: Tensor) -> dict[str, bool]:
+    """How a kernel that begins with wait_for_earlier is launched: set up early where x lies on a GPU that can."""
+    can = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
+
+
 # %% notebooks/13_inference.ipynb #logits-piece
 @kernel
 def logits_piece(
@@ -5762,15 +5777,19 @@ def best_experts(
     place = tl.arange(0, WIDTH)[None, :]
     ids = tl.zeros([logits.shape[0], WIDTH], dtype=tl.int32)
     weights = tl.zeros([logits.shape[0], WIDTH], dtype=tl.float32)
+    bits = keys.to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     for k in tl.static_range(K):
-        score, best = tl.max(keys, axis=1, return_indices=True)
-        best = tl.minimum(best, E - 1)  # also where all is NaN
+        largest = tl.max(order, axis=1)
+        best = tl.min(tl.where(order == largest[:, None], expert[None, :], E - 1), axis=1)
         is_best = expert[None, :] == best[:, None]
         if HAS_BIAS:  # which is for the choice alone
             score = tl.sum(tl.where(is_best, scores, 0.0), axis=1)
+        else:
+            score = (largest ^ ((largest >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         ids = tl.where(place == k, best[:, None], ids)
         weights = tl.where(place == k, score[:, None], weights)
-        keys = tl.where(is_best, float("-inf"), keys)
+        order = tl.where(is_best, -2147483648, order)
     return ids, weights
 
 
@@ -5780,19 +5799,20 @@ def choose_kernel(
     x, gate, bias, choice_bias, num_tokens, pieces, arrived, topk_ids, topk_weights, counts, active, choices,
     room, scale, D: constexpr, E: constexpr, EXPERTS: constexpr, K: constexpr, WIDTH: constexpr,
     SPLIT: constexpr, TOKENS: constexpr, BLOCK: constexpr, SIGMOID: constexpr, HAS_BIAS: constexpr,
-    NORMALIZE: constexpr, LISTS: constexpr,
+    NORMALIZE: constexpr, LISTS: constexpr, EARLY: constexpr,
 ):  # fmt: skip
     """Program (tokens, part): a part of the logits; who comes last adds up all parts, in their order, and chooses."""
+    wait_for_earlier(EARLY)
     part, size = tl.program_id(1), tl.num_programs(0) * TOKENS * EXPERTS
     token, expert = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
     is_token = token < tl.load(num_tokens)
     piece = logits_piece(x, gate, token, expert, is_token, part, D, E, SPLIT, BLOCK)
     at = token[:, None] * EXPERTS + expert[None, :]
-    tl.store(pieces + part * size + at, piece)
+    tl.store(pieces + part * size + at, piece, mask=is_token[:, None])
     if comes_last(arrived + tl.program_id(0), SPLIT):
         logits = tl.zeros([TOKENS, EXPERTS], dtype=tl.float32)
         for p in tl.static_range(SPLIT):
-            logits += tl.load(pieces + p * size + at, cache_modifier=".cg")
+            logits += tl.load(pieces + p * size + at, mask=is_token[:, None], other=0.0, cache_modifier=".cg")
         logits += tl.load(bias + expert, mask=expert < E, other=0.0)[None, :]
         logits = tl.where((expert < E)[None, :], logits, float("-inf"))
         ids, weights = best_experts(logits, choice_bias, expert, E, K, WIDTH, SIGMOID, HAS_BIAS)
@@ -5833,12 +5853,13 @@ def store_hidden(hidden, gate, up, topk_weights, choice, column, is_row, F: cons
 def hidden_kernel(
     x, x_stride, w1, w3, topk_weights, counts, active, choices, hidden, halves, arrived, num_experts, room,
     D: constexpr, F: constexpr, J: constexpr, ROWS: constexpr, BLOCK_F: constexpr, BLOCK_D: constexpr,
-    SPLIT: constexpr,
+    SPLIT: constexpr, EARLY: constexpr,
 ):  # fmt: skip
     """Program (active expert, columns, part): both halves of SwiGLU in one pass over x, for the expert's rows.
 
     With SPLIT above 1 it is a part of them; the part that comes last adds up all, in their order, and stores.
     """
+    wait_for_earlier(EARLY)
     slot, part = tl.program_id(0), tl.program_id(2)
     if slot < tl.load(counts + num_experts):
         e = tl.load(active + slot).to(tl.int64)
@@ -5876,8 +5897,10 @@ def hidden_kernel(
 def rows_kernel(
     hidden, w2, counts, active, choices, rows, num_experts, room,
     D: constexpr, F: constexpr, J: constexpr, ROWS: constexpr, BLOCK_D: constexpr, BLOCK_F: constexpr,
+    EARLY: constexpr,
 ):  # fmt: skip
     """Program (active expert, columns): hidden w2 for the expert's rows, a row a choice [R * J, D]."""
+    wait_for_earlier(EARLY)
     slot = tl.program_id(0)
     if slot < tl.load(counts + num_experts):
         e = tl.load(active + slot).to(tl.int64)
@@ -5904,9 +5927,11 @@ def rows_kernel(
 # %% notebooks/13_inference.ipynb #sum-choices-kernel
 @kernel
 def sum_choices_kernel(
-    rows, topk_ids, y, counts, num_experts, D: constexpr, J: constexpr, BLOCK: constexpr, LISTED: constexpr
-):
+    rows, topk_ids, y, counts, num_experts, D: constexpr, J: constexpr, BLOCK: constexpr, LISTED: constexpr,
+    EARLY: constexpr,
+):  # fmt: skip
     """Program (row, block): the sum over a row's choices, in their order. And nobody is on a list then."""
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -5933,25 +5958,26 @@ def tile_of(length: int, limit: int) -> int:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """What a program of the decode kernels takes: rows; columns and depth of both products; parts of the first."""
+    """What a program of the decode kernels takes: rows; columns and depth of both products; parts of the first;
+    loads of the second that are in flight."""
 
     rows: int
     hidden: tuple[int, int]
     parts: int
     output: tuple[int, int]
+    stages: int
 
 
 def decode_tiles(num_rows: int, top_k: int, num_experts: int, d: int, f: int) -> DecodeTiles:
     """Tiles for num_rows rows of top_k choices among num_experts experts [d, f]."""
     num_active = min(num_experts, num_rows * top_k)
     rows = next(tile for tile in (16, 32, 64) if tile == 64 or num_rows * top_k <= tile // 2 * num_experts)
-    output = tile_of(d, 128), tile_of(f, 64)
-    wide, deep, parts = tile_of(f, 128), tile_of(d, 32), 1
-    if num_active * f // wide < PROGRAMS:
-        wide, deep = tile_of(f, 64), tile_of(d, 64)
-        while parts < 8 and num_active * f // wide * parts < PROGRAMS and d % (2 * parts * deep) == 0:
-            parts *= 2
-    return DecodeTiles(rows, (wide, deep), parts, output)
+    hidden, output = (tile_of(f, 128), tile_of(d, 32)), (tile_of(d, 128), tile_of(f, 64))
+    if num_active * f // hidden[0] < PROGRAMS:
+        hidden = tile_of(f, 64), tile_of(d, 64)
+    if num_active * f // hidden[0] < PROGRAMS and d % (2 * hidden[1]) == 0:
+        return DecodeTiles(rows, hidden, 2, (tile_of(d, 64), tile_of(f, 128)), 6)
+    return DecodeTiles(rows, hidden, 1, output, 4)
 
 
 # %% notebooks/13_inference.ipynb #decode-kernels
@@ -5990,12 +6016,13 @@ class DecodeKernels:
         )
         hidden_kernel[(self.num_active, self.f // wide, parts)](
             x, x.stride(0), w1, w3, topk_weights, *lists, self.hidden, self.halves, self.arrived, *sizes,
-            rows, wide, deep, parts, num_warps=4, num_stages=4,
+            rows, wide, deep, parts, num_warps=4, num_stages=4, **starts_early(x),
         )  # fmt: skip
         wide, deep = self.tiles.output
         rows_kernel[(self.num_active, self.d // wide)](
-            self.hidden, w2, *lists, self.rows, *sizes, rows, wide, deep, num_warps=4, num_stages=4
-        )
+            self.hidden, w2, *lists, self.rows, *sizes, rows, wide, deep, num_warps=4,
+            num_stages=min(self.tiles.stages, 12 // w2.element_size()), **starts_early(x),
+        )  # fmt: skip
 
     def sum_up(self, topk_ids: Tensor) -> Tensor:
         """topk_ids [R, J] -> y [R, D], each row's sum over its choices, in float32, in order. Empties the lists."""
@@ -6003,7 +6030,7 @@ class DecodeKernels:
         listed = 1 << self.num_experts.bit_length()
         sum_choices_kernel[(self.num_rows, -(-self.d // block))](
             self.rows, topk_ids, self.y, self.lists.counts, self.num_experts, self.d, self.top_k, block, listed,
-            num_warps=4,
+            num_warps=4, **starts_early(self.y),
         )  # fmt: skip
         return self.y
 
@@ -6027,7 +6054,7 @@ class ChooseKernel:
     def __init__(self, num_rows: int, config: MoEConfig, device: torch.device) -> None:
         self.config, self.num_rows, self.tokens = config, num_rows, 16
         self.block = tile_of(config.hidden_dim, 64)
-        self.split = tile_of(config.hidden_dim // self.block, 8)
+        self.split = tile_of(config.hidden_dim // self.block, 16 if num_rows <= self.tokens else 8)
         self.experts = max(16, 1 << (config.num_experts - 1).bit_length())
         tiles = -(-num_rows // self.tokens)
         self.pieces = torch.empty(self.split, tiles * self.tokens, self.experts, device=device)
@@ -6057,6 +6084,7 @@ class ChooseKernel:
             self.arrived, self.topk_ids, self.topk_weights, *known, self.num_rows, options.routed_scaling_factor,
             c.hidden_dim, c.num_experts, self.experts, c.top_k, width, self.split, self.tokens, self.block,
             c.router == "sigmoid", choice_bias is not None, options.normalize_topk, lists is not None, num_warps=8,
+            **starts_early(x),
         )  # fmt: skip
         return self.topk_ids, self.topk_weights
 
