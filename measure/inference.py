@@ -314,6 +314,8 @@ def two(recorder: record.Recorder) -> None:
             f"  {num_tokens:4} tokens a rank: { ({name: round(us, 1) for name, us in median.items()}) }"
         )
         recorder.write(f"x{mesh.ep.size}_inference", result)
+    for failure in recorder.failures:
+        print(f"FAILED on rank {mesh.ep.rank}: {failure}", flush=True)
 
 
 def exchange(recorder: record.Recorder, mesh: ep.Mesh) -> dict:
