@@ -160,9 +160,10 @@ def products_alone(layer: ep.EPMoE, counts: Tensor, products: type) -> Callable[
         for w in first:
             plan.times(rows, w), plan.weight_gradient(rows, hidden)
         plan.times(hidden, w2), plan.times(rows, w2.transpose(1, 2)), plan.weight_gradient(hidden, rows)
-        total = plan.times(hidden, first[0].transpose(1, 2))
-        for w in first[1:]:
-            plan.add_times(total, hidden, w.transpose(1, 2))
+        if w3 is None:
+            plan.times(hidden, first[0].transpose(1, 2))
+        else:
+            plan.x_gradient(hidden, hidden, *first)
 
     return run
 

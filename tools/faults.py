@@ -58,13 +58,13 @@ class BrokenRun:
         check_flags(flag_arguments(flags))
         inside = {"plugin": PLUGIN, "step": "faulty"} if (faults := list(faults)) else {}
         arguments = flag_arguments(flags | inside)
-        of_torchrun = torchrun_flags(nproc)
+        of_torchrun = torchrun_flags(nproc, max_restarts=max_restarts)
         environment = torchrun_environment(of_torchrun, threads=True)
         self.steps = self.folder / "steps"
         self.steps.write_bytes(bytes(STEPS_AT + 8 * nproc))
         environment |= {"EP_STEPS": str(self.steps), "EP_FAULTS": json.dumps(faults)}
         self.output = (self.folder / "output").open("wb")
-        command = [*of_torchrun, f"--max-restarts={max_restarts}", str(LAUNCHER), *arguments]
+        command = [*of_torchrun, str(LAUNCHER), *arguments]
         report = self.folder / "report.json"
         self.family = start_worker("torchrun", report, output=self.output, environment=environment)
         self.family.tell(command, environment)

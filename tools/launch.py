@@ -119,7 +119,7 @@ def run_torchrun(
     """
     report, steps, warning = scratch / "report.json", scratch / "steps", ""
     process, start, failed_at, stopped = family.process, time.monotonic(), None, []
-    is_silent = "EP_STEPS" in environment
+    is_silent, restarts = "EP_STEPS" in environment, any("--max-restarts" in flag for flag in command)
     family.tell(command, environment)
     try:
         while process.poll() is None:
@@ -136,7 +136,7 @@ def run_torchrun(
                     output.bar.print(line, sys.stderr)
             if limit_s is not None and now > limit_s:
                 raise TimeoutError
-            if output.has_error and len(family.statuses()) < len(family.members):
+            if not restarts and output.has_error and len(family.statuses()) < len(family.members):
                 if failed_at is None:
                     failed_at, stopped = now, family.stopped_ranks()
                 if now - failed_at > FAILED_S:
@@ -240,6 +240,7 @@ def launch(
     rdzv_endpoint: str | None = None,
     rdzv_id: str = "ep",
     rdzv_conf: str | None = None,
+    max_restarts: int = 0,
     quiet: bool = False,
     limit_s: float | None = None,
     script: str | os.PathLike[str] = LAUNCHER,
@@ -249,7 +250,9 @@ def launch(
 
     nproc: processes on this host; None is one a GPU where there are two or more, else two, on the CPU.
     nnodes, rdzv_endpoint, rdzv_id, rdzv_conf: for several hosts; every host makes the same call.
-    master_port: a fixed port in place of a free one. quiet: prints nothing. limit_s: ends the run after so long.
+    master_port: a fixed port in place of a free one. max_restarts: how often all ranks start again once one has
+    ended, from the last checkpoint where there is one (chapter 15). quiet: prints nothing. limit_s: ends the run
+    after so long.
     script: another stitched launcher. flags: launcher.py's, `top_k=2` for `--top-k 2`, True and False for
     `--x` and `--no-x`, None for leaving it out; paths are relative to the current folder.
 
@@ -266,7 +269,7 @@ def launch(
     except RuntimeError as error:
         raise LaunchError(str(error), returncode=2) from None
     of_torchrun = {"nproc": nproc, "nnodes": nnodes, "master_port": master_port, "rdzv_endpoint": rdzv_endpoint,
-                   "rdzv_id": rdzv_id, "rdzv_conf": rdzv_conf}  # fmt: skip
+                   "rdzv_id": rdzv_id, "rdzv_conf": rdzv_conf, "max_restarts": max_restarts}  # fmt: skip
     return run_command(of_torchrun, flag_arguments(flags), script, quiet=quiet, limit_s=limit_s)
 
 
@@ -294,6 +297,8 @@ def command_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the hosts meet, the same on each")
     parser.add_argument("--rdzv-id", default="ep", metavar="NAME", help="one name a run (default: ep)")
     parser.add_argument("--rdzv-conf", metavar="CONF", help="torchrun's, such as is_host=1 or is_host=0")
+    parser.add_argument("--max-restarts", "--max_restarts", type=int, default=0, metavar="N",
+                        help="how often all ranks start again once one has ended (default: 0)")  # fmt: skip
     return parser
 
 

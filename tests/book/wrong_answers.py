@@ -188,6 +188,15 @@ WRONG = {
         ("shares.byte().argmax(2)", "torch.arange(owner.shape[1]).expand_as(owner)"),
         ("shares.byte().argmax(2), ", ""),
     ],
+    "solution-tiles": [
+        ("-(-counts // rows)", "counts // rows"),
+        ("(counts.cumsum(0) - counts)[expert] + place * rows", "place * rows"),
+        ("(tiles.cumsum(0) - tiles)[expert]", "tiles[expert]"),
+    ],
+    "solution-hurts": [
+        ("-(-counts // rows_of_tile)", "-(-counts.sum() // rows_of_tile)"),
+        ("-(-columns // columns_of_tile)", "columns // columns_of_tile or 1"),
+    ],
     "solution-cache": [
         ("1 / (4 + self.step - step)", "1"),
         ("in self.uses[expert])", "in self.uses[expert][-1:])"),

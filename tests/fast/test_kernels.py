@@ -1,4 +1,4 @@
-"""The kernels of chapters 06, 10, 11 and 13 against their PyTorch twins: on a GPU, or under Triton's interpreter.
+"""The kernels of chapters 06, 10, 11, 13 and 14 against their PyTorch twins: on a GPU, or under Triton's interpreter.
 
 Without Triton there is nothing to test: the twins are what runs then, and the parity suite tests them. The
 interpreter must be asked for before Triton is imported: `make test-kernels` does.
@@ -41,6 +41,86 @@ def case(request) -> tuple:
         ids[-1] = -1
     order = ep.order_rows(ids, num_experts)
     return order, num_tokens, top_k, d, f, int(order.counts.sum())
+
+
+ORDERS = [
+    (5, 2, 4, None),
+    (100, 3, 8, None),
+    (70, 8, 130, None),
+    (40, 4, 200, 90),
+    (1, 1, 3, None),
+    (9, 2, 2, 0),
+]
+
+
+@with_kernels
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_experts", "max_pairs"), ORDERS)
+def test_order_rows(num_tokens, top_k, num_experts, max_pairs):
+    """Also where an expert gets nothing, and where rows are fewer than choices, of which the rest is not sent."""
+    torch.manual_seed(num_tokens)
+    ids = torch.rand(num_tokens, num_experts).argsort(dim=1)[:, :top_k].to(DEVICE)
+    ids[torch.rand(ids.shape, device=DEVICE) < 0.3] = -1
+    ids[0 if max_pairs is None else max_pairs // top_k :: 2] = -1
+    if max_pairs is not None:
+        ids[max_pairs // top_k :] = -1
+    ours, theirs = (run(ep.order_rows, ids, num_experts, max_pairs) for run in (direct, twin))
+    for mine, other in zip(ours.tensors, theirs.tensors, strict=True):
+        assert mine.dtype == other.dtype and torch.equal(mine, other)
+
+
+@with_kernels
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k"), [(5, 4, 2), (33, 130, 8), (1, 8, 8), (0, 4, 2)]
+)
+def test_the_choice_in_one_launch(num_tokens, num_experts, top_k):
+    torch.manual_seed(num_tokens)
+    keys = torch.rand(num_tokens, num_experts).to(DEVICE)
+    ours, theirs = (run(ep.choose_in_one_launch, keys, top_k) for run in (direct, twin))
+    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    same = ep.choose_in_one_launch(torch.zeros(3, num_experts, device=DEVICE), top_k)
+    assert same.tolist() == [list(range(top_k))] * 3
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
+@pytest.mark.parametrize(("n", "depth", "columns"), [(5, 64, 70), (3, 130, 16)])
+def test_eight_bits_with_a_scale_a_row(n, depth, columns, dtype):
+    """Equal on a GPU. The interpreter loses a carry where it rounds to eight bits: there most are equal."""
+    torch.manual_seed(n)
+    x, w = draw(n, depth + 8, dtype=dtype)[:, :depth], draw(3, depth, columns, dtype=dtype)
+    w[1] = 0
+    for function, argument in ((ep.scale_rows, x), (ep.scale_columns, w)):
+        ours, theirs = (run(function, argument) for run in (direct, twin))
+        torch.testing.assert_close(ours.scales, theirs.scales)
+        equal = (ours.values.float() == theirs.values.float()).float().mean()
+        assert equal == 1 if DEVICE == "cuda" else equal > 0.95
+        assert ours.values.is_contiguous() and ours.values.shape == theirs.values.shape
+
+
+@with_kernels
+@pytest.mark.parametrize("sizes", [(5, 2, 4, 64, 64), (40, 2, 3, 128, 192), (150, 1, 2, 64, 320)], ids=str)
+def test_products_that_do_more(sizes):
+    """Experts without rows, blocks that stick out, tiles that end early, choices that are not sent."""
+    num_tokens, top_k, num_experts, d, f = sizes
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    torch.manual_seed(0)
+    ids = torch.rand(num_tokens, num_experts).argsort(dim=1)[:, :top_k].to(DEVICE)
+    ids[ids == 1], ids[0, 0] = 0, -1
+    order = ep.order_rows(ids, num_experts)
+    sent, num_rows = int(order.counts.sum()), len(order.choice_of_row)
+    x, w1, w3 = (
+        draw(num_tokens, d, dtype=dtype),
+        *(draw(num_experts, d, f, dtype=dtype) / d**0.5 for _ in "13"),
+    )
+    weights = torch.rand(num_rows, device=DEVICE)
+    products = ep.FusedProducts(order.counts, num_rows)
+    asked = x, order, w1, None, w3, None, weights, order.counts.sum(), ep.SwiGLU
+    gate, up, hidden = products.gated(*asked)
+    for ours, theirs in zip((gate, up, hidden), twin(products.gated, *asked), strict=True):
+        torch.testing.assert_close(ours[:sent], theirs[:sent], **CLOSE[dtype])
+    (ours, rest), theirs = products.x_gradient(gate, up, w1, w3), twin(products.x_gradient, gate, up, w1, w3)
+    assert rest is None
+    torch.testing.assert_close(ours[:sent], sum(theirs)[:sent], **CLOSE[dtype])
 
 
 def draw(*shape, dtype):

@@ -1,13 +1,17 @@
 """Chapter 16 without processes: what is refused, the split, the schedule, and the count of operations."""
 
+import argparse
 import bz2
+import hashlib
 import json
+import lzma
 from dataclasses import replace
 
 import pytest
 import torch
 
 from ep_launcher import launcher as ep
+from measure import corpus, language
 
 TEXT = "--model lm --task text"
 TINY = f"{TEXT} --hidden-dim 16 --ffn-dim 16 --num-heads 2 --num-experts 4 --activation swiglu"
@@ -198,3 +202,25 @@ def test_the_clamped_activation_is_right_in_every_kind_of_experts():
         y = layer(x)
         right, _ = ep.dense_moe(x, dict(layer.state_dict()), 2, activation="clamped_swiglu")
         assert torch.allclose(y, right, rtol=1e-10, atol=1e-12), kind
+
+
+def test_the_sources_are_refused_where_they_are_other_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PACKED", tmp_path / "python.txt.xz")
+    monkeypatch.setattr(corpus, "TEXT", tmp_path / "python.txt")
+    with pytest.raises(ValueError, match="measure/corpus.py"):
+        corpus.unpacked()
+    corpus.PACKED.write_bytes(lzma.compress(b"another version"))
+    with pytest.raises(ValueError, match="Python 3.11.7 and torch 2.13.0"):
+        corpus.unpacked()
+    assert not corpus.TEXT.exists()
+    monkeypatch.setattr(corpus, "SHA256", hashlib.sha256(b"a\fb").hexdigest())
+    corpus.PACKED.write_bytes(lzma.compress(b"a\fb"))
+    assert corpus.unpacked().read_bytes() == b"a\fb"
+
+
+def test_equal_time_is_equal_milliseconds_as_timed_alone():
+    times = {"experts": {"graph": {"median_ms": 12.0}}, "dense": {"graph": {"median_ms": 8.0}}}
+    job = next(job for job in language.gpu_jobs("tiny", "tiny") if job.name == "dense, equal time")
+    assert language.steps_of(job, argparse.Namespace(steps=100), times) == 150
+    of_job = language.with_time({"curve": [[10, 9.9, 2.0, 3.0]], "ms_per_step": 990.0}, times, job.timed_as)
+    assert of_job == {"curve": [[10, 0.08, 2.0, 3.0]], "ms_per_step": 8.0, "ms_beside_others": 990.0}

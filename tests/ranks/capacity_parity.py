@@ -28,11 +28,11 @@ from ep_launcher.launcher import (  # noqa: E402
 )
 from tools.parity import (  # noqa: E402
     BASE,
-    LIMITS,
     begin,
     collect,
     finish,
     gather_uneven,
+    limit_of,
     make_layer,
     over_the_limit,
     plain_cases,
@@ -212,7 +212,11 @@ def run_all(
                 results.append(
                     policy
                     | {"case": name, "dtype": dtype, "dispatcher": dispatcher, "experts": experts}
-                    | {"activation": config.activation, "limit": LIMITS[dtype], "world_size": comm.size}
+                    | {
+                        "activation": config.activation,
+                        "limit": limit_of(experts, dtype),
+                        "world_size": comm.size,
+                    }
                     | facts
                     | {"same_choices": reference.is_same, "lost": reference.num_lost}
                     | {"moved": reference.num_moved}

@@ -1,15 +1,18 @@
 """Chapter 11's dispatcher on real ranks: bytes counted by hand, ranks with nothing, one that never comes, two slots."""
 
 import gc
+import importlib
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from exchange_trials import nothing_arrives
 from parity_trials import run_broken
 from traffic_trials import choices, places
-from trials import trial
+from trials import copied_code, leave_group, trial
 
 from ep_launcher import launcher as ep
 
@@ -24,6 +27,84 @@ BROKEN = {  # {what: (what stands in the launcher, what stands in its copy)}
     ),
     "riders of one token": ("slots = torch.full_like(copies, ", "slots = torch.full_like(copies, 1 + "),
 }
+
+AGAIN = {  # the same, of a step that is taken again
+    "an update that is not skipped": ("optimizer.found_inf, optimizer.grad_scale = self.is_crowded, None", "pass"),
+    "a generator that goes on": ("self.training.task.generator.set_state(state)", "pass"),
+    "buffers that go on": ("buffer.copy_(kept)\n        chosen", "pass\n        chosen"),
+    "a rank for itself": ("self.training.run.mesh.batch.all_reduce(torch.stack(notes).sum().float())",
+                          "torch.stack(notes).sum().float()"),
+    "choices without room": ("return torch.where(too_many > 0, -1, ids)", "return ids.where(too_many == 0, 0)"),
+}  # fmt: skip
+CROWDED = (
+    "--dispatcher peer --num-experts 16 --top-k 4 --hidden-dim 16 --ffn-dim 16 --dtype float64 --steps 12 "
+    "--log-interval 1 --balance bias --bias-speed 0.01 --max-grad-norm 1 --lr 1e-2 --device cpu"
+)
+
+
+def curve(launcher: ModuleType, *flags: str) -> dict[str, Any]:
+    """What a launcher, or a copy of it, measures."""
+    config, options = launcher.parse_flags([*CROWDED.split(), *flags])
+    log = launcher.RunLog(Path("."), options.steps, 1)
+    return launcher.train(launcher.Run(config, options, launcher.init_ep(), torch.device("cpu"), log))
+
+
+@trial(2, 4)
+def crowded(mesh: ep.Mesh, folder: Path) -> list:
+    """[losses with room for all, losses with too little room, steps taken again]."""
+    roomy, tight = curve(ep), curve(ep, "--arrival-factor", "1.02")
+    return [roomy["task_loss"], tight["task_loss"], tight["steps_taken_again"]]
+
+
+def add_broken_again(number: int) -> None:
+    """The trial `broken_again_NUMBER`: whether the losses of a broken copy are the right ones."""
+
+    def run(mesh: ep.Mesh, folder: Path) -> bool:
+        right = curve(ep)["task_loss"]
+        with copied_code(folder.parent / "broken_again" / str(number)):
+            try:
+                return (
+                    curve(importlib.import_module("ep_launcher.launcher"), "--arrival-factor", "1.02")[
+                        "task_loss"
+                    ]
+                    == right
+                )
+            except Exception:
+                return False
+            finally:
+                leave_group()
+
+    run.__name__ = f"broken_again_{number}"
+    trial(2)(run)
+
+
+for number in range(len(AGAIN)):
+    add_broken_again(number)
+
+
+@trial(2)
+def library(mesh: ep.Mesh, folder: Path) -> list[str]:
+    """What a layer with too little room says at the next call, and before an update; forward alone is silent."""
+    said = []
+    for look in ("call", "sync_gradients"):
+        for made in ep.memories_of(mesh.ep).values():
+            for memory in made:
+                memory.crowded.zero_(), memory.overflow.zero_()
+        extras = (ep.ArrivalOptions(1.25),)
+        layer = ep.EPMoE(ep.MoEConfig(4, 2, 8, 8, 16, dispatcher="peer", extras=extras), mesh, seed=0)
+        with torch.no_grad():
+            layer.router.gate.bias.copy_(torch.tensor([90.0, 90, 0, 0]))
+        y = layer(torch.randn(16, 8))
+        try:
+            if look == "call" and mesh.ep.rank == 0:
+                layer(torch.randn(16, 8))
+            elif look == "sync_gradients":
+                y.sum().backward()
+                ep.check_ended(mesh.meter)
+            said.append("nothing")
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
 
 
 def add_broken(number: int) -> None:

@@ -202,6 +202,34 @@ def test_a_terminal_shows_a_bar_that_moves_every_step(tmp_path):
     assert reached[-1] == 12 and len(set(reached)) > 6, reached
 
 
+FAILS_ONCE = """
+import os, sys
+from ep_launcher.launcher import TokenStream, register
+
+@register("task", "fails once")
+class FailsOnce(TokenStream):
+    num_batches = 0
+    def next(self):
+        self.num_batches += 1
+        assert "torch._dynamo" not in sys.modules, "a rank has imported torch's compiler"
+        if (self.num_batches, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (3, "1", "0"):
+            raise RuntimeError("on purpose")
+        return super().next()
+"""
+
+
+def test_a_run_starts_again_without_torchs_compiler(tmp_path, capfd):
+    (tmp_path / "once.py").write_text(FAILS_ONCE)
+    flags = {"plugin": tmp_path / "once.py", "task": "fails once", "steps": 8, "log_dir": tmp_path / "run"}
+    assert launch(2, max_restarts=1, **flags, **SMALL)["config"]["steps"] == 8
+    out, err = capfd.readouterr()
+    assert "restart 1, after this: rank 1: RuntimeError: on purpose" in err and "Traceback" not in err
+    assert "RuntimeError: on purpose" in (tmp_path / "run" / "ranks" / "rank1.err").read_text()
+    assert "task loss" in (tmp_path / "run" / "ranks" / "rank0-restart1.out").read_text()
+    with pytest.raises(LaunchError, match="max_restarts is -1"):
+        launch(2, max_restarts=-1, **SMALL)
+
+
 def test_an_error_in_a_rank_names_its_cell(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(launching, "SILENT_S", 0.0)
     text = (ROOT / "ep_launcher" / "launcher.py").read_text()

@@ -42,7 +42,7 @@ def test_everything_ran(results):
 def test_outputs_and_every_gradient(results):
     over = [
         f"{r['case']} {r['dtype']} {r['dispatcher']} {r['experts']} {r['activation']}: {quantity} {error:.1e}"
-        for r in results for quantity, error in r["errors"].items() if not error <= LIMITS[r["dtype"]]
+        for r in results for quantity, error in r["errors"].items() if not error <= r["limit"]
     ]  # fmt: skip
     assert not over, "\n".join(over)
     quantities = set(results[0]["errors"])

@@ -4,13 +4,17 @@ Outputs and gradients of the twins against the dense reference are in tests/rank
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
-from peer_trials import BROKEN
+from peer_trials import AGAIN, BROKEN
 from support import ROOT, copy_of_the_code, outcome, play, torchrun
+
+from ep_launcher import launcher as ep
 
 TRITON = ROOT / "build" / "triton"  # `make test-kernels` puts it there
 
@@ -20,6 +24,8 @@ def played(build):
     """The folder of what every rank found."""
     for number, change in enumerate(BROKEN.values()):
         copy_of_the_code(build / "broken_peer" / str(number), *change)
+    for number, change in enumerate(AGAIN.values()):
+        copy_of_the_code(build / "broken_again" / str(number), *change)
     return play(build / "peer", "peer_trials", 4)
 
 
@@ -63,16 +69,95 @@ def test_kernels_on_real_ranks(monkeypatch, world_size):
     assert done.returncode == 0 and "within limits" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_step_without_room_is_taken_again(played, world_size):
+    for roomy, tight, times in outcome(played, "crowded", world_size):
+        assert tight == roomy and 0 < times <= 12
+
+
+@pytest.mark.parametrize("number", range(len(AGAIN)), ids=list(AGAIN))
+def test_losses_show(played, number):
+    assert not any(outcome(played, f"broken_again_{number}", 2))
+
+
+def test_too_little_room_in_the_library_is_an_error(played):
+    first, second = outcome(played, "library", 2)
+    assert second == ["nothing", "nothing"]
+    for line in first:
+        assert line.startswith("rank 0: 24 choices more came than arrival_factor has room for"), line
+
+
+def test_a_factor_that_does_nothing_is_refused():
+    for flags in ("--arrival-factor 1.5", "--arrival-factor 0 --dispatcher peer"):
+        with pytest.raises(ValueError, match="arrival_factor"):
+            ep.parse_flags(flags.split())
+
+
+def says(code: str, timeout: float = 50) -> tuple[int, str]:
+    """(exit code, standard error) of a small program."""
+    code = "import time, torch\nfrom ep_launcher import launcher as ep\n" + code
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
+    return done.returncode, done.stderr
+
+
 def test_a_kernel_that_has_given_up_ends_a_process_that_waits():
     """In a recorded step the host waits for the graph, and nobody else looks."""
     code = (
-        "import threading, time, torch\n"
-        "from ep_launcher import launcher as ep\n"
         "memory = ep.PeerMemory(0, [torch.zeros(4096, dtype=torch.uint8)] * 2, limit_s=7)\n"
-        "threading.Thread(target=memory.watch, args=(0,), daemon=True).start()\n"
+        "ep.watch_over(memory.check)\n"
         "memory.missing[1] = 1\n"
         "time.sleep(60)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
     said = "error: rank 0 gave up on rank 1, which did not write to it within about 7 s\n"
-    assert done.returncode == 1 and done.stderr == said, done.stderr
+    assert says(code) == (1, said)
+
+
+def test_a_replay_that_does_not_end_ends_the_process():
+    """One that ends in time does not, however long the next one takes to begin."""
+    ends = "replays = ep.Replays(1)\nfor _ in range(3):\n    replays.begun += 1\n    time.sleep(0.6)\n"
+    ends += "    replays.record_end(torch.tensor([replays.begun - 1]))\n"
+    assert says(ends + "time.sleep(2)\n") == (0, "")
+    said = "error: replay 4 of the recorded step has not ended in 1 s\n"
+    assert says(ends + "replays.begun += 1\ntime.sleep(60)\n") == (1, said)
+
+
+STOPPED = """
+import os, signal, time
+from ep_launcher.launcher import REGISTRIES, Replays, register
+
+@register("step", "waits")
+class Waits(REGISTRIES["step"]["eager"]):
+    def __call__(self):
+        if self.run.step == 5:
+            if self.run.mesh.batch.rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            replays = Replays(self.run.options.timeout_s, self.run.fail)
+            replays.begun += 1
+            time.sleep(600)  # as a host does that waits for a graph
+        return super().__call__()
+"""
+
+
+def test_a_stopped_rank_of_a_recorded_run_is_named(tmp_path):
+    """Here without a GPU: a step that waits as for a graph. torchrun waits 30 s for a rank that is stopped."""
+    (tmp_path / "waits.py").write_text(STOPPED)
+    flags = f"--plugin {tmp_path / 'waits.py'} --step waits --timeout-s 4 --device cpu --log-dir {tmp_path / 'run'}"
+    program = "torch.distributed.run --standalone --nproc_per_node=2 ep_launcher/launcher.py"
+    command = [sys.executable, "-m", *program.split(), *flags.split()]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as run:
+        ranks = []
+        for line in run.stderr:
+            if line.startswith("error:"):
+                ranks = psutil.Process(run.pid).children(recursive=True)
+                break
+        for rank in ranks:
+            rank.kill()
+        run.stderr.read()
+    assert run.returncode == 1
+    assert re.search(
+        r"error: rank 1 stands still, last heard of at step 5: stopped, or .*; replay 1 of the", line
+    ), line

@@ -45,7 +45,7 @@ class Pointer:
 class PlayedLanguage:
     """The part of `triton.language` that a kernel of rows needs. One program at a time: `program` is its number."""
 
-    constexpr, float32, int64, bfloat16 = int, torch.float32, torch.int64, torch.bfloat16
+    constexpr, float32, int32, int64, bfloat16 = int, torch.float32, torch.int32, torch.int64, torch.bfloat16
     static_range = staticmethod(range)
     sigmoid, exp, where, maximum = torch.sigmoid, torch.exp, torch.where, torch.maximum
 
@@ -66,6 +66,9 @@ class PlayedLanguage:
 
     def sum(self, x: Tensor, axis: int | None = None) -> Tensor:
         return x.sum() if axis is None else x.sum(dim=axis)
+
+    def cumsum(self, x: Tensor, axis: int) -> Tensor:
+        return x.cumsum(dim=axis)
 
     def load(self, pointer: Pointer, mask: Tensor | None = None, other: float | None = None) -> Tensor:
         at, mask = pointer.places(mask, f"program {self.program} reads")

@@ -91,16 +91,20 @@ def torchrun_flags(
     rdzv_endpoint: str | None = None,
     rdzv_id: str = "ep",
     rdzv_conf: str | None = None,
+    max_restarts: int = 0,
 ) -> list[str]:
     """torchrun's own flags. LaunchError where they do not fit together, or the port is taken."""
     nproc = default_nproc() if nproc is None else nproc
+    if max_restarts < 0:
+        raise LaunchError(f"max_restarts is {max_restarts}; take 0 or more", returncode=2)
+    restarts = [f"--max-restarts={max_restarts}"] * bool(max_restarts)
     if nproc < 1 or nnodes < 1:
         raise LaunchError(
             f"{nproc} processes on {nnodes} hosts make no run; take 1 or more of each", returncode=2
         )
     if nnodes == 1:
         port = [] if master_port is None else [f"--master-port={find_port(master_port)}"]
-        return [f"--nproc_per_node={nproc}", *port]
+        return [f"--nproc_per_node={nproc}", *port, *restarts]
     if not rdzv_endpoint:
         message = f"{nnodes} hosts must find one another; give each the same --rdzv-endpoint HOST:PORT"
         raise LaunchError(message, returncode=2)
@@ -113,6 +117,7 @@ def torchrun_flags(
     return [
         f"--nnodes={nnodes}", f"--nproc_per_node={nproc}", "--rdzv-backend=c10d",
         f"--rdzv-endpoint={rdzv_endpoint}", f"--rdzv-id={rdzv_id}", *[f"--rdzv-conf={rdzv_conf}"] * bool(rdzv_conf),
+        *restarts,
     ]  # fmt: skip
 
 

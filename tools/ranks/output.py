@@ -73,6 +73,11 @@ class Bar:
             self.handle.update({"text/plain": ""}, raw=True)
 
 
+def attempt_of(path: Path) -> int:
+    """The attempt whose output it is, of a file .../attempt_N/RANK/stderr.log."""
+    return int(path.parents[1].name.removeprefix("attempt_"))
+
+
 class RankOutput:
     """Follows the files into which torchrun sends every rank's output; keeps them; shows what a reader needs."""
 
@@ -86,13 +91,28 @@ class RankOutput:
         self.has_error = False
         self.in_report: set[int] = set()  # ranks that print a traceback: held back for the failure's message
         self.seen: set[str] = set()
+        self.attempt = 0  # torchrun's count of restarts
 
     def poll(self, *, is_last: bool = False) -> None:
         """Reads what is new, and shows it; at the end also a line that no newline closes."""
-        for path in self.folder.glob("*/attempt_*/*/std*.log"):
+        self.read(is_last)  # the ranks of an attempt have ended before the next one starts
+        for path in sorted(self.folder.glob("*/attempt_*/*/std*.log")):
             if path not in self.files:
+                if attempt_of(path) > self.attempt:
+                    self.begin_attempt(attempt_of(path))
                 with contextlib.suppress(OSError):
                     self.files[path] = open(path, "rb"), b""
+        self.read(is_last)
+
+    def begin_attempt(self, number: int) -> None:
+        """What went wrong before is told in a line, and is the failure no more."""
+        said = [line for lines in self.errors.values() for line in lines if line.startswith("error: ")]
+        why = said[0].removeprefix("error: ") if said else "a rank has ended"
+        if not self.quiet:
+            self.bar.print(f"restart {number}, after this: {why}", sys.stderr)
+        self.attempt, self.errors, self.has_error, self.in_report = number, {}, False, set()
+
+    def read(self, is_last: bool) -> None:
         for path, (file, rest) in sorted(self.files.items()):
             *lines, rest = (rest + file.read()).split(b"\n")
             if is_last and rest:
@@ -119,10 +139,11 @@ class RankOutput:
             self.bar.print(line.replace(*HERE), sys.stderr)
 
     def settle(self) -> None:
-        """Puts each rank's files where a person finds them: rank0.out, rank0.err; empty ones go."""
+        """Puts each rank's files where a person finds them: rank0.out, rank0-restart1.err; empty ones go."""
         for path, (file, _) in self.files.items():
             file.close()
             with contextlib.suppress(OSError):
                 if path.stat().st_size:
-                    path.replace(self.folder.parent / f"rank{path.parent.name}.{path.stem[3:]}")
+                    again = f"-restart{attempt_of(path)}" if attempt_of(path) else ""
+                    path.replace(self.folder.parent / f"rank{path.parent.name}{again}.{path.stem[3:]}")
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,244 @@
+"""Chapter 14's own products: how a tile's shape changes their rate, and two kernels that were tried and lose. One GPU.
+
+    python measure/fused.py                      all sizes, into results/<device>_fused.json; half a minute
+
+gated, x_gradient: the launcher's two, tile by tile, beside what `grouped` does for the same. Tried: the activation's
+gradient in the epilogue of the product that makes its factor, and weight gradients that read one factor by index.
+Every kernel is held against the other way first. Rates in TFLOP/s; all tile settings of a row take turns.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+import triton.language as tl  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from ep_launcher import launcher as ep  # noqa: E402
+from measure import layer as layers  # noqa: E402
+from measure import record  # noqa: E402
+
+own_tile, in_groups = ep.own_tile, ep.in_groups  # as the kernels name them
+TILES = {  # rows, columns, depth, tiles in a group
+    "gated": [(128, 128, 64, 8), (128, 128, 64, 1), (64, 128, 64, 8), (128, 64, 64, 8)],
+    "x_gradient": [(128, 256, 64, 16), (128, 256, 64, 1), (128, 128, 64, 16), (128, 256, 32, 16)],
+}
+
+
+@ep.kernel
+def swiglu_gradient(d, w, gate, up, hidden, row, end, column, F: ep.constexpr):
+    """The tile of gate, up and hidden that belongs to d [rows, columns] -> each row's sum of d * silu(gate) * up."""
+    at = row.to(tl.int64)[:, None] * F + column[None, :]
+    is_own = (row < end)[:, None] & (column < F)[None, :]
+    g = tl.load(gate + at, mask=is_own, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=is_own, other=0.0).to(tl.float32)
+    s = tl.sigmoid(g)
+    silu = g * s
+    tl.store(gate + at, (d * w * u * (s + silu * (1 - s))).to(gate.dtype.element_ty), mask=is_own)
+    tl.store(up + at, (d * w * silu).to(up.dtype.element_ty), mask=is_own)
+    tl.store(hidden + at, (silu * u * w).to(hidden.dtype.element_ty), mask=is_own)
+    return tl.sum(tl.where(is_own, d * silu * u, 0.0), axis=1)
+
+
+@ep.kernel
+def hidden_gradient_kernel(
+    grad, token, w2, weights, counts, gate, up, hidden, row_sums, num_tiles, num_experts, num_rows,
+    D: ep.constexpr, F: ep.constexpr,
+    EXPERTS: ep.constexpr, ROWS: ep.constexpr, COLUMNS: ep.constexpr, DEEP: ep.constexpr, GROUP: ep.constexpr,
+):  # fmt: skip
+    """A tile of d = grad[token] w2^T stays on the chip: gate and up become their gradients in place, hidden is made
+    again, and a row's sum of d * silu(gate) * up goes to row_sums[block, row]."""
+    tile, block = in_groups(tl.program_id(0), num_tiles, (F + COLUMNS - 1) // COLUMNS, GROUP)
+    e, first, end = own_tile(tile, counts, num_experts, EXPERTS, ROWS)
+    if first >= end:
+        return
+    row, deep = first + tl.arange(0, ROWS), tl.arange(0, DEEP)
+    source = tl.load(token + row, mask=row < end, other=0).to(tl.int64) * D
+    d = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(0, D, DEEP):
+        rows = tl.load(grad + source[:, None] + (start + deep)[None, :])
+        d = tl.dot(rows, w2.load([e * F + block * COLUMNS, start]).T, d)
+    w = tl.load(weights + row, mask=row < end, other=0.0).to(tl.float32)[:, None]
+    left, right = tl.split(tl.permute(tl.reshape(d, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+    column, half = block * COLUMNS + tl.arange(0, COLUMNS // 2), COLUMNS // 2
+    own = swiglu_gradient(left, w, gate, up, hidden, row, end, column, F)
+    own += swiglu_gradient(right, w, gate, up, hidden, row, end, column + half, F)
+    tl.store(row_sums + block * num_rows + row, own, mask=row < end)
+
+
+@ep.kernel
+def weight_gradient_kernel(
+    first, second, token, counts, out, num_experts, M: ep.constexpr, N: ep.constexpr, GATHERS_SECOND: ep.constexpr,
+    EXPERTS: ep.constexpr, DEEP: ep.constexpr, ROWS: ep.constexpr, COLUMNS: ep.constexpr, GROUP: ep.constexpr,
+):  # fmt: skip
+    """A tile of expert e's out[e] = first^T second over its rows; one of the two is read through `token`."""
+    height, width = (M + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS
+    e = tl.program_id(1)
+    tile, block = in_groups(tl.program_id(0), height, width, GROUP)
+    expert = tl.arange(0, EXPERTS)
+    number = tl.load(counts + expert, mask=expert < num_experts, other=0).to(tl.int32)
+    begin = tl.sum(tl.where(expert < e, number, 0), axis=0)
+    end = begin + tl.sum(tl.where(expert == e, number, 0), axis=0)
+    m, n = tile * ROWS + tl.arange(0, ROWS), block * COLUMNS + tl.arange(0, COLUMNS)
+    m_read, n_read = m % M, n % N  # what sticks out reads something and is not stored
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(begin, end, DEEP):
+        row = start + tl.arange(0, DEEP)
+        source = tl.load(token + row, mask=row < end, other=0).to(tl.int64)
+        a_row, b_row = (row.to(tl.int64), source) if GATHERS_SECOND else (source, row.to(tl.int64))
+        is_row = (row < end)[:, None]
+        a = tl.load(first + a_row[:, None] * M + m_read[None, :], mask=is_row, other=0.0)
+        b = tl.load(second + b_row[:, None] * N + n_read[None, :], mask=is_row, other=0.0)
+        total = tl.dot(a.T, b, total)
+    at = e.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def hidden_gradient(
+    grad: Tensor, token: Tensor, plan: Any, w2: Tensor, weights: Tensor, gate: Tensor, up: Tensor
+) -> tuple:
+    """The first one -> hidden and the gradient of weights; gate and up become their gradients."""
+    (_, f, d), (rows, columns, depth, group) = w2.shape, (128, 128, 64, 8)
+    blocks, num_rows = -(-f // columns), len(token)
+    hidden, sums = torch.empty_like(gate), torch.zeros(blocks, num_rows, device=gate.device)
+    num_tiles, num_local = -(-num_rows // rows) + len(w2), len(w2)
+    hidden_gradient_kernel[(num_tiles * blocks,)](
+        grad, token, ep.tiles_of(w2, columns, depth), weights, plan.counts, gate, up, hidden, sums, num_tiles,
+        num_local, num_rows, d, f, 1 << (num_local - 1).bit_length(), rows, columns, depth, group,
+        num_warps=8, num_stages=4,
+    )  # fmt: skip
+    return hidden, sums.sum(0)
+
+
+def weight_gradient(first: Tensor, second: Tensor, token: Tensor, plan: Any) -> Tensor:
+    """The second one: first[token]^T second for each expert."""
+    (m, n), num_local, (rows, columns, depth, group) = (
+        (first.shape[1], second.shape[1]),
+        len(plan.counts),
+        (128, 128, 32, 8),
+    )
+    out = first.new_empty(num_local, m, n)
+    weight_gradient_kernel[(-(-m // rows) * -(-n // columns), num_local)](
+        first, second, token, plan.counts, out, num_local, m, n, False, 1 << (num_local - 1).bit_length(), depth,
+        rows, columns, group, num_warps=4, num_stages=5,
+    )  # fmt: skip
+    return out
+
+
+def with_tiles(way: str, tiles: tuple, run: Callable) -> Callable:
+    """run with other tiles, and without a limit on columns."""
+
+    def call() -> Any:
+        with mock.patch.dict(ep.TILES, {way: tiles}), mock.patch.object(ep, "WIDEST_GATED", 1 << 30):
+            return run()
+
+    return call
+
+
+def far(ours: Tensor, theirs: Tensor) -> float:
+    """The relative error."""
+    return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+
+
+def one_size(recorder: record.Recorder, size: str) -> dict:
+    """{"median_us", "samples_us", "tflop_per_s", "errors"} of every variant."""
+    layer = layers.make_layer(recorder, size)
+    x, grad = layers.tokens(layer, layer.config.max_num_tokens)
+    x = x.detach()
+    w1, w2, w3 = (getattr(layer.experts, name).detach() for name in ("w1", "w2", "w3"))
+    with torch.no_grad():
+        order = ep.order_rows(layer.router(x).topk_ids, layer.config.num_experts)
+        num_rows = len(order.choice_of_row)
+        weights, token = (
+            torch.rand(num_rows, device=x.device),
+            (order.choice_of_row // layer.config.top_k).int(),
+        )
+        grouped, fused = (kind(order.counts, num_rows) for kind in (ep.GroupedProducts, ep.FusedProducts))
+        asked = x, order, w1, None, w3, None, weights, order.counts.sum(), ep.SwiGLU
+        gate, up, hidden = grouped.gated(*asked)
+        rows = grouped.rows(x, order)
+        overwritten = [(gate.clone(), up.clone()) for _ in range(2)]  # gradients in place
+
+        def activation_backward() -> tuple:
+            into = grouped.times(grouped.rows(grad, order), w2.transpose(1, 2))
+            return ep.weighted_activation_backward_(
+                ep.SwiGLU, into, *overwritten[0], weights, order.counts.sum()
+            )
+
+        runs = {"gated: grouped": lambda: grouped.gated(*asked)}
+        runs["x_gradient: grouped"] = lambda: ep.sum_rows(
+            (two := grouped.x_gradient(gate, up, w1, w3))[0], order, two[1]
+        )
+        for tiles in TILES["gated"]:
+            runs[f"gated: {tiles}"] = with_tiles("gated", tiles, lambda: fused.gated(*asked))
+        for tiles in TILES["x_gradient"]:
+            run = with_tiles(
+                "x_gradient", tiles, lambda: ep.sum_rows(fused.x_gradient(gate, up, w1, w3)[0], order)
+            )
+            runs[f"x_gradient: {tiles}"] = run
+        runs["hidden gradient: grouped"] = activation_backward
+        runs["hidden gradient: one kernel"] = lambda: hidden_gradient(
+            grad, token, grouped, w2, weights, *overwritten[1]
+        )
+        runs["weight gradient: grouped"] = lambda: grouped.weight_gradient(grouped.rows(x, order), gate)
+        runs["weight gradient: by index"] = lambda: weight_gradient(x, gate, token, grouped)
+        errors = {}
+        for name in runs:
+            if name.startswith(("gated: (", "x_gradient: (")):
+                other = runs[f"{name.partition(':')[0]}: grouped"]()
+                ours, other = (
+                    found if isinstance(found, Tensor) else found[2] for found in (runs[name](), other)
+                )
+                errors[name] = far(ours, other)
+        errors["weight gradient: by index"] = far(
+            weight_gradient(x, gate, token, grouped), grouped.weight_gradient(rows, gate)
+        )
+        theirs, (hidden, sums) = (
+            activation_backward(),
+            hidden_gradient(grad, token, grouped, w2, weights, *overwritten[1]),
+        )
+        mine = hidden, *overwritten[1], sums
+        for name, ours, other in zip(("hidden", "gate", "up", "weights"), mine, theirs, strict=True):
+            errors[f"hidden gradient: {name}"] = far(ours, other)
+        recorder.failures += [f"{size} {n}: {e:.1e}" for n, e in errors.items() if not e < 2e-2]
+        samples = recorder.alternate(runs, 6, recorder.event_ms, warm_up=2)
+    one = 2 * num_rows * w1.shape[1] * w1.shape[2]
+    work = {"gated": 2 * one, "x_gradient": 2 * one, "hidden gradient": one, "weight gradient": one}
+    ms = record.medians(samples)
+    rates = {name: work[name.partition(":")[0]] / value / 1e9 for name, value in ms.items()}
+    for name, value in ms.items():
+        recorder.say(f"  {size:9} {name:34} {value:8.3f} ms {rates[name]:7.0f} TFLOP/s")
+    return {"median_ms": ms, "tflop_per_s": rates, "errors": errors, "samples_ms": samples}
+
+
+def measure(recorder: record.Recorder) -> None:
+    """Every size."""
+    a = torch.randn(8192, 8192, device=recorder.device).bfloat16()
+    ms = record.medians(recorder.alternate({"product": lambda: a @ a}, 10, recorder.event_ms, warm_up=3))[
+        "product"
+    ]
+    result: dict = {"ceiling_tflop_per_s": 2 * 8192**3 / ms / 1e9, "sizes": {}}
+    recorder.say(f"  8192-cubed product: {result['ceiling_tflop_per_s']:.0f} TFLOP/s")
+    for size in recorder.args.sizes:
+        result["sizes"][size] = one_size(recorder, size)
+        recorder.free_memory()
+        recorder.write("fused", result)
+    for failure in recorder.failures:
+        recorder.say(f"FAILED: {failure}")
+
+
+def flags() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = record.parser(__doc__, device="cuda", rounds=20, small=False)
+    parser.add_argument("--sizes", nargs="+", choices=list(layers.SIZES), default=list(layers.SIZES))
+    return parser
+
+
+if __name__ == "__main__":
+    record.main(measure, flags())
