@@ -28,11 +28,12 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/11_peer_memory.ipynb
 #   notebooks/12_overlap.ipynb
 #   notebooks/13_inference.ipynb
+#   notebooks/14_kernels.ipynb
 #   notebooks/15_mesh.ipynb
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "9b8b1bdd95740d5da147a755938d34bf055582a4a4cd9f0b42e50ab22443e6e4"
+SOURCES_SHA256 = "602ad6f424eb21660e08448b14b596c6e0443c45a0e650ff26af27da9392a34b"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -132,7 +133,8 @@ class TrafficMeter:
     sent: {purpose: bytes by destination, a list with a place for every rank of the job}. A rank's message to
     itself costs nothing. num_collectives: how many it has entered, which names the straggler when a run hangs.
     under_way: the exchanges that have begun and not ended, by their numbers. readers: called before anybody
-    reads the bytes; each adds what kernels have counted (chapter 11).
+    reads the bytes; each adds what kernels have counted (chapter 11). checks: called then, before gradients are
+    summed and before a recorded step is played; each raises where a kernel has left a note of a failure.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -141,6 +143,7 @@ class TrafficMeter:
         self.num_collectives = 0
         self.under_way: dict[int, Any] = {}
         self.readers: list[Callable[[], None]] = []
+        self.checks: list[Callable[[], None]] = []
 
     def record(self, purpose: str, bytes_by_destination: list[int], ranks: list[int] | None = None) -> None:
         """Adds one collective's bytes to each destination, the rank's own share left out.
@@ -154,7 +157,7 @@ class TrafficMeter:
 
     def fetch(self) -> dict[str, list[int]]:
         """sent, with what the readers add: a host synchronisation where there are any."""
-        for read in self.readers:
+        for read in [*self.readers, *self.checks]:
             read()
         return self.sent
 
@@ -208,7 +211,10 @@ class Pending:
 
 
 def check_ended(meter: TrafficMeter) -> None:
-    """RuntimeError where an exchange has begun and nobody has ended it, with a note of the lines that began it."""
+    """RuntimeError where an exchange has begun and nobody has ended it, with a note of the lines that began it; what
+    the meter's checks raise."""
+    for check in meter.checks:
+        check()
     for number, pending in meter.under_way.items():
         error = RuntimeError(
             f"rank {meter.rank}: the exchange of {pending.purpose!r}, its collective {number}, was never ended; "
@@ -458,6 +464,7 @@ def make_metadata(topk_ids: Tensor, rank: int) -> Tensor:
 # %% notebooks/02_all_to_all.ipynb #registry
 REGISTRIES: dict[str, dict[str, Any]] = {
     "router": {},
+    "choice": {},
     "dispatcher": {},
     "experts": {},
     "balance": {},
@@ -818,7 +825,21 @@ class GateLogits(torch.autograd.Function):
         return grad_x, (grad.t() @ x).to(weight_dtype)
 
 
+# %% notebooks/03_experts.ipynb #choose-largest
+@register("choice", "topk")
+def choose_largest(keys: Tensor, top_k: int) -> Tensor:
+    """keys [T, E] -> int64 [T, K], which are the largest of each row, in descending order."""
+    return keys.topk(top_k, dim=-1).indices
+
+
 # %% notebooks/03_experts.ipynb #router
+class Gate(nn.Linear):
+    """A linear layer that draws nothing when it is made: its router does, from the seed."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the parameters as they are."""
+
+
 @register("router", "softmax")
 class Router(KeepsPrecision):
     """Scores every expert for every token and picks the top_k best: softmax of one linear layer, the gate.
@@ -831,10 +852,7 @@ class Router(KeepsPrecision):
         super().__init__()
         self.config, self.seed = config, seed
         dtype = torch.promote_types(DTYPES[config.dtype], torch.float32)
-        device = torch.get_default_device() if device is None else device  # skip_init leaves None's on meta
-        self.gate = nn.utils.skip_init(
-            nn.Linear, config.hidden_dim, config.num_experts, config.router_bias, device=device, dtype=dtype
-        )
+        self.gate = Gate(config.hidden_dim, config.num_experts, config.router_bias, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -857,7 +875,8 @@ class Router(KeepsPrecision):
         keys = probs.detach() if choice_bias is None else probs.detach() + choice_bias
         for limit_choice in self.config.hooks("limit_choice"):
             keys = limit_choice(keys, self.config)
-        topk_ids = keys.topk(self.config.top_k, dim=-1).indices
+        *_, choose = REGISTRIES["choice"].values()
+        topk_ids = choose(keys, self.config.top_k)
         topk_weights = probs.gather(1, topk_ids)
         for scale_weights in self.config.hooks("scale_weights"):
             topk_weights = scale_weights(topk_weights)
@@ -1084,7 +1103,9 @@ def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int 
     best = max(liking, key=liking.get)
     if name != "auto" and liking[name] <= 0:
         where = f"in {config.dtype} on {ep_size} {device.type} rank{'s' * (ep_size > 1)}"
-        raise CannotRun(f"{kind} {name} cannot run {where}; take auto (here: {best})")
+        needs = getattr(registered[name], "needs", "")
+        needs = f", it needs {needs}" if needs else ""
+        raise CannotRun(f"{kind} {name} cannot run {where}{needs}; take auto (here: {best})")
     return best if name == "auto" else name
 
 
@@ -1119,7 +1140,6 @@ class EPMoE(nn.Module):
         self.shared = SharedExperts(config, seed, device) if config.num_shared_experts else None
         self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
         self.aux_shares, self.recorded_aux = AuxShares(), True
-        self.run = kept_from_compiler(type(self).forward_tokens, self.mesh.ep.size)
         self.overlap = REGISTRIES["overlap"][pick("overlap", config, device, self.mesh.ep.size)]
         self.overlap.check(self)
 
@@ -1139,10 +1159,18 @@ class EPMoE(nn.Module):
         refuse_wrappers(self)
         kind = x.device.type
         if x.is_meta or not torch.is_autocast_enabled(kind):
-            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+            return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)
         x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            return self.run(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+            return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+    def run(self, x: Tensor) -> Tensor:
+        """forward_tokens; on several ranks torch.compile leaves it alone, since ranks must enter collectives alike."""
+        forward = type(self).forward_tokens
+        # disable() imports the compiler: not before somebody compiles.
+        if self.mesh.ep.size > 1 and torch.compiler.is_compiling():
+            forward = torch.compiler.disable(forward)
+        return forward(self, x)
 
     def route(self, x: Tensor) -> Routing:
         """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
@@ -1231,11 +1259,6 @@ def check_tokens(x: Tensor, config: MoEConfig) -> None:
     num_tokens, limit = math.prod(x.shape[:-1]), config.max_num_tokens
     if limit is not None and num_tokens > limit:
         raise ValueError(f"{num_tokens} tokens on one rank, above max_num_tokens {limit}")
-
-
-def kept_from_compiler(function: Callable, ep_size: int) -> Callable:
-    """The function; on several ranks one that torch.compile leaves alone, since ranks must enter collectives alike."""
-    return function if ep_size == 1 else torch.compiler.disable(function)
 
 
 def is_recomputing() -> bool:
@@ -1916,7 +1939,7 @@ def check_finite(losses: Tensor, step: int) -> None:
 class Run:
     """Everything that one rank needs to train; made by `main`, or by hand in a notebook.
 
-    step: the training step it is in.
+    step: the training step it is in. fail: says on the screen why it ends, and returns the exit code; for threads.
     """
 
     config: MoEConfig
@@ -1925,6 +1948,7 @@ class Run:
     device: torch.device
     log: RunLog
     step: int = 0
+    fail: Callable[[Exception], int] | None = None
 
     def __post_init__(self) -> None:
         """Later chapters' option groups fit themselves to this run."""
@@ -2053,6 +2077,22 @@ class EagerStep:
         return losses
 
 
+# %% notebooks/04_training.ipynb #optimizer
+import inspect
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, whose first use does not import torch's compiler: a second less at the start of every rank."""
+
+    add_param_group = torch.optim.AdamW.add_param_group.__wrapped__
+    zero_grad = torch.optim.AdamW.zero_grad.__wrapped__
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Any:
+        """One update; see torch.optim.AdamW."""
+        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+
+
 # %% notebooks/04_training.ipynb #train
 def pick_step(run: Run, model: nn.Module) -> str:
     """The name of the kind of step that --step names, or of the one that likes this run best. CannotRun for one
@@ -2069,14 +2109,15 @@ def pick_step(run: Run, model: nn.Module) -> str:
 
 @dataclass
 class Training:
-    """What a run holds while it trains, for the hooks of option groups; notes: what they keep from step to step;
-    notes["summary"] is added to the summary."""
+    """What a run holds while it trains, for the hooks of option groups. advance: takes one step -> losses [2]; `begin`
+    may put another in its place. notes: what they keep from step to step; notes["summary"] is added to the summary."""
 
     run: Run
     model: nn.Module
     task: Any
     optimizer: torch.optim.Optimizer
     record: Record
+    advance: Callable[[], Tensor]
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -2091,13 +2132,13 @@ def train(run: Run) -> dict[str, Any]:
     task = make_task(run.config, options.seed, run.num_global_tokens, mesh.batch, device)
     took = moe_layers(model)[0].took | {"step": pick_step(run, model)}
     is_capturable = device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True, capturable=is_capturable)
+    optimizer = AdamW(model.parameters(), lr=options.lr, fused=True, capturable=is_capturable)
     advance = REGISTRIES["step"][took["step"]](run, model, task, optimizer)
     shared = "" if mesh.ep.size == mesh.batch.size else f", ep size {mesh.ep.size}"
     names = ", ".join(f"{kind} {name}" for kind, name in took.items())
     run.log.write(f"{names}, world size {mesh.batch.size}{shared}")
     record = Record(run, model)
-    training = Training(run, model, task, optimizer, record)
+    training = Training(run, model, task, optimizer, record, advance)
     try:
         for begin in run.config.hooks("begin"):
             begin(training)
@@ -2105,7 +2146,7 @@ def train(run: Run) -> dict[str, Any]:
         for step in range(run.step, options.steps):
             run.step = step
             record.begin_step()
-            record.end_step(step, advance())
+            record.end_step(step, training.advance())
             for after_update in run.config.hooks("after_update"):
                 after_update(training)
     finally:
@@ -2516,7 +2557,8 @@ def report_failure(heartbeat: Heartbeat, error: Exception) -> int:
 
     Where the store is lost, one rank of each machine does, and torchrun is ended.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     is_first = heartbeat.first_to_report()
     is_lost = is_first is None
     if is_first or (is_lost and world_from_env()[2] == 0):
@@ -2587,6 +2629,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     store = init_distributed(device, options.timeout_s)
     run = Run(config, options, init_ep(ep_size_of(config, world_from_env()[1])), device, log)
     heartbeat = Heartbeat(store, run)
+    run.fail = functools.partial(report_failure, heartbeat)
     usual = signal.getsignal(signal.SIGINT)
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -2691,21 +2734,100 @@ class RowOrder:
         return self.row_of_choice, self.choice_of_row, self.counts
 
 
+# %% notebooks/06_grouped_experts.ipynb #order-kernels
+@kernel
+def rank_kernel(topk_ids, row_of_choice, table, num_choices, num_experts, CHUNK: constexpr):
+    """Program b: each choice's rank among chunk b's choices of its expert; their number, in row b of table."""
+    place = tl.arange(0, CHUNK)
+    choice = tl.program_id(0).to(tl.int64) * CHUNK + place
+    expert = tl.load(topk_ids + choice, mask=choice < num_choices, other=-1).to(tl.int32)
+    expert = tl.where(expert < 0, num_experts, expert)
+    both = tl.where(
+        place[None, :] < place[:, None], 65537, 1
+    )  # two sums in one: earlier ones count 2^16 besides
+    both = tl.sum(tl.where(expert[:, None] == expert[None, :], both, 0), axis=1)
+    rank, is_last = both >> 16, (both >> 16) == (both & 65535) - 1
+    tl.store(row_of_choice + choice, rank.to(tl.int64), mask=choice < num_choices)
+    tl.store(table + tl.program_id(0) * (num_experts + 1) + expert, rank + 1, mask=is_last)
+
+
+@kernel
+def scan_kernel(table, counts, num_chunks, num_experts, CHUNKS: constexpr, WIDTH: constexpr):
+    """Program e: in WIDTH columns of table, each entry becomes the sum of those above it; the sums of all -> counts."""
+    expert = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    above = tl.zeros([WIDTH], dtype=tl.int32)
+    start = 0
+    while start < num_chunks:
+        chunk = start + tl.arange(0, CHUNKS)
+        at = chunk[:, None] * (num_experts + 1) + expert[None, :]
+        is_read = (chunk < num_chunks)[:, None] & (expert <= num_experts)[None, :]
+        number = tl.load(table + at, mask=is_read, other=0)
+        tl.store(table + at, above[None, :] + tl.cumsum(number, axis=0) - number, mask=is_read)
+        above += tl.sum(number, axis=0)
+        start += CHUNKS
+    tl.store(counts + expert, above.to(tl.int64), mask=expert <= num_experts)
+
+
+# %% notebooks/06_grouped_experts.ipynb #place-kernel
+@kernel
+def place_kernel(
+    topk_ids, table, counts, row_of_choice, choice_of_row, num_choices, num_rows, num_experts,
+    CHUNK: constexpr, EXPERTS: constexpr,
+):  # fmt: skip
+    """Program b: chunk b's ranks become rows, and each row learns its choice."""
+    choice = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    is_choice = choice < num_choices
+    expert = tl.load(topk_ids + choice, mask=is_choice, other=-1).to(tl.int32)
+    expert = tl.where(expert < 0, num_experts, expert)
+    row = tl.load(row_of_choice + choice, mask=is_choice, other=0).to(tl.int32)
+    row += tl.load(table + tl.program_id(0) * (num_experts + 1) + expert)
+    first = 0
+    while first < num_experts:
+        other = first + tl.arange(0, EXPERTS)
+        number = tl.load(counts + other, mask=other < num_experts, other=0).to(tl.int32)
+        row += tl.sum(tl.where(other[None, :] < expert[:, None], number[None, :], 0), axis=1)
+        first += EXPERTS
+    tl.store(row_of_choice + choice, tl.where(expert < num_experts, row, -1).to(tl.int64), mask=is_choice)
+    tl.store(choice_of_row + row, choice, mask=is_choice & (row < num_rows))
+
+
+# %% notebooks/06_grouped_experts.ipynb #order-rows
+def order_by_counting(topk_ids: Tensor, num_experts: int, num_rows: int) -> RowOrder:
+    """order_rows on a GPU: four launches, and 4 * (E + 1) bytes for every 64 choices."""
+    num_choices, chunk, width = topk_ids.numel(), 64, 16
+    num_chunks, topk_ids = -(-num_choices // chunk), topk_ids.contiguous()
+    table = topk_ids.new_zeros(num_chunks, num_experts + 1, dtype=torch.int32)
+    counts, choice_of_row = topk_ids.new_empty(num_experts + 1), topk_ids.new_empty(num_rows)
+    row_of_choice = torch.empty_like(topk_ids)
+    sizes = num_choices, num_experts
+    rank_kernel[(num_chunks,)](topk_ids, row_of_choice, table, *sizes, chunk, num_warps=4)
+    scan_kernel[(-(-(num_experts + 1) // width),)](
+        table, counts, num_chunks, num_experts, 512, width, num_warps=8
+    )
+    place_kernel[(num_chunks,)](
+        topk_ids, table, counts, row_of_choice, choice_of_row, num_choices, num_rows, num_experts, chunk, 64,
+        num_warps=4,
+    )  # fmt: skip
+    return RowOrder(row_of_choice, choice_of_row, counts[:num_experts])
+
+
 def order_rows(topk_ids: Tensor, num_experts: int, max_pairs: int | None = None) -> RowOrder:
     """topk_ids int64 [T, K], -1 where a choice is not sent -> RowOrder, stable: ties by (token, k). No host sync.
 
     max_pairs: so many choices are sent at most, and R; by default R is T * K.
     """
+    num_rows = topk_ids.numel() if max_pairs is None else min(max_pairs, topk_ids.numel())
+    if uses_kernels(topk_ids) and topk_ids.numel():
+        return order_by_counting(topk_ids, num_experts, num_rows)
     expert = topk_ids.reshape(-1)
     expert = torch.where(expert < 0, num_experts, expert)
-    # A radix sort's passes grow with the bytes of its keys.
     keys = expert.to(torch.int16) if num_experts < 2**15 else expert
     choice_of_row = keys.argsort(stable=True)
     counts = expert.new_zeros(num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))[:num_experts]
     row_of_choice = torch.empty_like(choice_of_row)
     row_of_choice[choice_of_row] = torch.arange(len(expert), device=expert.device)
     row_of_choice = torch.where(topk_ids < 0, -1, row_of_choice.view(topk_ids.shape))
-    return RowOrder(row_of_choice, choice_of_row[:max_pairs], counts)
+    return RowOrder(row_of_choice, choice_of_row[:num_rows], counts)
 
 
 # %% notebooks/06_grouped_experts.ipynb #copy-rows-kernel
@@ -2902,13 +3024,14 @@ def swiglu_kernel(gate, up, weights, num_rows, hidden, num_columns, ROWS: conste
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     last = tl.load(num_rows)
-    at = row[:, None] * num_columns + column[None, :]
-    is_read = (row < last)[:, None] & (column < num_columns)[None, :]
-    g = tl.load(gate + at, mask=is_read, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
-    w = tl.load(weights + row, mask=row < last, other=0.0).to(tl.float32)
-    value = g * tl.sigmoid(g) * u * w[:, None]
-    tl.store(hidden + at, value.to(hidden.dtype.element_ty), mask=is_read)
+    if tl.program_id(0) * ROWS < last:  # buffers may be much longer than what is in them (chapter 11)
+        at = row[:, None] * num_columns + column[None, :]
+        is_read = (row < last)[:, None] & (column < num_columns)[None, :]
+        g = tl.load(gate + at, mask=is_read, other=0.0).to(tl.float32)
+        u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
+        w = tl.load(weights + row, mask=row < last, other=0.0).to(tl.float32)
+        value = g * tl.sigmoid(g) * u * w[:, None]
+        tl.store(hidden + at, value.to(hidden.dtype.element_ty), mask=is_read)
 
 
 # %% notebooks/06_grouped_experts.ipynb #swiglu-backward-kernel
@@ -2920,23 +3043,24 @@ def swiglu_backward_kernel(
     gradient is the sum of grad * silu(gate) * up over its row."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     last = tl.load(num_rows)
-    is_row = row < last
-    w = tl.load(weights + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for start in range(0, COLUMNS, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        at = row[:, None] * COLUMNS + column[None, :]
-        is_read = is_row[:, None] & (column < COLUMNS)[None, :]
-        d = tl.load(grad + at, mask=is_read, other=0.0).to(tl.float32)
-        g = tl.load(gate + at, mask=is_read, other=0.0).to(tl.float32)
-        u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
-        s = tl.sigmoid(g)
-        silu = g * s
-        total += d * silu * u
-        tl.store(gate + at, (d * w * u * (s + silu * (1 - s))).to(gate.dtype.element_ty), mask=is_read)
-        tl.store(up + at, (d * w * silu).to(up.dtype.element_ty), mask=is_read)
-        tl.store(grad + at, (silu * u * w).to(grad.dtype.element_ty), mask=is_read)
-    tl.store(grad_weights + row, tl.sum(total, axis=1), mask=is_row)
+    if tl.program_id(0) * ROWS < last:
+        is_row = row < last
+        w = tl.load(weights + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+        total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+        for start in range(0, COLUMNS, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            at = row[:, None] * COLUMNS + column[None, :]
+            is_read = is_row[:, None] & (column < COLUMNS)[None, :]
+            d = tl.load(grad + at, mask=is_read, other=0.0).to(tl.float32)
+            g = tl.load(gate + at, mask=is_read, other=0.0).to(tl.float32)
+            u = tl.load(up + at, mask=is_read, other=0.0).to(tl.float32)
+            s = tl.sigmoid(g)
+            silu = g * s
+            total += d * silu * u
+            tl.store(gate + at, (d * w * u * (s + silu * (1 - s))).to(gate.dtype.element_ty), mask=is_read)
+            tl.store(up + at, (d * w * silu).to(up.dtype.element_ty), mask=is_read)
+            tl.store(grad + at, (silu * u * w).to(grad.dtype.element_ty), mask=is_read)
+        tl.store(grad_weights + row, tl.sum(total, axis=1), mask=is_row)
 
 
 # %% notebooks/06_grouped_experts.ipynb #weighted-swiglu
@@ -3012,6 +3136,11 @@ class BlockProducts:
         self.splits = counts.tolist() if counts_on_host is None else counts_on_host
         self.num_counted = sum(self.splits)
 
+    @staticmethod
+    def rows(x: Tensor, order: RowOrder) -> Tensor:
+        """x [T, D] -> the sorted rows [R, D], as the products below take them."""
+        return copy_to_rows(x, order)
+
     def blocks(self, rows: Tensor) -> tuple[Tensor, ...]:
         """rows [R, n] -> each expert's block."""
         return rows[: self.num_counted].split(self.splits)
@@ -3026,11 +3155,21 @@ class BlockProducts:
                 torch.addmm(bias[e], block, weights[e], out=into)
         return out
 
-    def add_times(self, out: Tensor, rows: Tensor, weights: Tensor) -> Tensor | None:
-        """out [R, o] += the product, in the same call -> None: nothing is left to add."""
-        for e, (block, into) in enumerate(zip(self.blocks(rows), self.blocks(out), strict=True)):
-            torch.addmm(into, block, weights[e], out=into)
-        return None
+    def gated(
+        self, x: Tensor, order: RowOrder, w1: Tensor, b1: Any, w3: Tensor, b3: Any, weights: Tensor,
+        num_rows: Tensor, activation: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """x [T, D] -> gate, up and the weighted activation, [R, F] each: a copy, two products, one activation."""
+        rows = self.rows(x, order)
+        gate, up = self.times(rows, w1, b1), self.times(rows, w3, b3)
+        return gate, up, weighted_activation(activation, gate, up, weights, num_rows)
+
+    def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients gate, up [R, F] -> gate w1^T + up w3^T, [R, D], and what is left to add to it: nothing."""
+        out = self.times(gate, w1.transpose(1, 2))
+        for e, (block, into) in enumerate(zip(self.blocks(up), self.blocks(out), strict=True)):
+            torch.addmm(into, block, w3[e].t(), out=into)
+        return out, None
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
@@ -3055,6 +3194,8 @@ class GroupedProducts:
         self.counts, self.num_rows = counts, num_rows
         self.offsets = counts.cumsum(0, dtype=torch.int32)
 
+    rows, gated = staticmethod(BlockProducts.rows), BlockProducts.gated
+
     @functools.cached_property
     def membership(self) -> Tensor:
         """bool [R, L]: which expert a row belongs to; a row behind the last one sent belongs to none."""
@@ -3068,9 +3209,9 @@ class GroupedProducts:
         out = F.grouped_mm(rows, weights, offs=self.offsets)
         return out if bias is None else torch.addmm(out, self.membership.to(out.dtype), bias)
 
-    def add_times(self, out: Tensor, rows: Tensor, weights: Tensor) -> Tensor | None:
-        """The product, [R, o], left for the caller to add to out: grouped_mm cannot."""
-        return self.times(rows, weights)
+    def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
+        """gate w1^T, and up w3^T for the caller to add: grouped_mm adds nothing."""
+        return self.times(gate, w1.transpose(1, 2)), self.times(up, w3.transpose(1, 2))
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
@@ -3098,16 +3239,17 @@ class ExpertsOnTokens(torch.autograd.Function):
         ctx: Any, x: Tensor, topk_weights: Tensor, w1: Tensor, b1: Any, w2: Tensor, w3: Any, b3: Any,
         order: RowOrder, products: Any, activation: Any,
     ) -> Tensor:  # fmt: skip
-        rows, weights = copy_to_rows(x, order), weights_of_rows(topk_weights, order)
-        gate, num_rows = products.times(rows, w1, b1), order.counts.sum()
+        weights, num_rows = weights_of_rows(topk_weights, order), order.counts.sum()
         if w3 is None:
-            up, hidden = None, activation.apply(gate)
+            gate, up = products.times(products.rows(x, order), w1, b1), None
+            hidden = activation.apply(gate)
             results = products.times(hidden, w2).mul_(weights[:, None])
             kept = None if gate.is_cuda else hidden
         else:
-            up, kept = products.times(rows, w3, b3), None
-            results = products.times(weighted_activation(activation, gate, up, weights, num_rows), w2)
-        ctx.kind, ctx.on_host, ctx.activation = type(products), getattr(products, "splits", None), activation
+            gate, up, hidden = products.gated(x, order, w1, b1, w3, b3, weights, num_rows, activation)
+            results, kept = products.times(hidden, w2), None
+        ctx.kind, ctx.activation = getattr(products, "in_backward", type(products)), activation
+        ctx.on_host = getattr(products, "splits", None)
         ctx.has_b1, ctx.has_b3, ctx.used = b1 is not None, b3 is not None, False
         ctx.save_for_backward(x, weights, gate, up, kept, w1, w2, w3, num_rows, *order.tensors)
         return sum_rows(results, order)
@@ -3123,7 +3265,7 @@ class ExpertsOnTokens(torch.autograd.Function):
         x, weights, gate, up, hidden, w1, w2, w3, num_rows, *order = ctx.saved_tensors
         order = RowOrder(*order)
         products = ctx.kind(order.counts, len(order.choice_of_row), ctx.on_host)
-        grad_rows = copy_to_rows(grad.contiguous(), order)
+        grad_rows = products.rows(grad.contiguous(), order)
         grad_hidden = products.times(grad_rows, w2.transpose(1, 2))
         # From here on, gate and up are their gradients.
         if up is None:
@@ -3138,7 +3280,7 @@ class ExpertsOnTokens(torch.autograd.Function):
             )
         grad_w2 = products.weight_gradient(hidden, grad_rows)
         del hidden, grad_hidden, grad_rows
-        rows = copy_to_rows(x, order)
+        rows = products.rows(x, order)
         grad_w1, grad_w3, grad_x = products.weight_gradient(rows, gate), None, None
         grad_b1 = products.bias_gradient(gate) if ctx.has_b1 else None
         grad_b3 = products.bias_gradient(up) if ctx.has_b3 else None
@@ -3146,9 +3288,10 @@ class ExpertsOnTokens(torch.autograd.Function):
             grad_w3 = products.weight_gradient(rows, up)
         del rows
         if ctx.needs_input_grad[0]:
-            first, rest = products.times(gate, w1.transpose(1, 2)), None
-            if up is not None:
-                rest = products.add_times(first, up, w3.transpose(1, 2))
+            if up is None:
+                first, rest = products.times(gate, w1.transpose(1, 2)), None
+            else:
+                first, rest = products.x_gradient(gate, up, w1, w3)
             grad_x = sum_rows(first, order, rest)
         grad_topk = weights_of_choices(grad_weights, order)
         return grad_x, grad_topk, grad_w1, grad_b1, grad_w2, grad_w3, grad_b3, None, None, None
@@ -3310,6 +3453,60 @@ class BmmExperts(Experts):
         return (torch.bmm(hidden, w2) if bias is None else torch.baddbmm(bias, hidden, w2)).flatten(0, 1)
 
 
+# %% notebooks/06_grouped_experts.ipynb #replays
+import weakref
+
+
+def watch_over(
+    check: Callable[[], None], fail: Callable[[Exception], object] | None = None, grace_s: float = 0
+) -> None:
+    """A thread that calls check, a method, twice a second, as long as its object lives. Where it raises
+    CollectiveError, and grace_s later nobody else has ended the process, the thread does: fail(error), exit code 1.
+    """
+    method = weakref.WeakMethod(check)
+
+    def look() -> None:
+        while (still_there := method()) is not None:
+            try:
+                still_there()
+            except CollectiveError as error:
+                time.sleep(grace_s)
+                fail(error) if fail else print(f"error: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
+            del still_there
+            time.sleep(0.5)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+class Replays:
+    """Replays of a recorded step, begun and ended: who waits for a rank that never comes finds out in limit_s.
+
+    begun counts on the host. The recording itself counts those that have ended, in memory that the host can read while
+    the device works: so nothing waits, and no CUDA call disturbs a stream.
+    """
+
+    def __init__(self, limit_s: float, fail: Callable[[Exception], object] | None = None) -> None:
+        self.begun, self.limit_s, self.seen, self.since = 0, limit_s, 0, time.monotonic()
+        self.ended = torch.zeros(1, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        watch_over(self.check, fail)
+
+    def record_end(self, count: Tensor) -> None:
+        """The last thing in a recording. count: int64 [1] on its device, 0."""
+        count.add_(1)
+        self.ended.copy_(count, non_blocking=True)
+
+    def check(self) -> None:
+        """CollectiveError where one has been under way for limit_s, and no other has ended meanwhile."""
+        ended, now = int(self.ended), time.monotonic()
+        if ended == self.begun or ended != self.seen:
+            self.seen, self.since = ended, now
+        elif now - self.since > self.limit_s:
+            raise CollectiveError(
+                f"replay {ended + 1} of the recorded step has not ended in {self.limit_s:g} s"
+            )
+
+
 # %% notebooks/06_grouped_experts.ipynb #graph-step
 @register("step", "graph")
 class GraphStep:
@@ -3323,6 +3520,7 @@ class GraphStep:
         self.eager = REGISTRIES["step"]["eager"](run, model, task, optimizer)
         self.graph, self.losses, self.model = torch.cuda.CUDAGraph(), None, model
         self.meter, self.sent = run.mesh.meter, {}
+        self.replays = Replays(run.options.timeout_s, run.fail)
 
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
@@ -3360,8 +3558,10 @@ class GraphStep:
         generator.set_state(before[1])
         self.graph.register_generator_state(generator)
         self.meter.sent.clear()
+        count = torch.zeros(1, dtype=torch.int64, device=generator.device)
         with torch.cuda.graph(self.graph):
             self.losses = eager()
+            self.replays.record_end(count)
         self.sent = {purpose: list(sent) for purpose, sent in self.meter.sent.items()}
         self.meter.sent.clear()
 
@@ -3369,6 +3569,8 @@ class GraphStep:
         """One step -> the global losses [2] before its update. The meter counts what the recording sent, anew."""
         if self.losses is None:
             self.record()
+        check_ended(self.meter)
+        self.replays.begun += 1
         self.graph.replay()
         for purpose, sent in self.sent.items():
             self.meter.record(purpose, sent)
@@ -4996,6 +5198,8 @@ class PeerMemory:
     the other. For kernels: table int64 [2, W], the addresses of the ranks' slots and of their flags; state int64 [2],
     exchanges so far and programs of the running kernel that are done; looks, how often they look at a flag before they
     give up; missing int64 [W], 1 for a rank on which one gave up, where the host can read it; sent {pass: int64 [W]}.
+    overflow int64 [1]: choices that came and found no room, since somebody set it to 0; crowded, the same for the host.
+    under_way: exchanges that have begun and not ended, where the two part (chapter 12).
     """
 
     def __init__(self, rank: int, blocks: list[Tensor], limit_s: float = 60, turns: int = 2) -> None:
@@ -5006,7 +5210,11 @@ class PeerMemory:
         self.table = torch.stack([flags + self.flag_bytes, flags])
         self.state = torch.zeros(2, dtype=torch.int64, device=device)
         self.looks = int(limit_s * 5e6)  # a look takes about 0.2 microseconds
-        self.missing = torch.zeros(len(blocks), dtype=torch.int64, pin_memory=device.type == "cuda")
+        on_gpu = device.type == "cuda"
+        self.missing = torch.zeros(len(blocks), dtype=torch.int64, pin_memory=on_gpu)
+        self.crowded = torch.zeros(1, dtype=torch.int64, pin_memory=on_gpu)
+        self.under_way = 0
+        self.overflow, self.noted = self.state.new_zeros(1), torch.cuda.Event() if on_gpu else None
         self.sent = {name: torch.zeros(len(blocks), dtype=torch.int64, device=device) for name in PASSES}
 
     def slot(self, rank: int, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -5026,17 +5234,15 @@ class PeerMemory:
                 f"rank {self.rank} gave up on rank {late}, which did not write to it within about {self.limit_s:g} s"
             )
 
-    def watch(self, grace_s: float = 5) -> None:
-        """For a thread: ends the process where a kernel has given up and grace_s later nobody has, as NCCL's watchdog
-        does. The host may wait in a recorded step, whose collectives nobody watches."""
-        while not self.missing.any():
-            time.sleep(0.5)
-        time.sleep(grace_s)
-        try:
-            self.check()
-        except CollectiveError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
+    def check_room(self) -> None:
+        """RuntimeError where more came in an earlier call than arrival_factor has room for; waits for that call."""
+        if self.noted is not None and not torch.cuda.is_current_stream_capturing():
+            self.noted.synchronize()
+        if self.crowded.any():
+            raise RuntimeError(
+                f"rank {self.rank}: {int(self.crowded)} choices more came than arrival_factor has room for, and what "
+                "the layer returned since is wrong; take a larger arrival_factor, or leave it out"
+            )
 
 
 def rider_start(num_rows: int, d: int, dtype: torch.dtype) -> int:
@@ -5047,7 +5253,7 @@ def rider_start(num_rows: int, d: int, dtype: torch.dtype) -> int:
 # %% notebooks/11_peer_memory.ipynb #memory-of
 @functools.cache
 def memories_of(comm: Communicator) -> dict[tuple, list[PeerMemory]]:
-    """{(device, whether kernels write): all that were made for this group}; kept as long as the process lives."""
+    """{(device, whether kernels write, purpose): all that were made for this group}; as long as the process lives."""
     return {}
 
 
@@ -5057,13 +5263,14 @@ def read_counts(meter: TrafficMeter, ranks: list[int], purpose: str, counted: Te
     counted.zero_()
 
 
-def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
-    """The group's memory with slots of num_bytes at least; x says on which device, and whether kernels write.
+def memory_of(comm: Communicator, num_bytes: int, x: Tensor, purpose: str = "") -> PeerMemory:
+    """The group's memory with slots of num_bytes at least; x says on which device, and whether kernels write. What
+    takes turns in another way has a memory of its own, by its purpose.
 
     Collective where it has to be made, with twice as many bytes as the last one or more. CollectiveError where a rank
-    did not come to an earlier exchange.
+    did not come to an earlier exchange, RuntimeError where it had too little room.
     """
-    made = memories_of(comm).setdefault((x.device, uses_kernels(x)), [])
+    made = memories_of(comm).setdefault((x.device, uses_kernels(x), purpose), [])
     if not made or made[-1].slot_bytes < num_bytes:
         num_bytes = max(2**20, 1 << (num_bytes - 1).bit_length())
         blocks, limit_s = share_memory(comm, 2 * num_bytes + 2**13, x.device), 60.0
@@ -5071,13 +5278,15 @@ def memory_of(comm: Communicator, num_bytes: int, x: Tensor) -> PeerMemory:
             group = dist.group.WORLD
             limit_s = group._get_backend(group._device_types[0]).options._timeout.total_seconds()
         made.append(PeerMemory(comm.rank, blocks, limit_s))
+        comm.meter.checks += [made[-1].check, made[-1].check_room]
         if x.is_cuda and comm.size > 1:
-            threading.Thread(target=made[-1].watch, daemon=True).start()
+            watch_over(made[-1].check, grace_s=5)
         for purpose, counted in made[-1].sent.items():
             comm.meter.readers.append(
                 functools.partial(read_counts, comm.meter, comm.ranks, purpose, counted)
             )
-    made[-1].check()
+    for check in (made[-1].check, made[-1].check_room):
+        check()
     return made[-1]
 
 
@@ -5508,6 +5717,126 @@ class ToHome(torch.autograd.Function):
         return to_experts(grad, topk_ids, None, ids, ctx.plan, "combine backward")[0], None, None, None
 
 
+# %% notebooks/11_peer_memory.ipynb #arrival-room
+@option_group
+@dataclass(frozen=True)
+class ArrivalOptions(Options):
+    """How much may arrive. ValueError where the factor makes no sense.
+
+    arrival_factor: room for so many times the choices that an even load brings a rank; unset, for all that can come
+    """
+
+    arrival_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.arrival_factor is not None and not 0 < self.arrival_factor < math.inf:
+            raise ValueError(f"arrival_factor is {self.arrival_factor}, and must be a number above 0")
+
+    def check(self, config: MoEConfig) -> None:
+        """ValueError where the dispatcher makes no room in advance."""
+        if self.arrival_factor is not None and config.dispatcher != "peer":
+            raise ValueError(
+                f"arrival_factor does nothing with dispatcher {config.dispatcher}; take --dispatcher peer"
+            )
+
+    def begin(self, training: Training) -> None:
+        """The launcher takes a step that found too little room again."""
+        if self.arrival_factor is not None:
+            training.advance = StepAgain(training)
+
+
+def arrival_room(num_slots: int, size: int, top_k: int, num_local: int, factor: float | None) -> int:
+    """(row, expert) pairs for which a rank's experts have room: factor * S * K, or all that can come."""
+    most = size * num_slots * min(top_k, num_local)
+    return most if factor is None else min(most, math.ceil(factor * num_slots * top_k))
+
+
+def keep_to_room(ids: Tensor, room: int, plan: PeerPlan, raises: bool) -> Tensor:
+    """ids [R, K] of what came, as they are, or all -1 where they are more than room; then memory.overflow says so.
+
+    raises: memory.crowded too, for the next call. No host synchronisation.
+    """
+    memory = plan.memory
+    if room == len(ids) * min(ids.shape[1], plan.num_local):
+        return ids
+    too_many = ((ids >= 0).sum() - room).clamp(min=0)
+    memory.overflow += too_many
+    if raises:
+        memory.crowded.copy_(memory.overflow, non_blocking=True)
+        if memory.noted is not None and not torch.cuda.is_current_stream_capturing():
+            memory.noted.record()
+    return torch.where(too_many > 0, -1, ids)
+
+
+# %% notebooks/11_peer_memory.ipynb #step-again
+class StepAgain:
+    """Takes a step; where more came than there was room for, on any rank, takes it again with room for all.
+
+    So losses and parameters are those of a run with room for all. The step may be recorded: the device skips the update
+    and the host reads one number behind it. Bytes of both tries are counted. notes["summary"]["steps_taken_again"].
+    """
+
+    def __init__(self, training: Training) -> None:
+        run, model, optimizer = training.run, training.model, training.optimizer
+        self.advance, self.training, self.times = training.advance, training, 0
+        self.again = REGISTRIES["step"]["eager"](run, model, training.task, optimizer)
+        self.layers = moe_layers(model)
+        for layer in self.layers:
+            layer.dispatcher.raises = False
+        self.is_crowded = torch.zeros((), device=run.device)
+        optimizer.found_inf, optimizer.grad_scale = (
+            self.is_crowded,
+            None,
+        )  # GradScaler sets them: no public names
+        optimizer.register_step_pre_hook(self.agree)
+
+    def agree(self, *_: Any) -> None:
+        """Before the update: is_crowded is 1 on all ranks where any had too little room."""
+        notes = [m.overflow for made in memories_of(self.layers[0].dispatcher.comm).values() for m in made]
+        total = self.training.run.mesh.batch.all_reduce(torch.stack(notes).sum().float())
+        self.is_crowded.copy_(total.clamp(max=1))
+        for note in notes:
+            note.zero_()
+
+    def __call__(self) -> Tensor:
+        """One step -> the global losses [2] before its update. One host synchronisation, behind it."""
+        generator, buffers = self.training.task.generator, list(self.training.model.buffers())
+        before = generator.get_state(), [buffer.clone() for buffer in buffers]
+        losses = self.advance()
+        if self.is_crowded.item():
+            self.times += 1
+            losses = self.take_again(*before)
+        self.training.notes.setdefault("summary", {})["steps_taken_again"] = self.times
+        return losses
+
+    def take_again(self, state: Tensor, buffers: list[Tensor]) -> Tensor:
+        """The step from this state of the generator and these buffers, with room for all."""
+        self.training.task.generator.set_state(state)
+        for buffer, kept in zip(self.training.model.buffers(), buffers, strict=True):
+            buffer.copy_(kept)
+        chosen = [layer.topk_ids for layer in self.layers]
+        factors = [layer.dispatcher.arrival_factor for layer in self.layers]
+        for layer in self.layers:
+            layer.dispatcher.arrival_factor = None
+        losses = self.again()
+        for layer, ids, factor in zip(self.layers, chosen, factors, strict=True):
+            layer.dispatcher.arrival_factor = factor
+            layer.topk_ids = ids.copy_(layer.topk_ids)  # where a recorded step leaves its own
+        return losses
+
+
+# %% notebooks/11_peer_memory.ipynb #agreed-slots
+def agreed_slots(num_slots: int | None, x: Tensor, comm: Communicator) -> int:
+    """S; where nobody has said it, the most tokens of a rank, by one host synchronisation. ValueError where this rank
+    has more."""
+    if num_slots is None:
+        length = torch.tensor([len(x)], device=x.device)
+        num_slots = max(1, int(comm.all_gather(length, "metadata").max()))
+    if len(x) > num_slots:
+        raise ValueError(f"{len(x)} tokens on one rank, and its slots were made for {num_slots}")
+    return num_slots
+
+
 # %% notebooks/11_peer_memory.ipynb #peer-dispatcher
 @dataclass(frozen=True)
 class PeerHandle:
@@ -5532,19 +5861,24 @@ def can_share_memory(device_type: str, num_local_ranks: int) -> bool:
 class PeerDispatcher(GatherTokensDispatcher):
     """Writes a token into the memory of every rank that has one of its experts, at its own place (chapter 11).
 
-    num_slots: see GatherTokensDispatcher.
+    num_slots: see GatherTokensDispatcher. arrival_factor: see ArrivalOptions. raises: whether the next call raises
+    where more choices came than there is room for; somebody else may look (StepAgain).
     """
+
+    arrival_factor: float | None = None
+    raises = True
 
     @classmethod
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "PeerDispatcher":
         """See Dispatcher. CannotRun where the ranks are on several machines."""
         if num_machines := len({rank // world_from_env()[3] for rank in comm.ranks}) - 1:
             raise CannotRun(
-                f"dispatcher peer writes into memory of its own machine, and {num_machines + 1} machines share these "
-                "experts; take --dispatcher two_stage, or an --ep-size that fits on one"
+                f"dispatcher {config.dispatcher} writes into memory of its own machine, and {num_machines + 1} "
+                "machines share these experts; take --dispatcher two_stage, or an --ep-size that fits on one"
             )
         made = cls(config.num_experts, comm, known_slots(config))
         made.records &= config.dtype != "float64"  # which has no kernels
+        made.arrival_factor = config.option(ArrivalOptions).arrival_factor
         return made
 
     @staticmethod
@@ -5556,20 +5890,15 @@ class PeerDispatcher(GatherTokensDispatcher):
         return 48 if device.type == "cuda" and ep_size > 1 and num_local_ranks % ep_size == 0 else 1
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
-        """See Dispatcher. Sends a row for each (token, other rank), and S * K weights and ids to each other rank.
-        ValueError where this rank has more than S tokens."""
-        num_slots, size, top_k = self.num_slots, self.comm.size, topk_ids.shape[1]
-        if num_slots is None:
-            length = torch.tensor([len(x)], device=x.device)
-            num_slots = max(1, int(self.comm.all_gather(length, "metadata").max()))
-        if len(x) > num_slots:
-            raise ValueError(f"{len(x)} tokens on one rank, and peer was made for {num_slots}")
+        """See Dispatcher. Sends a row for each (token, other rank), and S * K weights and ids to each other rank."""
+        num_slots, size, top_k = agreed_slots(self.num_slots, x, self.comm), self.comm.size, topk_ids.shape[1]
         num_rows, rider_bytes = size * num_slots, 2 * top_k * topk_weights.element_size()
         num_bytes = rider_start(num_rows, x.shape[1], x.dtype) + num_rows * rider_bytes
         plan = PeerPlan(self.comm, memory_of(self.comm, num_bytes, x), num_slots, self.num_local_experts)
         rows, weights, ids = ToExperts.apply(x, topk_weights, topk_ids, plan)
-        most = num_rows * min(top_k, self.num_local_experts)
-        return Arrived(rows, ids, weights, PeerHandle(topk_ids, ids, plan), max_pairs=most)
+        room = arrival_room(num_slots, size, top_k, self.num_local_experts, self.arrival_factor)
+        fitting = keep_to_room(ids, room, plan, self.raises)
+        return Arrived(rows, fitting, weights, PeerHandle(topk_ids, ids, plan), max_pairs=room)
 
     def begin_combine(self, y: Tensor, handle: PeerHandle) -> Tensor:
         """See Dispatcher. Sends a row back for each that came."""
@@ -5669,6 +5998,238 @@ class TwoBatches(InOrder):
         return y if shared is None else y + beside
 
 
+# %% notebooks/12_overlap.ipynb #meet-ranks
+@kernel
+def meet_kernel(table, state, missing, looks, RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr):
+    """One program: raises this rank's flag in every memory, and waits for all others'."""
+    epoch = tl.load(state)
+    signal_peers(table, state, epoch, RANK, NUM_RANKS, PLACES)
+    await_peers(table, epoch + 1, missing, looks, RANK, NUM_RANKS, PLACES)
+
+
+def meet(comm: Communicator, memory: PeerMemory) -> None:
+    """Whatever is enqueued on this stream afterwards runs when all ranks have come this far. No host synchronisation
+    on GPUs."""
+    if uses_kernels(memory.state):
+        places = 1 << (comm.size - 1).bit_length()
+        meet_kernel[(1,)](
+            memory.table, memory.state, memory.missing, memory.looks, comm.rank, comm.size, places
+        )
+    else:
+        comm.all_reduce(torch.zeros(1, device=memory.state.device))
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> Any:
+    """The stream on which blocks are copied; None on a CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+# %% notebooks/12_overlap.ipynb #copy-flight
+class CopyFlight:
+    """One exchange of blocks that are in order, by copies into the peers' memory; backward takes it the other way.
+
+    send begins it. Out: this rank's block [S, n] goes to every rank. Home: block p of [W * S, n] goes to rank p. land
+    ends it: what came, [W * S, n], in a slot that the next but one may overwrite. Rows and riders; either may be None.
+    """
+
+    def __init__(self, comm: Communicator, memory: PeerMemory, num_slots: int, purpose: str) -> None:
+        self.comm, self.memory, self.num_slots, self.purpose = comm, memory, num_slots, purpose
+
+    def block(self, rank: int) -> slice:
+        """A rank's rows among all."""
+        return slice(rank * self.num_slots, (rank + 1) * self.num_slots)
+
+    def send(
+        self, rows: Tensor | None, riders: Tensor | None, is_home: bool, is_backward: bool = False
+    ) -> None:
+        """Begins. RuntimeError where every slot has an exchange under way."""
+        comm, memory, sources = self.comm, self.memory, (rows, riders)
+        if memory.under_way == memory.turns:
+            raise RuntimeError(
+                f"{memory.turns} exchanges are under way, one for each slot; end one before the next"
+            )
+        widths = [0 if t is None else t.shape[1] for t in sources]
+        shape, dtype = (comm.size * self.num_slots, *widths), (riders if rows is None else rows).dtype
+        row_bytes = sum(t.shape[1] * t.element_size() for t in sources if t is not None)
+        purpose, stream = self.purpose + " backward" * is_backward, copy_stream(memory.state.device)
+        comm.meter.record(purpose, [self.num_slots * row_bytes] * comm.size, comm.ranks)
+        comm.meter.num_collectives += 1
+        ended = threading.Event() if stream is None else torch.cuda.Event()
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            meet(comm, memory)
+            for n in range(1, comm.size):
+                p = (comm.rank + n) % comm.size
+                for source, slot in zip(sources, memory.slot(p, shape, dtype), strict=True):
+                    if source is not None:
+                        slot[self.block(comm.rank)] = source[self.block(p)] if is_home else source
+            meet(comm, memory)
+            ended.set() if stream is None else ended.record()
+        came = memory.slot(comm.rank, shape, dtype)
+        self.sources, self.came = (
+            sources,
+            came,
+        )  # kept until the main stream has waited: then they are freed by order
+        self.pending = Pending(came[0], comm.meter, ended, purpose)
+        memory.turn, memory.under_way = (memory.turn + 1) % memory.turns, memory.under_way + 1
+
+    def land(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+        """Ends -> what came, rows and riders, and what this rank had to send."""
+        self.pending.wait()
+        self.memory.under_way -= 1
+        came, sources = self.came, self.sources
+        self.came = self.sources = self.pending = None
+        return came, sources
+
+    def joined(self, came: Tensor, own: Tensor) -> Tensor:
+        """A copy of what came from all ranks, [W * S, n], with this rank's own block in its place."""
+        rank, out = self.comm.rank, torch.empty_like(came)
+        for p in range(self.comm.size):
+            out[self.block(p)] = own if p == rank else came[self.block(p)]
+        return out
+
+    def total(self, came: Tensor, sent: Tensor) -> Tensor:
+        """The sum of what came home from all ranks, [S, n], in float32 or wider."""
+        parts = [(sent if p == self.comm.rank else came)[self.block(p)] for p in range(self.comm.size)]
+        if len(parts) == 2:
+            return parts[0] + parts[1]  # one kernel, which adds in float32
+        wide = torch.promote_types(sent.dtype, torch.float32)
+        return torch.stack(parts).sum(0, dtype=wide).to(sent.dtype)
+
+
+# %% notebooks/12_overlap.ipynb #copy-nodes
+class SendTokens(torch.autograd.Function):
+    """x [T, D], topk_weights, topk_ids [T, K] -> a ticket for ReceiveTokens: they leave for every rank, padded to S."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, flight: CopyFlight) -> Tensor:
+        (num_tokens, k), padding = topk_ids.shape, flight.num_slots - len(x)
+        ctx.flight, ctx.num_tokens, flight.x_needs_grad = flight, num_tokens, ctx.needs_input_grad[0]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        riders = x.new_full((flight.num_slots, 2 * k), -1, dtype=wide)
+        riders[:num_tokens, :k], riders[:num_tokens, k:] = topk_weights, topk_ids
+        flight.send(F.pad(x, (0, 0, 0, padding)) if padding else x.contiguous(), riders, is_home=False)
+        return topk_weights.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ticket: Tensor) -> tuple:
+        came, sent = ctx.flight.land()
+        grads = [
+            None if s is None else ctx.flight.total(c, s)[: ctx.num_tokens]
+            for c, s in zip(came, sent, strict=True)
+        ]
+        return *grads, None, None
+
+
+class ReceiveTokens(torch.autograd.Function):
+    """(ticket, flight) -> rows [W * S, D], weights and ids of all experts [W * S, K]. Backward sends gradients home."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, flight: CopyFlight) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.flight = flight
+        rows, riders = (flight.joined(c, s) for c, s in zip(*flight.land(), strict=True))
+        weights, ids = riders.tensor_split(2, dim=1)
+        weights, ids = weights.to(ticket.dtype).contiguous(), ids.long()
+        ctx.mark_non_differentiable(ids, *(() if flight.x_needs_grad else (rows,)))
+        ctx.set_materialize_grads(False)
+        return rows, weights, ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_weights: Tensor, _: None) -> tuple:
+        rows = grad_rows.contiguous() if ctx.flight.x_needs_grad else None
+        ctx.flight.send(rows, grad_weights.contiguous(), is_home=True, is_backward=True)
+        return grad_weights.new_empty(0), None
+
+
+class SendHome(torch.autograd.Function):
+    """y [W * S, D], a block for every rank -> a ticket for SumBlocks. Backward receives the tokens' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, flight: CopyFlight) -> Tensor:
+        ctx.flight = flight
+        flight.send(y.contiguous(), None, is_home=True)
+        return y.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ticket: Tensor) -> tuple:
+        (came, _), (sent, _) = ctx.flight.land()
+        return ctx.flight.joined(came, sent), None
+
+
+class SumBlocks(torch.autograd.Function):
+    """(ticket, flight) -> [T, D], the sum of what came home. Backward sends its gradient to every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, flight: CopyFlight, num_tokens: int) -> Tensor:
+        ctx.flight = flight
+        (came, _), (sent, _) = flight.land()
+        return flight.total(came, sent)[:num_tokens]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        padding = ctx.flight.num_slots - len(grad)
+        rows = F.pad(grad, (0, 0, 0, padding)) if padding else grad.contiguous()
+        ctx.flight.send(rows, None, is_home=False, is_backward=True)
+        return grad.new_empty(0), None, None
+
+
+# %% notebooks/12_overlap.ipynb #copy-dispatcher
+@register("dispatcher", "copies")
+class CopiesDispatcher(PeerDispatcher):
+    """gather_tokens by the copy engine: each rank's tokens, in order, into every other's memory (chapter 12).
+
+    Its exchanges part, so something can run beside them; at most two may be under way. Bytes are gather_tokens'.
+    """
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Never auto's; it cannot run where ranks cannot address each other's memory."""
+        return 1 if can_share_memory(device.type, world_from_env()[3]) else 0
+
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
+        """See Dispatcher. Sends S rows to each other rank, with K weights and K ids each."""
+        num_slots, d, k = agreed_slots(self.num_slots, x, self.comm), x.shape[1], topk_ids.shape[1]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        num_rows = self.comm.size * num_slots
+        num_bytes = rider_start(num_rows, d, x.dtype) + num_rows * 2 * k * wide.itemsize
+        memory = memory_of(self.comm, num_bytes, x, "copies")
+        there, back = (CopyFlight(self.comm, memory, num_slots, way) for way in ("dispatch", "combine"))
+        return SendTokens.apply(x, topk_weights, topk_ids, there), there, (back, len(x))
+
+    def end_dispatch(self, pending: tuple) -> Arrived:
+        """See Dispatcher. No host synchronisation."""
+        ticket, flight, handle = pending
+        rows, weights, ids = ReceiveTokens.apply(ticket, flight)
+        local = ids - self.comm.rank * self.num_local_experts
+        ids = torch.where((ids >= 0) & (local >= 0) & (local < self.num_local_experts), local, -1)
+        most = len(rows) * min(ids.shape[1], self.num_local_experts)
+        return Arrived(rows, ids, weights, handle, max_pairs=most)
+
+    def begin_combine(self, y: Tensor, handle: tuple) -> tuple:
+        """See Dispatcher. Sends S rows to each other rank."""
+        flight, num_tokens = handle
+        return SendHome.apply(y, flight), flight, num_tokens
+
+    def end_combine(self, pending: tuple) -> Tensor:
+        """See Dispatcher."""
+        return SumBlocks.apply(*pending)
+
+    def predict_bytes(
+        self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
+    ) -> dict[str, Tensor]:
+        """See Dispatcher: the slots, whatever is in them."""
+        size, row = len(topk_ids), hidden_dim * dtype.itemsize
+        slots = torch.full((size, size), self.num_slots or max(1, *map(len, topk_ids)))
+        weights = topk_ids[0].shape[1] * torch.promote_types(dtype, torch.float32).itemsize
+        return bytes_by_pass(slots, slots, row, 2 * weights, row * x_needs_grad + weights)
+
+
 # ==========================================================================================================
 # performance: notebooks/13_inference.ipynb
 # ==========================================================================================================
@@ -5761,6 +6322,18 @@ def logits_piece(
 
 # %% notebooks/13_inference.ipynb #best-experts
 @kernel
+def take_best(keys, expert, E: constexpr):
+    """keys float32 [tokens, experts] -> each token's largest key (of equal ones the first), whose it is, where it
+    stands, and the keys without it."""
+    bits = keys.to(tl.int32, bitcast=True)
+    largest = tl.max(bits ^ ((bits >> 31) & 0x7FFFFFFF), axis=1)
+    largest = (largest ^ ((largest >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    best = tl.min(tl.where(keys == largest[:, None], expert[None, :], E - 1), axis=1)  # E - 1 where it is NaN
+    is_best = expert[None, :] == best[:, None]
+    return largest, best, is_best, tl.where(is_best, float("-inf"), keys)
+
+
+@kernel
 def best_experts(
     logits, choice_bias, expert, E: constexpr, K: constexpr, WIDTH: constexpr, SIGMOID: constexpr,
     HAS_BIAS: constexpr,
@@ -5777,19 +6350,12 @@ def best_experts(
     place = tl.arange(0, WIDTH)[None, :]
     ids = tl.zeros([logits.shape[0], WIDTH], dtype=tl.int32)
     weights = tl.zeros([logits.shape[0], WIDTH], dtype=tl.float32)
-    bits = keys.to(tl.int32, bitcast=True)
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     for k in tl.static_range(K):
-        largest = tl.max(order, axis=1)
-        best = tl.min(tl.where(order == largest[:, None], expert[None, :], E - 1), axis=1)
-        is_best = expert[None, :] == best[:, None]
+        score, best, is_best, keys = take_best(keys, expert, E)
         if HAS_BIAS:  # which is for the choice alone
             score = tl.sum(tl.where(is_best, scores, 0.0), axis=1)
-        else:
-            score = (largest ^ ((largest >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         ids = tl.where(place == k, best[:, None], ids)
         weights = tl.where(place == k, score[:, None], weights)
-        order = tl.where(is_best, -2147483648, order)
     return ids, weights
 
 
@@ -6146,6 +6712,10 @@ def batch_sizes(max_num_tokens: int, limit: int = 4096) -> tuple[int, ...]:
 # %% notebooks/13_inference.ipynb #choose-copies
 def copies_of(placement: Tensor, num_experts: int) -> Tensor:
     """placement int64 [P], the expert of each physical one -> int64 [E, C]: each expert's physical ones, then -1."""
+    if placement.dim() != 1 or placement.dtype != torch.int64:
+        raise ValueError(f"placement is {placement.dtype} {list(placement.shape)}, and must be int64 [P]")
+    if len(wrong := placement[(placement < 0) | (placement >= num_experts)]):
+        raise ValueError(f"placement has expert {wrong[0]}, and goes from 0 to {num_experts - 1}")
     found = [(placement == e).nonzero().flatten() for e in range(num_experts)]
     if missing := [e for e, numbers in enumerate(found) if not len(numbers)]:
         raise ValueError(f"placement has no expert {missing[0]}")
@@ -6337,14 +6907,14 @@ def for_inference(
     physical expert (`plan_copies`); their weights are copied. ValueError where a number makes no sense,
     CannotRun where named sizes cannot be fixed.
     """
-    if max_num_tokens < 1:
-        raise ValueError(f"max_num_tokens is {max_num_tokens}, and must be at least 1")
+    if type(max_num_tokens) is not int or max_num_tokens < 1:
+        raise ValueError(f"max_num_tokens is {max_num_tokens}, and must be a whole number of at least 1")
     config = inference_config(layer.config, max_num_tokens)
     experts, copies = (layer.experts, None) if placement is None else with_copies(layer, placement)
     step = ForwardStep(layer, config, experts, copies)
     by_default = batch_sizes(max_num_tokens) if experts.w1.is_cuda else ()
     wanted = by_default if sizes is None else sizes
-    if bad := [size for size in wanted if not 1 <= size <= max_num_tokens]:
+    if bad := [size for size in wanted if type(size) is not int or not 1 <= size <= max_num_tokens]:
         raise ValueError(f"sizes has {bad[0]}, and goes from 1 to max_num_tokens {max_num_tokens}")
     possible = tuple(size for size in wanted if not fixed_problem(step, size))
     if sizes and len(possible) < len(sizes):
@@ -6533,7 +7103,9 @@ class ExpertCache:
         self, host: dict[str, Tensor], num_slots: int, policy: str, activation: Any, device: torch.device
     ) -> None:
         num_experts = len(next(iter(host.values())))
-        if not 1 <= num_slots <= num_experts:
+        if bad := [name for name, t in host.items() if len(t) != num_experts]:
+            raise ValueError(f"{bad[0]} has {len(host[bad[0]])} experts, and the others have {num_experts}")
+        if type(num_slots) is not int or not 1 <= num_slots <= num_experts:
             raise ValueError(f"num_slots is {num_slots}, and goes from 1 to the {num_experts} experts")
         if policy not in (known := REGISTRIES["cache_policy"]):
             raise ValueError(f"policy is {policy!r}; take one of {', '.join(known)}")
@@ -6609,12 +7181,16 @@ class CachedMoE(nn.Module):
         self, router: Router, cache: ExpertCache, choice_bias: Tensor | None = None, ahead: int = 0
     ) -> None:
         super().__init__()
+        if ahead < 0:
+            raise ValueError(f"ahead is {ahead}, and must not be below 0")
         self.router, self.cache, self.choice_bias, self.ahead = router, cache, choice_bias, ahead
         self.decode: DecodeKernels | None = None
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, D] -> y [T, D], as the layer with all its experts there."""
+        """x [T, D] -> y [T, D], as the layer with all its experts there. ValueError where x does not fit."""
+        if x.dim() != 2 or x.shape[1] != (d := self.cache.slots["w1"].shape[1]):
+            raise ValueError(f"tokens have shape {list(x.shape)}; the cached layer wants [T, {d}]")
         routing, cache, here = self.router(x, self.choice_bias), self.cache, []
         likely = routing.probs.sum(0).argsort(descending=True)
         on_host = torch.cat([routing.topk_ids.flatten(), likely]).tolist()
@@ -6634,7 +7210,7 @@ class CachedMoE(nn.Module):
             compute(coming)
         cache.policy.use(needed)
         cache.prefetch([e for e in likely if e not in needed][: self.ahead], here)
-        wide = rows.view(*routing.topk_ids.shape, -1).to(torch.promote_types(x.dtype, torch.float32))
+        wide = rows.view(*routing.topk_ids.shape, x.shape[1]).to(torch.promote_types(x.dtype, torch.float32))
         return wide.sum(1).to(x.dtype)
 
 
@@ -6703,6 +7279,8 @@ def check_plan(
     num_experts: int, num_physical: int, num_ranks: int, num_groups: int, num_machines: int
 ) -> None:
     """ValueError where experts, groups, ranks and machines do not divide one another."""
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks is {num_ranks}, and must be at least 1")
     if num_physical < num_experts or num_physical % num_ranks:
         raise ValueError(
             f"num_physical is {num_physical}; take a multiple of the {num_ranks} ranks, at least {num_experts}"
@@ -6756,6 +7334,8 @@ def plan_copies(
     Greedy in three steps, as EPLB (DeepSeek-V3 report, section 3.4): groups of experts to machines, copies inside each
     machine, physical experts to its ranks. ValueError where the numbers do not divide one another.
     """
+    if loads.dim() != 1 or not (loads >= 0).all():
+        raise ValueError(f"loads have shape {list(loads.shape)}; a plan wants [E], counted, none below 0")
     check_plan(len(loads), num_physical, num_ranks, num_groups, num_machines)
     load, size, placed = loads.tolist(), len(loads) // num_groups, []
     of_groups = [sum(load[g * size : (g + 1) * size]) for g in range(num_groups)]
@@ -6790,6 +7370,407 @@ def with_copies(layer: EPMoE, placement: Tensor) -> tuple[Experts, Tensor]:
     for name, parameter in experts.named_parameters():
         parameter.copy_(state[f"experts.{name}"].to(device)[own.to(device)])
     return experts, copies
+
+
+# ==========================================================================================================
+# performance: notebooks/14_kernels.ipynb
+# ==========================================================================================================
+
+
+# %% notebooks/14_kernels.ipynb #choice-kernel
+@kernel
+def topk_kernel(
+    keys, topk_ids, num_tokens, E: constexpr, EXPERTS: constexpr, K: constexpr, TOKENS: constexpr
+):
+    """Program b: for TOKENS tokens K times the best key that is left -> topk_ids, in descending order."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, EXPERTS)
+    is_key = (token < num_tokens)[:, None] & (expert < E)[None, :]
+    left = tl.load(keys + token[:, None] * E + expert[None, :], mask=is_key, other=float("-inf"))
+    for k in tl.static_range(K):
+        _, best, _, left = take_best(left, expert, E)
+        tl.store(topk_ids + token * K + k, best.to(tl.int64), mask=token < num_tokens)
+
+
+@register("choice", "one_launch")
+def choose_in_one_launch(keys: Tensor, top_k: int) -> Tensor:
+    """keys float32 [T, E] -> int64 [T, K], as choose_largest; of equal keys the first.
+
+    One launch on a GPU for at most 1,024 experts and top-16; elsewhere PyTorch's topk. At least K keys of a row must be
+    above -inf.
+    """
+    num_tokens, num_experts = keys.shape
+    fits = num_tokens > 0 and num_experts <= 1024 and top_k <= 16
+    if not (fits and uses_kernels(keys)):
+        return choose_largest(keys, top_k)
+    width = 1 << (num_experts - 1).bit_length()
+    topk_ids, tokens = keys.new_empty(num_tokens, top_k, dtype=torch.int64), max(1, 2048 // width)
+    topk_kernel[(-(-num_tokens // tokens),)](
+        keys.contiguous(), topk_ids, num_tokens, num_experts, width, top_k, tokens, num_warps=4
+    )
+    return topk_ids
+
+
+# %% notebooks/14_kernels.ipynb #fused-tiles
+@kernel
+def own_tile(program, counts, num_experts, EXPERTS: constexpr, ROWS: constexpr):
+    """A tile is ROWS rows of one expert -> tile number `program`: its expert, its first row, and where the expert's
+    rows end. Behind the last tile both rows are 0."""
+    expert = tl.arange(0, EXPERTS)
+    number = tl.load(counts + expert, mask=expert < num_experts, other=0).to(tl.int32)
+    tiles = (number + ROWS - 1) // ROWS
+    tiles_end, rows_end = tl.cumsum(tiles, axis=0), tl.cumsum(number, axis=0)
+    tile = program - (tiles_end - tiles)  # counted within each expert
+    is_own = (tile >= 0) & (tile < tiles)
+    row = tl.sum(tl.where(is_own, rows_end - number + tile * ROWS, 0), axis=0)
+    return tl.sum(tl.where(is_own, expert, 0), axis=0), row, tl.sum(tl.where(is_own, rows_end, 0), axis=0)
+
+
+@kernel
+def in_groups(program, num_tiles, num_blocks, GROUP: constexpr):
+    """Program -> (tile, block): GROUP tiles take a block of columns before anybody takes the next."""
+    first = program // (GROUP * num_blocks) * GROUP
+    height, within = tl.minimum(num_tiles - first, GROUP), program % (GROUP * num_blocks)
+    return first + within % height, within // height
+
+
+# %% notebooks/14_kernels.ipynb #fused-gate-up
+@kernel
+def gate_up_kernel(
+    x, token, w1, w3, weights, counts, gate, up, hidden, num_tiles, num_experts, D: constexpr, F: constexpr,
+    EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr, DEEP: constexpr, GROUP: constexpr,
+):  # fmt: skip
+    """A tile of gate = x[token] w1 and up = x[token] w3, one load of x for both; hidden = silu(gate) * up * weight."""
+    tile, block = in_groups(tl.program_id(0), num_tiles, (F + COLUMNS - 1) // COLUMNS, GROUP)
+    e, first, end = own_tile(tile, counts, num_experts, EXPERTS, ROWS)
+    if first >= end:
+        return
+    row, deep = first + tl.arange(0, ROWS), tl.arange(0, DEEP)
+    source = tl.load(token + row, mask=row < end, other=0).to(tl.int64) * D
+    g = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    u = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(0, D, DEEP):
+        rows = tl.load(x + source[:, None] + (start + deep)[None, :])
+        g = tl.dot(rows, w1.load([e * D + start, block * COLUMNS]), g)
+        u = tl.dot(rows, w3.load([e * D + start, block * COLUMNS]), u)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    at = row.to(tl.int64)[:, None] * F + column[None, :]
+    is_own = (row < end)[:, None] & (column < F)[None, :]
+    w = tl.load(weights + row, mask=row < end, other=0.0).to(tl.float32)
+    tl.store(gate + at, g.to(gate.dtype.element_ty), mask=is_own)
+    tl.store(up + at, u.to(up.dtype.element_ty), mask=is_own)
+    tl.store(hidden + at, (g * tl.sigmoid(g) * u * w[:, None]).to(hidden.dtype.element_ty), mask=is_own)
+
+
+# %% notebooks/14_kernels.ipynb #fused-x-gradient
+@kernel
+def x_gradient_kernel(
+    gate, up, w1, w3, counts, out, num_tiles, num_experts, D: constexpr, F: constexpr,
+    EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr, DEEP: constexpr, GROUP: constexpr,
+):  # fmt: skip
+    """A tile of out = gate w1^T + up w3^T, both added up in the same registers."""
+    tile, block = in_groups(tl.program_id(0), num_tiles, (D + COLUMNS - 1) // COLUMNS, GROUP)
+    e, first, end = own_tile(tile, counts, num_experts, EXPERTS, ROWS)
+    if first >= end:
+        return
+    row, deep = first + tl.arange(0, ROWS), tl.arange(0, DEEP)
+    source = tl.where(row < end, row, first).to(tl.int64) * F
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(0, F, DEEP):
+        rows = tl.load(gate + source[:, None] + (start + deep)[None, :])
+        total = tl.dot(rows, w1.load([e * D + block * COLUMNS, start]).T, total)
+    for start in range(0, F, DEEP):
+        rows = tl.load(up + source[:, None] + (start + deep)[None, :])
+        total = tl.dot(rows, w3.load([e * D + block * COLUMNS, start]).T, total)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    at = row.to(tl.int64)[:, None] * D + column[None, :]
+    is_own = (row < end)[:, None] & (column < D)[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=is_own)
+
+
+# %% notebooks/14_kernels.ipynb #fused-products
+def is_hopper(device: torch.device) -> bool:
+    """Whether this GPU is a Hopper or newer."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+TILES = {
+    "gated": (128, 128, 64, 8),
+    "x_gradient": (128, 256, 64, 16),
+}  # rows, columns, depth, tiles in a group
+WIDEST_GATED = 4096  # columns of an expert; wider ones go faster by themselves
+
+
+def tiles_of(weights: Tensor, rows: int, columns: int) -> Any:
+    """weights [L, i, o] as one matrix [L * i, o], which the copy engine reads in tiles."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(weights.contiguous().flatten(0, 1), [rows, columns])
+
+
+class FusedProducts(GroupedProducts):
+    """GroupedProducts of which two methods are one kernel each, for SwiGLU in bfloat16."""
+
+    def started(self, way: str, num_rows: int, num_columns: int) -> tuple[int, int, int, int]:
+        """-> (programs, tiles of rows at the most, L, L as a power of two)."""
+        (rows, columns, *_), num_local = TILES[way], len(self.counts)
+        num_tiles = -(-num_rows // rows) + num_local
+        return num_tiles * -(-num_columns // columns), num_tiles, num_local, 1 << (num_local - 1).bit_length()
+
+    def gated(
+        self, x: Tensor, order: RowOrder, w1: Tensor, b1: Any, w3: Tensor, b3: Any, weights: Tensor,
+        num_rows: Tensor, activation: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See BlockProducts."""
+        (_, d, f), (rows, columns, depth, group) = w1.shape, TILES["gated"]
+        if not (activation is SwiGLU and uses_kernels(x) and len(x) and f <= WIDEST_GATED):
+            return super().gated(x, order, w1, b1, w3, b3, weights, num_rows, activation)
+        token = (order.choice_of_row.clamp(min=0) // order.row_of_choice.shape[1]).int()
+        gate, up, hidden = (x.new_empty(len(token), f) for _ in range(3))
+        programs, num_tiles, *experts = self.started("gated", len(token), f)
+        gate_up_kernel[(programs,)](
+            x.contiguous(), token, tiles_of(w1, depth, columns), tiles_of(w3, depth, columns), weights,
+            self.counts, gate, up, hidden, num_tiles, experts[0], d, f, experts[1], rows, columns, depth,
+            group, num_warps=8, num_stages=3,
+        )  # fmt: skip
+        return gate, up, hidden
+
+    def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See BlockProducts: both products, and nothing left to add."""
+        (_, d, f), (rows, columns, depth, group) = w1.shape, TILES["x_gradient"]
+        if not (uses_kernels(gate) and len(gate)):
+            return super().x_gradient(gate, up, w1, w3)
+        out = gate.new_empty(len(gate), d)
+        programs, num_tiles, *experts = self.started("x_gradient", len(gate), d)
+        x_gradient_kernel[(programs,)](
+            gate, up, tiles_of(w1, columns, depth), tiles_of(w3, columns, depth), self.counts, out, num_tiles,
+            experts[0], d, f, experts[1], rows, columns, depth, group, num_warps=8, num_stages=3,
+        )  # fmt: skip
+        return out, None
+
+
+# %% notebooks/14_kernels.ipynb #fused-experts-kind
+@register("experts", "fused")
+class TiledExperts(GroupedExperts):
+    """grouped, with the activation in the product that makes its factors, and x's gradient in one product."""
+
+    products = FusedProducts
+    needs = "Triton, a Hopper GPU or newer, bfloat16, swiglu, and dimensions of multiples of 64"
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """By name alone: no layer has been timed with it yet."""
+        fits = config.activation == "swiglu" and config.hidden_dim % 64 == config.ffn_dim % 64 == 0
+        if not (fits and triton is not None and device.type == "cuda" and is_hopper(device)):
+            return 0
+        return 45 if GroupedExperts.preference(config, device, ep_size) else 0
+
+
+# %% notebooks/14_kernels.ipynb #fp8-kernels
+FLOAT8 = torch.float8_e4m3fn
+
+
+@kernel
+def scale_rows_kernel(x, values, scales, num_columns, x_stride, BLOCK: constexpr):
+    """Program r: row r of x, divided by its scale, so that its largest number is 448."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    piece = tl.load(x + row * x_stride + column, mask=column < num_columns, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(piece), axis=0), 1e-12) / 448
+    tl.store(scales + row, scale)
+    narrow = (piece / scale).to(values.dtype.element_ty)
+    tl.store(values + row * num_columns + column, narrow, mask=column < num_columns)
+
+
+@kernel
+def scale_columns_kernel(w, values, scales, depth, num_columns, DEEP: constexpr, WIDE: constexpr):
+    """Program (e, b): WIDE columns of expert e's w [depth, columns], each divided by its scale and stored as a row."""
+    e, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    is_column, first = column < num_columns, e * depth * num_columns
+    largest, start = tl.zeros([WIDE], dtype=tl.float32), 0
+    while start < depth:
+        deep = start + tl.arange(0, DEEP)
+        is_read = (deep < depth)[:, None] & is_column[None, :]
+        at = first + deep[:, None] * num_columns + column[None, :]
+        piece = tl.load(w + at, mask=is_read, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(piece), axis=0))
+        start += DEEP
+    scale, start = tl.maximum(largest, 1e-12) / 448, 0
+    tl.store(scales + e * num_columns + column, scale, mask=is_column)
+    while start < depth:
+        deep = start + tl.arange(0, DEEP)
+        is_read = (deep < depth)[:, None] & is_column[None, :]
+        at = first + deep[:, None] * num_columns + column[None, :]
+        piece = tl.load(w + at, mask=is_read, other=0.0).to(tl.float32)
+        narrow = tl.trans((piece / scale[None, :]).to(values.dtype.element_ty))
+        at = first + column[:, None] * depth + deep[None, :]
+        tl.store(values + at, narrow, mask=is_column[:, None] & (deep < depth)[None, :])
+        start += DEEP
+
+
+# %% notebooks/14_kernels.ipynb #fp8-scaled
+@dataclass(frozen=True)
+class Scaled:
+    """values float8 [..., n, i] and scales float32 [..., n], one a row; values * scales[..., None] is meant."""
+
+    values: Tensor
+    scales: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def meant(self, dtype: torch.dtype) -> Tensor:
+        """What was meant, rounded, [..., n, i]."""
+        return (self.values.float() * self.scales.unsqueeze(-1)).to(dtype)
+
+
+def scale_rows(x: Tensor) -> Scaled:
+    """x [n, i] -> Scaled [n, i]: each row's largest number becomes 448. Reads x once."""
+    if not (uses_kernels(x) and x.numel()):
+        scales = x.float().abs().amax(-1).clamp(min=1e-12) / 448
+        return Scaled((x.float() / scales.unsqueeze(-1)).to(FLOAT8), scales)
+    values, scales = torch.empty_like(x, dtype=FLOAT8), x.new_empty(len(x), dtype=torch.float32)
+    x, block = x if x.stride(1) == 1 else x.contiguous(), 1 << (x.shape[1] - 1).bit_length()
+    scale_rows_kernel[(len(x),)](x, values, scales, x.shape[1], x.stride(0), block, num_warps=8)
+    return Scaled(values, scales)
+
+
+def scale_columns(w: Tensor) -> Scaled:
+    """w [L, i, o] -> Scaled [L, o, i]: each column becomes a row whose largest number is 448. Reads w twice."""
+    if not uses_kernels(w):
+        scales = w.float().abs().amax(1).clamp(min=1e-12) / 448
+        return Scaled((w.float() / scales.unsqueeze(1)).to(FLOAT8).transpose(1, 2).contiguous(), scales)
+    num_local, depth, num_columns = w.shape
+    values = w.new_empty(num_local, num_columns, depth, dtype=FLOAT8)
+    scales = w.new_empty(num_local, num_columns, dtype=torch.float32)
+    grid = num_local, -(-num_columns // 64)
+    scale_columns_kernel[grid](w.contiguous(), values, scales, depth, num_columns, 128, 64, num_warps=8)
+    return Scaled(values, scales)
+
+
+# %% notebooks/14_kernels.ipynb #fp8-products
+class Float8Products(GroupedProducts):
+    """GroupedProducts whose forward products take eight-bit factors, one scale a row and a column (e4m3)."""
+
+    in_backward = GroupedProducts
+
+    @staticmethod
+    def rows(x: Tensor, order: RowOrder) -> Scaled:
+        """x [T, D], D even -> the sorted rows, Scaled [R, D]: rounded before they are copied."""
+        scaled, top_k = scale_rows(x), order.row_of_choice.shape[1]
+        pairs = copy_to_rows(scaled.values.view(torch.bfloat16), order)
+        scales = (
+            scaled.scales[order.choice_of_row.clamp(min=0) // top_k] if len(x) else x.new_ones(len(pairs))
+        )
+        return Scaled(pairs.view(FLOAT8), scales)
+
+    def times(self, rows: Scaled | Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See BlockProducts. A GPU adds up in its matrix units' own precision (use_fast_accum)."""
+        rows, weights, dtype = scale_rows(rows) if isinstance(rows, Tensor) else rows, weights, weights.dtype
+        if not rows.values.is_cuda or not len(rows):
+            return super().times(rows.meant(dtype), scale_columns(weights).meant(dtype).transpose(1, 2), bias)
+        columns, by_row = scale_columns(weights), F.ScalingType.RowWise
+        out = F.scaled_grouped_mm(
+            rows.values, columns.values.transpose(1, 2), rows.scales, by_row, columns.scales, by_row,
+            offs=self.offsets, output_dtype=dtype, use_fast_accum=True,
+        )  # fmt: skip
+        return out if bias is None else torch.addmm(out, self.membership.to(out.dtype), bias)
+
+
+@register("experts", "grouped_fp8")
+class Float8Experts(GroupedExperts):
+    """grouped, with the forward products in eight bits, in bfloat16. Its parity limit is its own."""
+
+    products, parity_limit = Float8Products, 0.1
+    needs = "bfloat16, rows of multiples of 16 bytes, and on a GPU a Hopper or newer"
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Never auto's: it changes the numbers. On a CPU it only rounds."""
+        runs = (device.type != "cuda" or is_hopper(device)) and config.dtype == "bfloat16"
+        return 0.5 if runs and GroupedExperts.preference(config, device, ep_size) else 0
+
+
+# %% notebooks/14_kernels.ipynb #quack-products
+import importlib.util
+
+
+@dataclass(frozen=True)
+class IndexedRows:
+    """The sorted rows x[token], which nobody has copied. x [T, n]; token int32 [R]."""
+
+    x: Tensor
+    token: Tensor
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+
+class QuackProducts(GroupedProducts):
+    """The methods of GroupedProducts by quack-kernels' products, which read rows by their index. bfloat16, no bias."""
+
+    @staticmethod
+    def rows(x: Tensor, order: RowOrder) -> IndexedRows:
+        """x [T, D] -> IndexedRows: nothing is copied but an index."""
+        return IndexedRows(x, (order.choice_of_row // order.row_of_choice.shape[1]).int())
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """int32 [L + 1]: where each expert's rows begin, and where the last ones end."""
+        return F.pad(self.offsets, (1, 0))
+
+    def times(self, rows: IndexedRows | Tensor, weights: Tensor, bias: None = None) -> Tensor:
+        """See BlockProducts."""
+        from quack.gemm_interface import gemm
+
+        x, token = (rows.x, rows.token) if isinstance(rows, IndexedRows) else (rows, None)
+        if not len(rows):
+            return x.new_empty(0, weights.shape[2])
+        return gemm(x, weights, cu_seqlens_m=self.starts, A_idx=token, tuned=False)
+
+    def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, None]:
+        """See BlockProducts: the second product adds the first in its own launch."""
+        from quack.gemm_interface import gemm_add
+
+        out = self.times(gate, w1.transpose(1, 2))
+        if len(up):
+            gemm_add(up, w3.transpose(1, 2), C=out, out=out, cu_seqlens_m=self.starts, tuned=False)
+        return out, None
+
+    def weight_gradient(self, rows: IndexedRows | Tensor, grad: IndexedRows | Tensor) -> Tensor:
+        """See BlockProducts. An index belongs to the first factor: where it is grad's, the product is transposed."""
+        from quack.gemm_interface import gemm
+
+        is_turned = isinstance(grad, IndexedRows)
+        first, second = (grad, rows) if is_turned else (rows, grad)
+        x, token = (first.x, first.token) if isinstance(first, IndexedRows) else (first, None)
+        sizes = (second.shape[1], x.shape[1]) if is_turned else (x.shape[1], second.shape[1])
+        out = (x.new_empty if len(first) else x.new_zeros)(len(self.counts), *sizes)
+        into = out.transpose(1, 2) if is_turned else out
+        if len(first):
+            gemm(x.t(), second, out=into, cu_seqlens_k=self.starts, A_idx=token, tuned=False)
+        return out
+
+
+@register("experts", "quack")
+class QuackExperts(GroupedExperts):
+    """All experts in one product of quack-kernels each; no rows are copied. Gated activations without biases."""
+
+    products = QuackProducts
+    needs = (
+        "the package quack-kernels, a Hopper GPU or newer, bfloat16, and a gated activation without biases"
+    )
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Where the package is installed, and layer and card are those it is written for: the first choice for narrow
+        experts, whose products are small beside the copies that they spare."""
+        activation = REGISTRIES["activation"][config.activation]
+        fits = activation.is_gated and not activation.has_bias and device.type == "cuda"
+        if not (
+            fits and GroupedExperts.preference(config, device, ep_size) and importlib.util.find_spec("quack")
+        ):
+            return 0
+        return (60 if config.ffn_dim <= 1024 else 40) if is_hopper(device) else 0
 
 
 # ==========================================================================================================
