@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "602ad6f424eb21660e08448b14b596c6e0443c45a0e650ff26af27da9392a34b"
+SOURCES_SHA256 = "1a0740cfdbc2a41641201ffb3bb493fc7445150dcd06fe6297ab5aeac4d4067a"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -6273,18 +6273,6 @@ def list_choices_kernel(topk_ids, counts, active, choices, num_choices, num_expe
     put_on_lists(ids, choice, ids >= 0, counts, active, choices, num_experts, room)
 
 
-# %% notebooks/13_inference.ipynb #comes-last
-@kernel
-def comes_last(counter, num_parts):
-    """Whether this program is the last of num_parts to come here, so that it sees what all of them stored before. The
-    counter is 0 again then."""
-    tl.debug_barrier()  # what this program's threads stored, before the counter
-    before = tl.atomic_add(counter, 1, sem="acq_rel")
-    if before == num_parts - 1:
-        tl.store(counter, 0)
-    return before == num_parts - 1
-
-
 # %% notebooks/13_inference.ipynb #starts-early
 @kernel
 def wait_for_earlier(EARLY: constexpr):
@@ -6298,6 +6286,18 @@ def starts_early(x: Tensor) -> dict[str, bool]:
     """How a kernel that begins with wait_for_earlier is launched: set up early where x lies on a GPU that can."""
     can = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
+
+
+# %% notebooks/13_inference.ipynb #comes-last
+@kernel
+def comes_last(counter, num_parts):
+    """Whether this program is the last of num_parts to come here, so that it sees what all of them stored before. The
+    counter is 0 again then."""
+    tl.debug_barrier()  # what this program's threads stored, before the counter
+    before = tl.atomic_add(counter, 1, sem="acq_rel")
+    if before == num_parts - 1:
+        tl.store(counter, 0)
+    return before == num_parts - 1
 
 
 # %% notebooks/13_inference.ipynb #logits-piece
