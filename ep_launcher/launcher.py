@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "86ba0af9b894fac759f89e21262cf14fb70b39d2c02210fa34ba957227e75e18"
+SOURCES_SHA256 = "006ce08f2cd44ca8d232da97f72d8f0f2776299084888f0c09a27736634afeb8"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2206,6 +2206,8 @@ def load_plugin(argv: list[str] | None) -> None:
     sys.modules["ep_launcher.launcher"] = sys.modules[register.__module__]
     path = os.path.expanduser(path)
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("no regular file: not every rank could read it")
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -6116,6 +6118,7 @@ class ReceiveTokens(torch.autograd.Function):
         return grad_weights.new_empty(0), None
 
 
+# %% notebooks/12_overlap.ipynb #copy-home
 class SendHome(torch.autograd.Function):
     """y [W * S, D], a block for every rank -> a ticket for SumBlocks. Backward receives the tokens' gradients."""
 
@@ -6138,12 +6141,16 @@ class SumBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, flight: CopyFlight, num_tokens: int) -> Tensor:
         ctx.flight = flight
+        ctx.save_for_backward(ticket)
         (came, _), (sent, _) = flight.land()
         return flight.total(came, sent)[:num_tokens]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
+        _ = (
+            ctx.saved_tensors
+        )  # under checkpoint all is computed again now, with nothing under way, and to its end
         padding = ctx.flight.num_slots - len(grad)
         rows = F.pad(grad, (0, 0, 0, padding)) if padding else grad.contiguous()
         ctx.flight.send(rows, None, is_home=False, is_backward=True)
@@ -8527,6 +8534,8 @@ BOOK_SHA256 = "85ce758134058541291e00561510e7f4f7b38b5756c7a44e09b7456433c63e1f"
 def read_text(path: Path) -> bytes:
     """A UTF-8 file's bytes, unpacked where it ends in .bz2. ValueError where it cannot be read, or is not UTF-8."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("no regular file: it might never end")
         data = path.read_bytes()
         data = bz2.decompress(data) if path.suffix == ".bz2" else data
         data.decode("utf-8")
