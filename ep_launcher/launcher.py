@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "1a0740cfdbc2a41641201ffb3bb493fc7445150dcd06fe6297ab5aeac4d4067a"
+SOURCES_SHA256 = "176051e86838da457e62cc742b4abf66b342928dfea17b3e85e4a3c94ac12532"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -908,6 +908,7 @@ class Experts(nn.Module):
     Gated activations add w3 [L, D, F], and b3 [L, F] where they have biases; what an activation has not is None.
     An expert's numbers come from its global number and the seed, so they do not depend on which rank owns it.
     w1 is what the field calls the gate projection, w3 the up projection, w2 the down projection.
+    Subclasses write forward: Arrived -> y [R, D], for every row the weighted sum over its local experts.
     """
 
     def __init__(
@@ -943,10 +944,6 @@ class Experts(nn.Module):
         """w1, b1, w2, b2, w3, b3 in this dtype: as they are, or converted where autocast computes in another."""
         parameters = (self.w1, self.b1, self.w2, self.b2, self.w3, self.b3)
         return [None if p is None else p.to(dtype) for p in parameters]
-
-    def forward(self, arrived: Arrived) -> Tensor:
-        """Arrived -> y [R, D]: for every row the weighted sum over its local experts."""
-        raise TypeError(f"{type(self).__name__} does not say how it computes")
 
     def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
         """Whether forward, with at most num_rows rows, waits for a number from the device."""
@@ -1157,20 +1154,16 @@ class EPMoE(nn.Module):
         """
         check_tokens(x, self.config)
         refuse_wrappers(self)
-        kind = x.device.type
-        if x.is_meta or not torch.is_autocast_enabled(kind):
-            return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)
-        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
-            return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)
-
-    def run(self, x: Tensor) -> Tensor:
-        """forward_tokens; on several ranks torch.compile leaves it alone, since ranks must enter collectives alike."""
-        forward = type(self).forward_tokens
-        # disable() imports the compiler: not before somebody compiles.
+        kind, forward = x.device.type, type(self).forward_tokens
+        # On several ranks torch.compile leaves it alone, since ranks must enter collectives alike. disable() imports
+        # the compiler: not before somebody compiles.
         if self.mesh.ep.size > 1 and torch.compiler.is_compiling():
             forward = torch.compiler.disable(forward)
-        return forward(self, x)
+        if x.is_meta or not torch.is_autocast_enabled(kind):
+            return forward(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return forward(self, x.reshape(-1, x.shape[-1])).view(x.shape)
 
     def route(self, x: Tensor) -> Routing:
         """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
@@ -1379,15 +1372,16 @@ def refuse_wrappers(layer: EPMoE) -> None:
         )
 
 
-def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The experts' parameters, which mesh.ep shares out. TypeError where FSDP has sharded a model's parameters."""
+def owners(model: nn.Module) -> dict[int, Experts]:
+    """{id of a parameter that mesh.ep shares out: the Experts that hold it}. TypeError where FSDP has sharded a
+    model's parameters."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):
             raise TypeError(
                 f"{name} is a DTensor, which fully_shard has made of it; take the model as it is: "
                 "init_ep(ep_size) and sync_gradients have data parallelism"
             )
-    return [p for layer in moe_layers(model) for p in layer.experts.parameters()]
+    return {id(p): layer.experts for layer in moe_layers(model) for p in layer.experts.parameters()}
 
 
 # %% notebooks/03_experts.ipynb #all-reduce-gradients
@@ -1412,9 +1406,8 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise RuntimeError("the model is in DistributedDataParallel, which overwrites experts; take it out")
     check_ended(mesh.meter)
-    local = {id(p): p for p in expert_parameters(model) if p.requires_grad}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in local]
-    for parameter in [*local.values(), *others]:
+    owner, trained = owners(model), [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if getattr(parameter.grad, "is_summed", False):
@@ -1422,8 +1415,8 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
                 "gradients are summed over the ranks already; zero_grad() before the next backward"
             )
         parameter.grad.is_summed = True
-    sum_over(mesh.batch, [p.grad for p in others] + list(extra))
-    sum_over(mesh.replicas, [p.grad for p in local.values()])
+    sum_over(mesh.batch, [p.grad for p in trained if id(p) not in owner] + list(extra))
+    sum_over(mesh.replicas, [p.grad for p in trained if id(p) in owner])
 
 
 # %% notebooks/03_experts.ipynb #dense-reference
@@ -1457,18 +1450,11 @@ def dense_moe(
 
 
 # %% notebooks/03_experts.ipynb #name-shares
-def rename_own(experts: Experts, state: dict, prefix: str, is_saved: bool) -> None:
-    """Renames this rank's stacked parameters in a state dict: w1 <-> w1.8-15, the numbers of its experts."""
-    for name, _ in experts.named_parameters():
-        short, long = prefix + name, f"{prefix}{name}.{experts.own_range}"
-        old, new = (short, long) if is_saved else (long, short)
-        if old in state:
-            state[new] = state.pop(old)
-
-
 def save_own_names(experts: Experts, state: dict, prefix: str, metadata: dict) -> None:
-    """A state dict says whose weights it holds, so that ranks never overwrite one another's in one checkpoint."""
-    rename_own(experts, state, prefix, is_saved=True)
+    """A state dict says whose weights it holds, w1.8-15 for w1 of experts 8 to 15, so that ranks never overwrite one
+    another's in one checkpoint."""
+    for name, _ in experts.named_parameters():
+        state[f"{prefix}{name}.{experts.own_range}"] = state.pop(prefix + name)
 
 
 def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> None:
@@ -1478,16 +1464,12 @@ def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> No
             f"this rank holds experts {experts.own_range}, and the state others; take a full_state_dict, and "
             "load_full_state_dict(model, state, mesh)"
         )
-    rename_own(experts, state, prefix, is_saved=False)
+    for name, _ in experts.named_parameters():
+        if (own := f"{prefix}{name}.{experts.own_range}") in state:
+            state[prefix + name] = state.pop(own)
 
 
 # %% notebooks/03_experts.ipynb #full-state
-def owners(model: nn.Module) -> dict[int, Experts]:
-    """{id of a parameter that mesh.ep shares out: the Experts that hold it}."""
-    expert_parameters(model)  # refuses what FSDP has sharded
-    return {id(p): layer.experts for layer in moe_layers(model) for p in layer.experts.parameters()}
-
-
 def full_state_dict(model: nn.Module, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None) -> dict:
     """What world size 1 holds, whatever this one is: {name: tensor}, copies, the same on every rank. Collective.
 
@@ -1696,7 +1678,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
     on every rank: each expert counts on its rank, everything else once. After sync_gradients. No host sync; one
     all-reduce of one number over mesh.ep.
     """
-    local = {id(p) for p in expert_parameters(model)}
+    local = owners(model)
     squares = {True: [], False: []}
     for p in model.parameters():
         if p.grad is not None:
@@ -2224,6 +2206,8 @@ def load_plugin(argv: list[str] | None) -> None:
     sys.modules["ep_launcher.launcher"] = sys.modules[register.__module__]
     path = os.path.expanduser(path)
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("no regular file: not every rank could read it")
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -2819,15 +2803,13 @@ def order_rows(topk_ids: Tensor, num_experts: int, max_pairs: int | None = None)
     num_rows = topk_ids.numel() if max_pairs is None else min(max_pairs, topk_ids.numel())
     if uses_kernels(topk_ids) and topk_ids.numel():
         return order_by_counting(topk_ids, num_experts, num_rows)
-    expert = topk_ids.reshape(-1)
-    expert = torch.where(expert < 0, num_experts, expert)
+    expert = topk_ids.reshape(-1) % (num_experts + 1)  # -1, a choice not sent, becomes the last
     keys = expert.to(torch.int16) if num_experts < 2**15 else expert
     choice_of_row = keys.argsort(stable=True)
     counts = expert.new_zeros(num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))[:num_experts]
-    row_of_choice = torch.empty_like(choice_of_row)
-    row_of_choice[choice_of_row] = torch.arange(len(expert), device=expert.device)
-    row_of_choice = torch.where(topk_ids < 0, -1, row_of_choice.view(topk_ids.shape))
-    return RowOrder(row_of_choice, choice_of_row[:num_rows], counts)
+    row = torch.arange(len(expert), device=expert.device)
+    row_of_choice = torch.empty_like(row).scatter_(0, choice_of_row, row).view(topk_ids.shape)
+    return RowOrder(row_of_choice.masked_fill_(topk_ids < 0, -1), choice_of_row[:num_rows], counts)
 
 
 # %% notebooks/06_grouped_experts.ipynb #copy-rows-kernel
@@ -2904,13 +2886,12 @@ def sum_rows(a: Tensor, order: RowOrder, b: Tensor | None = None) -> Tensor:
         row = order.row_of_choice
         if not len(rows) or not num_tokens:
             return a.new_zeros(num_tokens, d)
-        own = row.amax(1, keepdim=True)  # a choice not sent reads another row of its token, times 0
-        picked, is_sent = torch.where(row < 0, own.clamp(min=0), row), (row >= 0).to(wide)
-        total = (
-            rows.index_select(0, picked[:, 0])
-            if top_k == 1
-            else F.embedding_bag(picked, rows, mode="sum", per_sample_weights=is_sent)
-        )
+        if top_k == 1:
+            own, total = row, rows.index_select(0, row[:, 0].clamp(min=0))
+        else:
+            own = row.amax(1, keepdim=True)  # a choice not sent reads another row of its token, times 0
+            picked, is_sent = torch.where(row < 0, own, row).clamp_(min=0), (row >= 0).to(wide)
+            total = F.embedding_bag(picked, rows, mode="sum", per_sample_weights=is_sent)
         return total.masked_fill_(own < 0, 0).to(a.dtype)
     y = a.new_empty(num_tokens, d)
     block = column_block(d, 1024)
@@ -2956,20 +2937,18 @@ class Unpermute(torch.autograd.Function):
 # %% notebooks/06_grouped_experts.ipynb #weights-of-rows
 def weights_of_rows(topk_weights: Tensor, order: RowOrder) -> Tensor:
     """topk_weights [T, K] -> [R]: the weight of each row's choice, 0 for a choice not sent."""
-    sent = torch.where(order.row_of_choice < 0, 0, topk_weights).reshape(-1)
+    sent = topk_weights.masked_fill(order.row_of_choice < 0, 0).reshape(-1)
     if not len(sent):
         return sent.new_zeros(len(order.choice_of_row))
-    weights = sent[order.choice_of_row.clamp(min=0)]
-    return torch.where(order.choice_of_row < 0, 0, weights) if order.has_gaps else weights
+    weights = sent[order.choice_of_row]  # a row of choice -1 reads the last one's
+    return weights.masked_fill_(order.choice_of_row < 0, 0) if order.has_gaps else weights
 
 
 def weights_of_choices(weights: Tensor, order: RowOrder) -> Tensor:
     """The way back, [R] -> [T, K]: what each choice's row has, 0 for a choice not sent. Every row has one choice, so
     it is a look-up too."""
     row = order.row_of_choice
-    return (
-        torch.where(row < 0, 0, weights[row.clamp(min=0)]) if len(weights) else weights.new_zeros(row.shape)
-    )
+    return weights[row].masked_fill_(row < 0, 0) if len(weights) else weights.new_zeros(row.shape)
 
 
 @register("dispatcher", "local")
@@ -3300,13 +3279,8 @@ class ExpertsOnTokens(torch.autograd.Function):
 # %% notebooks/06_grouped_experts.ipynb #output-bias
 def spread_weights(arrived: Arrived, num_local_experts: int) -> Tensor:
     """The weights [R, J] as a matrix over all local experts [R, L], 0 where a row does not visit one."""
-    ids, weights = arrived.topk_ids, torch.where(arrived.topk_ids < 0, 0, arrived.topk_weights)
+    ids, weights = arrived.topk_ids, arrived.topk_weights.masked_fill(arrived.topk_ids < 0, 0)
     return weights.new_zeros(len(ids), num_local_experts).scatter_add(1, ids.clamp(min=0), weights)
-
-
-def add_output_bias(y: Tensor, arrived: Arrived, b2: Tensor | None) -> Tensor:
-    """y [R, D] + the weighted sum of each row's output biases, b2 [L, D]."""
-    return y if b2 is None else torch.addmm(y, spread_weights(arrived, len(b2)).to(y.dtype), b2)
 
 
 # %% notebooks/06_grouped_experts.ipynb #fused-experts
@@ -3323,7 +3297,7 @@ class FusedExperts(Experts):
         y = ExpertsOnTokens.apply(
             arrived.x, arrived.topk_weights, w1, b1, w2, w3, b3, order, products, self.activation
         )
-        return add_output_bias(y, arrived, b2)
+        return y if b2 is None else torch.addmm(y, spread_weights(arrived, self.num_local).to(y.dtype), b2)
 
 
 # %% notebooks/06_grouped_experts.ipynb #grouped-experts
@@ -3676,7 +3650,7 @@ def rider_columns(hidden_dim: int, dtype: torch.dtype, num_weights: int = 1) -> 
 def set_riders(packed: Tensor, hidden_dim: int, weights: Tensor) -> None:
     """Writes weights [n, J], bit by bit, behind the first hidden_dim columns of packed [n, D + C]."""
     wide = torch.promote_types(packed.dtype, torch.float32)
-    bits = torch.empty(weights.shape, dtype=wide, device=packed.device).copy_(weights).view(packed.dtype)
+    bits = weights.to(wide).contiguous().view(packed.dtype)
     packed[:, hidden_dim : hidden_dim + bits.shape[1]] = bits
 
 
@@ -5784,10 +5758,7 @@ class StepAgain:
         for layer in self.layers:
             layer.dispatcher.raises = False
         self.is_crowded = torch.zeros((), device=run.device)
-        optimizer.found_inf, optimizer.grad_scale = (
-            self.is_crowded,
-            None,
-        )  # GradScaler sets them: no public names
+        optimizer.found_inf = self.is_crowded  # GradScaler sets it too; it has no public name
         optimizer.register_step_pre_hook(self.agree)
 
     def agree(self, *_: Any) -> None:
@@ -5814,14 +5785,16 @@ class StepAgain:
         self.training.task.generator.set_state(state)
         for buffer, kept in zip(self.training.model.buffers(), buffers, strict=True):
             buffer.copy_(kept)
-        chosen = [layer.topk_ids for layer in self.layers]
+        seen = [(layer.topk_ids, layer.probs) for layer in self.layers]
         factors = [layer.dispatcher.arrival_factor for layer in self.layers]
         for layer in self.layers:
             layer.dispatcher.arrival_factor = None
         losses = self.again()
-        for layer, ids, factor in zip(self.layers, chosen, factors, strict=True):
-            layer.dispatcher.arrival_factor = factor
-            layer.topk_ids = ids.copy_(layer.topk_ids)  # where a recorded step leaves its own
+        for layer, (ids, probs), factor in zip(self.layers, seen, factors, strict=True):
+            layer.dispatcher.arrival_factor = (
+                factor  # and for whoever watches, where a recorded step leaves its own:
+            )
+            layer.topk_ids, layer.probs = ids.copy_(layer.topk_ids), probs.copy_(layer.probs)
         return losses
 
 
@@ -6145,6 +6118,7 @@ class ReceiveTokens(torch.autograd.Function):
         return grad_weights.new_empty(0), None
 
 
+# %% notebooks/12_overlap.ipynb #copy-home
 class SendHome(torch.autograd.Function):
     """y [W * S, D], a block for every rank -> a ticket for SumBlocks. Backward receives the tokens' gradients."""
 
@@ -6167,12 +6141,16 @@ class SumBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, flight: CopyFlight, num_tokens: int) -> Tensor:
         ctx.flight = flight
+        ctx.save_for_backward(ticket)
         (came, _), (sent, _) = flight.land()
         return flight.total(came, sent)[:num_tokens]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
+        _ = (
+            ctx.saved_tensors
+        )  # under checkpoint all is computed again now, with nothing under way, and to its end
         padding = ctx.flight.num_slots - len(grad)
         rows = F.pad(grad, (0, 0, 0, padding)) if padding else grad.contiguous()
         ctx.flight.send(rows, None, is_home=False, is_backward=True)
@@ -8596,6 +8574,8 @@ BOOK_SHA256 = "85ce758134058541291e00561510e7f4f7b38b5756c7a44e09b7456433c63e1f"
 def read_text(path: Path) -> bytes:
     """A UTF-8 file's bytes, unpacked where it ends in .bz2. ValueError where it cannot be read, or is not UTF-8."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("no regular file: it might never end")
         data = path.read_bytes()
         data = bz2.decompress(data) if path.suffix == ".bz2" else data
         data.decode("utf-8")

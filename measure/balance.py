@@ -22,8 +22,10 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
-from measure import record  # noqa: E402
-from tools import original  # noqa: E402
+from measure import (
+    original,  # noqa: E402
+    record,  # noqa: E402
+)
 
 NUM_TOKENS = 256
 CAPACITY_FACTOR = 1.25

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ep_launcher import launcher as ours
-from tools import original
-from tools.original import ROOT
+from measure import original
+from measure.original import ROOT
 
 
 class Launcher:

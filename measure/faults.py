@@ -24,9 +24,10 @@ import psutil  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
 from measure import record  # noqa: E402
-from tools.faults import BrokenPair, BrokenRun, attempts, recoveries  # noqa: E402
+from measure.original import ROOT  # noqa: E402
+from measure.pair import BrokenPair  # noqa: E402
+from tools.faults import BrokenRun, attempts, recoveries  # noqa: E402
 from tools.hosts import HostsUnavailable  # noqa: E402
-from tools.original import ROOT  # noqa: E402
 
 FLAGS = {
     "steps": 80, "checkpoint_interval": 10, "log_interval": 1, "hidden_dim": 32, "ffn_dim": 64, "tokens": 64,

@@ -26,9 +26,8 @@ import torch
 import torch.distributed as dist
 
 from ep_launcher import launcher as ep
-from measure import before
-from tools import original
-from tools.original import ROOT
+from measure import before, original
+from measure.original import ROOT
 
 FLAGS: dict[str, dict[str, Any]] = {
     "ranks": {"type": int, "help": "processes, which this command starts"},

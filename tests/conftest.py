@@ -60,7 +60,7 @@ def build() -> Path:
 @pytest.fixture(scope="session")
 def seed_module(build: Path):
     """build/seed.py, freshly extracted: the original's algorithm with its defects."""
-    from tools import original
+    from measure import original
 
     original.extract()
     return original.load()

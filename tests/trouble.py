@@ -170,6 +170,10 @@ def faults(folder: Path, times: float) -> Iterator[str]:
             yield f"{case}: {what}"
 
 
+def read_if_there(path: Path) -> str:
+    return path.read_text("utf-8") if path.exists() else ""
+
+
 def disk(folder: Path, times: float) -> Iterator[str]:
     """The log's disk fills up in mid-run, or is full from the start; its folder goes, or cannot be written.
 
@@ -189,7 +193,11 @@ def disk(folder: Path, times: float) -> Iterator[str]:
             (place / "all").write_bytes(bytes(4096))
         summary.unlink(missing_ok=True)
         process = start(folder, *command, *flags, "--log-dir", str(place / "log"))
-        while case == "goes" and process.poll() is None and not (place / "log" / "train.log").exists():
+        while (
+            case == "goes"
+            and process.poll() is None
+            and "[step " not in read_if_there(place / "log" / "train.log")
+        ):
             time.sleep(0.05)
         if case == "goes":
             shutil.rmtree(place / "log", ignore_errors=True)

@@ -7,7 +7,7 @@
         summary = run.finish()
 
 Nothing is left of it where the block ends, however it ends. `attempts` reads from the run's TensorBoard files which
-steps ran when. `BrokenPair` is a run over two machines (tools/hosts.py), one of which can be lost.
+steps ran when.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from typing import Any
 import psutil
 
 from ep_launcher.launcher import StepNotes
-from tools import hosts
 from tools.ranks.failures import LIBRARY_LOG
 from tools.ranks.flags import LAUNCHER, check_flags, flag_arguments, torchrun_environment, torchrun_flags
-from tools.ranks.processes import Family, start_worker
+from tools.ranks.processes import start_worker
 
 STEPS_AT = StepNotes.WARNING_BYTES  # where rank 0 notes its steps
 PLUGIN = Path(__file__).with_name("faulty.py")
@@ -140,74 +139,6 @@ class BrokenRun:
         """What the ranks said last, without the libraries' logs."""
         lines = (self.folder / "output").read_text("utf-8", "replace").splitlines()
         return "\n".join([line for line in lines if not LIBRARY_LOG.match(line)][-count:])
-
-
-class BrokenPair:
-    """A run of two machines with one rank each, in a new folder that both see: checkpoints/, log/, summary.json.
-
-    flags: the launcher's. HostsUnavailable, in `with`, where this machine allows no two hosts.
-    """
-
-    def __init__(self, folder: str | Path, **flags: Any) -> None:
-        self.folder = Path(folder).resolve()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        self.checkpoints = self.folder / "checkpoints"
-        places = {"checkpoint_dir": self.checkpoints, "log_dir": self.folder / "log", "device": "cpu"}
-        arguments = flag_arguments(places | {"summary": self.folder / "summary.json"} | flags)
-        check_flags(arguments)
-        self.program = [str(LAUNCHER), *arguments]
-        self.outputs = [self.folder / f"machine{number}.log" for number in (1, 2)]
-        self.names: list[str] = []
-        self.machines: list[Family] = []
-        self.opened = contextlib.ExitStack()
-
-    def __enter__(self) -> BrokenPair:
-        with contextlib.ExitStack() as opened:
-            self.names = opened.enter_context(hosts.two_namespaces())
-            for number, (name, output) in enumerate(zip(self.names, self.outputs, strict=True), 1):
-                self.machines.append(hosts.start_host(name, number, self.program, output))
-                opened.callback(self.machines[-1].end, patience_s=0)
-            self.opened = opened.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.opened.close()
-
-    def wait_for_step(self, step: int, limit_s: float = 120) -> None:
-        """Until this step, one that is logged, is done. RuntimeError where it does not come."""
-        deadline = time.monotonic() + limit_s
-        while f"[step {step:05d}]" not in self.outputs[0].read_text("utf-8", "replace"):
-            if time.monotonic() > deadline or any(m.process.poll() is not None for m in self.machines):
-                raise RuntimeError(f"step {step} did not come:\n{self.outputs[0].read_text()[-2000:]}")
-            time.sleep(0.005)
-
-    def lose(self, machine: int) -> None:
-        """Machine 0 or 1 goes: its cable is dead, and every process of it ends at once, torchrun first."""
-        lost = self.machines[machine]
-        for one in self.machines:
-            one.note(every_s=0)
-        hosts.ip("-n", self.names[machine], "link", "set", hosts.INTERFACE, "down")
-        lost.process.kill()
-        for process in lost.statuses():
-            with contextlib.suppress(psutil.Error):  # Linux ends a rank whose torchrun is gone
-                process.kill()
-
-    def finish(self, limit_s: float = 120) -> dict[str, Any]:
-        """Waits until both torchruns have ended -> the summary, or {}. RuntimeError where one hangs."""
-        if not hosts.wait_for(self.machines, limit_s, other_s=limit_s):
-            raise RuntimeError(f"the two machines did not end in {limit_s:g} s")
-        path = self.folder / "summary.json"
-        return json.loads(path.read_text("utf-8")) if path.exists() else {}
-
-    def left(self) -> list[str]:
-        """Command lines of processes that have outlived the run, of either machine; empty if all is well."""
-        return [" ".join(p.cmdline()[:3]) for machine in self.machines for p in machine.statuses()]
-
-    def errors(self, machine: int) -> list[str]:
-        """The error lines that a machine has printed."""
-        lines = self.outputs[machine].read_text("utf-8", "replace").splitlines()
-        return [line for line in lines if line.startswith("error: ")]
 
 
 @dataclass(frozen=True)

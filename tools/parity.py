@@ -378,11 +378,13 @@ def run_suite(
     is_over: Callable[[], bool] = lambda: False,
     dispatcher: str | None = None,
     extras: tuple = (),
+    takes: Callable[..., bool] = lambda *kinds: True,
 ) -> list[dict]:
     """Every variant in every case, over the ranks of the default group -> results, the same list on every rank.
 
-    extras: option groups of every config. is_over: asked before each variant, on every rank alike; where it says yes,
-    the rest is left out. A crash is told on stderr, and raised. Collective.
+    extras: option groups of every config. takes(dispatcher, experts, activation, dtype): whether a variant runs.
+    is_over: asked before each variant, on every rank alike; where it says yes, the rest is left out. A crash is told
+    on stderr, and raised. Collective.
     """
     results, known, references, size = [], cases(mesh.batch.size), {}, mesh.batch.size
     for parts in sorted({case["ep"] for case in known.values()}):
@@ -390,6 +392,8 @@ def run_suite(
         for kinds in variants(device, size // parts if size > 1 else 1, dtypes, dispatcher):
             if is_over():
                 break
+            if not takes(*kinds):
+                continue
             for name in cases_of(kinds[2], kinds[3], wanted or list(known)):
                 case = known[name]
                 if case["ep"] != parts:

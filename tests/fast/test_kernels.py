@@ -69,6 +69,15 @@ def test_order_rows(num_tokens, top_k, num_experts, max_pairs):
 
 
 @with_kernels
+def test_the_scan_of_a_table_that_is_longer_than_a_tile():
+    table = torch.randint(0, 9, (21, 6), dtype=torch.int32).to(DEVICE)
+    expected, totals = table.cumsum(0) - table, table.sum(0)
+    counts = torch.full((6,), -1, device=DEVICE)
+    ep.scan_kernel[(2,)](table, counts, 21, 5, 8, 4)
+    assert torch.equal(table, expected.int()) and torch.equal(counts, totals)
+
+
+@with_kernels
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "top_k"), [(5, 4, 2), (33, 130, 8), (1, 8, 8), (0, 4, 2)]
 )

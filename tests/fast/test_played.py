@@ -88,3 +88,17 @@ def test_the_books_kernels_played(dtype):
     assert torch.equal(rows[:3], ep.copy_to_rows(x, order)[:3]) and not rows[3].any()
     play_kernel(ep.sum_rows_kernel, (2, 2), rows, rows, order.row_of_choice, y, 100, 100, False, 2, 64)
     assert torch.equal(y, torch.stack([x[0], 2 * x[1]]))
+
+
+def place_of(block, size):
+    return block * size + tl.arange(0, 4)
+
+
+def number_kernel(out, size):
+    tl.store(out + place_of(tl.program_id(0), size), tl.program_id(0) + tl.arange(0, 4))
+
+
+def test_a_kernel_may_call_another():
+    out = torch.zeros(8, dtype=torch.int64)
+    assert play_kernel(number_kernel, (2,), out, 4) == 2
+    assert out.tolist() == [0, 1, 2, 3, 1, 2, 3, 4]

@@ -171,11 +171,11 @@ def make_config(
 
 
 def plan(world_size: int, num_groups: int) -> list[tuple[tuple, str, str]]:
-    """(variant, dtype, case): every variant in float64 on a few cases, or on one where num_groups groups hold all
-    experts each; those that differ most on all cases; low precision on one."""
+    """(variant, dtype, case): every variant in float64 on a few cases, or on one where ranks are fewer than four or
+    num_groups groups hold all experts each; those that differ most on all cases; low precision on one."""
     found = []
     for variant, name in product(VARIANTS, plain_cases(world_size)):
-        few = FEW_CASES if num_groups == 1 else ("uneven",)
+        few = FEW_CASES if (world_size, num_groups) == (4, 1) else ("uneven",)
         is_plain = variant[2:] in PLAIN and num_groups == 1
         if name in few or is_plain:
             found.append((variant, "float64", name))

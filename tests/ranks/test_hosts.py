@@ -8,8 +8,8 @@ import sys
 import pytest
 from support import ROOT, processes, wait_until
 
+from measure.pair import BrokenPair
 from tools import hosts
-from tools.faults import BrokenPair
 from tools.hosts import HostsUnavailable, run_on_two_hosts
 from tools.launch import LaunchError, launch
 

@@ -48,12 +48,7 @@ class PlayedCommunicator(Communicator):
         return torch.stack(self.swap(x.detach().clone()))
 
     def begin_all_to_all(
-        self,
-        x: Tensor,
-        input_splits: list[int],
-        output_splits: list[int],
-        purpose: str,
-        wait: bool = False,
+        self, x: Tensor, input_splits: list[int], output_splits: list[int], purpose: str, wait: bool = False
     ) -> Pending:
         """See Communicator; ended at once. NotYet where other rows come than output_splits says."""
         row_bytes = x.element_size() * math.prod(x.shape[1:])

@@ -89,6 +89,18 @@ class PlayedLanguage:
         pointer.flat[at] = value
 
 
+def in_language(function: FunctionType, language: PlayedLanguage) -> FunctionType:
+    """The function with `language` for its `tl`, and so the kernels that it calls."""
+    called = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    called = {name: getattr(kernel, "fn", kernel) for name, kernel in called.items()}
+    played = {
+        name: in_language(kernel, language)
+        for name, kernel in called.items()
+        if isinstance(kernel, FunctionType) and "tl" in kernel.__code__.co_names and kernel is not function
+    }
+    return FunctionType(function.__code__, function.__globals__ | played | {"tl": language})
+
+
 def play_kernel(kernel: Callable, grid: tuple[int, ...], *arguments: Any) -> int:
     """Runs every program of a grid, in place on the tensors given -> how many they were.
 
@@ -99,7 +111,7 @@ def play_kernel(kernel: Callable, grid: tuple[int, ...], *arguments: Any) -> int
     if not isinstance(function, FunctionType):
         raise NotYet(f"this wants a kernel, a function, and got {type(kernel).__name__}")
     language = PlayedLanguage()
-    played = FunctionType(function.__code__, function.__globals__ | {"tl": language})
+    played = in_language(function, language)
     functools.update_wrapper(played, function)
     try:
         given = inspect.signature(function).bind(*arguments)
