@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "8497629f53410d99213152813e1ef433135cf1349c6017c901e056fecaf23f91"
+SOURCES_SHA256 = "52da6ac09ad994c2b618913965bb022b26a18de9275d0e647f66e4cf258d184e"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -6256,6 +6256,21 @@ def list_choices_kernel(topk_ids, counts, active, choices, num_choices, num_expe
     put_on_lists(ids, choice, ids >= 0, counts, active, choices, num_experts, room)
 
 
+# %% notebooks/13_inference.ipynb #starts-early
+@kernel
+def wait_for_earlier(EARLY: constexpr):
+    """The first thing that a kernel of the decode path does. Nothing is read or written before it."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def starts_early(x: Tensor) -> dict[str, bool]:
+    """How a kernel that begins with wait_for_earlier is launched: set up early where x lies on a GPU that can."""
+    can = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
+
+
 # %% notebooks/13_inference.ipynb #comes-last
 @kernel
 def comes_last(counter, num_parts):
@@ -6293,10 +6308,12 @@ def logits_piece(
 def take_best(keys, expert, E: constexpr):
     """keys float32 [tokens, experts] -> each token's largest key (of equal ones the first), whose it is, where it
     stands, and the keys without it."""
-    score, best = tl.max(keys, axis=1, return_indices=True)
-    best = tl.minimum(best, E - 1)  # also where all is NaN
+    bits = keys.to(tl.int32, bitcast=True)
+    largest = tl.max(bits ^ ((bits >> 31) & 0x7FFFFFFF), axis=1)
+    largest = (largest ^ ((largest >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    best = tl.min(tl.where(keys == largest[:, None], expert[None, :], E - 1), axis=1)  # E - 1 where it is NaN
     is_best = expert[None, :] == best[:, None]
-    return score, best, is_best, tl.where(is_best, float("-inf"), keys)
+    return largest, best, is_best, tl.where(is_best, float("-inf"), keys)
 
 
 @kernel
@@ -6331,19 +6348,20 @@ def choose_kernel(
     x, gate, bias, choice_bias, num_tokens, pieces, arrived, topk_ids, topk_weights, counts, active, choices,
     room, scale, D: constexpr, E: constexpr, EXPERTS: constexpr, K: constexpr, WIDTH: constexpr,
     SPLIT: constexpr, TOKENS: constexpr, BLOCK: constexpr, SIGMOID: constexpr, HAS_BIAS: constexpr,
-    NORMALIZE: constexpr, LISTS: constexpr,
+    NORMALIZE: constexpr, LISTS: constexpr, EARLY: constexpr,
 ):  # fmt: skip
     """Program (tokens, part): a part of the logits; who comes last adds up all parts, in their order, and chooses."""
+    wait_for_earlier(EARLY)
     part, size = tl.program_id(1), tl.num_programs(0) * TOKENS * EXPERTS
     token, expert = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
     is_token = token < tl.load(num_tokens)
     piece = logits_piece(x, gate, token, expert, is_token, part, D, E, SPLIT, BLOCK)
     at = token[:, None] * EXPERTS + expert[None, :]
-    tl.store(pieces + part * size + at, piece)
+    tl.store(pieces + part * size + at, piece, mask=is_token[:, None])
     if comes_last(arrived + tl.program_id(0), SPLIT):
         logits = tl.zeros([TOKENS, EXPERTS], dtype=tl.float32)
         for p in tl.static_range(SPLIT):
-            logits += tl.load(pieces + p * size + at, cache_modifier=".cg")
+            logits += tl.load(pieces + p * size + at, mask=is_token[:, None], other=0.0, cache_modifier=".cg")
         logits += tl.load(bias + expert, mask=expert < E, other=0.0)[None, :]
         logits = tl.where((expert < E)[None, :], logits, float("-inf"))
         ids, weights = best_experts(logits, choice_bias, expert, E, K, WIDTH, SIGMOID, HAS_BIAS)
@@ -6384,12 +6402,13 @@ def store_hidden(hidden, gate, up, topk_weights, choice, column, is_row, F: cons
 def hidden_kernel(
     x, x_stride, w1, w3, topk_weights, counts, active, choices, hidden, halves, arrived, num_experts, room,
     D: constexpr, F: constexpr, J: constexpr, ROWS: constexpr, BLOCK_F: constexpr, BLOCK_D: constexpr,
-    SPLIT: constexpr,
+    SPLIT: constexpr, EARLY: constexpr,
 ):  # fmt: skip
     """Program (active expert, columns, part): both halves of SwiGLU in one pass over x, for the expert's rows.
 
     With SPLIT above 1 it is a part of them; the part that comes last adds up all, in their order, and stores.
     """
+    wait_for_earlier(EARLY)
     slot, part = tl.program_id(0), tl.program_id(2)
     if slot < tl.load(counts + num_experts):
         e = tl.load(active + slot).to(tl.int64)
@@ -6427,8 +6446,10 @@ def hidden_kernel(
 def rows_kernel(
     hidden, w2, counts, active, choices, rows, num_experts, room,
     D: constexpr, F: constexpr, J: constexpr, ROWS: constexpr, BLOCK_D: constexpr, BLOCK_F: constexpr,
+    EARLY: constexpr,
 ):  # fmt: skip
     """Program (active expert, columns): hidden w2 for the expert's rows, a row a choice [R * J, D]."""
+    wait_for_earlier(EARLY)
     slot = tl.program_id(0)
     if slot < tl.load(counts + num_experts):
         e = tl.load(active + slot).to(tl.int64)
@@ -6455,9 +6476,11 @@ def rows_kernel(
 # %% notebooks/13_inference.ipynb #sum-choices-kernel
 @kernel
 def sum_choices_kernel(
-    rows, topk_ids, y, counts, num_experts, D: constexpr, J: constexpr, BLOCK: constexpr, LISTED: constexpr
-):
+    rows, topk_ids, y, counts, num_experts, D: constexpr, J: constexpr, BLOCK: constexpr, LISTED: constexpr,
+    EARLY: constexpr,
+):  # fmt: skip
     """Program (row, block): the sum over a row's choices, in their order. And nobody is on a list then."""
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -6484,25 +6507,26 @@ def tile_of(length: int, limit: int) -> int:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """What a program of the decode kernels takes: rows; columns and depth of both products; parts of the first."""
+    """What a program of the decode kernels takes: rows; columns and depth of both products; parts of the first;
+    loads of the second that are in flight."""
 
     rows: int
     hidden: tuple[int, int]
     parts: int
     output: tuple[int, int]
+    stages: int
 
 
 def decode_tiles(num_rows: int, top_k: int, num_experts: int, d: int, f: int) -> DecodeTiles:
     """Tiles for num_rows rows of top_k choices among num_experts experts [d, f]."""
     num_active = min(num_experts, num_rows * top_k)
     rows = next(tile for tile in (16, 32, 64) if tile == 64 or num_rows * top_k <= tile // 2 * num_experts)
-    output = tile_of(d, 128), tile_of(f, 64)
-    wide, deep, parts = tile_of(f, 128), tile_of(d, 32), 1
-    if num_active * f // wide < PROGRAMS:
-        wide, deep = tile_of(f, 64), tile_of(d, 64)
-        while parts < 8 and num_active * f // wide * parts < PROGRAMS and d % (2 * parts * deep) == 0:
-            parts *= 2
-    return DecodeTiles(rows, (wide, deep), parts, output)
+    hidden, output = (tile_of(f, 128), tile_of(d, 32)), (tile_of(d, 128), tile_of(f, 64))
+    if num_active * f // hidden[0] < PROGRAMS:
+        hidden = tile_of(f, 64), tile_of(d, 64)
+    if num_active * f // hidden[0] < PROGRAMS and d % (2 * hidden[1]) == 0:
+        return DecodeTiles(rows, hidden, 2, (tile_of(d, 64), tile_of(f, 128)), 6)
+    return DecodeTiles(rows, hidden, 1, output, 4)
 
 
 # %% notebooks/13_inference.ipynb #decode-kernels
@@ -6541,12 +6565,13 @@ class DecodeKernels:
         )
         hidden_kernel[(self.num_active, self.f // wide, parts)](
             x, x.stride(0), w1, w3, topk_weights, *lists, self.hidden, self.halves, self.arrived, *sizes,
-            rows, wide, deep, parts, num_warps=4, num_stages=4,
+            rows, wide, deep, parts, num_warps=4, num_stages=4, **starts_early(x),
         )  # fmt: skip
         wide, deep = self.tiles.output
         rows_kernel[(self.num_active, self.d // wide)](
-            self.hidden, w2, *lists, self.rows, *sizes, rows, wide, deep, num_warps=4, num_stages=4
-        )
+            self.hidden, w2, *lists, self.rows, *sizes, rows, wide, deep, num_warps=4,
+            num_stages=min(self.tiles.stages, 12 // w2.element_size()), **starts_early(x),
+        )  # fmt: skip
 
     def sum_up(self, topk_ids: Tensor) -> Tensor:
         """topk_ids [R, J] -> y [R, D], each row's sum over its choices, in float32, in order. Empties the lists."""
@@ -6554,7 +6579,7 @@ class DecodeKernels:
         listed = 1 << self.num_experts.bit_length()
         sum_choices_kernel[(self.num_rows, -(-self.d // block))](
             self.rows, topk_ids, self.y, self.lists.counts, self.num_experts, self.d, self.top_k, block, listed,
-            num_warps=4,
+            num_warps=4, **starts_early(self.y),
         )  # fmt: skip
         return self.y
 
@@ -6578,7 +6603,7 @@ class ChooseKernel:
     def __init__(self, num_rows: int, config: MoEConfig, device: torch.device) -> None:
         self.config, self.num_rows, self.tokens = config, num_rows, 16
         self.block = tile_of(config.hidden_dim, 64)
-        self.split = tile_of(config.hidden_dim // self.block, 8)
+        self.split = tile_of(config.hidden_dim // self.block, 16 if num_rows <= self.tokens else 8)
         self.experts = max(16, 1 << (config.num_experts - 1).bit_length())
         tiles = -(-num_rows // self.tokens)
         self.pieces = torch.empty(self.split, tiles * self.tokens, self.experts, device=device)
@@ -6608,6 +6633,7 @@ class ChooseKernel:
             self.arrived, self.topk_ids, self.topk_weights, *known, self.num_rows, options.routed_scaling_factor,
             c.hidden_dim, c.num_experts, self.experts, c.top_k, width, self.split, self.tokens, self.block,
             c.router == "sigmoid", choice_bias is not None, options.normalize_topk, lists is not None, num_warps=8,
+            **starts_early(x),
         )  # fmt: skip
         return self.topk_ids, self.topk_weights
 
@@ -6669,6 +6695,10 @@ def batch_sizes(max_num_tokens: int, limit: int = 4096) -> tuple[int, ...]:
 # %% notebooks/13_inference.ipynb #choose-copies
 def copies_of(placement: Tensor, num_experts: int) -> Tensor:
     """placement int64 [P], the expert of each physical one -> int64 [E, C]: each expert's physical ones, then -1."""
+    if placement.dim() != 1 or placement.dtype != torch.int64:
+        raise ValueError(f"placement is {placement.dtype} {list(placement.shape)}, and must be int64 [P]")
+    if len(wrong := placement[(placement < 0) | (placement >= num_experts)]):
+        raise ValueError(f"placement has expert {wrong[0]}, and goes from 0 to {num_experts - 1}")
     found = [(placement == e).nonzero().flatten() for e in range(num_experts)]
     if missing := [e for e, numbers in enumerate(found) if not len(numbers)]:
         raise ValueError(f"placement has no expert {missing[0]}")
@@ -6860,14 +6890,14 @@ def for_inference(
     physical expert (`plan_copies`); their weights are copied. ValueError where a number makes no sense,
     CannotRun where named sizes cannot be fixed.
     """
-    if max_num_tokens < 1:
-        raise ValueError(f"max_num_tokens is {max_num_tokens}, and must be at least 1")
+    if type(max_num_tokens) is not int or max_num_tokens < 1:
+        raise ValueError(f"max_num_tokens is {max_num_tokens}, and must be a whole number of at least 1")
     config = inference_config(layer.config, max_num_tokens)
     experts, copies = (layer.experts, None) if placement is None else with_copies(layer, placement)
     step = ForwardStep(layer, config, experts, copies)
     by_default = batch_sizes(max_num_tokens) if experts.w1.is_cuda else ()
     wanted = by_default if sizes is None else sizes
-    if bad := [size for size in wanted if not 1 <= size <= max_num_tokens]:
+    if bad := [size for size in wanted if type(size) is not int or not 1 <= size <= max_num_tokens]:
         raise ValueError(f"sizes has {bad[0]}, and goes from 1 to max_num_tokens {max_num_tokens}")
     possible = tuple(size for size in wanted if not fixed_problem(step, size))
     if sizes and len(possible) < len(sizes):
@@ -7056,7 +7086,9 @@ class ExpertCache:
         self, host: dict[str, Tensor], num_slots: int, policy: str, activation: Any, device: torch.device
     ) -> None:
         num_experts = len(next(iter(host.values())))
-        if not 1 <= num_slots <= num_experts:
+        if bad := [name for name, t in host.items() if len(t) != num_experts]:
+            raise ValueError(f"{bad[0]} has {len(host[bad[0]])} experts, and the others have {num_experts}")
+        if type(num_slots) is not int or not 1 <= num_slots <= num_experts:
             raise ValueError(f"num_slots is {num_slots}, and goes from 1 to the {num_experts} experts")
         if policy not in (known := REGISTRIES["cache_policy"]):
             raise ValueError(f"policy is {policy!r}; take one of {', '.join(known)}")
@@ -7132,12 +7164,16 @@ class CachedMoE(nn.Module):
         self, router: Router, cache: ExpertCache, choice_bias: Tensor | None = None, ahead: int = 0
     ) -> None:
         super().__init__()
+        if ahead < 0:
+            raise ValueError(f"ahead is {ahead}, and must not be below 0")
         self.router, self.cache, self.choice_bias, self.ahead = router, cache, choice_bias, ahead
         self.decode: DecodeKernels | None = None
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, D] -> y [T, D], as the layer with all its experts there."""
+        """x [T, D] -> y [T, D], as the layer with all its experts there. ValueError where x does not fit."""
+        if x.dim() != 2 or x.shape[1] != (d := self.cache.slots["w1"].shape[1]):
+            raise ValueError(f"tokens have shape {list(x.shape)}; the cached layer wants [T, {d}]")
         routing, cache, here = self.router(x, self.choice_bias), self.cache, []
         likely = routing.probs.sum(0).argsort(descending=True)
         on_host = torch.cat([routing.topk_ids.flatten(), likely]).tolist()
@@ -7157,7 +7193,7 @@ class CachedMoE(nn.Module):
             compute(coming)
         cache.policy.use(needed)
         cache.prefetch([e for e in likely if e not in needed][: self.ahead], here)
-        wide = rows.view(*routing.topk_ids.shape, -1).to(torch.promote_types(x.dtype, torch.float32))
+        wide = rows.view(*routing.topk_ids.shape, x.shape[1]).to(torch.promote_types(x.dtype, torch.float32))
         return wide.sum(1).to(x.dtype)
 
 
@@ -7226,6 +7262,8 @@ def check_plan(
     num_experts: int, num_physical: int, num_ranks: int, num_groups: int, num_machines: int
 ) -> None:
     """ValueError where experts, groups, ranks and machines do not divide one another."""
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks is {num_ranks}, and must be at least 1")
     if num_physical < num_experts or num_physical % num_ranks:
         raise ValueError(
             f"num_physical is {num_physical}; take a multiple of the {num_ranks} ranks, at least {num_experts}"
@@ -7279,6 +7317,8 @@ def plan_copies(
     Greedy in three steps, as EPLB (DeepSeek-V3 report, section 3.4): groups of experts to machines, copies inside each
     machine, physical experts to its ranks. ValueError where the numbers do not divide one another.
     """
+    if loads.dim() != 1 or not (loads >= 0).all():
+        raise ValueError(f"loads have shape {list(loads.shape)}; a plan wants [E], counted, none below 0")
     check_plan(len(loads), num_physical, num_ranks, num_groups, num_machines)
     load, size, placed = loads.tolist(), len(loads) // num_groups, []
     of_groups = [sum(load[g * size : (g + 1) * size]) for g in range(num_groups)]
