@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "209d2082767262fb758e0156f36f4cd61546e5d6da70be34aedaa81423a870e8"
+SOURCES_SHA256 = "176051e86838da457e62cc742b4abf66b342928dfea17b3e85e4a3c94ac12532"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -908,6 +908,7 @@ class Experts(nn.Module):
     Gated activations add w3 [L, D, F], and b3 [L, F] where they have biases; what an activation has not is None.
     An expert's numbers come from its global number and the seed, so they do not depend on which rank owns it.
     w1 is what the field calls the gate projection, w3 the up projection, w2 the down projection.
+    Subclasses write forward: Arrived -> y [R, D], for every row the weighted sum over its local experts.
     """
 
     def __init__(
@@ -943,10 +944,6 @@ class Experts(nn.Module):
         """w1, b1, w2, b2, w3, b3 in this dtype: as they are, or converted where autocast computes in another."""
         parameters = (self.w1, self.b1, self.w2, self.b2, self.w3, self.b3)
         return [None if p is None else p.to(dtype) for p in parameters]
-
-    def forward(self, arrived: Arrived) -> Tensor:
-        """Arrived -> y [R, D]: for every row the weighted sum over its local experts."""
-        raise TypeError(f"{type(self).__name__} does not say how it computes")
 
     def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
         """Whether forward, with at most num_rows rows, waits for a number from the device."""
@@ -1157,20 +1154,16 @@ class EPMoE(nn.Module):
         """
         check_tokens(x, self.config)
         refuse_wrappers(self)
-        kind = x.device.type
-        if x.is_meta or not torch.is_autocast_enabled(kind):
-            return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)
-        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
-            return self.run(x.reshape(-1, x.shape[-1])).view(x.shape)
-
-    def run(self, x: Tensor) -> Tensor:
-        """forward_tokens; on several ranks torch.compile leaves it alone, since ranks must enter collectives alike."""
-        forward = type(self).forward_tokens
-        # disable() imports the compiler: not before somebody compiles.
+        kind, forward = x.device.type, type(self).forward_tokens
+        # On several ranks torch.compile leaves it alone, since ranks must enter collectives alike. disable() imports
+        # the compiler: not before somebody compiles.
         if self.mesh.ep.size > 1 and torch.compiler.is_compiling():
             forward = torch.compiler.disable(forward)
-        return forward(self, x)
+        if x.is_meta or not torch.is_autocast_enabled(kind):
+            return forward(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return forward(self, x.reshape(-1, x.shape[-1])).view(x.shape)
 
     def route(self, x: Tensor) -> Routing:
         """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
@@ -1379,15 +1372,16 @@ def refuse_wrappers(layer: EPMoE) -> None:
         )
 
 
-def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The experts' parameters, which mesh.ep shares out. TypeError where FSDP has sharded a model's parameters."""
+def owners(model: nn.Module) -> dict[int, Experts]:
+    """{id of a parameter that mesh.ep shares out: the Experts that hold it}. TypeError where FSDP has sharded a
+    model's parameters."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):
             raise TypeError(
                 f"{name} is a DTensor, which fully_shard has made of it; take the model as it is: "
                 "init_ep(ep_size) and sync_gradients have data parallelism"
             )
-    return [p for layer in moe_layers(model) for p in layer.experts.parameters()]
+    return {id(p): layer.experts for layer in moe_layers(model) for p in layer.experts.parameters()}
 
 
 # %% notebooks/03_experts.ipynb #all-reduce-gradients
@@ -1412,9 +1406,8 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise RuntimeError("the model is in DistributedDataParallel, which overwrites experts; take it out")
     check_ended(mesh.meter)
-    local = {id(p): p for p in expert_parameters(model) if p.requires_grad}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in local]
-    for parameter in [*local.values(), *others]:
+    owner, trained = owners(model), [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if getattr(parameter.grad, "is_summed", False):
@@ -1422,8 +1415,8 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
                 "gradients are summed over the ranks already; zero_grad() before the next backward"
             )
         parameter.grad.is_summed = True
-    sum_over(mesh.batch, [p.grad for p in others] + list(extra))
-    sum_over(mesh.replicas, [p.grad for p in local.values()])
+    sum_over(mesh.batch, [p.grad for p in trained if id(p) not in owner] + list(extra))
+    sum_over(mesh.replicas, [p.grad for p in trained if id(p) in owner])
 
 
 # %% notebooks/03_experts.ipynb #dense-reference
@@ -1457,18 +1450,11 @@ def dense_moe(
 
 
 # %% notebooks/03_experts.ipynb #name-shares
-def rename_own(experts: Experts, state: dict, prefix: str, is_saved: bool) -> None:
-    """Renames this rank's stacked parameters in a state dict: w1 <-> w1.8-15, the numbers of its experts."""
-    for name, _ in experts.named_parameters():
-        short, long = prefix + name, f"{prefix}{name}.{experts.own_range}"
-        old, new = (short, long) if is_saved else (long, short)
-        if old in state:
-            state[new] = state.pop(old)
-
-
 def save_own_names(experts: Experts, state: dict, prefix: str, metadata: dict) -> None:
-    """A state dict says whose weights it holds, so that ranks never overwrite one another's in one checkpoint."""
-    rename_own(experts, state, prefix, is_saved=True)
+    """A state dict says whose weights it holds, w1.8-15 for w1 of experts 8 to 15, so that ranks never overwrite one
+    another's in one checkpoint."""
+    for name, _ in experts.named_parameters():
+        state[f"{prefix}{name}.{experts.own_range}"] = state.pop(prefix + name)
 
 
 def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> None:
@@ -1478,16 +1464,12 @@ def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> No
             f"this rank holds experts {experts.own_range}, and the state others; take a full_state_dict, and "
             "load_full_state_dict(model, state, mesh)"
         )
-    rename_own(experts, state, prefix, is_saved=False)
+    for name, _ in experts.named_parameters():
+        if (own := f"{prefix}{name}.{experts.own_range}") in state:
+            state[prefix + name] = state.pop(own)
 
 
 # %% notebooks/03_experts.ipynb #full-state
-def owners(model: nn.Module) -> dict[int, Experts]:
-    """{id of a parameter that mesh.ep shares out: the Experts that hold it}."""
-    expert_parameters(model)  # refuses what FSDP has sharded
-    return {id(p): layer.experts for layer in moe_layers(model) for p in layer.experts.parameters()}
-
-
 def full_state_dict(model: nn.Module, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None) -> dict:
     """What world size 1 holds, whatever this one is: {name: tensor}, copies, the same on every rank. Collective.
 
@@ -1696,7 +1678,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
     on every rank: each expert counts on its rank, everything else once. After sync_gradients. No host sync; one
     all-reduce of one number over mesh.ep.
     """
-    local = {id(p) for p in expert_parameters(model)}
+    local = owners(model)
     squares = {True: [], False: []}
     for p in model.parameters():
         if p.grad is not None:
@@ -2224,6 +2206,8 @@ def load_plugin(argv: list[str] | None) -> None:
     sys.modules["ep_launcher.launcher"] = sys.modules[register.__module__]
     path = os.path.expanduser(path)
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("no regular file: not every rank could read it")
         source = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -2819,15 +2803,13 @@ def order_rows(topk_ids: Tensor, num_experts: int, max_pairs: int | None = None)
     num_rows = topk_ids.numel() if max_pairs is None else min(max_pairs, topk_ids.numel())
     if uses_kernels(topk_ids) and topk_ids.numel():
         return order_by_counting(topk_ids, num_experts, num_rows)
-    expert = topk_ids.reshape(-1)
-    expert = torch.where(expert < 0, num_experts, expert)
+    expert = topk_ids.reshape(-1) % (num_experts + 1)  # -1, a choice not sent, becomes the last
     keys = expert.to(torch.int16) if num_experts < 2**15 else expert
     choice_of_row = keys.argsort(stable=True)
     counts = expert.new_zeros(num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))[:num_experts]
-    row_of_choice = torch.empty_like(choice_of_row)
-    row_of_choice[choice_of_row] = torch.arange(len(expert), device=expert.device)
-    row_of_choice = torch.where(topk_ids < 0, -1, row_of_choice.view(topk_ids.shape))
-    return RowOrder(row_of_choice, choice_of_row[:num_rows], counts)
+    row = torch.arange(len(expert), device=expert.device)
+    row_of_choice = torch.empty_like(row).scatter_(0, choice_of_row, row).view(topk_ids.shape)
+    return RowOrder(row_of_choice.masked_fill_(topk_ids < 0, -1), choice_of_row[:num_rows], counts)
 
 
 # %% notebooks/06_grouped_experts.ipynb #copy-rows-kernel
@@ -2904,13 +2886,12 @@ def sum_rows(a: Tensor, order: RowOrder, b: Tensor | None = None) -> Tensor:
         row = order.row_of_choice
         if not len(rows) or not num_tokens:
             return a.new_zeros(num_tokens, d)
-        own = row.amax(1, keepdim=True)  # a choice not sent reads another row of its token, times 0
-        picked, is_sent = torch.where(row < 0, own.clamp(min=0), row), (row >= 0).to(wide)
-        total = (
-            rows.index_select(0, picked[:, 0])
-            if top_k == 1
-            else F.embedding_bag(picked, rows, mode="sum", per_sample_weights=is_sent)
-        )
+        if top_k == 1:
+            own, total = row, rows.index_select(0, row[:, 0].clamp(min=0))
+        else:
+            own = row.amax(1, keepdim=True)  # a choice not sent reads another row of its token, times 0
+            picked, is_sent = torch.where(row < 0, own, row).clamp_(min=0), (row >= 0).to(wide)
+            total = F.embedding_bag(picked, rows, mode="sum", per_sample_weights=is_sent)
         return total.masked_fill_(own < 0, 0).to(a.dtype)
     y = a.new_empty(num_tokens, d)
     block = column_block(d, 1024)
@@ -2956,20 +2937,18 @@ class Unpermute(torch.autograd.Function):
 # %% notebooks/06_grouped_experts.ipynb #weights-of-rows
 def weights_of_rows(topk_weights: Tensor, order: RowOrder) -> Tensor:
     """topk_weights [T, K] -> [R]: the weight of each row's choice, 0 for a choice not sent."""
-    sent = torch.where(order.row_of_choice < 0, 0, topk_weights).reshape(-1)
+    sent = topk_weights.masked_fill(order.row_of_choice < 0, 0).reshape(-1)
     if not len(sent):
         return sent.new_zeros(len(order.choice_of_row))
-    weights = sent[order.choice_of_row.clamp(min=0)]
-    return torch.where(order.choice_of_row < 0, 0, weights) if order.has_gaps else weights
+    weights = sent[order.choice_of_row]  # a row of choice -1 reads the last one's
+    return weights.masked_fill_(order.choice_of_row < 0, 0) if order.has_gaps else weights
 
 
 def weights_of_choices(weights: Tensor, order: RowOrder) -> Tensor:
     """The way back, [R] -> [T, K]: what each choice's row has, 0 for a choice not sent. Every row has one choice, so
     it is a look-up too."""
     row = order.row_of_choice
-    return (
-        torch.where(row < 0, 0, weights[row.clamp(min=0)]) if len(weights) else weights.new_zeros(row.shape)
-    )
+    return weights[row].masked_fill_(row < 0, 0) if len(weights) else weights.new_zeros(row.shape)
 
 
 @register("dispatcher", "local")
@@ -3300,13 +3279,8 @@ class ExpertsOnTokens(torch.autograd.Function):
 # %% notebooks/06_grouped_experts.ipynb #output-bias
 def spread_weights(arrived: Arrived, num_local_experts: int) -> Tensor:
     """The weights [R, J] as a matrix over all local experts [R, L], 0 where a row does not visit one."""
-    ids, weights = arrived.topk_ids, torch.where(arrived.topk_ids < 0, 0, arrived.topk_weights)
+    ids, weights = arrived.topk_ids, arrived.topk_weights.masked_fill(arrived.topk_ids < 0, 0)
     return weights.new_zeros(len(ids), num_local_experts).scatter_add(1, ids.clamp(min=0), weights)
-
-
-def add_output_bias(y: Tensor, arrived: Arrived, b2: Tensor | None) -> Tensor:
-    """y [R, D] + the weighted sum of each row's output biases, b2 [L, D]."""
-    return y if b2 is None else torch.addmm(y, spread_weights(arrived, len(b2)).to(y.dtype), b2)
 
 
 # %% notebooks/06_grouped_experts.ipynb #fused-experts
@@ -3323,7 +3297,7 @@ class FusedExperts(Experts):
         y = ExpertsOnTokens.apply(
             arrived.x, arrived.topk_weights, w1, b1, w2, w3, b3, order, products, self.activation
         )
-        return add_output_bias(y, arrived, b2)
+        return y if b2 is None else torch.addmm(y, spread_weights(arrived, self.num_local).to(y.dtype), b2)
 
 
 # %% notebooks/06_grouped_experts.ipynb #grouped-experts
@@ -3676,7 +3650,7 @@ def rider_columns(hidden_dim: int, dtype: torch.dtype, num_weights: int = 1) -> 
 def set_riders(packed: Tensor, hidden_dim: int, weights: Tensor) -> None:
     """Writes weights [n, J], bit by bit, behind the first hidden_dim columns of packed [n, D + C]."""
     wide = torch.promote_types(packed.dtype, torch.float32)
-    bits = torch.empty(weights.shape, dtype=wide, device=packed.device).copy_(weights).view(packed.dtype)
+    bits = weights.to(wide).contiguous().view(packed.dtype)
     packed[:, hidden_dim : hidden_dim + bits.shape[1]] = bits
 
 
@@ -6144,6 +6118,7 @@ class ReceiveTokens(torch.autograd.Function):
         return grad_weights.new_empty(0), None
 
 
+# %% notebooks/12_overlap.ipynb #copy-home
 class SendHome(torch.autograd.Function):
     """y [W * S, D], a block for every rank -> a ticket for SumBlocks. Backward receives the tokens' gradients."""
 
@@ -6166,12 +6141,16 @@ class SumBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, flight: CopyFlight, num_tokens: int) -> Tensor:
         ctx.flight = flight
+        ctx.save_for_backward(ticket)
         (came, _), (sent, _) = flight.land()
         return flight.total(came, sent)[:num_tokens]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
+        _ = (
+            ctx.saved_tensors
+        )  # under checkpoint all is computed again now, with nothing under way, and to its end
         padding = ctx.flight.num_slots - len(grad)
         rows = F.pad(grad, (0, 0, 0, padding)) if padding else grad.contiguous()
         ctx.flight.send(rows, None, is_home=False, is_backward=True)
@@ -6272,6 +6251,21 @@ def list_choices_kernel(topk_ids, counts, active, choices, num_choices, num_expe
     put_on_lists(ids, choice, ids >= 0, counts, active, choices, num_experts, room)
 
 
+# %% notebooks/13_inference.ipynb #starts-early
+@kernel
+def wait_for_earlier(EARLY: constexpr):
+    """The first thing that a kernel of the decode path does. Nothing is read or written before it."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def starts_early(x: Tensor) -> dict[str, bool]:
+    """How a kernel that begins with wait_for_earlier is launched: set up early where x lies on a GPU that can."""
+    can = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
+
+
 # %% notebooks/13_inference.ipynb #comes-last
 @kernel
 def comes_last(counter, num_parts):
@@ -6309,10 +6303,12 @@ def logits_piece(
 def take_best(keys, expert, E: constexpr):
     """keys float32 [tokens, experts] -> each token's largest key (of equal ones the first), whose it is, where it
     stands, and the keys without it."""
-    score, best = tl.max(keys, axis=1, return_indices=True)
-    best = tl.minimum(best, E - 1)  # also where all is NaN
+    bits = keys.to(tl.int32, bitcast=True)
+    largest = tl.max(bits ^ ((bits >> 31) & 0x7FFFFFFF), axis=1)
+    largest = (largest ^ ((largest >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    best = tl.min(tl.where(keys == largest[:, None], expert[None, :], E - 1), axis=1)  # E - 1 where it is NaN
     is_best = expert[None, :] == best[:, None]
-    return score, best, is_best, tl.where(is_best, float("-inf"), keys)
+    return largest, best, is_best, tl.where(is_best, float("-inf"), keys)
 
 
 @kernel
@@ -6347,19 +6343,20 @@ def choose_kernel(
     x, gate, bias, choice_bias, num_tokens, pieces, arrived, topk_ids, topk_weights, counts, active, choices,
     room, scale, D: constexpr, E: constexpr, EXPERTS: constexpr, K: constexpr, WIDTH: constexpr,
     SPLIT: constexpr, TOKENS: constexpr, BLOCK: constexpr, SIGMOID: constexpr, HAS_BIAS: constexpr,
-    NORMALIZE: constexpr, LISTS: constexpr,
+    NORMALIZE: constexpr, LISTS: constexpr, EARLY: constexpr,
 ):  # fmt: skip
     """Program (tokens, part): a part of the logits; who comes last adds up all parts, in their order, and chooses."""
+    wait_for_earlier(EARLY)
     part, size = tl.program_id(1), tl.num_programs(0) * TOKENS * EXPERTS
     token, expert = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
     is_token = token < tl.load(num_tokens)
     piece = logits_piece(x, gate, token, expert, is_token, part, D, E, SPLIT, BLOCK)
     at = token[:, None] * EXPERTS + expert[None, :]
-    tl.store(pieces + part * size + at, piece)
+    tl.store(pieces + part * size + at, piece, mask=is_token[:, None])
     if comes_last(arrived + tl.program_id(0), SPLIT):
         logits = tl.zeros([TOKENS, EXPERTS], dtype=tl.float32)
         for p in tl.static_range(SPLIT):
-            logits += tl.load(pieces + p * size + at, cache_modifier=".cg")
+            logits += tl.load(pieces + p * size + at, mask=is_token[:, None], other=0.0, cache_modifier=".cg")
         logits += tl.load(bias + expert, mask=expert < E, other=0.0)[None, :]
         logits = tl.where((expert < E)[None, :], logits, float("-inf"))
         ids, weights = best_experts(logits, choice_bias, expert, E, K, WIDTH, SIGMOID, HAS_BIAS)
@@ -6400,12 +6397,13 @@ def store_hidden(hidden, gate, up, topk_weights, choice, column, is_row, F: cons
 def hidden_kernel(
     x, x_stride, w1, w3, topk_weights, counts, active, choices, hidden, halves, arrived, num_experts, room,
     D: constexpr, F: constexpr, J: constexpr, ROWS: constexpr, BLOCK_F: constexpr, BLOCK_D: constexpr,
-    SPLIT: constexpr,
+    SPLIT: constexpr, EARLY: constexpr,
 ):  # fmt: skip
     """Program (active expert, columns, part): both halves of SwiGLU in one pass over x, for the expert's rows.
 
     With SPLIT above 1 it is a part of them; the part that comes last adds up all, in their order, and stores.
     """
+    wait_for_earlier(EARLY)
     slot, part = tl.program_id(0), tl.program_id(2)
     if slot < tl.load(counts + num_experts):
         e = tl.load(active + slot).to(tl.int64)
@@ -6443,8 +6441,10 @@ def hidden_kernel(
 def rows_kernel(
     hidden, w2, counts, active, choices, rows, num_experts, room,
     D: constexpr, F: constexpr, J: constexpr, ROWS: constexpr, BLOCK_D: constexpr, BLOCK_F: constexpr,
+    EARLY: constexpr,
 ):  # fmt: skip
     """Program (active expert, columns): hidden w2 for the expert's rows, a row a choice [R * J, D]."""
+    wait_for_earlier(EARLY)
     slot = tl.program_id(0)
     if slot < tl.load(counts + num_experts):
         e = tl.load(active + slot).to(tl.int64)
@@ -6471,9 +6471,11 @@ def rows_kernel(
 # %% notebooks/13_inference.ipynb #sum-choices-kernel
 @kernel
 def sum_choices_kernel(
-    rows, topk_ids, y, counts, num_experts, D: constexpr, J: constexpr, BLOCK: constexpr, LISTED: constexpr
-):
+    rows, topk_ids, y, counts, num_experts, D: constexpr, J: constexpr, BLOCK: constexpr, LISTED: constexpr,
+    EARLY: constexpr,
+):  # fmt: skip
     """Program (row, block): the sum over a row's choices, in their order. And nobody is on a list then."""
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -6500,25 +6502,26 @@ def tile_of(length: int, limit: int) -> int:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """What a program of the decode kernels takes: rows; columns and depth of both products; parts of the first."""
+    """What a program of the decode kernels takes: rows; columns and depth of both products; parts of the first;
+    loads of the second that are in flight."""
 
     rows: int
     hidden: tuple[int, int]
     parts: int
     output: tuple[int, int]
+    stages: int
 
 
 def decode_tiles(num_rows: int, top_k: int, num_experts: int, d: int, f: int) -> DecodeTiles:
     """Tiles for num_rows rows of top_k choices among num_experts experts [d, f]."""
     num_active = min(num_experts, num_rows * top_k)
     rows = next(tile for tile in (16, 32, 64) if tile == 64 or num_rows * top_k <= tile // 2 * num_experts)
-    output = tile_of(d, 128), tile_of(f, 64)
-    wide, deep, parts = tile_of(f, 128), tile_of(d, 32), 1
-    if num_active * f // wide < PROGRAMS:
-        wide, deep = tile_of(f, 64), tile_of(d, 64)
-        while parts < 8 and num_active * f // wide * parts < PROGRAMS and d % (2 * parts * deep) == 0:
-            parts *= 2
-    return DecodeTiles(rows, (wide, deep), parts, output)
+    hidden, output = (tile_of(f, 128), tile_of(d, 32)), (tile_of(d, 128), tile_of(f, 64))
+    if num_active * f // hidden[0] < PROGRAMS:
+        hidden = tile_of(f, 64), tile_of(d, 64)
+    if num_active * f // hidden[0] < PROGRAMS and d % (2 * hidden[1]) == 0:
+        return DecodeTiles(rows, hidden, 2, (tile_of(d, 64), tile_of(f, 128)), 6)
+    return DecodeTiles(rows, hidden, 1, output, 4)
 
 
 # %% notebooks/13_inference.ipynb #decode-kernels
@@ -6557,12 +6560,13 @@ class DecodeKernels:
         )
         hidden_kernel[(self.num_active, self.f // wide, parts)](
             x, x.stride(0), w1, w3, topk_weights, *lists, self.hidden, self.halves, self.arrived, *sizes,
-            rows, wide, deep, parts, num_warps=4, num_stages=4,
+            rows, wide, deep, parts, num_warps=4, num_stages=4, **starts_early(x),
         )  # fmt: skip
         wide, deep = self.tiles.output
         rows_kernel[(self.num_active, self.d // wide)](
-            self.hidden, w2, *lists, self.rows, *sizes, rows, wide, deep, num_warps=4, num_stages=4
-        )
+            self.hidden, w2, *lists, self.rows, *sizes, rows, wide, deep, num_warps=4,
+            num_stages=min(self.tiles.stages, 12 // w2.element_size()), **starts_early(x),
+        )  # fmt: skip
 
     def sum_up(self, topk_ids: Tensor) -> Tensor:
         """topk_ids [R, J] -> y [R, D], each row's sum over its choices, in float32, in order. Empties the lists."""
@@ -6570,7 +6574,7 @@ class DecodeKernels:
         listed = 1 << self.num_experts.bit_length()
         sum_choices_kernel[(self.num_rows, -(-self.d // block))](
             self.rows, topk_ids, self.y, self.lists.counts, self.num_experts, self.d, self.top_k, block, listed,
-            num_warps=4,
+            num_warps=4, **starts_early(self.y),
         )  # fmt: skip
         return self.y
 
@@ -6594,7 +6598,7 @@ class ChooseKernel:
     def __init__(self, num_rows: int, config: MoEConfig, device: torch.device) -> None:
         self.config, self.num_rows, self.tokens = config, num_rows, 16
         self.block = tile_of(config.hidden_dim, 64)
-        self.split = tile_of(config.hidden_dim // self.block, 8)
+        self.split = tile_of(config.hidden_dim // self.block, 16 if num_rows <= self.tokens else 8)
         self.experts = max(16, 1 << (config.num_experts - 1).bit_length())
         tiles = -(-num_rows // self.tokens)
         self.pieces = torch.empty(self.split, tiles * self.tokens, self.experts, device=device)
@@ -6624,6 +6628,7 @@ class ChooseKernel:
             self.arrived, self.topk_ids, self.topk_weights, *known, self.num_rows, options.routed_scaling_factor,
             c.hidden_dim, c.num_experts, self.experts, c.top_k, width, self.split, self.tokens, self.block,
             c.router == "sigmoid", choice_bias is not None, options.normalize_topk, lists is not None, num_warps=8,
+            **starts_early(x),
         )  # fmt: skip
         return self.topk_ids, self.topk_weights
 
@@ -6685,6 +6690,10 @@ def batch_sizes(max_num_tokens: int, limit: int = 4096) -> tuple[int, ...]:
 # %% notebooks/13_inference.ipynb #choose-copies
 def copies_of(placement: Tensor, num_experts: int) -> Tensor:
     """placement int64 [P], the expert of each physical one -> int64 [E, C]: each expert's physical ones, then -1."""
+    if placement.dim() != 1 or placement.dtype != torch.int64:
+        raise ValueError(f"placement is {placement.dtype} {list(placement.shape)}, and must be int64 [P]")
+    if len(wrong := placement[(placement < 0) | (placement >= num_experts)]):
+        raise ValueError(f"placement has expert {wrong[0]}, and goes from 0 to {num_experts - 1}")
     found = [(placement == e).nonzero().flatten() for e in range(num_experts)]
     if missing := [e for e, numbers in enumerate(found) if not len(numbers)]:
         raise ValueError(f"placement has no expert {missing[0]}")
@@ -6876,14 +6885,14 @@ def for_inference(
     physical expert (`plan_copies`); their weights are copied. ValueError where a number makes no sense,
     CannotRun where named sizes cannot be fixed.
     """
-    if max_num_tokens < 1:
-        raise ValueError(f"max_num_tokens is {max_num_tokens}, and must be at least 1")
+    if type(max_num_tokens) is not int or max_num_tokens < 1:
+        raise ValueError(f"max_num_tokens is {max_num_tokens}, and must be a whole number of at least 1")
     config = inference_config(layer.config, max_num_tokens)
     experts, copies = (layer.experts, None) if placement is None else with_copies(layer, placement)
     step = ForwardStep(layer, config, experts, copies)
     by_default = batch_sizes(max_num_tokens) if experts.w1.is_cuda else ()
     wanted = by_default if sizes is None else sizes
-    if bad := [size for size in wanted if not 1 <= size <= max_num_tokens]:
+    if bad := [size for size in wanted if type(size) is not int or not 1 <= size <= max_num_tokens]:
         raise ValueError(f"sizes has {bad[0]}, and goes from 1 to max_num_tokens {max_num_tokens}")
     possible = tuple(size for size in wanted if not fixed_problem(step, size))
     if sizes and len(possible) < len(sizes):
@@ -7072,7 +7081,9 @@ class ExpertCache:
         self, host: dict[str, Tensor], num_slots: int, policy: str, activation: Any, device: torch.device
     ) -> None:
         num_experts = len(next(iter(host.values())))
-        if not 1 <= num_slots <= num_experts:
+        if bad := [name for name, t in host.items() if len(t) != num_experts]:
+            raise ValueError(f"{bad[0]} has {len(host[bad[0]])} experts, and the others have {num_experts}")
+        if type(num_slots) is not int or not 1 <= num_slots <= num_experts:
             raise ValueError(f"num_slots is {num_slots}, and goes from 1 to the {num_experts} experts")
         if policy not in (known := REGISTRIES["cache_policy"]):
             raise ValueError(f"policy is {policy!r}; take one of {', '.join(known)}")
@@ -7148,12 +7159,16 @@ class CachedMoE(nn.Module):
         self, router: Router, cache: ExpertCache, choice_bias: Tensor | None = None, ahead: int = 0
     ) -> None:
         super().__init__()
+        if ahead < 0:
+            raise ValueError(f"ahead is {ahead}, and must not be below 0")
         self.router, self.cache, self.choice_bias, self.ahead = router, cache, choice_bias, ahead
         self.decode: DecodeKernels | None = None
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, D] -> y [T, D], as the layer with all its experts there."""
+        """x [T, D] -> y [T, D], as the layer with all its experts there. ValueError where x does not fit."""
+        if x.dim() != 2 or x.shape[1] != (d := self.cache.slots["w1"].shape[1]):
+            raise ValueError(f"tokens have shape {list(x.shape)}; the cached layer wants [T, {d}]")
         routing, cache, here = self.router(x, self.choice_bias), self.cache, []
         likely = routing.probs.sum(0).argsort(descending=True)
         on_host = torch.cat([routing.topk_ids.flatten(), likely]).tolist()
@@ -7173,7 +7188,7 @@ class CachedMoE(nn.Module):
             compute(coming)
         cache.policy.use(needed)
         cache.prefetch([e for e in likely if e not in needed][: self.ahead], here)
-        wide = rows.view(*routing.topk_ids.shape, -1).to(torch.promote_types(x.dtype, torch.float32))
+        wide = rows.view(*routing.topk_ids.shape, x.shape[1]).to(torch.promote_types(x.dtype, torch.float32))
         return wide.sum(1).to(x.dtype)
 
 
@@ -7242,6 +7257,8 @@ def check_plan(
     num_experts: int, num_physical: int, num_ranks: int, num_groups: int, num_machines: int
 ) -> None:
     """ValueError where experts, groups, ranks and machines do not divide one another."""
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks is {num_ranks}, and must be at least 1")
     if num_physical < num_experts or num_physical % num_ranks:
         raise ValueError(
             f"num_physical is {num_physical}; take a multiple of the {num_ranks} ranks, at least {num_experts}"
@@ -7295,6 +7312,8 @@ def plan_copies(
     Greedy in three steps, as EPLB (DeepSeek-V3 report, section 3.4): groups of experts to machines, copies inside each
     machine, physical experts to its ranks. ValueError where the numbers do not divide one another.
     """
+    if loads.dim() != 1 or not (loads >= 0).all():
+        raise ValueError(f"loads have shape {list(loads.shape)}; a plan wants [E], counted, none below 0")
     check_plan(len(loads), num_physical, num_ranks, num_groups, num_machines)
     load, size, placed = loads.tolist(), len(loads) // num_groups, []
     of_groups = [sum(load[g * size : (g + 1) * size]) for g in range(num_groups)]
@@ -8555,6 +8574,8 @@ BOOK_SHA256 = "85ce758134058541291e00561510e7f4f7b38b5756c7a44e09b7456433c63e1f"
 def read_text(path: Path) -> bytes:
     """A UTF-8 file's bytes, unpacked where it ends in .bz2. ValueError where it cannot be read, or is not UTF-8."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("no regular file: it might never end")
         data = path.read_bytes()
         data = bz2.decompress(data) if path.suffix == ".bz2" else data
         data.decode("utf-8")

@@ -72,6 +72,7 @@ def refusal(monkeypatch, capsys, *flags: str) -> str:
     (["--step", "graph", "--device", "cpu"], "step graph cannot run here (1 cpu rank(s), dispatcher local"),
     (["--topk", "4"], "unrecognized arguments: --topk 4; did you mean --top-k?"),
     (["--plugin", "nowhere.py"], "cannot read the plugin 'nowhere.py'"),
+    (["--plugin", "/dev/zero"], "no regular file"),
 ])  # fmt: skip
 def test_a_setting_that_cannot_be_is_one_line(flags, says, tmp_path, monkeypatch, capsys):
     assert says in refusal(monkeypatch, capsys, *flags, "--log-dir", str(tmp_path / "logs"))

@@ -50,6 +50,7 @@ def model_of(flags: str = "", device: str = "cpu") -> ep.Decoder:
         (f"{TEXT} --warmup-steps -1", "warmup_steps"),
         (f"{TEXT} --final-lr 2", "final_lr"),
         (f"{TEXT} --text-file /no/such/file.txt", "cannot read"),
+        (f"{TEXT} --text-file /dev/zero", "no regular file"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(flags, words):
