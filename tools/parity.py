@@ -130,8 +130,8 @@ def variants(
 
 
 def limit_of(experts: str, dtype: str) -> float:
-    """The largest relative error that an experts kind may have in this dtype."""
-    return getattr(REGISTRIES["experts"][experts], "parity_limit", LIMITS[dtype])
+    """The largest relative error that an experts kind may have in this dtype; auto, the dtype's own."""
+    return getattr(REGISTRIES["experts"].get(experts), "parity_limit", LIMITS[dtype])
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:
