@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "176051e86838da457e62cc742b4abf66b342928dfea17b3e85e4a3c94ac12532"
+SOURCES_SHA256 = "9da26dd15862799f2dd63981e77daf4db5605f55396ad0e5b0bf4cfb88165550"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -7167,7 +7167,8 @@ class CachedMoE(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] -> y [T, D], as the layer with all its experts there. ValueError where x does not fit."""
-        if x.dim() != 2 or x.shape[1] != (d := self.cache.slots["w1"].shape[1]):
+        d = self.cache.slots["w1"].shape[1]
+        if x.dim() != 2 or x.shape[1] != d:
             raise ValueError(f"tokens have shape {list(x.shape)}; the cached layer wants [T, {d}]")
         routing, cache, here = self.router(x, self.choice_bias), self.cache, []
         likely = routing.probs.sum(0).argsort(descending=True)
