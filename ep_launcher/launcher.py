@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "9da26dd15862799f2dd63981e77daf4db5605f55396ad0e5b0bf4cfb88165550"
+SOURCES_SHA256 = "d9b5e5bfe61df39ac85002dd11c5878c296fbd59deb6d8bbce6f9be7972b9aa3"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -332,7 +332,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-# %% notebooks/01_parallelism.ipynb #init-ep
+# %% notebooks/01_parallelism.ipynb #init-distributed
 def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | None:
     """Joins the process group that torchrun announced: NCCL for GPUs, gloo for CPUs.
 
@@ -363,6 +363,7 @@ def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | Non
     return notes
 
 
+# %% notebooks/01_parallelism.ipynb #init-ep
 @dataclass(frozen=True)
 class Mesh:
     """This rank's groups, over one meter. With ep_size = W, ep and batch are the same and replicas is this rank alone.
@@ -1106,6 +1107,82 @@ def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int 
     return best if name == "auto" else name
 
 
+# %% notebooks/03_experts.ipynb #check-tokens
+def check_tokens(x: Tensor, config: MoEConfig) -> None:
+    """ValueError where x [..., D] is not what the layer was made for."""
+    if x.dim() < 2 or x.shape[-1] != config.hidden_dim:
+        raise ValueError(f"tokens have shape {list(x.shape)}; the layer wants [..., {config.hidden_dim}]")
+    num_tokens, limit = math.prod(x.shape[:-1]), config.max_num_tokens
+    if limit is not None and num_tokens > limit:
+        raise ValueError(f"{num_tokens} tokens on one rank, above max_num_tokens {limit}")
+
+
+def is_recomputing() -> bool:
+    """Whether this forward runs inside a backward, as `torch.utils.checkpoint` has it run again."""
+    # torch's own checkpoint asks the same way; there is no public one. A compiled forward is never run again so.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+
+
+# %% notebooks/03_experts.ipynb #aux-shares
+class AuxShares(list):
+    """The aux losses of a layer's training forwards that have not been asked for yet. Copies start empty."""
+
+    limit = 1024
+
+    def add(self, share: Tensor) -> None:
+        """RuntimeError where they pile up, each with its graph: they were forgotten. Others are added up."""
+        if len(self) >= self.limit and not any(kept.requires_grad for kept in self):
+            self[:] = [torch.stack(list(self)).sum()]
+        if len(self) >= self.limit:
+            raise RuntimeError(
+                f"{len(self)} forwards, and nobody took their aux loss; add aux_alpha * aux_loss(model) to the "
+                "loss, call after_step(model) after each update, or take balance='none'"
+            )
+        self.append(share)
+
+    def __deepcopy__(self, memo: dict) -> "AuxShares":
+        return AuxShares()
+
+    def __reduce__(self) -> tuple:
+        return AuxShares, ()
+
+
+def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
+    """Keeps this forward's share and counts its load, unless it is a forward run again. RuntimeError under a
+    checkpoint whose first forward had no gradient: the aux loss could not have one."""
+    if not is_recomputing():
+        layer.recorded_aux = torch.is_grad_enabled()
+        if layer.recorded_aux:
+            layer.balance.count(routing)
+            layer.aux_shares.add(aux)
+    elif not layer.recorded_aux:
+        raise RuntimeError("a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)")
+
+
+# %% notebooks/03_experts.ipynb #in-order
+@register("overlap", "none")
+class InOrder:
+    """The plain order: rows are waited for as soon as they are sent. The others inherit from it (chapter 12)."""
+
+    num_parts = 1  # into which the tokens are cut, each with an exchange of its own
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """How much `auto` likes it."""
+        return 1
+
+    @staticmethod
+    def check(layer: Any) -> None:
+        """CannotRun where it does not fit the layer."""
+
+    @staticmethod
+    def forward(layer: Any, x: Tensor, routing: Routing) -> Tensor:
+        """x [T, D] of this rank and where they go -> y [T, D]."""
+        arrived = layer.dispatcher.dispatch(x, routing.topk_ids, routing.topk_weights)
+        y = layer.dispatcher.combine(layer.experts(arrived), arrived.handle)
+        return y if layer.shared is None else y + layer.shared(x)
+
+
 # %% notebooks/03_experts.ipynb #ep-moe
 class EPMoE(nn.Module):
     """A mixture-of-experts layer whose experts are shared out over the ranks of mesh.ep.
@@ -1199,16 +1276,7 @@ class Options:
     def check(self, config: Any) -> None:
         """ValueError where these options and the config do not fit together."""
 
-    def share_experts(self, world_size: int) -> int:
-        """In the launcher: by how many of its ranks the experts are shared out, the ep_size."""
-        return world_size
-
-    def check_training(self, config: Any, training: Any) -> None:
-        """In the launcher, before anything starts. ValueError where these options would do nothing in this run."""
-
-    def for_run(self, run: Any) -> "Options":
-        """These options, fitted to a run of the launcher."""
-        return self
+    # In the layer: you can use them now.
 
     def limit_choice(self, keys: Tensor, config: Any) -> Tensor:
         """In the router, before the choice: keys [T, E] -> [T, E]."""
@@ -1226,6 +1294,19 @@ class Options:
         """In the layer, between router and dispatcher: Routing -> Routing."""
         return routing
 
+    # In the launcher: chapters 04 to 15.
+
+    def share_experts(self, world_size: int) -> int:
+        """In the launcher: by how many of its ranks the experts are shared out, the ep_size."""
+        return world_size
+
+    def check_training(self, config: Any, training: Any) -> None:
+        """In the launcher, before anything starts. ValueError where these options would do nothing in this run."""
+
+    def for_run(self, run: Any) -> "Options":
+        """These options, fitted to a run of the launcher."""
+        return self
+
     def syncs_host(self) -> str:
         """In the launcher, before the first step: which option makes the host wait for the device in every step, and
         what would not, in words; "" where none does. Such a step cannot be recorded (chapter 06)."""
@@ -1242,82 +1323,6 @@ class Options:
 
     def leave(self, training: Any) -> None:
         """In the launcher, when the training ends, however it does; not collective."""
-
-
-# %% notebooks/03_experts.ipynb #check-tokens
-def check_tokens(x: Tensor, config: MoEConfig) -> None:
-    """ValueError where x [..., D] is not what the layer was made for."""
-    if x.dim() < 2 or x.shape[-1] != config.hidden_dim:
-        raise ValueError(f"tokens have shape {list(x.shape)}; the layer wants [..., {config.hidden_dim}]")
-    num_tokens, limit = math.prod(x.shape[:-1]), config.max_num_tokens
-    if limit is not None and num_tokens > limit:
-        raise ValueError(f"{num_tokens} tokens on one rank, above max_num_tokens {limit}")
-
-
-def is_recomputing() -> bool:
-    """Whether this forward runs inside a backward, as `torch.utils.checkpoint` has it run again."""
-    # torch's own checkpoint asks the same way; there is no public one. A compiled forward is never run again so.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
-
-
-# %% notebooks/03_experts.ipynb #aux-shares
-class AuxShares(list):
-    """The aux losses of a layer's training forwards that have not been asked for yet. Copies start empty."""
-
-    limit = 1024
-
-    def add(self, share: Tensor) -> None:
-        """RuntimeError where they pile up, each with its graph: they were forgotten. Others are added up."""
-        if len(self) >= self.limit and not any(kept.requires_grad for kept in self):
-            self[:] = [torch.stack(list(self)).sum()]
-        if len(self) >= self.limit:
-            raise RuntimeError(
-                f"{len(self)} forwards, and nobody took their aux loss; add aux_alpha * aux_loss(model) to the "
-                "loss, call after_step(model) after each update, or take balance='none'"
-            )
-        self.append(share)
-
-    def __deepcopy__(self, memo: dict) -> "AuxShares":
-        return AuxShares()
-
-    def __reduce__(self) -> tuple:
-        return AuxShares, ()
-
-
-def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
-    """Keeps this forward's share and counts its load, unless it is a forward run again. RuntimeError under a
-    checkpoint whose first forward had no gradient: the aux loss could not have one."""
-    if not is_recomputing():
-        layer.recorded_aux = torch.is_grad_enabled()
-        if layer.recorded_aux:
-            layer.balance.count(routing)
-            layer.aux_shares.add(aux)
-    elif not layer.recorded_aux:
-        raise RuntimeError("a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)")
-
-
-# %% notebooks/03_experts.ipynb #in-order
-@register("overlap", "none")
-class InOrder:
-    """The plain order: rows are waited for as soon as they are sent. The others inherit from it (chapter 12)."""
-
-    num_parts = 1  # into which the tokens are cut, each with an exchange of its own
-
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """How much `auto` likes it."""
-        return 1
-
-    @staticmethod
-    def check(layer: Any) -> None:
-        """CannotRun where it does not fit the layer."""
-
-    @staticmethod
-    def forward(layer: Any, x: Tensor, routing: Routing) -> Tensor:
-        """x [T, D] of this rank and where they go -> y [T, D]."""
-        arrived = layer.dispatcher.dispatch(x, routing.topk_ids, routing.topk_weights)
-        y = layer.dispatcher.combine(layer.experts(arrived), arrived.handle)
-        return y if layer.shared is None else y + layer.shared(x)
 
 
 # %% notebooks/03_experts.ipynb #of-a-model
@@ -2412,6 +2417,79 @@ def describe_positions(positions: list[tuple[int, int]], silent: tuple[int, ...]
     return "; ".join(lines)
 
 
+# %% notebooks/05_launch.ipynb #run-training
+def run_training(config: MoEConfig, options: TrainingOptions, device: torch.device) -> int:
+    """One rank's whole run -> exit code: 0, 1 where a rank or the loss failed, 130 where it was stopped."""
+    rank = world_from_env()[0]
+    try:
+        log_dir = Path(options.log_dir or (make_log_dir() if rank == 0 else ""))
+        log = RunLog(log_dir, options.steps, rank, StepNotes())
+    except (ValueError, OSError) as error:
+        return refuse(str(error))
+    if device.type == "cpu":
+        schedule_in_batches()
+    store = init_distributed(device, options.timeout_s)
+    run = Run(config, options, init_ep(ep_size_of(config, world_from_env()[1])), device, log)
+    heartbeat = Heartbeat(store, run)
+    run.fail = functools.partial(report_failure, heartbeat)
+    usual = signal.getsignal(signal.SIGINT)
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, interrupt)
+        measured = train(run)
+        code = write_summary(run, measured, log_dir)
+        log.write(
+            f"task loss {measured['final_task_loss']:.6f} after {options.steps} steps on {run.mesh.batch.size} "
+            f"{device.type} rank(s), {measured['ms_per_step']:.2f} ms per step"
+        )
+        log.write(f"logs in {relative_to_root(log_dir)}; to look at them: make tensorboard")
+        return code
+    except CannotRun as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # refuse waits for torchrun's
+        return refuse(str(error))
+    except (CollectiveError, NonFiniteLoss) as error:
+        return report_failure(heartbeat, error)
+    except KeyboardInterrupt:
+        log.write(f"stopped at step {run.step}; logs in {relative_to_root(log_dir)}")
+        return 130
+    except Exception:
+        heartbeat.first_to_report()  # the traceback below says it; the ranks that lose this one are silent
+        raise
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        heartbeat.stop()
+        log.close()
+
+
+# %% notebooks/05_launch.ipynb #main
+def main(argv: list[str] | None = None) -> int:
+    """The program that torchrun starts on every rank -> exit code. A bad setting is one line on the screen."""
+    die_with_parent()
+    keep_freed_memory()
+    try:
+        config, options = parse_flags(argv)
+        device = check_run(config, options)
+    except ValueError as error:
+        return refuse(str(error))
+    try:
+        code = run_training(config, options, device)
+    except CollectiveError as error:  # a rank that never came
+        code = 1
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:  # while another failure was being told
+        code = 130
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # a failed group's threads may hold up a normal exit
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # threads of the group's libraries may still end, and must not meet a dying interpreter
+    return 0
+
+
 # %% notebooks/05_launch.ipynb #silent-machines
 def silent_machines(silent: tuple[int, ...], size: int, ranks_per_machine: int) -> str:
     """One line on the machines of which no rank is heard; empty where there is none, or one machine alone."""
@@ -2597,79 +2675,6 @@ def schedule_in_batches() -> None:
     if hasattr(os, "sched_setscheduler"):
         with contextlib.suppress(OSError):  # a sandbox may forbid it: then it stays slow
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
-# %% notebooks/05_launch.ipynb #run-training
-def run_training(config: MoEConfig, options: TrainingOptions, device: torch.device) -> int:
-    """One rank's whole run -> exit code: 0, 1 where a rank or the loss failed, 130 where it was stopped."""
-    rank = world_from_env()[0]
-    try:
-        log_dir = Path(options.log_dir or (make_log_dir() if rank == 0 else ""))
-        log = RunLog(log_dir, options.steps, rank, StepNotes())
-    except (ValueError, OSError) as error:
-        return refuse(str(error))
-    if device.type == "cpu":
-        schedule_in_batches()
-    store = init_distributed(device, options.timeout_s)
-    run = Run(config, options, init_ep(ep_size_of(config, world_from_env()[1])), device, log)
-    heartbeat = Heartbeat(store, run)
-    run.fail = functools.partial(report_failure, heartbeat)
-    usual = signal.getsignal(signal.SIGINT)
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, interrupt)
-        measured = train(run)
-        code = write_summary(run, measured, log_dir)
-        log.write(
-            f"task loss {measured['final_task_loss']:.6f} after {options.steps} steps on {run.mesh.batch.size} "
-            f"{device.type} rank(s), {measured['ms_per_step']:.2f} ms per step"
-        )
-        log.write(f"logs in {relative_to_root(log_dir)}; to look at them: make tensorboard")
-        return code
-    except CannotRun as error:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # refuse waits for torchrun's
-        return refuse(str(error))
-    except (CollectiveError, NonFiniteLoss) as error:
-        return report_failure(heartbeat, error)
-    except KeyboardInterrupt:
-        log.write(f"stopped at step {run.step}; logs in {relative_to_root(log_dir)}")
-        return 130
-    except Exception:
-        heartbeat.first_to_report()  # the traceback below says it; the ranks that lose this one are silent
-        raise
-    finally:
-        signal.signal(signal.SIGINT, usual)
-        heartbeat.stop()
-        log.close()
-
-
-# %% notebooks/05_launch.ipynb #main
-def main(argv: list[str] | None = None) -> int:
-    """The program that torchrun starts on every rank -> exit code. A bad setting is one line on the screen."""
-    die_with_parent()
-    keep_freed_memory()
-    try:
-        config, options = parse_flags(argv)
-        device = check_run(config, options)
-    except ValueError as error:
-        return refuse(str(error))
-    try:
-        code = run_training(config, options, device)
-    except CollectiveError as error:  # a rank that never came
-        code = 1
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:  # while another failure was being told
-        code = 130
-    if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # a failed group's threads may hold up a normal exit
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)  # threads of the group's libraries may still end, and must not meet a dying interpreter
-    return 0
 
 
 # ==========================================================================================================
@@ -4329,15 +4334,6 @@ def count_global_tokens(routing: Routing, comm: Communicator) -> Tensor:
     return comm.all_reduce(routing.probs.new_full((), len(routing.probs))).clamp(min=1)
 
 
-# %% notebooks/09_balance.ipynb #z-loss
-def z_loss_sum(logits: Tensor) -> Tensor:
-    """logits [T, E] -> the sum over tokens of logsumexp(logits)^2 (ST-MoE, section 3.3, equation 5, before its mean).
-
-    Its gradient, 2 logsumexp(logits) softmax(logits), draws each row's logsumexp towards 0, whatever its shape.
-    """
-    return logits.logsumexp(dim=-1).square().sum()
-
-
 # %% notebooks/09_balance.ipynb #sigmoid-router
 @register("router", "sigmoid")
 class SigmoidRouter(Router):
@@ -4363,35 +4359,6 @@ def normalize_weights(weights: Tensor) -> Tensor:
     """[T, K] -> [T, K], every row over its sum: 1 in all, where it is above 0."""
     total = weights.sum(dim=-1, keepdim=True)
     return weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
-
-
-# %% notebooks/09_balance.ipynb #group-limit
-def limit_to_groups(keys: Tensor, num_groups: int, topk_groups: int, top_k: int) -> Tensor:
-    """keys [T, E] -> the same with -inf outside each token's best groups: first groups, then experts.
-
-    A group is E / num_groups experts in a row, and worth the sum of its best top_k / topk_groups keys, rounded up; a
-    token keeps its topk_groups best (DeepSeek-V3 report, section 2.1.2, node-limited routing). No host synchronisation.
-    """
-    grouped = keys.unflatten(1, (num_groups, -1))
-    worth = grouped.topk(-(-top_k // topk_groups), dim=-1).values.sum(dim=-1)
-    is_kept = torch.zeros_like(worth, dtype=torch.bool)
-    is_kept.scatter_(1, worth.topk(topk_groups, dim=-1).indices, True)
-    return grouped.masked_fill(~is_kept.unsqueeze(2), -math.inf).flatten(1)
-
-
-# %% notebooks/09_balance.ipynb #sequence-loss
-def sequence_loss_sum(routing: Routing, top_k: int, length: int) -> Tensor:
-    """The balance of each sequence by itself, summed over its tokens (DeepSeek-V3 report, 2.1.2, equations 17 to 20).
-
-    A sequence is `length` tokens in a row of this rank, the last one as many as are left. Of each: E * sum over e
-    of f_e P_e, with f_e the shares of its choices by score, without the bias, and P_e its mean probabilities.
-    """
-    probs, (num_tokens, num_experts) = routing.probs, routing.probs.shape
-    chosen = torch.zeros_like(probs).scatter(1, probs.topk(top_k, dim=-1).indices, 1.0)
-    sequence = torch.arange(num_tokens, device=probs.device) // length
-    empty = probs.new_zeros(-(-num_tokens // length), num_experts)
-    counts, masses = empty.index_add(0, sequence, chosen), empty.index_add(0, sequence, probs)
-    return num_experts * (counts / counts.sum(1, keepdim=True) * masses).sum()
 
 
 # %% notebooks/09_balance.ipynb #added-loss
@@ -4431,24 +4398,6 @@ def check_routing(options: "RoutingOptions", config: MoEConfig) -> None:
         raise ValueError(
             "normalize_topk makes a single weight 1, and teaches the router nothing; raise --top-k"
         )
-
-
-# %% notebooks/09_balance.ipynb #show-routing
-def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
-    """How undecided the router is: the mean over all ranks' tokens of the entropy of probs [T, E], over log E.
-
-    0-dim, between 0 (one expert has it all) and 1 (all alike); 0 without tokens. One all-reduce of two numbers.
-    """
-    entropy = torch.special.entr(probs).sum() / max(math.log(probs.shape[1]), 1e-9)
-    total, num_tokens = comm.all_reduce(torch.stack([entropy, entropy.new_tensor(len(probs))]))
-    return total / num_tokens.clamp(min=1)
-
-
-def show_routing(log: RunLog, step: int, layer: EPMoE) -> None:
-    """TensorBoard's routing/entropy and, where there is one, the bias as histogram routing/bias. Collective."""
-    log.show("scalar", step, routing__entropy=float(mean_entropy(layer.probs, layer.mesh.batch)))
-    if layer.balance.choice_bias is not None:
-        log.show("histogram", step, routing__bias=layer.balance.choice_bias)
 
 
 # %% notebooks/09_balance.ipynb #routing-options
@@ -4579,6 +4528,62 @@ class BiasBalance(Balance):
             load.sum() - len(load) * load
         )  # whole numbers: exact on any rank
         load.zero_()
+
+
+# %% notebooks/09_balance.ipynb #z-loss
+def z_loss_sum(logits: Tensor) -> Tensor:
+    """logits [T, E] -> the sum over tokens of logsumexp(logits)^2 (ST-MoE, section 3.3, equation 5, before its mean).
+
+    Its gradient, 2 logsumexp(logits) softmax(logits), draws each row's logsumexp towards 0, whatever its shape.
+    """
+    return logits.logsumexp(dim=-1).square().sum()
+
+
+# %% notebooks/09_balance.ipynb #group-limit
+def limit_to_groups(keys: Tensor, num_groups: int, topk_groups: int, top_k: int) -> Tensor:
+    """keys [T, E] -> the same with -inf outside each token's best groups: first groups, then experts.
+
+    A group is E / num_groups experts in a row, and worth the sum of its best top_k / topk_groups keys, rounded up; a
+    token keeps its topk_groups best (DeepSeek-V3 report, section 2.1.2, node-limited routing). No host synchronisation.
+    """
+    grouped = keys.unflatten(1, (num_groups, -1))
+    worth = grouped.topk(-(-top_k // topk_groups), dim=-1).values.sum(dim=-1)
+    is_kept = torch.zeros_like(worth, dtype=torch.bool)
+    is_kept.scatter_(1, worth.topk(topk_groups, dim=-1).indices, True)
+    return grouped.masked_fill(~is_kept.unsqueeze(2), -math.inf).flatten(1)
+
+
+# %% notebooks/09_balance.ipynb #sequence-loss
+def sequence_loss_sum(routing: Routing, top_k: int, length: int) -> Tensor:
+    """The balance of each sequence by itself, summed over its tokens (DeepSeek-V3 report, 2.1.2, equations 17 to 20).
+
+    A sequence is `length` tokens in a row of this rank, the last one as many as are left. Of each: E * sum over e
+    of f_e P_e, with f_e the shares of its choices by score, without the bias, and P_e its mean probabilities.
+    """
+    probs, (num_tokens, num_experts) = routing.probs, routing.probs.shape
+    chosen = torch.zeros_like(probs).scatter(1, probs.topk(top_k, dim=-1).indices, 1.0)
+    sequence = torch.arange(num_tokens, device=probs.device) // length
+    empty = probs.new_zeros(-(-num_tokens // length), num_experts)
+    counts, masses = empty.index_add(0, sequence, chosen), empty.index_add(0, sequence, probs)
+    return num_experts * (counts / counts.sum(1, keepdim=True) * masses).sum()
+
+
+# %% notebooks/09_balance.ipynb #show-routing
+def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
+    """How undecided the router is: the mean over all ranks' tokens of the entropy of probs [T, E], over log E.
+
+    0-dim, between 0 (one expert has it all) and 1 (all alike); 0 without tokens. One all-reduce of two numbers.
+    """
+    entropy = torch.special.entr(probs).sum() / max(math.log(probs.shape[1]), 1e-9)
+    total, num_tokens = comm.all_reduce(torch.stack([entropy, entropy.new_tensor(len(probs))]))
+    return total / num_tokens.clamp(min=1)
+
+
+def show_routing(log: RunLog, step: int, layer: EPMoE) -> None:
+    """TensorBoard's routing/entropy and, where there is one, the bias as histogram routing/bias. Collective."""
+    log.show("scalar", step, routing__entropy=float(mean_entropy(layer.probs, layer.mesh.batch)))
+    if layer.balance.choice_bias is not None:
+        log.show("histogram", step, routing__bias=layer.balance.choice_bias)
 
 
 # ==========================================================================================================
@@ -9086,9 +9091,11 @@ def install_traceback_hook() -> None:
     def locate(exception: BaseException) -> str:
         report = describe_frames(exception, path, markers)[0]
         cells = re.findall(r"in (\w+) \((notebooks/[^)]+)\)", report)
-        inner = [
-            cell for name, cell in cells if name not in ("entering", "all_gather", "all_to_all", "all_reduce")
-        ]
+        # A collective's own frames say nothing that its message does not.
+        collective = (
+            "as_collective_error entering all_gather begin_all_to_all all_to_all all_reduce wait".split()
+        )
+        inner = [cell for name, cell in cells if name not in collective]
         return f" ({inner[-1]})" if inner else ""
 
     # For a program that catches an exception and still wants to say where it came from. Not on the hook: joining a
