@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "52da6ac09ad994c2b618913965bb022b26a18de9275d0e647f66e4cf258d184e"
+SOURCES_SHA256 = "d9b5e5bfe61df39ac85002dd11c5878c296fbd59deb6d8bbce6f9be7972b9aa3"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -7172,7 +7172,8 @@ class CachedMoE(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] -> y [T, D], as the layer with all its experts there. ValueError where x does not fit."""
-        if x.dim() != 2 or x.shape[1] != (d := self.cache.slots["w1"].shape[1]):
+        d = self.cache.slots["w1"].shape[1]
+        if x.dim() != 2 or x.shape[1] != d:
             raise ValueError(f"tokens have shape {list(x.shape)}; the cached layer wants [T, {d}]")
         routing, cache, here = self.router(x, self.choice_bias), self.cache, []
         likely = routing.probs.sum(0).argsort(descending=True)
