@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "006ce08f2cd44ca8d232da97f72d8f0f2776299084888f0c09a27736634afeb8"
+SOURCES_SHA256 = "d9b5e5bfe61df39ac85002dd11c5878c296fbd59deb6d8bbce6f9be7972b9aa3"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -332,7 +332,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-# %% notebooks/01_parallelism.ipynb #init-ep
+# %% notebooks/01_parallelism.ipynb #init-distributed
 def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | None:
     """Joins the process group that torchrun announced: NCCL for GPUs, gloo for CPUs.
 
@@ -363,6 +363,7 @@ def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | Non
     return notes
 
 
+# %% notebooks/01_parallelism.ipynb #init-ep
 @dataclass(frozen=True)
 class Mesh:
     """This rank's groups, over one meter. With ep_size = W, ep and batch are the same and replicas is this rank alone.
@@ -1106,6 +1107,82 @@ def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int 
     return best if name == "auto" else name
 
 
+# %% notebooks/03_experts.ipynb #check-tokens
+def check_tokens(x: Tensor, config: MoEConfig) -> None:
+    """ValueError where x [..., D] is not what the layer was made for."""
+    if x.dim() < 2 or x.shape[-1] != config.hidden_dim:
+        raise ValueError(f"tokens have shape {list(x.shape)}; the layer wants [..., {config.hidden_dim}]")
+    num_tokens, limit = math.prod(x.shape[:-1]), config.max_num_tokens
+    if limit is not None and num_tokens > limit:
+        raise ValueError(f"{num_tokens} tokens on one rank, above max_num_tokens {limit}")
+
+
+def is_recomputing() -> bool:
+    """Whether this forward runs inside a backward, as `torch.utils.checkpoint` has it run again."""
+    # torch's own checkpoint asks the same way; there is no public one. A compiled forward is never run again so.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+
+
+# %% notebooks/03_experts.ipynb #aux-shares
+class AuxShares(list):
+    """The aux losses of a layer's training forwards that have not been asked for yet. Copies start empty."""
+
+    limit = 1024
+
+    def add(self, share: Tensor) -> None:
+        """RuntimeError where they pile up, each with its graph: they were forgotten. Others are added up."""
+        if len(self) >= self.limit and not any(kept.requires_grad for kept in self):
+            self[:] = [torch.stack(list(self)).sum()]
+        if len(self) >= self.limit:
+            raise RuntimeError(
+                f"{len(self)} forwards, and nobody took their aux loss; add aux_alpha * aux_loss(model) to the "
+                "loss, call after_step(model) after each update, or take balance='none'"
+            )
+        self.append(share)
+
+    def __deepcopy__(self, memo: dict) -> "AuxShares":
+        return AuxShares()
+
+    def __reduce__(self) -> tuple:
+        return AuxShares, ()
+
+
+def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
+    """Keeps this forward's share and counts its load, unless it is a forward run again. RuntimeError under a
+    checkpoint whose first forward had no gradient: the aux loss could not have one."""
+    if not is_recomputing():
+        layer.recorded_aux = torch.is_grad_enabled()
+        if layer.recorded_aux:
+            layer.balance.count(routing)
+            layer.aux_shares.add(aux)
+    elif not layer.recorded_aux:
+        raise RuntimeError("a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)")
+
+
+# %% notebooks/03_experts.ipynb #in-order
+@register("overlap", "none")
+class InOrder:
+    """The plain order: rows are waited for as soon as they are sent. The others inherit from it (chapter 12)."""
+
+    num_parts = 1  # into which the tokens are cut, each with an exchange of its own
+
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """How much `auto` likes it."""
+        return 1
+
+    @staticmethod
+    def check(layer: Any) -> None:
+        """CannotRun where it does not fit the layer."""
+
+    @staticmethod
+    def forward(layer: Any, x: Tensor, routing: Routing) -> Tensor:
+        """x [T, D] of this rank and where they go -> y [T, D]."""
+        arrived = layer.dispatcher.dispatch(x, routing.topk_ids, routing.topk_weights)
+        y = layer.dispatcher.combine(layer.experts(arrived), arrived.handle)
+        return y if layer.shared is None else y + layer.shared(x)
+
+
 # %% notebooks/03_experts.ipynb #ep-moe
 class EPMoE(nn.Module):
     """A mixture-of-experts layer whose experts are shared out over the ranks of mesh.ep.
@@ -1199,16 +1276,7 @@ class Options:
     def check(self, config: Any) -> None:
         """ValueError where these options and the config do not fit together."""
 
-    def share_experts(self, world_size: int) -> int:
-        """In the launcher: by how many of its ranks the experts are shared out, the ep_size."""
-        return world_size
-
-    def check_training(self, config: Any, training: Any) -> None:
-        """In the launcher, before anything starts. ValueError where these options would do nothing in this run."""
-
-    def for_run(self, run: Any) -> "Options":
-        """These options, fitted to a run of the launcher."""
-        return self
+    # In the layer: you can use them now.
 
     def limit_choice(self, keys: Tensor, config: Any) -> Tensor:
         """In the router, before the choice: keys [T, E] -> [T, E]."""
@@ -1226,6 +1294,19 @@ class Options:
         """In the layer, between router and dispatcher: Routing -> Routing."""
         return routing
 
+    # In the launcher: chapters 04 to 15.
+
+    def share_experts(self, world_size: int) -> int:
+        """In the launcher: by how many of its ranks the experts are shared out, the ep_size."""
+        return world_size
+
+    def check_training(self, config: Any, training: Any) -> None:
+        """In the launcher, before anything starts. ValueError where these options would do nothing in this run."""
+
+    def for_run(self, run: Any) -> "Options":
+        """These options, fitted to a run of the launcher."""
+        return self
+
     def syncs_host(self) -> str:
         """In the launcher, before the first step: which option makes the host wait for the device in every step, and
         what would not, in words; "" where none does. Such a step cannot be recorded (chapter 06)."""
@@ -1242,82 +1323,6 @@ class Options:
 
     def leave(self, training: Any) -> None:
         """In the launcher, when the training ends, however it does; not collective."""
-
-
-# %% notebooks/03_experts.ipynb #check-tokens
-def check_tokens(x: Tensor, config: MoEConfig) -> None:
-    """ValueError where x [..., D] is not what the layer was made for."""
-    if x.dim() < 2 or x.shape[-1] != config.hidden_dim:
-        raise ValueError(f"tokens have shape {list(x.shape)}; the layer wants [..., {config.hidden_dim}]")
-    num_tokens, limit = math.prod(x.shape[:-1]), config.max_num_tokens
-    if limit is not None and num_tokens > limit:
-        raise ValueError(f"{num_tokens} tokens on one rank, above max_num_tokens {limit}")
-
-
-def is_recomputing() -> bool:
-    """Whether this forward runs inside a backward, as `torch.utils.checkpoint` has it run again."""
-    # torch's own checkpoint asks the same way; there is no public one. A compiled forward is never run again so.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
-
-
-# %% notebooks/03_experts.ipynb #aux-shares
-class AuxShares(list):
-    """The aux losses of a layer's training forwards that have not been asked for yet. Copies start empty."""
-
-    limit = 1024
-
-    def add(self, share: Tensor) -> None:
-        """RuntimeError where they pile up, each with its graph: they were forgotten. Others are added up."""
-        if len(self) >= self.limit and not any(kept.requires_grad for kept in self):
-            self[:] = [torch.stack(list(self)).sum()]
-        if len(self) >= self.limit:
-            raise RuntimeError(
-                f"{len(self)} forwards, and nobody took their aux loss; add aux_alpha * aux_loss(model) to the "
-                "loss, call after_step(model) after each update, or take balance='none'"
-            )
-        self.append(share)
-
-    def __deepcopy__(self, memo: dict) -> "AuxShares":
-        return AuxShares()
-
-    def __reduce__(self) -> tuple:
-        return AuxShares, ()
-
-
-def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
-    """Keeps this forward's share and counts its load, unless it is a forward run again. RuntimeError under a
-    checkpoint whose first forward had no gradient: the aux loss could not have one."""
-    if not is_recomputing():
-        layer.recorded_aux = torch.is_grad_enabled()
-        if layer.recorded_aux:
-            layer.balance.count(routing)
-            layer.aux_shares.add(aux)
-    elif not layer.recorded_aux:
-        raise RuntimeError("a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)")
-
-
-# %% notebooks/03_experts.ipynb #in-order
-@register("overlap", "none")
-class InOrder:
-    """The plain order: rows are waited for as soon as they are sent. The others inherit from it (chapter 12)."""
-
-    num_parts = 1  # into which the tokens are cut, each with an exchange of its own
-
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """How much `auto` likes it."""
-        return 1
-
-    @staticmethod
-    def check(layer: Any) -> None:
-        """CannotRun where it does not fit the layer."""
-
-    @staticmethod
-    def forward(layer: Any, x: Tensor, routing: Routing) -> Tensor:
-        """x [T, D] of this rank and where they go -> y [T, D]."""
-        arrived = layer.dispatcher.dispatch(x, routing.topk_ids, routing.topk_weights)
-        y = layer.dispatcher.combine(layer.experts(arrived), arrived.handle)
-        return y if layer.shared is None else y + layer.shared(x)
 
 
 # %% notebooks/03_experts.ipynb #of-a-model
@@ -2412,6 +2417,79 @@ def describe_positions(positions: list[tuple[int, int]], silent: tuple[int, ...]
     return "; ".join(lines)
 
 
+# %% notebooks/05_launch.ipynb #run-training
+def run_training(config: MoEConfig, options: TrainingOptions, device: torch.device) -> int:
+    """One rank's whole run -> exit code: 0, 1 where a rank or the loss failed, 130 where it was stopped."""
+    rank = world_from_env()[0]
+    try:
+        log_dir = Path(options.log_dir or (make_log_dir() if rank == 0 else ""))
+        log = RunLog(log_dir, options.steps, rank, StepNotes())
+    except (ValueError, OSError) as error:
+        return refuse(str(error))
+    if device.type == "cpu":
+        schedule_in_batches()
+    store = init_distributed(device, options.timeout_s)
+    run = Run(config, options, init_ep(ep_size_of(config, world_from_env()[1])), device, log)
+    heartbeat = Heartbeat(store, run)
+    run.fail = functools.partial(report_failure, heartbeat)
+    usual = signal.getsignal(signal.SIGINT)
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, interrupt)
+        measured = train(run)
+        code = write_summary(run, measured, log_dir)
+        log.write(
+            f"task loss {measured['final_task_loss']:.6f} after {options.steps} steps on {run.mesh.batch.size} "
+            f"{device.type} rank(s), {measured['ms_per_step']:.2f} ms per step"
+        )
+        log.write(f"logs in {relative_to_root(log_dir)}; to look at them: make tensorboard")
+        return code
+    except CannotRun as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # refuse waits for torchrun's
+        return refuse(str(error))
+    except (CollectiveError, NonFiniteLoss) as error:
+        return report_failure(heartbeat, error)
+    except KeyboardInterrupt:
+        log.write(f"stopped at step {run.step}; logs in {relative_to_root(log_dir)}")
+        return 130
+    except Exception:
+        heartbeat.first_to_report()  # the traceback below says it; the ranks that lose this one are silent
+        raise
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        heartbeat.stop()
+        log.close()
+
+
+# %% notebooks/05_launch.ipynb #main
+def main(argv: list[str] | None = None) -> int:
+    """The program that torchrun starts on every rank -> exit code. A bad setting is one line on the screen."""
+    die_with_parent()
+    keep_freed_memory()
+    try:
+        config, options = parse_flags(argv)
+        device = check_run(config, options)
+    except ValueError as error:
+        return refuse(str(error))
+    try:
+        code = run_training(config, options, device)
+    except CollectiveError as error:  # a rank that never came
+        code = 1
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:  # while another failure was being told
+        code = 130
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # a failed group's threads may hold up a normal exit
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # threads of the group's libraries may still end, and must not meet a dying interpreter
+    return 0
+
+
 # %% notebooks/05_launch.ipynb #silent-machines
 def silent_machines(silent: tuple[int, ...], size: int, ranks_per_machine: int) -> str:
     """One line on the machines of which no rank is heard; empty where there is none, or one machine alone."""
@@ -2597,79 +2675,6 @@ def schedule_in_batches() -> None:
     if hasattr(os, "sched_setscheduler"):
         with contextlib.suppress(OSError):  # a sandbox may forbid it: then it stays slow
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
-# %% notebooks/05_launch.ipynb #run-training
-def run_training(config: MoEConfig, options: TrainingOptions, device: torch.device) -> int:
-    """One rank's whole run -> exit code: 0, 1 where a rank or the loss failed, 130 where it was stopped."""
-    rank = world_from_env()[0]
-    try:
-        log_dir = Path(options.log_dir or (make_log_dir() if rank == 0 else ""))
-        log = RunLog(log_dir, options.steps, rank, StepNotes())
-    except (ValueError, OSError) as error:
-        return refuse(str(error))
-    if device.type == "cpu":
-        schedule_in_batches()
-    store = init_distributed(device, options.timeout_s)
-    run = Run(config, options, init_ep(ep_size_of(config, world_from_env()[1])), device, log)
-    heartbeat = Heartbeat(store, run)
-    run.fail = functools.partial(report_failure, heartbeat)
-    usual = signal.getsignal(signal.SIGINT)
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, interrupt)
-        measured = train(run)
-        code = write_summary(run, measured, log_dir)
-        log.write(
-            f"task loss {measured['final_task_loss']:.6f} after {options.steps} steps on {run.mesh.batch.size} "
-            f"{device.type} rank(s), {measured['ms_per_step']:.2f} ms per step"
-        )
-        log.write(f"logs in {relative_to_root(log_dir)}; to look at them: make tensorboard")
-        return code
-    except CannotRun as error:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # refuse waits for torchrun's
-        return refuse(str(error))
-    except (CollectiveError, NonFiniteLoss) as error:
-        return report_failure(heartbeat, error)
-    except KeyboardInterrupt:
-        log.write(f"stopped at step {run.step}; logs in {relative_to_root(log_dir)}")
-        return 130
-    except Exception:
-        heartbeat.first_to_report()  # the traceback below says it; the ranks that lose this one are silent
-        raise
-    finally:
-        signal.signal(signal.SIGINT, usual)
-        heartbeat.stop()
-        log.close()
-
-
-# %% notebooks/05_launch.ipynb #main
-def main(argv: list[str] | None = None) -> int:
-    """The program that torchrun starts on every rank -> exit code. A bad setting is one line on the screen."""
-    die_with_parent()
-    keep_freed_memory()
-    try:
-        config, options = parse_flags(argv)
-        device = check_run(config, options)
-    except ValueError as error:
-        return refuse(str(error))
-    try:
-        code = run_training(config, options, device)
-    except CollectiveError as error:  # a rank that never came
-        code = 1
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:  # while another failure was being told
-        code = 130
-    if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # a failed group's threads may hold up a normal exit
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)  # threads of the group's libraries may still end, and must not meet a dying interpreter
-    return 0
 
 
 # ==========================================================================================================
@@ -4329,15 +4334,6 @@ def count_global_tokens(routing: Routing, comm: Communicator) -> Tensor:
     return comm.all_reduce(routing.probs.new_full((), len(routing.probs))).clamp(min=1)
 
 
-# %% notebooks/09_balance.ipynb #z-loss
-def z_loss_sum(logits: Tensor) -> Tensor:
-    """logits [T, E] -> the sum over tokens of logsumexp(logits)^2 (ST-MoE, section 3.3, equation 5, before its mean).
-
-    Its gradient, 2 logsumexp(logits) softmax(logits), draws each row's logsumexp towards 0, whatever its shape.
-    """
-    return logits.logsumexp(dim=-1).square().sum()
-
-
 # %% notebooks/09_balance.ipynb #sigmoid-router
 @register("router", "sigmoid")
 class SigmoidRouter(Router):
@@ -4363,35 +4359,6 @@ def normalize_weights(weights: Tensor) -> Tensor:
     """[T, K] -> [T, K], every row over its sum: 1 in all, where it is above 0."""
     total = weights.sum(dim=-1, keepdim=True)
     return weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
-
-
-# %% notebooks/09_balance.ipynb #group-limit
-def limit_to_groups(keys: Tensor, num_groups: int, topk_groups: int, top_k: int) -> Tensor:
-    """keys [T, E] -> the same with -inf outside each token's best groups: first groups, then experts.
-
-    A group is E / num_groups experts in a row, and worth the sum of its best top_k / topk_groups keys, rounded up; a
-    token keeps its topk_groups best (DeepSeek-V3 report, section 2.1.2, node-limited routing). No host synchronisation.
-    """
-    grouped = keys.unflatten(1, (num_groups, -1))
-    worth = grouped.topk(-(-top_k // topk_groups), dim=-1).values.sum(dim=-1)
-    is_kept = torch.zeros_like(worth, dtype=torch.bool)
-    is_kept.scatter_(1, worth.topk(topk_groups, dim=-1).indices, True)
-    return grouped.masked_fill(~is_kept.unsqueeze(2), -math.inf).flatten(1)
-
-
-# %% notebooks/09_balance.ipynb #sequence-loss
-def sequence_loss_sum(routing: Routing, top_k: int, length: int) -> Tensor:
-    """The balance of each sequence by itself, summed over its tokens (DeepSeek-V3 report, 2.1.2, equations 17 to 20).
-
-    A sequence is `length` tokens in a row of this rank, the last one as many as are left. Of each: E * sum over e
-    of f_e P_e, with f_e the shares of its choices by score, without the bias, and P_e its mean probabilities.
-    """
-    probs, (num_tokens, num_experts) = routing.probs, routing.probs.shape
-    chosen = torch.zeros_like(probs).scatter(1, probs.topk(top_k, dim=-1).indices, 1.0)
-    sequence = torch.arange(num_tokens, device=probs.device) // length
-    empty = probs.new_zeros(-(-num_tokens // length), num_experts)
-    counts, masses = empty.index_add(0, sequence, chosen), empty.index_add(0, sequence, probs)
-    return num_experts * (counts / counts.sum(1, keepdim=True) * masses).sum()
 
 
 # %% notebooks/09_balance.ipynb #added-loss
@@ -4431,24 +4398,6 @@ def check_routing(options: "RoutingOptions", config: MoEConfig) -> None:
         raise ValueError(
             "normalize_topk makes a single weight 1, and teaches the router nothing; raise --top-k"
         )
-
-
-# %% notebooks/09_balance.ipynb #show-routing
-def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
-    """How undecided the router is: the mean over all ranks' tokens of the entropy of probs [T, E], over log E.
-
-    0-dim, between 0 (one expert has it all) and 1 (all alike); 0 without tokens. One all-reduce of two numbers.
-    """
-    entropy = torch.special.entr(probs).sum() / max(math.log(probs.shape[1]), 1e-9)
-    total, num_tokens = comm.all_reduce(torch.stack([entropy, entropy.new_tensor(len(probs))]))
-    return total / num_tokens.clamp(min=1)
-
-
-def show_routing(log: RunLog, step: int, layer: EPMoE) -> None:
-    """TensorBoard's routing/entropy and, where there is one, the bias as histogram routing/bias. Collective."""
-    log.show("scalar", step, routing__entropy=float(mean_entropy(layer.probs, layer.mesh.batch)))
-    if layer.balance.choice_bias is not None:
-        log.show("histogram", step, routing__bias=layer.balance.choice_bias)
 
 
 # %% notebooks/09_balance.ipynb #routing-options
@@ -4579,6 +4528,62 @@ class BiasBalance(Balance):
             load.sum() - len(load) * load
         )  # whole numbers: exact on any rank
         load.zero_()
+
+
+# %% notebooks/09_balance.ipynb #z-loss
+def z_loss_sum(logits: Tensor) -> Tensor:
+    """logits [T, E] -> the sum over tokens of logsumexp(logits)^2 (ST-MoE, section 3.3, equation 5, before its mean).
+
+    Its gradient, 2 logsumexp(logits) softmax(logits), draws each row's logsumexp towards 0, whatever its shape.
+    """
+    return logits.logsumexp(dim=-1).square().sum()
+
+
+# %% notebooks/09_balance.ipynb #group-limit
+def limit_to_groups(keys: Tensor, num_groups: int, topk_groups: int, top_k: int) -> Tensor:
+    """keys [T, E] -> the same with -inf outside each token's best groups: first groups, then experts.
+
+    A group is E / num_groups experts in a row, and worth the sum of its best top_k / topk_groups keys, rounded up; a
+    token keeps its topk_groups best (DeepSeek-V3 report, section 2.1.2, node-limited routing). No host synchronisation.
+    """
+    grouped = keys.unflatten(1, (num_groups, -1))
+    worth = grouped.topk(-(-top_k // topk_groups), dim=-1).values.sum(dim=-1)
+    is_kept = torch.zeros_like(worth, dtype=torch.bool)
+    is_kept.scatter_(1, worth.topk(topk_groups, dim=-1).indices, True)
+    return grouped.masked_fill(~is_kept.unsqueeze(2), -math.inf).flatten(1)
+
+
+# %% notebooks/09_balance.ipynb #sequence-loss
+def sequence_loss_sum(routing: Routing, top_k: int, length: int) -> Tensor:
+    """The balance of each sequence by itself, summed over its tokens (DeepSeek-V3 report, 2.1.2, equations 17 to 20).
+
+    A sequence is `length` tokens in a row of this rank, the last one as many as are left. Of each: E * sum over e
+    of f_e P_e, with f_e the shares of its choices by score, without the bias, and P_e its mean probabilities.
+    """
+    probs, (num_tokens, num_experts) = routing.probs, routing.probs.shape
+    chosen = torch.zeros_like(probs).scatter(1, probs.topk(top_k, dim=-1).indices, 1.0)
+    sequence = torch.arange(num_tokens, device=probs.device) // length
+    empty = probs.new_zeros(-(-num_tokens // length), num_experts)
+    counts, masses = empty.index_add(0, sequence, chosen), empty.index_add(0, sequence, probs)
+    return num_experts * (counts / counts.sum(1, keepdim=True) * masses).sum()
+
+
+# %% notebooks/09_balance.ipynb #show-routing
+def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
+    """How undecided the router is: the mean over all ranks' tokens of the entropy of probs [T, E], over log E.
+
+    0-dim, between 0 (one expert has it all) and 1 (all alike); 0 without tokens. One all-reduce of two numbers.
+    """
+    entropy = torch.special.entr(probs).sum() / max(math.log(probs.shape[1]), 1e-9)
+    total, num_tokens = comm.all_reduce(torch.stack([entropy, entropy.new_tensor(len(probs))]))
+    return total / num_tokens.clamp(min=1)
+
+
+def show_routing(log: RunLog, step: int, layer: EPMoE) -> None:
+    """TensorBoard's routing/entropy and, where there is one, the bias as histogram routing/bias. Collective."""
+    log.show("scalar", step, routing__entropy=float(mean_entropy(layer.probs, layer.mesh.batch)))
+    if layer.balance.choice_bias is not None:
+        log.show("histogram", step, routing__bias=layer.balance.choice_bias)
 
 
 # ==========================================================================================================
@@ -6251,6 +6256,21 @@ def list_choices_kernel(topk_ids, counts, active, choices, num_choices, num_expe
     put_on_lists(ids, choice, ids >= 0, counts, active, choices, num_experts, room)
 
 
+# %% notebooks/13_inference.ipynb #starts-early
+@kernel
+def wait_for_earlier(EARLY: constexpr):
+    """The first thing that a kernel of the decode path does. Nothing is read or written before it."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def starts_early(x: Tensor) -> dict[str, bool]:
+    """How a kernel that begins with wait_for_earlier is launched: set up early where x lies on a GPU that can."""
+    can = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
+
+
 # %% notebooks/13_inference.ipynb #comes-last
 @kernel
 def comes_last(counter, num_parts):
@@ -6288,10 +6308,12 @@ def logits_piece(
 def take_best(keys, expert, E: constexpr):
     """keys float32 [tokens, experts] -> each token's largest key (of equal ones the first), whose it is, where it
     stands, and the keys without it."""
-    score, best = tl.max(keys, axis=1, return_indices=True)
-    best = tl.minimum(best, E - 1)  # also where all is NaN
+    bits = keys.to(tl.int32, bitcast=True)
+    largest = tl.max(bits ^ ((bits >> 31) & 0x7FFFFFFF), axis=1)
+    largest = (largest ^ ((largest >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    best = tl.min(tl.where(keys == largest[:, None], expert[None, :], E - 1), axis=1)  # E - 1 where it is NaN
     is_best = expert[None, :] == best[:, None]
-    return score, best, is_best, tl.where(is_best, float("-inf"), keys)
+    return largest, best, is_best, tl.where(is_best, float("-inf"), keys)
 
 
 @kernel
@@ -6326,19 +6348,20 @@ def choose_kernel(
     x, gate, bias, choice_bias, num_tokens, pieces, arrived, topk_ids, topk_weights, counts, active, choices,
     room, scale, D: constexpr, E: constexpr, EXPERTS: constexpr, K: constexpr, WIDTH: constexpr,
     SPLIT: constexpr, TOKENS: constexpr, BLOCK: constexpr, SIGMOID: constexpr, HAS_BIAS: constexpr,
-    NORMALIZE: constexpr, LISTS: constexpr,
+    NORMALIZE: constexpr, LISTS: constexpr, EARLY: constexpr,
 ):  # fmt: skip
     """Program (tokens, part): a part of the logits; who comes last adds up all parts, in their order, and chooses."""
+    wait_for_earlier(EARLY)
     part, size = tl.program_id(1), tl.num_programs(0) * TOKENS * EXPERTS
     token, expert = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
     is_token = token < tl.load(num_tokens)
     piece = logits_piece(x, gate, token, expert, is_token, part, D, E, SPLIT, BLOCK)
     at = token[:, None] * EXPERTS + expert[None, :]
-    tl.store(pieces + part * size + at, piece)
+    tl.store(pieces + part * size + at, piece, mask=is_token[:, None])
     if comes_last(arrived + tl.program_id(0), SPLIT):
         logits = tl.zeros([TOKENS, EXPERTS], dtype=tl.float32)
         for p in tl.static_range(SPLIT):
-            logits += tl.load(pieces + p * size + at, cache_modifier=".cg")
+            logits += tl.load(pieces + p * size + at, mask=is_token[:, None], other=0.0, cache_modifier=".cg")
         logits += tl.load(bias + expert, mask=expert < E, other=0.0)[None, :]
         logits = tl.where((expert < E)[None, :], logits, float("-inf"))
         ids, weights = best_experts(logits, choice_bias, expert, E, K, WIDTH, SIGMOID, HAS_BIAS)
@@ -6379,12 +6402,13 @@ def store_hidden(hidden, gate, up, topk_weights, choice, column, is_row, F: cons
 def hidden_kernel(
     x, x_stride, w1, w3, topk_weights, counts, active, choices, hidden, halves, arrived, num_experts, room,
     D: constexpr, F: constexpr, J: constexpr, ROWS: constexpr, BLOCK_F: constexpr, BLOCK_D: constexpr,
-    SPLIT: constexpr,
+    SPLIT: constexpr, EARLY: constexpr,
 ):  # fmt: skip
     """Program (active expert, columns, part): both halves of SwiGLU in one pass over x, for the expert's rows.
 
     With SPLIT above 1 it is a part of them; the part that comes last adds up all, in their order, and stores.
     """
+    wait_for_earlier(EARLY)
     slot, part = tl.program_id(0), tl.program_id(2)
     if slot < tl.load(counts + num_experts):
         e = tl.load(active + slot).to(tl.int64)
@@ -6422,8 +6446,10 @@ def hidden_kernel(
 def rows_kernel(
     hidden, w2, counts, active, choices, rows, num_experts, room,
     D: constexpr, F: constexpr, J: constexpr, ROWS: constexpr, BLOCK_D: constexpr, BLOCK_F: constexpr,
+    EARLY: constexpr,
 ):  # fmt: skip
     """Program (active expert, columns): hidden w2 for the expert's rows, a row a choice [R * J, D]."""
+    wait_for_earlier(EARLY)
     slot = tl.program_id(0)
     if slot < tl.load(counts + num_experts):
         e = tl.load(active + slot).to(tl.int64)
@@ -6450,9 +6476,11 @@ def rows_kernel(
 # %% notebooks/13_inference.ipynb #sum-choices-kernel
 @kernel
 def sum_choices_kernel(
-    rows, topk_ids, y, counts, num_experts, D: constexpr, J: constexpr, BLOCK: constexpr, LISTED: constexpr
-):
+    rows, topk_ids, y, counts, num_experts, D: constexpr, J: constexpr, BLOCK: constexpr, LISTED: constexpr,
+    EARLY: constexpr,
+):  # fmt: skip
     """Program (row, block): the sum over a row's choices, in their order. And nobody is on a list then."""
+    wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -6479,25 +6507,26 @@ def tile_of(length: int, limit: int) -> int:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """What a program of the decode kernels takes: rows; columns and depth of both products; parts of the first."""
+    """What a program of the decode kernels takes: rows; columns and depth of both products; parts of the first;
+    loads of the second that are in flight."""
 
     rows: int
     hidden: tuple[int, int]
     parts: int
     output: tuple[int, int]
+    stages: int
 
 
 def decode_tiles(num_rows: int, top_k: int, num_experts: int, d: int, f: int) -> DecodeTiles:
     """Tiles for num_rows rows of top_k choices among num_experts experts [d, f]."""
     num_active = min(num_experts, num_rows * top_k)
     rows = next(tile for tile in (16, 32, 64) if tile == 64 or num_rows * top_k <= tile // 2 * num_experts)
-    output = tile_of(d, 128), tile_of(f, 64)
-    wide, deep, parts = tile_of(f, 128), tile_of(d, 32), 1
-    if num_active * f // wide < PROGRAMS:
-        wide, deep = tile_of(f, 64), tile_of(d, 64)
-        while parts < 8 and num_active * f // wide * parts < PROGRAMS and d % (2 * parts * deep) == 0:
-            parts *= 2
-    return DecodeTiles(rows, (wide, deep), parts, output)
+    hidden, output = (tile_of(f, 128), tile_of(d, 32)), (tile_of(d, 128), tile_of(f, 64))
+    if num_active * f // hidden[0] < PROGRAMS:
+        hidden = tile_of(f, 64), tile_of(d, 64)
+    if num_active * f // hidden[0] < PROGRAMS and d % (2 * hidden[1]) == 0:
+        return DecodeTiles(rows, hidden, 2, (tile_of(d, 64), tile_of(f, 128)), 6)
+    return DecodeTiles(rows, hidden, 1, output, 4)
 
 
 # %% notebooks/13_inference.ipynb #decode-kernels
@@ -6536,12 +6565,13 @@ class DecodeKernels:
         )
         hidden_kernel[(self.num_active, self.f // wide, parts)](
             x, x.stride(0), w1, w3, topk_weights, *lists, self.hidden, self.halves, self.arrived, *sizes,
-            rows, wide, deep, parts, num_warps=4, num_stages=4,
+            rows, wide, deep, parts, num_warps=4, num_stages=4, **starts_early(x),
         )  # fmt: skip
         wide, deep = self.tiles.output
         rows_kernel[(self.num_active, self.d // wide)](
-            self.hidden, w2, *lists, self.rows, *sizes, rows, wide, deep, num_warps=4, num_stages=4
-        )
+            self.hidden, w2, *lists, self.rows, *sizes, rows, wide, deep, num_warps=4,
+            num_stages=min(self.tiles.stages, 12 // w2.element_size()), **starts_early(x),
+        )  # fmt: skip
 
     def sum_up(self, topk_ids: Tensor) -> Tensor:
         """topk_ids [R, J] -> y [R, D], each row's sum over its choices, in float32, in order. Empties the lists."""
@@ -6549,7 +6579,7 @@ class DecodeKernels:
         listed = 1 << self.num_experts.bit_length()
         sum_choices_kernel[(self.num_rows, -(-self.d // block))](
             self.rows, topk_ids, self.y, self.lists.counts, self.num_experts, self.d, self.top_k, block, listed,
-            num_warps=4,
+            num_warps=4, **starts_early(self.y),
         )  # fmt: skip
         return self.y
 
@@ -6573,7 +6603,7 @@ class ChooseKernel:
     def __init__(self, num_rows: int, config: MoEConfig, device: torch.device) -> None:
         self.config, self.num_rows, self.tokens = config, num_rows, 16
         self.block = tile_of(config.hidden_dim, 64)
-        self.split = tile_of(config.hidden_dim // self.block, 8)
+        self.split = tile_of(config.hidden_dim // self.block, 16 if num_rows <= self.tokens else 8)
         self.experts = max(16, 1 << (config.num_experts - 1).bit_length())
         tiles = -(-num_rows // self.tokens)
         self.pieces = torch.empty(self.split, tiles * self.tokens, self.experts, device=device)
@@ -6603,6 +6633,7 @@ class ChooseKernel:
             self.arrived, self.topk_ids, self.topk_weights, *known, self.num_rows, options.routed_scaling_factor,
             c.hidden_dim, c.num_experts, self.experts, c.top_k, width, self.split, self.tokens, self.block,
             c.router == "sigmoid", choice_bias is not None, options.normalize_topk, lists is not None, num_warps=8,
+            **starts_early(x),
         )  # fmt: skip
         return self.topk_ids, self.topk_weights
 
@@ -6664,6 +6695,10 @@ def batch_sizes(max_num_tokens: int, limit: int = 4096) -> tuple[int, ...]:
 # %% notebooks/13_inference.ipynb #choose-copies
 def copies_of(placement: Tensor, num_experts: int) -> Tensor:
     """placement int64 [P], the expert of each physical one -> int64 [E, C]: each expert's physical ones, then -1."""
+    if placement.dim() != 1 or placement.dtype != torch.int64:
+        raise ValueError(f"placement is {placement.dtype} {list(placement.shape)}, and must be int64 [P]")
+    if len(wrong := placement[(placement < 0) | (placement >= num_experts)]):
+        raise ValueError(f"placement has expert {wrong[0]}, and goes from 0 to {num_experts - 1}")
     found = [(placement == e).nonzero().flatten() for e in range(num_experts)]
     if missing := [e for e, numbers in enumerate(found) if not len(numbers)]:
         raise ValueError(f"placement has no expert {missing[0]}")
@@ -6855,14 +6890,14 @@ def for_inference(
     physical expert (`plan_copies`); their weights are copied. ValueError where a number makes no sense,
     CannotRun where named sizes cannot be fixed.
     """
-    if max_num_tokens < 1:
-        raise ValueError(f"max_num_tokens is {max_num_tokens}, and must be at least 1")
+    if type(max_num_tokens) is not int or max_num_tokens < 1:
+        raise ValueError(f"max_num_tokens is {max_num_tokens}, and must be a whole number of at least 1")
     config = inference_config(layer.config, max_num_tokens)
     experts, copies = (layer.experts, None) if placement is None else with_copies(layer, placement)
     step = ForwardStep(layer, config, experts, copies)
     by_default = batch_sizes(max_num_tokens) if experts.w1.is_cuda else ()
     wanted = by_default if sizes is None else sizes
-    if bad := [size for size in wanted if not 1 <= size <= max_num_tokens]:
+    if bad := [size for size in wanted if type(size) is not int or not 1 <= size <= max_num_tokens]:
         raise ValueError(f"sizes has {bad[0]}, and goes from 1 to max_num_tokens {max_num_tokens}")
     possible = tuple(size for size in wanted if not fixed_problem(step, size))
     if sizes and len(possible) < len(sizes):
@@ -7051,7 +7086,9 @@ class ExpertCache:
         self, host: dict[str, Tensor], num_slots: int, policy: str, activation: Any, device: torch.device
     ) -> None:
         num_experts = len(next(iter(host.values())))
-        if not 1 <= num_slots <= num_experts:
+        if bad := [name for name, t in host.items() if len(t) != num_experts]:
+            raise ValueError(f"{bad[0]} has {len(host[bad[0]])} experts, and the others have {num_experts}")
+        if type(num_slots) is not int or not 1 <= num_slots <= num_experts:
             raise ValueError(f"num_slots is {num_slots}, and goes from 1 to the {num_experts} experts")
         if policy not in (known := REGISTRIES["cache_policy"]):
             raise ValueError(f"policy is {policy!r}; take one of {', '.join(known)}")
@@ -7127,12 +7164,17 @@ class CachedMoE(nn.Module):
         self, router: Router, cache: ExpertCache, choice_bias: Tensor | None = None, ahead: int = 0
     ) -> None:
         super().__init__()
+        if ahead < 0:
+            raise ValueError(f"ahead is {ahead}, and must not be below 0")
         self.router, self.cache, self.choice_bias, self.ahead = router, cache, choice_bias, ahead
         self.decode: DecodeKernels | None = None
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, D] -> y [T, D], as the layer with all its experts there."""
+        """x [T, D] -> y [T, D], as the layer with all its experts there. ValueError where x does not fit."""
+        d = self.cache.slots["w1"].shape[1]
+        if x.dim() != 2 or x.shape[1] != d:
+            raise ValueError(f"tokens have shape {list(x.shape)}; the cached layer wants [T, {d}]")
         routing, cache, here = self.router(x, self.choice_bias), self.cache, []
         likely = routing.probs.sum(0).argsort(descending=True)
         on_host = torch.cat([routing.topk_ids.flatten(), likely]).tolist()
@@ -7152,7 +7194,7 @@ class CachedMoE(nn.Module):
             compute(coming)
         cache.policy.use(needed)
         cache.prefetch([e for e in likely if e not in needed][: self.ahead], here)
-        wide = rows.view(*routing.topk_ids.shape, -1).to(torch.promote_types(x.dtype, torch.float32))
+        wide = rows.view(*routing.topk_ids.shape, x.shape[1]).to(torch.promote_types(x.dtype, torch.float32))
         return wide.sum(1).to(x.dtype)
 
 
@@ -7221,6 +7263,8 @@ def check_plan(
     num_experts: int, num_physical: int, num_ranks: int, num_groups: int, num_machines: int
 ) -> None:
     """ValueError where experts, groups, ranks and machines do not divide one another."""
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks is {num_ranks}, and must be at least 1")
     if num_physical < num_experts or num_physical % num_ranks:
         raise ValueError(
             f"num_physical is {num_physical}; take a multiple of the {num_ranks} ranks, at least {num_experts}"
@@ -7274,6 +7318,8 @@ def plan_copies(
     Greedy in three steps, as EPLB (DeepSeek-V3 report, section 3.4): groups of experts to machines, copies inside each
     machine, physical experts to its ranks. ValueError where the numbers do not divide one another.
     """
+    if loads.dim() != 1 or not (loads >= 0).all():
+        raise ValueError(f"loads have shape {list(loads.shape)}; a plan wants [E], counted, none below 0")
     check_plan(len(loads), num_physical, num_ranks, num_groups, num_machines)
     load, size, placed = loads.tolist(), len(loads) // num_groups, []
     of_groups = [sum(load[g * size : (g + 1) * size]) for g in range(num_groups)]
@@ -9045,9 +9091,11 @@ def install_traceback_hook() -> None:
     def locate(exception: BaseException) -> str:
         report = describe_frames(exception, path, markers)[0]
         cells = re.findall(r"in (\w+) \((notebooks/[^)]+)\)", report)
-        inner = [
-            cell for name, cell in cells if name not in ("entering", "all_gather", "all_to_all", "all_reduce")
-        ]
+        # A collective's own frames say nothing that its message does not.
+        collective = (
+            "as_collective_error entering all_gather begin_all_to_all all_to_all all_reduce wait".split()
+        )
+        inner = [cell for name, cell in cells if name not in collective]
         return f" ({inner[-1]})" if inner else ""
 
     # For a program that catches an exception and still wants to say where it came from. Not on the hook: joining a

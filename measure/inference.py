@@ -14,8 +14,9 @@ launch. Everything is held against the layer first. Prefill is timed as calls, w
 
 import argparse
 import functools
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -180,6 +181,37 @@ def zipf_router(config: ep.MoEConfig, device: torch.device) -> ep.Router:
     return router
 
 
+class FirstColumns(torch.nn.Module):
+    """A router [T, width] before a wider layer: it looks at the first columns alone."""
+
+    def __init__(self, router: ep.Router, width: int) -> None:
+        super().__init__()
+        self.router, self.width = router, width
+
+    def forward(self, x: Tensor, choice_bias: Tensor | None = None) -> ep.Routing:
+        """x [T, D], D at least width."""
+        return self.router(x[:, : self.width].float(), choice_bias)
+
+
+@torch.enable_grad()
+def trained_router(config: ep.MoEConfig, width: int, device: torch.device) -> tuple[FirstColumns, Callable]:
+    """Of a small layer with as many experts, trained on chapter 09's clusters without balance; and a function
+    that draws four tokens [4, width] of those clusters."""
+    mesh = ep.Mesh(*[ep.Communicator.alone()] * 3)
+    small = ep.MoEConfig(
+        config.num_experts, config.top_k, width, 32, balance="none", extras=(ep.ClusterOptions(),)
+    )
+    layer = ep.EPMoE(small, mesh, seed=0, device=device)
+    stream = ep.ClusterStream(small, 0, 256, mesh.batch, device)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=4e-3, fused=True)
+    for _ in range(100):
+        optimizer.zero_grad()
+        ep.train_step(layer, mesh, stream, [stream.next()], ep.TrainingOptions())
+        optimizer.step()
+    stream.num_tokens = 4
+    return FirstColumns(layer.router.requires_grad_(False), width), lambda: stream.draw()[1]
+
+
 def cached(recorder: record.Recorder, read_gb_per_s: float) -> dict:
     """A layer of 16 GB in pinned host memory, caches of 2 to 16 GB on the device."""
     d, f, num_experts = (64, 64, 16) if recorder.args.small else (5120, 4096, 128)
@@ -187,7 +219,7 @@ def cached(recorder: record.Recorder, read_gb_per_s: float) -> dict:
     config = ep.MoEConfig(
         num_experts, 4, d, f, activation="swiglu", dtype="bfloat16" if recorder.on_gpu else "float32"
     )
-    router, host = zipf_router(config, recorder.device), {}
+    host = {}
     for name, shape in {"w1": (d, f), "w2": (f, d), "w3": (d, f)}.items():
         host[name] = torch.empty(num_experts, *shape, dtype=dtype, pin_memory=recorder.on_gpu)
         for expert in host[name]:
@@ -200,22 +232,33 @@ def cached(recorder: record.Recorder, read_gb_per_s: float) -> dict:
     )["copy"]
     result = {"pcie_gb_per_s": some.nbytes / ms / 1e6, "expert_mb": 3 * some.nbytes / 1e6, "lines": []}
     result["read_gb_per_s"] = read_gb_per_s
-    steps = 6 if recorder.args.small else 40
-    tokens = [torch.randn(4, d, device=device).to(dtype) for _ in range(2 * steps)]
-    sample = [router(torch.randn(4, d, device=device).to(dtype)).topk_ids.unique() for _ in range(400)]
-    needed = (
-        torch.stack([torch.bincount(ids.cpu(), minlength=num_experts) for ids in sample]).double().mean(0)
-    )
-    for gb, policy in ((gb, policy) for gb in (2, 4, 8, 16) for policy in ep.REGISTRIES["cache_policy"]):
-        slots = min(num_experts, max(1, round(num_experts * gb / 16)))
-        result["lines"].append(one_cache(router, host, slots, policy, tokens, needed, result, recorder))
-        result["lines"][-1] |= {"load": "zipf", "policy": policy, "cache_gb": gb, "slots": slots}
-        recorder.say(f"  {result['lines'][-1]}")
+    for load in ("zipf", "trained"):
+        if load == "zipf":
+            router, draw = zipf_router(config, recorder.device), lambda: torch.randn(4, d, device=device)
+        else:
+            router, few = trained_router(config, 64, recorder.device)
+            draw = functools.partial(widened, few, d)
+        tokens = [draw().to(dtype) for _ in range(2 * (6 if recorder.args.small else 40))]
+        sample = [router(draw().to(dtype)).topk_ids.unique() for _ in range(400)]
+        counted = [torch.bincount(ids.cpu(), minlength=num_experts) for ids in sample]
+        needed = torch.stack(counted).double().mean(0)
+        for gb, policy in itertools.product((2, 4, 8, 16), ep.REGISTRIES["cache_policy"]):
+            slots = min(num_experts, max(1, round(num_experts * gb / 16)))
+            line = {"load": load, "policy": policy, "cache_gb": gb, "slots": slots}
+            line |= one_cache(router, host, slots, policy, tokens, needed, result, recorder)
+            result["lines"].append(line)
+            recorder.say(f"  {line}")
     return result
 
 
+def widened(draw: Callable[[], Tensor], width: int) -> Tensor:
+    """What is drawn, with random columns behind it, [n, width]."""
+    x = draw()
+    return torch.cat([x, torch.randn(len(x), width - x.shape[1], device=x.device)], dim=1)
+
+
 def one_cache(
-    router: ep.Router, host: dict, slots: int, policy: str, tokens: list[Tensor], needed: Tensor, facts: dict,
+    router: torch.nn.Module, host: dict, slots: int, policy: str, tokens: list[Tensor], needed: Tensor, facts: dict,
     recorder: record.Recorder,
 ) -> dict:  # fmt: skip
     """Half of the steps warm it up, the other half is timed. Predicted: misses over PCIe, and all that is needed over
@@ -251,16 +294,19 @@ def two(recorder: record.Recorder) -> None:
             and kind.preference(config, recorder.device, mesh.ep.size) > 0
         ):
             shared[name] = make_layer(recorder, mesh, name)
+    if "peer" in shared:
+        result["exchange"] = exchange(recorder, mesh)
+        recorder.say(f"  exchange alone: {result['exchange']['median_us']}")
     for num_tokens in (1, 4) if recorder.args.small else (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        timed, x = {}, draw(whole, num_tokens * mesh.ep.size)
-        fast = ep.for_inference(whole, len(x), sizes=(len(x),))
-        timed["one GPU, all tokens"] = functools.partial(replay, fast, x)
+        timed, xs = {}, [draw(whole, num_tokens * mesh.ep.size) for _ in range(CHAIN)]
+        fast = ep.for_inference(whole, len(xs[0]), sizes=(len(xs[0]),))
+        timed["one GPU, all tokens"] = functools.partial(replay, fast, itertools.cycle(xs))
         for name, layer in shared.items():
-            own = draw(layer, num_tokens)
+            own = [x[mesh.ep.rank * num_tokens :][:num_tokens] for x in xs]  # x is the same on all ranks
             fast = ep.for_inference(layer, num_tokens, sizes=(num_tokens,))
-            check(recorder, f"{num_tokens} tokens, {name}", fast(own), layer(own))
-            timed[name] = functools.partial(replay, fast, own)
-        samples = recorder.alternate(timed, 4, recorder.event_ms, warm_up=3)
+            check(recorder, f"{num_tokens} tokens, {name}", fast(own[0]), layer(own[0]))
+            timed[name] = functools.partial(replay, fast, itertools.cycle(own))
+        samples = recorder.alternate(timed, CHAIN, recorder.event_ms, warm_up=3)
         samples = {name: [ms * 1e3 for ms in values] for name, values in samples.items()}
         median = record.medians(samples)
         result["tokens"][num_tokens] = {"median_us": median, "samples_us": samples}
@@ -268,10 +314,42 @@ def two(recorder: record.Recorder) -> None:
             f"  {num_tokens:4} tokens a rank: { ({name: round(us, 1) for name, us in median.items()}) }"
         )
         recorder.write(f"x{mesh.ep.size}_inference", result)
+    for failure in recorder.failures:
+        print(f"FAILED on rank {mesh.ep.rank}: {failure}", flush=True)
 
 
-def replay(fast: ep.InferenceMoE, x: Tensor) -> None:
-    """The recorded batch alone, without the copies around it."""
+def exchange(recorder: record.Recorder, mesh: ep.Mesh) -> dict:
+    """Dispatch, and dispatch with combine, by peer, of DeepEP's published batch: 128 tokens of hidden 7168 a rank,
+    top-8 of 256 experts, here in bfloat16 both ways. Recorded, eight in a graph; nothing is computed in between."""
+    num_tokens, d, num_experts = (4, 64, 8) if recorder.args.small else (128, 7168, 256)
+    config = ep.MoEConfig(
+        num_experts, min(8, num_experts), d, 64, max_num_tokens=num_tokens, dtype="bfloat16"
+    )
+    peer = ep.REGISTRIES["dispatcher"]["peer"].for_layer(config, mesh.ep)
+    x = torch.randn(num_tokens, d, device=recorder.device).to(torch.bfloat16)
+    choice = torch.rand(num_tokens, num_experts, device=recorder.device).topk(config.top_k)
+    ids, weights = choice.indices, choice.values
+
+    def both() -> Tensor:
+        arrived = peer.dispatch(x, ids, weights)
+        return peer.combine(arrived.x, arrived.handle)
+
+    y = both()
+    ranks = [(ids // (num_experts // mesh.ep.size) == rank).any(1) for rank in range(mesh.ep.size)]
+    check(recorder, "exchange", y, x * torch.stack(ranks).sum(0)[:, None])
+    timed = {"dispatch": lambda: peer.dispatch(x, ids, weights), "dispatch and combine": both}
+    timed = {name: chained(recorder, lambda _, run=run: run(), [x] * CHAIN) for name, run in timed.items()}
+    samples = recorder.alternate(timed, 1, recorder.event_ms, warm_up=3)
+    samples = {name: [ms * 1e3 / CHAIN for ms in values] for name, values in samples.items()}
+    rows = sum(int(there.sum()) for rank, there in enumerate(ranks) if rank != mesh.ep.rank)
+    facts = {"tokens": num_tokens, "hidden_dim": d, "num_experts": num_experts, "top_k": config.top_k}
+    sent = {"rows_sent": rows, "row_bytes": 2 * d}
+    return facts | sent | {"median_us": record.medians(samples), "samples_us": samples}
+
+
+def replay(fast: ep.InferenceMoE, tokens: Iterator[Tensor]) -> None:
+    """The recorded batch, on other tokens each time, without a copy of what comes back."""
+    x = next(tokens)
     (batch,) = fast.batches.values()
     if batch.graph is None:
         fast(x)

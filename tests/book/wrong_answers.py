@@ -80,11 +80,20 @@ WRONG = {
         ("if not -1 <= self.expert < config.num_experts:", "if False:"),
         ("if self.expert >= 0 and config", "if False and config"),
     ],
-    "solution-sparing": [(" or [0]", ""), ("w2[e], b2[e]", "w2[e], b2[0]")],
-    "solution-mean": [
-        ("mean_loss * num_tokens", "mean_loss"),
-        (".clamp(min=1)", ""),
-        ("return both", "comm.all_reduce(torch.zeros(1))\n    return both"),
+    "solution-sparing": [
+        (" or [0]", ""),
+        ("w2[e], b2[e]", "w2[e], b2[0]"),
+        ("b1[e]), up)", "b1[e]))"),
+    ],
+    "solution-update": [
+        (".square().sum() / num_real", ".square().sum(-1).mean() / len(batches)"),
+        ("for *_, is_real in batches)).clamp", "for *_, is_real in batches[:1])).clamp"),
+        (
+            "    for x, target, is_real in batches:\n",
+            "    for x, target, is_real in batches:\n        if not is_real.any():\n            continue\n",
+        ),
+        ("sync_gradients(layer, mesh, total)", "sync_gradients(layer, mesh)"),
+        ("layer(x[is_real]) - target[is_real]", "layer(x) - target"),
     ],
     "solution-evaluate": [
         ("    model.eval()\n", ""),
@@ -148,7 +157,15 @@ WRONG = {
         ("mask=mask, other=0.0", "other=0.0"),
         ("row * num_columns + column", "row * BLOCK + column"),
     ],
-    "solution-num-dropped": [(".clamp(min=0)", ""), ("(load - capacity).clamp(min=0)", "(load > capacity)")],
+    "solution-counts": [
+        (".cumsum(0) - in_a_round", ".cumsum(0)"),
+        (" + everyone[: comm.rank].sum(0)", ""),
+        (
+            "everyone = comm.all_gather(rounds,",
+            "comm.all_gather(rounds, 'metadata')\n    everyone = comm.all_gather(rounds,",
+        ),
+        ("places < capacity", "places <= capacity"),
+    ],
     "solution-safe-factor": [
         ("config.num_experts / config.top_k", "float(config.num_experts)"),
         ("config.num_experts / config.top_k", "config.num_experts / 2"),
@@ -159,9 +176,12 @@ WRONG = {
         ("load.max()", "load.float().mean()"),
         ("/ 100\n", "/ 100 + 0.01\n"),
     ],
-    "solution-sign": [
-        ("load.sum() - len(load) * load", "len(load) * load - load.sum()"),
-        ("counts_by_rank.sum(0)", "counts_by_rank[0]"),
+    "solution-calm": [
+        ("self.batch.all_reduce(self.load)", "self.load"),
+        ("self.speed * (total > 0) *", "self.speed *"),
+        ("1 / config.num_experts))", "1 / config.num_experts), persistent=False)"),
+        ("+= 0.1 * torch.where", "+= torch.where"),
+        ("1 / len(load) - self.share)", "self.share - 1 / len(load))"),
     ],
     "solution-hosts": [
         ("// experts_per_machine", "% experts_per_machine"),

@@ -43,7 +43,12 @@ def test_what_for_inference_refuses():
     layer, x = layer_of(), torch.randn(3, 16)
     for wrong, said in (
         ({"max_num_tokens": 0}, "max_num_tokens"),
+        ({"max_num_tokens": 4.0}, "max_num_tokens is 4.0"),
         ({"max_num_tokens": 4, "sizes": (8,)}, "sizes has 8"),
+        ({"max_num_tokens": 4, "sizes": (2.0,)}, "sizes has 2.0"),
+        ({"max_num_tokens": 4, "placement": torch.arange(9)}, "placement has expert 8"),
+        ({"max_num_tokens": 4, "placement": torch.arange(8) - 1}, "placement has expert -1"),
+        ({"max_num_tokens": 4, "placement": torch.arange(8.0)}, "must be int64"),
         ({"max_num_tokens": 4, "placement": torch.arange(7)}, "num_physical is 7"),
         ({"max_num_tokens": 4, "placement": torch.zeros(8, dtype=torch.int64)}, "placement has no expert 1"),
     ):
@@ -98,7 +103,10 @@ def test_the_planner_spreads_one_hot_expert():
     by_rank = ep.rank_loads(ep.choose_copies(ids, copies), 12, 4)
     assert by_rank.sum() == 100 and by_rank.max() <= 40
     assert ep.choose_copies(torch.tensor([[-1, 3]]), copies).tolist() == [[-1, (plan == 3).nonzero().item()]]
-    for wrong in ((7, 1), (13, 4), (12, 4, 3), (12, 4, 4, 3), (12, 4, 8, 3)):
+    for wrong in (loads[None], -loads, loads * float("nan")):
+        with pytest.raises(ValueError, match="loads have shape"):
+            ep.plan_copies(wrong, 12, 4)
+    for wrong in ((12, 0), (7, 1), (13, 4), (12, 4, 3), (12, 4, 4, 3), (12, 4, 8, 3)):
         with pytest.raises(ValueError):
             ep.plan_copies(loads, *wrong)
 
@@ -122,6 +130,23 @@ def test_each_policy_lets_go_of_another_one():
         ep.ExpertCache({"w1": torch.zeros(3, 1)}, 4, "lru", None, torch.device("cpu"))
     with pytest.raises(ValueError, match="take one of lru, lfu, decayed"):
         ep.ExpertCache({"w1": torch.zeros(3, 1)}, 1, "mru", None, torch.device("cpu"))
+
+
+def test_what_a_cached_layer_takes():
+    layer = layer_of(activation="swiglu")
+    host, cpu = {name: p.detach() for name, p in layer.experts.named_parameters()}, torch.device("cpu")
+    cache = ep.ExpertCache(host, 3, "lru", ep.SwiGLU, cpu)
+    cached = ep.CachedMoE(layer.router, cache)
+    assert cached(torch.randn(0, 16)).shape == (0, 16)
+    for x in (torch.randn(2, 15), torch.randn(1, 2, 16), torch.randn(16)):
+        with pytest.raises(ValueError, match="wants \\[T, 16\\]"):
+            cached(x)
+    with pytest.raises(ValueError, match="ahead is -1"):
+        ep.CachedMoE(layer.router, cache, ahead=-1)
+    with pytest.raises(ValueError, match="w2 has 4 experts"):
+        ep.ExpertCache(host | {"w2": host["w2"][:4]}, 3, "lru", ep.SwiGLU, cpu)
+    with pytest.raises(ValueError, match="num_slots is 2.5"):
+        ep.ExpertCache(host, 2.5, "lru", ep.SwiGLU, cpu)
 
 
 def test_expected_hits_at_the_ends():

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools import extract
 from tools.stitch import program
@@ -794,6 +795,32 @@ def test_traceback_of_chained_and_foreign_errors(failing):
     last = err.rstrip("\n").split("\n")[-1]
     assert status == 1 and last.startswith("error: rank 0: JSONDecodeError: Expecting property name")
     assert last.endswith("(notebooks/03_experts.ipynb #entry:10, in main)")
+
+
+def test_a_failed_collective_is_told_at_the_cell_that_called_it(monkeypatch):
+    """Not at the cells of the collective itself, which say nothing that the message does not."""
+    from ep_launcher import launcher
+
+    def fail(*_, **__):
+        raise RuntimeError("Timed out")
+
+    monkeypatch.setattr(launcher.dist, "all_reduce", fail)
+    monkeypatch.setattr(launcher.dist, "all_to_all_single", fail)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    launcher.install_traceback_hook()
+    comm = launcher.Communicator.alone(launcher.TrafficMeter(0, 2))
+    comm.size, comm.ranks = 2, [0, 1]
+    counts = torch.ones(4, dtype=torch.int64)
+    for call, cell in (
+        (
+            lambda: launcher.share_of_mean(torch.ones(()), 1, launcher.Mesh(comm, comm, comm)),
+            "03_experts.ipynb #of-a-model",
+        ),
+        (lambda: launcher.announce(counts, 8, comm), "07_exact_all_to_all.ipynb #exchange-plan"),
+    ):
+        with pytest.raises(launcher.CollectiveError) as failed:
+            call()
+        assert f"notebooks/{cell}:" in launcher.install_traceback_hook.locate(failed.value)
 
 
 def test_summary_falls_back_on_the_cause(failing):

@@ -77,7 +77,7 @@ def test_a_step_without_room_is_taken_again(played, world_size):
 
 @pytest.mark.parametrize("number", range(len(AGAIN)), ids=list(AGAIN))
 def test_losses_show(played, number):
-    assert not any(outcome(played, f"broken_again_{number}", 2))
+    assert outcome(played, f"broken_again_{number}", 2) == ["others", "others"]
 
 
 def test_too_little_room_in_the_library_is_an_error(played):
@@ -159,5 +159,5 @@ def test_a_stopped_rank_of_a_recorded_run_is_named(tmp_path):
         run.stderr.read()
     assert run.returncode == 1
     assert re.search(
-        r"error: rank 1 stands still, last heard of at step 5: stopped, or .*; replay 1 of the", line
+        r"error: rank 1 stands still, last heard of at step [0-5]: stopped, or .*; replay 1 of the", line
     ), line

@@ -45,7 +45,12 @@ class PlayedCommunicator(Communicator):
     def all_gather(self, x: Tensor, purpose: str) -> Tensor:
         """See Communicator."""
         self.meter.record(purpose, [x.numel() * x.element_size()] * self.size)
-        return torch.stack(self.swap(x.detach().clone()))
+        everybody = self.swap(x.detach().clone())
+        if other := [rank for rank, brought in enumerate(everybody) if brought.shape != x.shape]:
+            mine, theirs = list(x.shape), list(everybody[other[0]].shape)
+            said = f"rank {self.rank} of {self.size} brings {mine} to an all_gather, and rank {other[0]} {theirs}"
+            raise NotYet(f"{said}; the shape differs, or one of them has left a collective out")
+        return torch.stack(everybody)
 
     def begin_all_to_all(
         self, x: Tensor, input_splits: list[int], output_splits: list[int], purpose: str, wait: bool = False

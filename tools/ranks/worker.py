@@ -105,6 +105,9 @@ def clean_message(text: str) -> str:
     return text if len(text) <= 400 else text[:400] + " ..."
 
 
+COLLECTIVES = ("Communicator.", "Pending.", "as_collective_error")  # whose frames are a collective's own
+
+
 def describe_error(error: BaseException, launcher_file: str, sent: dict[str, str]) -> dict[str, Any]:
     """{"line": of the cell or None, "what": type and message, "where": innermost cell of the launcher or ""}."""
     from tools.extract import cell_of
@@ -119,7 +122,7 @@ def describe_error(error: BaseException, launcher_file: str, sent: dict[str, str
             if name == CELL_FILE:
                 line = number if link is error else (line or number)
             # A collective's own frames say nothing that its message does not.
-            if link is error and name == launcher_file and not function.startswith("Communicator."):
+            if link is error and name == launcher_file and not function.startswith(COLLECTIVES):
                 where = f"{cell_of(name, number) or 'launcher.py'}, in {function}"
             elif link is error and name in sent:
                 where = f"{name}, line {number}, in {function}"
