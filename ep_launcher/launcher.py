@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "d9b5e5bfe61df39ac85002dd11c5878c296fbd59deb6d8bbce6f9be7972b9aa3"
+SOURCES_SHA256 = "0d88db151a620bfc6c0c744d24549a58d304b0b6bcef0d128c3a7cc135a3ec93"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2071,8 +2071,13 @@ import inspect
 class AdamW(torch.optim.AdamW):
     """torch's, whose first use does not import torch's compiler: a second less at the start of every rank."""
 
-    add_param_group = torch.optim.AdamW.add_param_group.__wrapped__
-    zero_grad = torch.optim.AdamW.zero_grad.__wrapped__
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch.optim.AdamW."""
+        inspect.unwrap(torch.optim.AdamW.add_param_group)(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See torch.optim.AdamW."""
+        inspect.unwrap(torch.optim.AdamW.zero_grad)(self, set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Any:
