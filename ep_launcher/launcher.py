@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "dc6934c76f9c491c31bf544b15a63af3ec9e292f65dba67d164f6c82cef24a48"
+SOURCES_SHA256 = "4c11c30c28bc73670453068c037681cafe6ebcbde4a9fe7491f8e8cc9f297bec"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -96,7 +96,7 @@ class LayerSizes:
     hidden_dim: width D of a token
     ffn_dim: width F inside an expert
     max_num_tokens: most tokens that one rank may bring to a forward pass; None sets no limit
-    dtype: of the experts: float32, float64 or bfloat16; the router has float32 or wider
+    dtype: of the experts: float32, float64 or bfloat16; the router is kept in float32 or wider
     """
 
     num_experts: int = 16
@@ -200,7 +200,7 @@ class Pending:
                 check_ended(meter)
 
     def wait(self) -> Tensor:
-        """The rows, once they are there. Of a CPU this rank waits; of a GPU its stream does, and the host goes on.
+        """The rows, once they are there. On a CPU this rank waits; on a GPU its stream does, and the host goes on.
         CollectiveError where another rank died, or stayed away too long."""
         if self.work is not None:
             del self.meter.under_way[self.number]
@@ -906,7 +906,7 @@ class GELU:
 class Experts(nn.Module):
     """The L experts that this rank owns, stacked: w1 [L, D, F], b1 [L, F], w2 [L, F, D], b2 [L, D].
 
-    Gated activations add w3 [L, D, F], and b3 [L, F] where they have biases; what an activation has not is None.
+    Gated activations add w3 [L, D, F], and b3 [L, F] where they have biases; what an activation lacks is None.
     An expert's numbers come from its global number and the seed, so they do not depend on which rank owns it.
     w1 is what the field calls the gate projection, w3 the up projection, w2 the down projection.
     Subclasses write forward: Arrived -> y [R, D], for every row the weighted sum over its local experts.
@@ -1093,7 +1093,7 @@ def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int 
     ValueError for a name that nobody registered; CannotRun for one that cannot on this device and so many ranks.
     """
     device = torch.device(device)
-    device = choose_device() if device.type == "meta" else device  # where it will be, one supposes
+    device = choose_device() if device.type == "meta" else device  # where it will probably be
     name, registered = getattr(config, kind), REGISTRIES[kind]
     if name != "auto" and name not in registered:
         raise ValueError(f"{kind} is {name!r}; take one of auto, {', '.join(sorted(registered))}")
@@ -3863,7 +3863,7 @@ class AllToAllDispatcher(Dispatcher):
 
 # %% notebooks/07_exact_all_to_all.ipynb #seal-counts
 def seal_counts(counts: Tensor, row_bytes: int) -> Tensor:
-    """counts int64 [..., L] -> [..., L + 3]: the counts, their sum, a sum that feels their order, a row's bytes.
+    """counts int64 [..., L] -> [..., L + 3]: the counts, their sum, a sum that depends on their order, a row's bytes.
 
     Whoever holds a sealed row can tell whether a number in it was changed. No host synchronisation.
     """
