@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "4c11c30c28bc73670453068c037681cafe6ebcbde4a9fe7491f8e8cc9f297bec"
+SOURCES_SHA256 = "50e7f584e83aca886682872504c4ddcc8eb9851a57b44ffb883d0add77ce2b99"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -262,12 +262,10 @@ class Communicator:
             )
         return Communicator.alone, ()
 
-    @contextlib.contextmanager
-    def entering(self) -> Iterator[None]:
+    def entering(self) -> contextlib.AbstractContextManager:
         """Counts a collective; a failure inside becomes a CollectiveError that names rank and number."""
         self.meter.num_collectives += 1
-        with as_collective_error(self.meter.rank, self.meter.num_collectives):
-            yield
+        return as_collective_error(self.meter.rank, self.meter.num_collectives)
 
     def all_gather(self, x: Tensor, purpose: str) -> Tensor:
         """x [n, ...], the same shape on all ranks -> [W, n, ...]. Sends x to each of W - 1 ranks. No gradient."""
@@ -912,6 +910,10 @@ class Experts(nn.Module):
     Subclasses write forward: Arrived -> y [R, D], for every row the weighted sum over its local experts.
     """
 
+    largest_fixed: float = (
+        0  # rows times local experts up to which forward needs no counts on the host (chapter 06)
+    )
+
     def __init__(
         self, config: MoEConfig, comm: Communicator, seed: int, device: torch.device | str | None = None
     ) -> None:
@@ -947,8 +949,9 @@ class Experts(nn.Module):
         return [None if p is None else p.to(dtype) for p in parameters]
 
     def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
-        """Whether forward, with at most num_rows rows, waits for a number from the device."""
-        return True
+        """Whether forward, with at most num_rows rows, waits for a number from the device. rows_per_expert: where
+        every expert gets equally many."""
+        return rows_per_expert is None and num_rows * self.num_local > self.largest_fixed
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
@@ -960,6 +963,10 @@ class Experts(nn.Module):
 @register("experts", "loop")
 class LoopExperts(Experts):
     """One expert after the other: two matrix products each, 4 * R * D * F operations per forward pass in all."""
+
+    def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
+        """See Experts: always, for which rows are an expert's."""
+        return True
 
     def forward(self, arrived: Arrived) -> Tensor:
         """See Experts. A host synchronisation per expert, for the numbers of its rows.
@@ -1079,7 +1086,7 @@ class SwitchAuxLoss(Balance):
         totals = self.batch.all_reduce(torch.cat([counts, counts.new_full((1,), num_tokens)])).to(probs.dtype)
         global_tokens = totals[-1].clamp(min=1)
         load = totals[:-1] / (global_tokens * top_k)
-        return num_experts * (load * probs.sum(0)).sum() / global_tokens
+        return num_experts * torch.dot(load, probs.sum(0)) / global_tokens
 
 
 # %% notebooks/03_experts.ipynb #pick
@@ -1379,14 +1386,22 @@ def refuse_wrappers(layer: EPMoE) -> None:
 
 def owners(model: nn.Module) -> dict[int, Experts]:
     """{id of a parameter that mesh.ep shares out: the Experts that hold it}. TypeError where FSDP has sharded a
-    model's parameters."""
+    model's parameters, RuntimeError where the model is in DistributedDataParallel."""
+    owner = {}
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise RuntimeError(
+                "the model is in DistributedDataParallel, which overwrites experts; take it out"
+            )
+        if isinstance(module, EPMoE):
+            owner |= {id(p): module.experts for p in module.experts.parameters()}
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):
             raise TypeError(
                 f"{name} is a DTensor, which fully_shard has made of it; take the model as it is: "
                 "init_ep(ep_size) and sync_gradients have data parallelism"
             )
-    return {id(p): layer.experts for layer in moe_layers(model) for p in layer.experts.parameters()}
+    return owner
 
 
 # %% notebooks/03_experts.ipynb #all-reduce-gradients
@@ -1408,8 +1423,6 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
     without a gradient counts as zeros. RuntimeError where gradients have been summed already: set them to None
     (`optimizer.zero_grad()`) before the next backward.
     """
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise RuntimeError("the model is in DistributedDataParallel, which overwrites experts; take it out")
     check_ended(mesh.meter)
     owner, trained = owners(model), [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
@@ -1550,7 +1563,7 @@ def shard_sizes(num_tokens: int, world_size: int) -> list[int]:
 def mean_squared_error(y: Tensor, target: Tensor, num_global_tokens: int) -> Tensor:
     """y, target [T, D] -> this rank's share of the mean over the global batch, float32 or wider; 0 without tokens."""
     wide = torch.promote_types(y.dtype, torch.float32)
-    squared_error = (y.to(wide) - target.to(wide)).square().sum()
+    squared_error = F.mse_loss(y.to(wide), target.to(wide), reduction="sum")
     return squared_error / max(1, num_global_tokens * y.shape[1])
 
 
@@ -2703,13 +2716,16 @@ def kernel(function: Callable) -> Any:
 
 def uses_kernels(x: Tensor) -> bool:
     """Whether x is where this book's Triton kernels run: on a GPU, or anywhere under Triton's interpreter."""
-    interprets = os.environ.get("TRITON_INTERPRET") == "1"
-    return triton is not None and (x.is_cuda or interprets) and x.dtype != torch.float64
+    if triton is None or x.dtype == torch.float64:
+        return False
+    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 # %% notebooks/06_grouped_experts.ipynb #sort-choices
-@dataclass(frozen=True)
-class RowOrder:
+from typing import NamedTuple
+
+
+class RowOrder(NamedTuple):
     """Which row each choice becomes when rows are sorted by expert; the map between tokens and rows.
 
     row_of_choice int64 [T, K]: -1 for a choice that is not sent. choice_of_row int64 [R]: rows behind the last one
@@ -2721,11 +2737,6 @@ class RowOrder:
     choice_of_row: Tensor
     counts: Tensor
     has_gaps: bool = False
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What autograd has to keep of it."""
-        return self.row_of_choice, self.choice_of_row, self.counts
 
 
 # %% notebooks/06_grouped_experts.ipynb #order-kernels
@@ -2786,9 +2797,23 @@ def place_kernel(
 
 
 # %% notebooks/06_grouped_experts.ipynb #order-rows
-def order_by_counting(topk_ids: Tensor, num_experts: int, num_rows: int) -> RowOrder:
-    """order_rows on a GPU: four launches, and 4 * (E + 1) bytes for every 64 choices."""
+def order_rows(topk_ids: Tensor, num_experts: int, max_pairs: int | None = None) -> RowOrder:
+    """topk_ids int64 [T, K], -1 where a choice is not sent -> RowOrder, stable: ties by (token, k). No host sync.
+
+    max_pairs: so many choices are sent at most, and R; by default R is T * K. On a GPU four launches, and 4 * (E + 1)
+    bytes for every 64 choices.
+    """
     num_choices, chunk, width = topk_ids.numel(), 64, 16
+    num_rows = num_choices if max_pairs is None else min(max_pairs, num_choices)
+    if not uses_kernels(topk_ids) or not num_choices:
+        expert = topk_ids.reshape(-1) % (num_experts + 1)  # -1, a choice not sent, becomes the last
+        keys = expert.to(torch.int16) if num_experts < 2**15 else expert
+        choice_of_row = keys.argsort(stable=True)
+        counts = expert.new_zeros(num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))
+        row = torch.arange(num_choices, device=expert.device)
+        row_of_choice = torch.empty_like(row).scatter_(0, choice_of_row, row).view(topk_ids.shape)
+        row_of_choice.masked_fill_(topk_ids < 0, -1)
+        return RowOrder(row_of_choice, choice_of_row[:num_rows], counts[:num_experts])
     num_chunks, topk_ids = -(-num_choices // chunk), topk_ids.contiguous()
     table = topk_ids.new_zeros(num_chunks, num_experts + 1, dtype=torch.int32)
     counts, choice_of_row = topk_ids.new_empty(num_experts + 1), topk_ids.new_empty(num_rows)
@@ -2803,23 +2828,6 @@ def order_by_counting(topk_ids: Tensor, num_experts: int, num_rows: int) -> RowO
         num_warps=4,
     )  # fmt: skip
     return RowOrder(row_of_choice, choice_of_row, counts[:num_experts])
-
-
-def order_rows(topk_ids: Tensor, num_experts: int, max_pairs: int | None = None) -> RowOrder:
-    """topk_ids int64 [T, K], -1 where a choice is not sent -> RowOrder, stable: ties by (token, k). No host sync.
-
-    max_pairs: so many choices are sent at most, and R; by default R is T * K.
-    """
-    num_rows = topk_ids.numel() if max_pairs is None else min(max_pairs, topk_ids.numel())
-    if uses_kernels(topk_ids) and topk_ids.numel():
-        return order_by_counting(topk_ids, num_experts, num_rows)
-    expert = topk_ids.reshape(-1) % (num_experts + 1)  # -1, a choice not sent, becomes the last
-    keys = expert.to(torch.int16) if num_experts < 2**15 else expert
-    choice_of_row = keys.argsort(stable=True)
-    counts = expert.new_zeros(num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))[:num_experts]
-    row = torch.arange(len(expert), device=expert.device)
-    row_of_choice = torch.empty_like(row).scatter_(0, choice_of_row, row).view(topk_ids.shape)
-    return RowOrder(row_of_choice.masked_fill_(topk_ids < 0, -1), choice_of_row[:num_rows], counts)
 
 
 # %% notebooks/06_grouped_experts.ipynb #copy-rows-kernel
@@ -2893,15 +2901,15 @@ def sum_rows(a: Tensor, order: RowOrder, b: Tensor | None = None) -> Tensor:
     if not uses_kernels(a):
         wide = torch.promote_types(a.dtype, torch.float32)
         rows = a.to(wide) if b is None else a.to(wide) + b.to(wide)
-        row = order.row_of_choice
-        if not len(rows) or not num_tokens:
+        row, is_sent = order.row_of_choice, order.row_of_choice >= 0
+        if not rows.shape[0] or not num_tokens:
             return a.new_zeros(num_tokens, d)
         if top_k == 1:
             own, total = row, rows.index_select(0, row[:, 0].clamp(min=0))
         else:
             own = row.amax(1, keepdim=True)  # a choice not sent reads another row of its token, times 0
-            picked, is_sent = torch.where(row < 0, own, row).clamp_(min=0), (row >= 0).to(wide)
-            total = F.embedding_bag(picked, rows, mode="sum", per_sample_weights=is_sent)
+            picked = torch.where(is_sent, row, own).clamp_(min=0)
+            total = F.embedding_bag(picked, rows, mode="sum", per_sample_weights=is_sent.to(wide))
         return total.masked_fill_(own < 0, 0).to(a.dtype)
     y = a.new_empty(num_tokens, d)
     block = column_block(d, 1024)
@@ -2915,50 +2923,19 @@ def sum_rows(a: Tensor, order: RowOrder, b: Tensor | None = None) -> Tensor:
     return y
 
 
-# %% notebooks/06_grouped_experts.ipynb #permute
-class Permute(torch.autograd.Function):
-    """x [T, D] -> rows [R, D] sorted by expert; backward adds up each token's rows. No host sync."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: RowOrder) -> Tensor:
-        ctx.save_for_backward(*order.tensors)
-        return copy_to_rows(x, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return sum_rows(grad.contiguous(), RowOrder(*ctx.saved_tensors)), None
-
-
-class Unpermute(torch.autograd.Function):
-    """rows [R, D] -> y [T, D], the sum of each token's rows; backward copies to rows. No host sync."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: RowOrder) -> Tensor:
-        ctx.save_for_backward(*order.tensors)
-        return sum_rows(rows, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return copy_to_rows(grad.contiguous(), RowOrder(*ctx.saved_tensors)), None
-
-
 # %% notebooks/06_grouped_experts.ipynb #weights-of-rows
 def weights_of_rows(topk_weights: Tensor, order: RowOrder) -> Tensor:
-    """topk_weights [T, K] -> [R]: the weight of each row's choice, 0 for a choice not sent."""
-    sent = topk_weights.masked_fill(order.row_of_choice < 0, 0).reshape(-1)
-    if not len(sent):
-        return sent.new_zeros(len(order.choice_of_row))
-    weights = sent[order.choice_of_row]  # a row of choice -1 reads the last one's
-    return weights.masked_fill_(order.choice_of_row < 0, 0) if order.has_gaps else weights
+    """topk_weights [T, K] -> [R]: the weight of each row's choice, 0 in a gap."""
+    weights = topk_weights.reshape(-1)
+    weights = F.pad(weights, (0, 1)) if order.has_gaps else weights  # a gap's choice, -1, is the 0 at the end
+    return weights[order.choice_of_row]
 
 
 def weights_of_choices(weights: Tensor, order: RowOrder) -> Tensor:
     """The way back, [R] -> [T, K]: what each choice's row has, 0 for a choice not sent. Every row has one choice, so
     it is a look-up too."""
     row = order.row_of_choice
-    return weights[row].masked_fill_(row < 0, 0) if len(weights) else weights.new_zeros(row.shape)
+    return weights[row].masked_fill_(row < 0, 0) if weights.shape[0] else weights.new_zeros(row.shape)
 
 
 @register("dispatcher", "local")
@@ -3053,13 +3030,6 @@ def swiglu_backward_kernel(
 
 
 # %% notebooks/06_grouped_experts.ipynb #weighted-swiglu
-def swiglu_tiles(num_rows: int, num_columns: int) -> tuple[int, int, int]:
-    """(rows a program, columns a block, programs over rows): tiles of 2,048 elements."""
-    block = column_block(num_columns, 1024)
-    rows = max(1, 2048 // block)
-    return rows, block, -(-num_rows // rows)
-
-
 def row_blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
     """The same rows of all tensors, block by block. On a CPU a block of [R, F] has 65,536 numbers, so that several
     steps in a row find it in the core's cache; on a GPU, where a step is a launch, it is everything."""
@@ -3081,8 +3051,9 @@ def weighted_activation(
         for h, g, u, w in row_blocks(hidden, gate, up, weights):
             torch.mul(activation.apply(g, u), w.unsqueeze(1), out=h)
     elif len(gate):
-        rows, block, programs = swiglu_tiles(*gate.shape)
-        grid = (programs, -(-gate.shape[1] // block))
+        block = column_block(gate.shape[1])
+        rows = 2048 // block  # of a tile
+        grid = triton.cdiv(len(gate), rows), triton.cdiv(gate.shape[1], block)
         swiglu_kernel[grid](gate, up, weights, num_rows, hidden, gate.shape[1], rows, block, num_warps=4)
     return hidden
 
@@ -3099,8 +3070,9 @@ def weighted_activation_backward_(
     grad_weights = torch.zeros_like(weights)
     if activation is SwiGLU and uses_kernels(gate):
         if len(gate):
-            rows, block, programs = swiglu_tiles(*gate.shape)
-            swiglu_backward_kernel[(programs,)](
+            block = column_block(gate.shape[1])
+            rows = 2048 // block
+            swiglu_backward_kernel[(triton.cdiv(len(gate), rows),)](
                 grad, gate, up, weights, num_rows, grad_weights, gate.shape[1], rows, block, num_warps=4
             )
         return grad, gate, up, grad_weights
@@ -3123,25 +3095,24 @@ class BlockProducts:
 
     def __init__(self, counts: Tensor, num_rows: int, counts_on_host: list[int] | None = None) -> None:
         self.splits = counts.tolist() if counts_on_host is None else counts_on_host
-        self.num_counted = sum(self.splits)
+        self.behind = num_rows - sum(self.splits)  # rows behind the last one sent
 
-    @staticmethod
-    def rows(x: Tensor, order: RowOrder) -> Tensor:
-        """x [T, D] -> the sorted rows [R, D], as the products below take them."""
-        return copy_to_rows(x, order)
+    rows = staticmethod(
+        copy_to_rows
+    )  # x [T, D], order -> the sorted rows [R, D], as the products below take them
 
     def blocks(self, rows: Tensor) -> tuple[Tensor, ...]:
         """rows [R, n] -> each expert's block."""
-        return rows[: self.num_counted].split(self.splits)
+        return rows.split_with_sizes([*self.splits, self.behind])[:-1]
 
     def times(self, rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
         """rows [R, i], weights [L, i, o], bias [L, o] -> [R, o]. 2 * R * i * o operations."""
         out = rows.new_empty(rows.shape[0], weights.shape[2])
-        for e, (block, into) in enumerate(zip(self.blocks(rows), self.blocks(out), strict=True)):
-            if bias is None:
-                torch.mm(block, weights[e], out=into)
-            else:
-                torch.addmm(bias[e], block, weights[e], out=into)
+        biases = [None] * len(self.splits) if bias is None else bias.unbind()
+        for block, w, b, into in zip(
+            self.blocks(rows), weights.unbind(), biases, self.blocks(out), strict=True
+        ):
+            torch.mm(block, w, out=into) if b is None else torch.addmm(b, block, w, out=into)
         return out
 
     def gated(
@@ -3156,15 +3127,15 @@ class BlockProducts:
     def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients gate, up [R, F] -> gate w1^T + up w3^T, [R, D], and what is left to add to it: nothing."""
         out = self.times(gate, w1.transpose(1, 2))
-        for e, (block, into) in enumerate(zip(self.blocks(up), self.blocks(out), strict=True)):
-            torch.addmm(into, block, w3[e].t(), out=into)
+        for block, w, into in zip(self.blocks(up), w3.unbind(), self.blocks(out), strict=True):
+            torch.addmm(into, block, w.t(), out=into)
         return out, None
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
         out = rows.new_empty(len(self.splits), rows.shape[1], grad.shape[1])
-        for e, (block, g) in enumerate(zip(self.blocks(rows), self.blocks(grad), strict=True)):
-            torch.mm(block.t(), g, out=out[e])
+        for block, g, into in zip(self.blocks(rows), self.blocks(grad), out.unbind(), strict=True):
+            torch.mm(block.t(), g, out=into)
         return out
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
@@ -3228,19 +3199,20 @@ class ExpertsOnTokens(torch.autograd.Function):
         ctx: Any, x: Tensor, topk_weights: Tensor, w1: Tensor, b1: Any, w2: Tensor, w3: Any, b3: Any,
         order: RowOrder, products: Any, activation: Any,
     ) -> Tensor:  # fmt: skip
-        weights, num_rows = weights_of_rows(topk_weights, order), order.counts.sum()
+        weights = weights_of_rows(topk_weights, order)
         if w3 is None:
             gate, up = products.times(products.rows(x, order), w1, b1), None
             hidden = activation.apply(gate)
             results = products.times(hidden, w2).mul_(weights[:, None])
-            kept = None if gate.is_cuda else hidden
         else:
-            gate, up, hidden = products.gated(x, order, w1, b1, w3, b3, weights, num_rows, activation)
-            results, kept = products.times(hidden, w2), None
+            args = w1, b1, w3, b3, weights, order.counts.sum(), activation
+            gate, up, hidden = products.gated(x, order, *args)
+            results = products.times(hidden, w2)
+        kept = hidden if up is None and not gate.is_cuda else None
         ctx.kind, ctx.activation = getattr(products, "in_backward", type(products)), activation
         ctx.on_host = getattr(products, "splits", None)
         ctx.has_b1, ctx.has_b3, ctx.used = b1 is not None, b3 is not None, False
-        ctx.save_for_backward(x, weights, gate, up, kept, w1, w2, w3, num_rows, *order.tensors)
+        ctx.save_for_backward(x, weights, gate, up, kept, w1, w2, w3, *order[:3])
         return sum_rows(results, order)
 
     @staticmethod
@@ -3251,7 +3223,7 @@ class ExpertsOnTokens(torch.autograd.Function):
                 "a second backward: blocks and grouped write gradients over what they kept; take experts bmm or loop"
             )
         ctx.used = True
-        x, weights, gate, up, hidden, w1, w2, w3, num_rows, *order = ctx.saved_tensors
+        x, weights, gate, up, hidden, w1, w2, w3, *order = ctx.saved_tensors
         order = RowOrder(*order)
         products = ctx.kind(order.counts, len(order.choice_of_row), ctx.on_host)
         grad_rows = products.rows(grad.contiguous(), order)
@@ -3265,22 +3237,21 @@ class ExpertsOnTokens(torch.autograd.Function):
             gate, grad_rows = gate.mul_(weights[:, None]), grad_rows.mul_(weights[:, None])
         else:
             hidden, gate, up, grad_weights = weighted_activation_backward_(
-                ctx.activation, grad_hidden, gate, up, weights, num_rows
+                ctx.activation, grad_hidden, gate, up, weights, order.counts.sum()
             )
         grad_w2 = products.weight_gradient(hidden, grad_rows)
         del hidden, grad_hidden, grad_rows
         rows = products.rows(x, order)
-        grad_w1, grad_w3, grad_x = products.weight_gradient(rows, gate), None, None
+        grad_w1 = products.weight_gradient(rows, gate)
+        grad_w3 = None if up is None else products.weight_gradient(rows, up)
         grad_b1 = products.bias_gradient(gate) if ctx.has_b1 else None
         grad_b3 = products.bias_gradient(up) if ctx.has_b3 else None
-        if up is not None:
-            grad_w3 = products.weight_gradient(rows, up)
         del rows
-        if ctx.needs_input_grad[0]:
-            if up is None:
-                first, rest = products.times(gate, w1.transpose(1, 2)), None
-            else:
-                first, rest = products.x_gradient(gate, up, w1, w3)
+        grad_x = None
+        if ctx.needs_input_grad[0] and up is None:
+            grad_x = sum_rows(products.times(gate, w1.transpose(1, 2)), order)
+        elif ctx.needs_input_grad[0]:
+            first, rest = products.x_gradient(gate, up, w1, w3)
             grad_x = sum_rows(first, order, rest)
         grad_topk = weights_of_choices(grad_weights, order)
         return grad_x, grad_topk, grad_w1, grad_b1, grad_w2, grad_w3, grad_b3, None, None, None
@@ -3315,11 +3286,7 @@ class FusedExperts(Experts):
 class GroupedExperts(FusedExperts):
     """All experts in one `grouped_mm` a product; no host synchronisation, and no padding."""
 
-    products = GroupedProducts
-
-    def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
-        """See Experts: never."""
-        return False
+    products, largest_fixed = GroupedProducts, math.inf
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
@@ -3339,10 +3306,6 @@ class BlockExperts(FusedExperts):
 
     products = BlockProducts
 
-    def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
-        """See Experts: unless all experts get equally many rows."""
-        return rows_per_expert is None
-
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
         """Runs everywhere; the first choice on a CPU, where the host has the counts anyway."""
@@ -3350,20 +3313,11 @@ class BlockExperts(FusedExperts):
 
 
 # %% notebooks/06_grouped_experts.ipynb #padded-slots
-def pad_slots(counts: Tensor, num_rows: int, capacity: int) -> Tensor:
-    """counts int64 [L] -> int64 [R]: where each sorted row stands among [L * capacity] slots; the slot behind
-    the last one for a row that belongs to no expert. No host sync."""
-    ends = counts.cumsum(0)
-    row = torch.arange(num_rows, device=counts.device)
-    expert = torch.searchsorted(ends, row, right=True)
-    padded = torch.cat([ends - counts, ends[-1:]])
-    slot = expert * capacity + row - padded[expert]
-    return torch.where(expert < len(counts), slot, len(counts) * capacity)
-
-
-def batched_affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [L, C, i], weight [L, i, o], bias [L, o] or None -> [L, C, o]."""
-    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
+def pad_slots(topk_ids: Tensor, order: RowOrder, capacity: int) -> Tensor:
+    """topk_ids int64 [R, J] -> int64 [R, J]: each choice's slot among L * capacity; the one behind the last for -1."""
+    expert, starts = topk_ids.clamp(min=0), order.counts.cumsum(0) - order.counts
+    slot = expert * capacity + order.row_of_choice - starts[expert]
+    return slot.masked_fill(topk_ids < 0, len(starts) * capacity)
 
 
 # %% notebooks/06_grouped_experts.ipynb #bmm-experts
@@ -3371,9 +3325,7 @@ def batched_affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class BmmExperts(Experts):
     """All experts in one batched product, every expert's rows padded to one length."""
 
-    largest_fixed = (
-        8192  # rows with padding, up to which padding is fixed and the host need not know the counts
-    )
+    largest_fixed = 8192
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
@@ -3382,23 +3334,31 @@ class BmmExperts(Experts):
         is_small = limit is not None and limit * config.num_experts <= BmmExperts.largest_fixed
         return 70 if device.type == "cuda" and is_small else 3
 
-    def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
-        """See Experts: where padding every expert to all rows is too much."""
-        return rows_per_expert is None and num_rows * self.num_local > self.largest_fixed
-
     def hidden(self, padded: Tensor) -> Tensor:
         """padded [L, C, D] -> [L, C, F]: first product and activation; 2 * L * C * D * F operations, 4 if gated."""
         w1, b1, _, _, w3, b3 = self.in_dtype(padded.dtype)
-        up = None if w3 is None else batched_affine(padded, w3, b3)
-        return self.activation.apply(batched_affine(padded, w1, b1), up)
+        gate, up = (
+            w if w is None else padded @ w if b is None else torch.baddbmm(b.unsqueeze(1), padded, w)
+            for w, b in ((w1, b1), (w3, b3))
+        )
+        return self.activation.apply(gate, up)
 
     def forward(self, arrived: Arrived) -> Tensor:
         """See Experts. Every expert for every row, where those are few; one host sync where they are not, and the
         dispatcher does not bring every expert equally many."""
-        is_equal = arrived.rows_per_expert is not None
-        if is_equal or len(arrived.x) * self.num_local > self.largest_fixed:
-            return self.padded(arrived)
-        return self.every_expert(arrived)
+        x, weights, size = arrived.x, arrived.topk_weights, self.num_local
+        if arrived.rows_per_expert is not None:
+            return self.weighted(x, weights, arrived.rows_per_expert)
+        if len(x) * size <= self.largest_fixed:
+            return self.every_expert(arrived)
+        order = order_rows(arrived.topk_ids, size, arrived.max_pairs)
+        capacity = max(1, int(order.counts.max()))
+        slot, row = pad_slots(arrived.topk_ids, order, capacity), torch.arange(len(x), device=x.device)
+        row_of_slot = row.new_full((size * capacity + 1,), len(x))
+        row_of_slot = row_of_slot.scatter(0, slot.flatten(), row.repeat_interleave(slot.shape[1]))[:-1]
+        padded = weights.new_zeros(size * capacity + 1).scatter(0, slot.flatten(), weights.flatten())[:-1]
+        results = self.weighted(F.pad(x, (0, 0, 0, 1))[row_of_slot], padded, capacity)
+        return F.pad(results.to(weights.dtype), (0, 0, 0, 1))[slot].sum(1).to(x.dtype)
 
     def every_expert(self, arrived: Arrived) -> Tensor:
         """y [R, D]: no sort, no copy to rows.
@@ -3414,21 +3374,8 @@ class BmmExperts(Experts):
         y = (hidden.to(spread.dtype) * spread.unsqueeze(2)).to(x.dtype).flatten(1) @ w2.flatten(0, 1)
         return y if b2 is None else torch.addmm(y, spread.to(x.dtype), b2)
 
-    def padded(self, arrived: Arrived) -> Tensor:
-        """y [R, D]: each expert's rows in a block of one length, with their weights."""
-        if arrived.rows_per_expert is not None:
-            return self.weighted(arrived.x, arrived.topk_weights, arrived.rows_per_expert)
-        order = order_rows(arrived.topk_ids, self.num_local, arrived.max_pairs)
-        rows = Permute.apply(arrived.x, order)
-        weights = arrived.topk_weights.reshape(-1).gather(0, order.choice_of_row)[:, None]
-        capacity = max(1, int(order.counts.max()))
-        slot, size = pad_slots(order.counts, len(rows), capacity), self.num_local * capacity + 1
-        rows, weights = (t.new_zeros(size, t.shape[1]).index_copy(0, slot, t)[:-1] for t in (rows, weights))
-        results = self.weighted(rows, weights, capacity)
-        return Unpermute.apply(F.pad(results, (0, 0, 0, 1))[slot], order)
-
     def weighted(self, rows: Tensor, weights: Tensor, capacity: int) -> Tensor:
-        """rows [L * C, D], C per expert, weights [L * C, 1] -> [L * C, D]: results times weights."""
+        """rows [L * C, D], C per expert, weights, L * C -> [L * C, D]: results times weights."""
         _, _, w2, b2, _, _ = self.in_dtype(rows.dtype)
         weights = weights.view(self.num_local, capacity, 1)
         hidden = self.hidden(rows.view(self.num_local, capacity, -1)).to(weights.dtype) * weights
@@ -3584,26 +3531,6 @@ class CompiledStep(GraphStep):
 # ==========================================================================================================
 
 
-# %% notebooks/07_exact_all_to_all.ipynb #copy-to-host
-def copy_to_host(x: Tensor) -> Callable[[], Tensor]:
-    """Starts to copy x to the host -> a function that waits for the copy and returns it; x itself on a CPU.
-
-    The device goes on: whatever is enqueued after this call runs while the host still waits for x.
-    """
-    if not x.is_cuda:
-        return lambda: x
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def wait() -> Tensor:
-        arrived.synchronize()
-        return host
-
-    return wait
-
-
 # %% notebooks/07_exact_all_to_all.ipynb #exchange-plan
 @dataclass(frozen=True)
 class ExchangePlan:
@@ -3628,22 +3555,24 @@ def announce(counts: Tensor, row_bytes: int, comm: Communicator) -> Callable[[],
     sent, is_sealed = counts.view(comm.size, -1), dist.get_debug_level() != dist.DebugLevel.OFF
     sent = seal_counts(sent, row_bytes) if is_sealed else sent
     received = comm.all_to_all(sent, [1] * comm.size, [1] * comm.size, "metadata")
-    wait = copy_to_host(torch.stack([sent, received]))
+    on_host = torch.stack([sent, received]).to("cpu", non_blocking=True)  # from a GPU into pinned memory
+    copied = torch.cuda.current_stream().record_event() if counts.is_cuda else None
     num_local = len(counts) // comm.size
-    experts = torch.arange(num_local, device=counts.device).repeat(comm.size) if num_local > 1 else None
+    experts = torch.arange(num_local, device=counts.device).repeat(comm.size)
 
     @functools.cache
     def plan() -> ExchangePlan:
-        on_host = wait()
+        if copied is not None:
+            copied.synchronize()
         if is_sealed:
             check_seals(on_host, row_bytes, comm.rank)
-        on_host = on_host[..., :num_local]
-        input_splits, output_splits = on_host.sum(-1).tolist()
-        if experts is None:  # one for each rank: nothing to ask
-            ids = received.new_zeros(sum(output_splits))
-        else:
-            ids = experts.repeat_interleave(received[:, :num_local].flatten(), output_size=sum(output_splits))
-        return ExchangePlan(input_splits, output_splits, ids[:, None], on_host[1].sum(0).tolist())
+        there, here = on_host[
+            ..., :num_local
+        ].tolist()  # rows for each rank's experts, from each rank for these
+        input_splits, output_splits = ([sum(rows) for rows in table] for table in (there, here))
+        arriving = received[:, :num_local].flatten()
+        ids = experts.repeat_interleave(arriving, output_size=sum(output_splits))[:, None]
+        return ExchangePlan(input_splits, output_splits, ids, [sum(rows) for rows in zip(*here, strict=True)])
 
     return plan
 
@@ -3672,15 +3601,19 @@ def get_riders(packed: Tensor, hidden_dim: int, num_weights: int = 1) -> Tensor:
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #flight
+@dataclass
 class Flight:
     """One exchange of rows, between the node that begins it and the node that ends it; backward takes it the other way.
 
     splits: (rows to each rank, rows from each rank) of the way there. purpose: the meter's, of the way there.
+    x_needs_grad: whether rows have a gradient to bring home. under_way: a place for each message, None for no message.
     """
 
-    def __init__(self, comm: Communicator, splits: tuple[list[int], list[int]], purpose: str) -> None:
-        self.comm, self.splits, self.purpose = comm, splits, purpose
-        self.under_way: list[Pending | None] | None = None
+    comm: Communicator
+    splits: tuple[list[int], list[int]]
+    purpose: str
+    x_needs_grad: bool = True
+    under_way: list[Pending | None] | None = None
 
     def send(self, *messages: Tensor | None, is_backward: bool = False) -> None:
         """Begins to exchange tensors [n, ...], a message each; None is no message. No host synchronisation."""
@@ -3715,11 +3648,10 @@ class SendRows(torch.autograd.Function):
         packed = packed(len(order.choice_of_row), d + rider_columns(d, x.dtype))
         copy_to_rows(x, order, packed[:, :d])
         set_riders(packed, d, weights_of_rows(topk_weights, order)[:, None])
-        sent, received = plan().input_splits, plan().output_splits
-        ctx.flight = flight = Flight(comm, (sent, received), "dispatch")
-        flight.send(packed[: sum(sent)])  # behind: choices not sent
-        flight.x_needs_grad = ctx.needs_input_grad[0]
-        ctx.save_for_backward(*order.tensors)
+        splits = plan().input_splits, plan().output_splits
+        ctx.flight = flight = Flight(comm, splits, "dispatch", x_needs_grad=ctx.needs_input_grad[0])
+        flight.send(packed[: sum(splits[0])])  # behind: choices not sent
+        ctx.save_for_backward(*order[:3])
         return topk_weights.new_empty(0), flight
 
     @staticmethod
@@ -3781,7 +3713,7 @@ class SumReturned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, flight: Flight, order: RowOrder) -> Tensor:
         ctx.flight, ctx.has_gaps = flight, order.has_gaps
-        ctx.save_for_backward(*order.tensors)
+        ctx.save_for_backward(*order[:3])
         (rows,) = flight.land()
         return sum_rows(rows, order)
 
@@ -3873,35 +3805,23 @@ def seal_counts(counts: Tensor, row_bytes: int) -> Tensor:
 
 
 # %% notebooks/07_exact_all_to_all.ipynb #check-seals
-def broken_seal(line: list[int], row_bytes: int) -> tuple[str, str] | None:
-    """One sealed line -> (what it says, what was announced) where they differ; None where all is well."""
-    *counts, total, _, announced_bytes = line
-    if seal_counts(torch.tensor(counts), row_bytes).tolist() == line:
-        return None
-    if announced_bytes != row_bytes:
-        return f"rows of {row_bytes} bytes", f"rows of {announced_bytes}"
-    if sum(counts) != total:
-        return f"{sum(counts)} rows", str(total)
-    return f"{counts} rows for the experts in turn", "other counts"
-
-
 def check_seals(lines: Tensor, row_bytes: int, rank: int) -> None:
     """lines int64 [2, W, L + 3] on the host, sealed: sent to each rank, received from each rank.
 
     CollectiveError, before any row travels, where a line is not what was sealed.
     """
-    if torch.equal(seal_counts(lines[..., :-3], row_bytes), lines):
-        return
-    texts = (
-        "rank {} sends {} to rank {}, and announced {}",
-        "rank {} expects {} from rank {}, which announced {}",
-    )
-    for text, by_rank in zip(texts, lines.tolist(), strict=True):
-        for other, line in enumerate(by_rank):
-            if found := broken_seal(line, row_bytes):
-                raise CollectiveError(
-                    text.format(rank, found[0], other, found[1]) + ": split counts are corrupt"
-                )
+    is_broken = (seal_counts(lines[..., :-3], row_bytes) != lines).any(-1)
+    for direction, other in is_broken.nonzero().tolist():
+        *counts, total, _, announced_bytes = lines[direction, other].tolist()
+        if announced_bytes != row_bytes:
+            seen, announced = f"rows of {row_bytes} bytes", f"rows of {announced_bytes}"
+        elif sum(counts) != total:
+            seen, announced = f"{sum(counts)} rows", str(total)
+        else:
+            seen, announced = f"{counts} rows for the experts in turn", "other counts"
+        received = f"rank {rank} expects {seen} from rank {other}, which announced {announced}"
+        sent = f"rank {rank} sends {seen} to rank {other}, and announced {announced}"
+        raise CollectiveError(f"{received if direction else sent}: split counts are corrupt")
 
 
 # ==========================================================================================================
@@ -4970,7 +4890,7 @@ class SendCopies(torch.autograd.Function):
         ctx.flight = flight = Flight(comm, (sent, received), "dispatch")
         flight.send(packed[: sum(sent)])
         flight.x_needs_grad = ctx.needs_input_grad[0]
-        ctx.save_for_backward(order.place_of_choice, *order.copies.tensors)
+        ctx.save_for_backward(order.place_of_choice, *order.copies[:3])
         return topk_weights.new_empty(0), flight
 
     @staticmethod

@@ -40,7 +40,7 @@ def variants(num_tokens: int, top_k: int, num_experts: int, recorder: record.Rec
             return ep.order_rows(ids, num_experts)
 
     assert torch.equal(ep.choose_in_one_launch(keys, top_k), ids)
-    for ours, right in zip(ep.order_rows(ids, num_experts).tensors, sorted_order().tensors, strict=True):
+    for ours, right in zip(ep.order_rows(ids, num_experts)[:3], sorted_order()[:3], strict=True):
         assert torch.equal(ours, right)
     found = {
         "top-k, PyTorch": lambda: ep.choose_largest(keys, top_k),

@@ -64,7 +64,7 @@ def test_order_rows(num_tokens, top_k, num_experts, max_pairs):
     if max_pairs is not None:
         ids[max_pairs // top_k :] = -1
     ours, theirs = (run(ep.order_rows, ids, num_experts, max_pairs) for run in (direct, twin))
-    for mine, other in zip(ours.tensors, theirs.tensors, strict=True):
+    for mine, other in zip(ours[:3], theirs[:3], strict=True):
         assert mine.dtype == other.dtype and torch.equal(mine, other)
 
 
@@ -238,7 +238,7 @@ def test_order_copies(rank_sizes):
     ids, local, ranks = placed(rank_sizes)
     ours, theirs = ep.order_copies(ids, local, ranks), twin(ep.order_copies, ids, local, ranks)
     assert ours.per_row == theirs.per_row and torch.equal(ours.place_of_choice, theirs.place_of_choice)
-    for mine, other in zip(ours.copies.tensors, theirs.copies.tensors, strict=True):
+    for mine, other in zip(ours.copies[:3], theirs.copies[:3], strict=True):
         assert mine.shape == other.shape and torch.equal(mine, other)
 
 
