@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "af0fd76d8c0e12f64ea916e89220aa3f54ad276d9280e7597dca18cf5e57c252"
+SOURCES_SHA256 = "70b007aae58123cdba82c916e7f71bcf977987783c1691b05eefa9f07e531ef6"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2194,7 +2194,7 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     check_memory(bytes_a_rank(config, num_tokens, world_size), device)
     for check_training in config.hooks("check_training"):
         check_training(config, options)
-    for kind in ("dispatcher", "experts"):
+    for kind in ("dispatcher", "experts", "choice", "overlap"):
         pick(kind, config, device, ep_size)
     return device
 
@@ -2222,14 +2222,12 @@ def make_log_dir() -> Path:
     """TB_LOGDIR, or a new folder in ep_launcher/runs, named by the time; -2, -3 ... for later ones."""
     if given := os.environ.get("TB_LOGDIR"):
         return Path(given).expanduser()
-    first, number = LAUNCHER_DIR / "runs" / time.strftime("%Y%m%d-%H%M%S"), 1
-    while True:
+    first = LAUNCHER_DIR / "runs" / time.strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
         folder = first.with_name(first.name + f"-{number}" * (number > 1))
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            number += 1
 
 
 def relative_to_root(path: str | Path) -> str:

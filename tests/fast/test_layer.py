@@ -216,6 +216,7 @@ def test_pick_refuses_what_nobody_registered_and_what_cannot_run(monkeypatch):
     ("experts", {"experts": "grouped_fp8"}, 1),
     ("experts", {"experts": "quack", "dtype": "bfloat16", "activation": "swiglu"}, 1),
     ("dispatcher", {"dispatcher": "local"}, 2),
+    ("choice", {"choice": "one_launch"}, 1),
 ])  # fmt: skip
 def test_a_named_kind_that_cannot_run_is_an_error(kind, changes, ranks):
     with pytest.raises(ep.CannotRun, match=f"{kind} {changes[kind]} cannot run in .* on {ranks} cpu rank"):
