@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "70b007aae58123cdba82c916e7f71bcf977987783c1691b05eefa9f07e531ef6"
+SOURCES_SHA256 = "0c44087b576a7675e2cb3398bf41ce4149249e404e9ce090f05f0e8479723d31"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -991,6 +991,10 @@ class SharedExperts(nn.Module):
         wide = replace(config, num_experts=1, top_k=1, ffn_dim=width, extras=())
         self.expert = Experts(wide, Communicator.alone(), seed=f"{seed} shared", device=device)
 
+    def reset_parameters(self) -> None:
+        """Draws the numbers anew, in place, from the seed."""
+        self.expert.reset_parameters()
+
     def hidden(self, x: Tensor) -> Tensor:
         """The first half of forward: x [T, D] -> [T, N * F]."""
         w1, b1, _, _, w3, b3 = (None if p is None else p[0] for p in self.expert.in_dtype(x.dtype))
@@ -1163,8 +1167,8 @@ class EPMoE(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, in place, from the seed: after `to_empty` has moved them off the meta device."""
-        for part in self.modules():
-            if part is not self and hasattr(part, "reset_parameters"):
+        for part in (self.router, self.experts, self.balance, self.shared):
+            if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
 
     def __getstate__(self) -> dict:
