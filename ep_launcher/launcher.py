@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "4101bd40a75a5447950b90730f95b88083328425b7c3a959344da29506333d11"
+SOURCES_SHA256 = "ba65dc9eeff312d8bdb2af411bc747c100afcfa545f7551b5b38c809608e8ba1"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -3277,60 +3277,6 @@ class BmmExperts(Experts):
         return (torch.bmm(hidden, w2) if bias is None else torch.baddbmm(bias, hidden, w2)).flatten(0, 1)
 
 
-# %% notebooks/06_grouped_experts.ipynb #replays
-import weakref
-
-
-def watch_over(
-    check: Callable[[], None], fail: Callable[[Exception], object] | None = None, grace_s: float = 0
-) -> None:
-    """A thread that calls check, a method, twice a second, as long as its object lives. Where it raises
-    CollectiveError, and grace_s later nobody else has ended the process, the thread does: fail(error), exit code 1.
-    """
-    method = weakref.WeakMethod(check)
-
-    def look() -> None:
-        while (still_there := method()) is not None:
-            try:
-                still_there()
-            except CollectiveError as error:
-                time.sleep(grace_s)
-                fail(error) if fail else print(f"error: {error}", file=sys.stderr, flush=True)
-                os._exit(1)
-            del still_there
-            time.sleep(0.5)
-
-    threading.Thread(target=look, daemon=True).start()
-
-
-class Replays:
-    """Replays of a recorded step, begun and ended: who waits for a rank that never comes finds out in limit_s.
-
-    begun counts on the host. The recording itself counts those that have ended, in memory that the host can read while
-    the device works: so nothing waits, and no CUDA call disturbs a stream.
-    """
-
-    def __init__(self, limit_s: float, fail: Callable[[Exception], object] | None = None) -> None:
-        self.begun, self.limit_s, self.seen, self.since = 0, limit_s, 0, time.monotonic()
-        self.ended = torch.zeros(1, dtype=torch.int64, pin_memory=torch.cuda.is_available())
-        watch_over(self.check, fail)
-
-    def record_end(self, count: Tensor) -> None:
-        """The last thing in a recording. count: int64 [1] on its device, 0."""
-        count.add_(1)
-        self.ended.copy_(count, non_blocking=True)
-
-    def check(self) -> None:
-        """CollectiveError where one has been under way for limit_s, and no other has ended meanwhile."""
-        ended, now = int(self.ended), time.monotonic()
-        if ended == self.begun or ended != self.seen:
-            self.seen, self.since = ended, now
-        elif now - self.since > self.limit_s:
-            raise CollectiveError(
-                f"replay {ended + 1} of the recorded step has not ended in {self.limit_s:g} s"
-            )
-
-
 # %% notebooks/06_grouped_experts.ipynb #graph-step
 @register("step", "graph")
 class GraphStep:
@@ -3398,6 +3344,60 @@ class GraphStep:
         for purpose, sent in self.sent.items():
             self.meter.record(purpose, sent)
         return self.losses.clone()
+
+
+# %% notebooks/06_grouped_experts.ipynb #replays
+import weakref
+
+
+def watch_over(
+    check: Callable[[], None], fail: Callable[[Exception], object] | None = None, grace_s: float = 0
+) -> None:
+    """A thread that calls check, a method, twice a second, as long as its object lives. Where it raises
+    CollectiveError, and grace_s later nobody else has ended the process, the thread does: fail(error), exit code 1.
+    """
+    method = weakref.WeakMethod(check)
+
+    def look() -> None:
+        while (still_there := method()) is not None:
+            try:
+                still_there()
+            except CollectiveError as error:
+                time.sleep(grace_s)
+                fail(error) if fail else print(f"error: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
+            del still_there
+            time.sleep(0.5)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+class Replays:
+    """Replays of a recorded step, begun and ended: who waits for a rank that never comes finds out in limit_s.
+
+    begun counts on the host. The recording itself counts those that have ended, in memory that the host can read while
+    the device works: so nothing waits, and no CUDA call disturbs a stream.
+    """
+
+    def __init__(self, limit_s: float, fail: Callable[[Exception], object] | None = None) -> None:
+        self.begun, self.limit_s, self.seen, self.since = 0, limit_s, 0, time.monotonic()
+        self.ended = torch.zeros(1, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        watch_over(self.check, fail)
+
+    def record_end(self, count: Tensor) -> None:
+        """The last thing in a recording. count: int64 [1] on its device, 0."""
+        count.add_(1)
+        self.ended.copy_(count, non_blocking=True)
+
+    def check(self) -> None:
+        """CollectiveError where one has been under way for limit_s, and no other has ended meanwhile."""
+        ended, now = int(self.ended), time.monotonic()
+        if ended == self.begun or ended != self.seen:
+            self.seen, self.since = ended, now
+        elif now - self.since > self.limit_s:
+            raise CollectiveError(
+                f"replay {ended + 1} of the recorded step has not ended in {self.limit_s:g} s"
+            )
 
 
 # %% notebooks/06_grouped_experts.ipynb #compiled-step
@@ -3726,13 +3726,15 @@ from fractions import Fraction
 
 
 # %% notebooks/08_capacity.ipynb #expert-capacity
-def expert_capacity(num_tokens: int, config: MoEConfig, capacity_factor: float) -> int:
+def expert_capacity(num_tokens: int | Tensor, config: MoEConfig, capacity_factor: float) -> int | Tensor:
     """Rows that an expert takes: ceil(num_tokens * K * capacity_factor / E), in exact arithmetic.
 
-    The factor counts as the decimal number that it prints as: 100 * 1.1 is 110, and not 110.00000000000001.
+    The factor counts as the decimal number that it prints as: 100 * 1.1 is 110, and not 110.00000000000001. num_tokens
+    may be an int64 tensor; then the factor counts with a millionth's precision, so that no product leaves 64 bits.
     """
-    mean_load = Fraction(num_tokens * config.top_k, config.num_experts)
-    return math.ceil(mean_load * Fraction(str(capacity_factor)))
+    share = Fraction(str(capacity_factor)) * config.top_k / config.num_experts
+    share = share if isinstance(num_tokens, int) else share.limit_denominator(10**6)
+    return -(-num_tokens * share.numerator // share.denominator)
 
 
 # %% notebooks/08_capacity.ipynb #claim-places
@@ -3858,25 +3860,14 @@ def local_capacity(
     """Rows that an expert takes from this rank: the capacity of share = ceil(all ranks' tokens / W) tokens.
 
     An int where the share is known beforehand: in a run, and on one rank. Otherwise the ranks add up their num_tokens,
-    one all-reduce of one number, and it is a 0-dim tensor, or an int that came to the host where max_num_tokens is
-    None.
+    one all-reduce of one number, and it is a 0-dim tensor.
     """
     options = config.option(CapacityOptions)
     share = num_tokens if comm.size == 1 else options.capacity_share
     if share is None:
         total = comm.all_reduce(torch.full((), num_tokens, device=device))
         share = (total + comm.size - 1) // comm.size
-        if config.max_num_tokens is not None:
-            return capacity_table(config, device).take(share)  # [share] would fetch the number to the host
-    return expert_capacity(int(share), config, options.capacity_factor)
-
-
-@functools.cache
-def capacity_table(config: MoEConfig, device: torch.device) -> Tensor:
-    """int64 [max_num_tokens + 1]: the capacity for every share of tokens, exact; made once a config and device."""
-    factor = config.option(CapacityOptions).capacity_factor
-    capacities = [expert_capacity(share, config, factor) for share in range(config.max_num_tokens + 1)]
-    return torch.tensor(capacities, device=device)
+    return expert_capacity(share, config, options.capacity_factor)
 
 
 # %% notebooks/08_capacity.ipynb #gather-choices
@@ -3918,15 +3909,13 @@ def limit_load(routing: Routing, config: MoEConfig, batch: Communicator) -> Rout
             return routing  # a token comes to an expert once, so none can be full
         topk_ids = overflow(routing.topk_ids, routing.probs.detach(), capacity, order)
     weights = routing.topk_weights
-    if options.overflow != "drop":
-        weights = torch.where(topk_ids == routing.topk_ids, weights, moved_weights(routing, topk_ids))
+    if (
+        options.overflow != "drop"
+    ):  # a moved choice has its expert's score, scaled as the router scaled the token's
+        old, new = (routing.probs.gather(1, ids.clamp(min=0)) for ids in (routing.topk_ids, topk_ids))
+        moved = new * (weights.sum(1, keepdim=True) / old.sum(1, keepdim=True))
+        weights = torch.where(topk_ids == routing.topk_ids, weights, moved)
     return replace(routing, topk_ids=topk_ids, topk_weights=weights.masked_fill(topk_ids < 0, 0.0))
-
-
-def moved_weights(routing: Routing, topk_ids: Tensor) -> Tensor:
-    """[T, K]: the scores of topk_ids' experts, scaled as the router scaled the scores that it chose (by 1, so far)."""
-    old, new = (routing.probs.gather(1, ids.clamp(min=0)) for ids in (routing.topk_ids, topk_ids))
-    return new * (routing.topk_weights.sum(1, keepdim=True) / old.sum(1, keepdim=True))
 
 
 # %% notebooks/08_capacity.ipynb #block-capacity
@@ -3965,11 +3954,6 @@ def order_in_blocks(topk_ids: Tensor, num_experts: int, capacity: int) -> RowOrd
     counts = torch.full((num_experts,), capacity, device=row.device)
     row_of_choice = torch.where(is_sent, row, -1).view(topk_ids.shape)
     return RowOrder(row_of_choice, choice_of_row, counts, has_gaps=True)
-
-
-def swap_blocks(rows: Tensor, first: int, length: int) -> Tensor:
-    """rows [first * second * length, n], in blocks of `length` -> the same blocks with second before first."""
-    return rows.view(first, -1, length, rows.shape[1]).transpose(0, 1).flatten(0, 2)
 
 
 # %% notebooks/08_capacity.ipynb #capacity-dispatcher
@@ -4011,14 +3995,16 @@ class CapacityDispatcher(AllToAllDispatcher):
     def end_dispatch(self, pending: tuple) -> Arrived:
         """See Dispatcher. One block of rows per expert, whoever sent them."""
         arrived = super().end_dispatch(pending)
+        blocks = self.comm.size, self.num_local_experts, self.capacity
         rows, weights = (
-            swap_blocks(t, self.comm.size, self.capacity) for t in (arrived.x, arrived.topk_weights)
+            t.unflatten(0, blocks).transpose(0, 1).flatten(0, 2) for t in (arrived.x, arrived.topk_weights)
         )
         return replace(arrived, x=rows, topk_weights=weights)
 
     def begin_combine(self, y: Tensor, handle: RowsHandle) -> tuple:
         """See Dispatcher."""
-        return super().begin_combine(swap_blocks(y, self.num_local_experts, self.capacity), handle)
+        blocks = self.num_local_experts, self.comm.size, self.capacity
+        return super().begin_combine(y.unflatten(0, blocks).transpose(0, 1).flatten(0, 2), handle)
 
     def rows_between(self, topk_ids: list[Tensor]) -> Tensor:
         """See AllToAllDispatcher: the buffers' rows, whatever topk_ids says."""
@@ -4083,11 +4069,11 @@ def make_clusters(config: MoEConfig, seed: int) -> tuple[Tensor, Tensor]:
 
 # %% notebooks/09_balance.ipynb #cluster-stream
 @register("task", "clusters")
-class ClusterStream:
+class ClusterStream(TokenStream):
     """Endless batches of tokens from clusters whose frequencies follow Zipf's law; each cluster has its own teacher.
 
-    x = (centre + noise) / sqrt(2), of variance 1, and the target is x teacher^T. The interface and the promise
-    are TokenStream's (chapter 04): all ranks draw one global batch, whatever their number, and take their shares.
+    x = (centre + noise) / sqrt(2), of variance 1, and the target is x teacher^T. The loss and the promise are
+    TokenStream's (chapter 04): all ranks draw one global batch, whatever their number, and take their shares.
     """
 
     def __init__(
@@ -4119,11 +4105,6 @@ class ClusterStream:
         """This rank's share of the next global batch: x [T, D], target [T, D]."""
         clusters, x = self.draw()
         return x, torch.bmm(self.teachers[clusters], x.unsqueeze(2)).squeeze(2)
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """As TokenStream.loss."""
-        x, target = batch
-        return mean_squared_error(model(x), target, self.num_tokens)
 
 
 # %% notebooks/09_balance.ipynb #aux-local
@@ -4178,23 +4159,6 @@ def normalize_weights(weights: Tensor) -> Tensor:
     return weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
 
 
-# %% notebooks/09_balance.ipynb #added-loss
-def added_loss(options: "RoutingOptions", routing: Routing, config: MoEConfig, comm: Communicator) -> Tensor:
-    """This rank's share of z_alpha * z-loss + sequence_alpha * sequence-wise loss, means over all ranks' tokens.
-
-    0 where both weights are 0, and then nothing is sent; else one all-reduce of one number.
-    """
-    total = routing.probs.new_zeros(())
-    if not (options.z_alpha or options.sequence_alpha):
-        return total
-    if options.z_alpha:
-        total = total + options.z_alpha * z_loss_sum(routing.logits)
-    if options.sequence_alpha and config.num_experts > 1:
-        sequences = sequence_loss_sum(routing, config.top_k, options.sequence_length)
-        total = total + options.sequence_alpha * sequences
-    return total / count_global_tokens(routing, comm)
-
-
 # %% notebooks/09_balance.ipynb #check-routing
 def check_routing(options: "RoutingOptions", config: MoEConfig) -> None:
     """ValueError where groups do not fit experts or overflow, or normalising would leave the router untaught."""
@@ -4243,20 +4207,15 @@ class RoutingOptions(Options):
     sequence_length: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("num_groups", "topk_groups", "sequence_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
-        for name in ("bias_speed", "z_alpha", "sequence_alpha"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, and must be finite and not below 0")
-        if not 0 < self.routed_scaling_factor < math.inf:
-            raise ValueError(
-                f"routed_scaling_factor is {self.routed_scaling_factor}, and must be positive and finite"
-            )
-        if self.topk_groups > self.num_groups:
-            raise ValueError(
-                f"topk_groups is {self.topk_groups}, above the {self.num_groups} group(s); raise --num-groups"
-            )
+        least = {"num_groups": 1, "topk_groups": 1, "sequence_length": 1}
+        for name, at_least in (least | {"bias_speed": 0, "z_alpha": 0, "sequence_alpha": 0}).items():
+            if not at_least <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} is {value}, and must be finite and at least {at_least}")
+        factor, kept, groups = self.routed_scaling_factor, self.topk_groups, self.num_groups
+        if not 0 < factor < math.inf:
+            raise ValueError(f"routed_scaling_factor is {factor}, and must be positive and finite")
+        if kept > groups:
+            raise ValueError(f"topk_groups is {kept}, above the {groups} group(s); raise --num-groups")
 
     def check(self, config: MoEConfig) -> None:
         """ValueError where config's experts do not fit these options; MoEConfig calls it."""
@@ -4265,21 +4224,19 @@ class RoutingOptions(Options):
     def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
         """ValueError where a setting would do nothing: a bias's speed without the bias, a weight without a loss or of
         one that is multiplied by 0, a length without its loss."""
-        usual, has_bias = RoutingOptions(), issubclass(REGISTRIES["balance"][config.balance], BiasBalance)
-        if self.bias_speed != usual.bias_speed and not has_bias:
-            raise ValueError(f"bias_speed {self.bias_speed} does nothing without a bias; take --balance bias")
-        weight, balance = training.aux_alpha, config.balance
-        has_loss = REGISTRIES["balance"][balance] not in (Balance, BiasBalance)
-        if weight not in (0, TrainingOptions().aux_alpha) and not (
-            has_loss or self.z_alpha or self.sequence_alpha
-        ):
-            raise ValueError(f"aux_alpha {weight} does nothing with balance {balance}; take --balance aux")
-        for name in ("z_alpha", "sequence_alpha"):
-            if (value := getattr(self, name)) and not weight:
-                raise ValueError(f"{name} {value} does nothing with aux_alpha 0; raise --aux-alpha")
-        if self.sequence_length != usual.sequence_length and not self.sequence_alpha:
+        weight, balance = training.aux_alpha, REGISTRIES["balance"][config.balance]
+        idle = {"bias_speed": not issubclass(balance, BiasBalance) and "without a bias; take --balance bias"}
+        idle |= dict.fromkeys(
+            ("z_alpha", "sequence_alpha"), not weight and "with aux_alpha 0; raise --aux-alpha"
+        )
+        idle["sequence_length"] = not self.sequence_alpha and "without its loss; set --sequence-alpha"
+        for name, why in idle.items():
+            if why and (value := getattr(self, name)) != getattr(RoutingOptions(), name):
+                raise ValueError(f"{name} {value} does nothing {why}")
+        has_loss = balance.forward is not Balance.forward or self.z_alpha or self.sequence_alpha
+        if weight not in (0, TrainingOptions().aux_alpha) and not has_loss:
             raise ValueError(
-                f"sequence_length {self.sequence_length} does nothing without its loss; set --sequence-alpha"
+                f"aux_alpha {weight} does nothing with balance {config.balance}; take --balance aux"
             )
 
     def limit_choice(self, keys: Tensor, config: MoEConfig) -> Tensor:
@@ -4294,12 +4251,23 @@ class RoutingOptions(Options):
         return weights if self.routed_scaling_factor == 1 else weights * self.routed_scaling_factor
 
     def added_loss(self, routing: Routing, config: MoEConfig, batch: Communicator) -> Tensor:
-        """The layer's hook: this rank's share of z_alpha * z-loss + sequence_alpha * sequence-wise loss."""
-        return added_loss(self, routing, config, batch)
+        """The layer's hook: this rank's share of z_alpha * z-loss + sequence_alpha * sequence-wise loss, means over all
+        ranks' tokens. 0 where both weights are 0, and then nothing is sent; else one all-reduce of one number."""
+        total = routing.probs.new_zeros(())
+        if not (self.z_alpha or self.sequence_alpha):
+            return total
+        if self.z_alpha:
+            total = total + self.z_alpha * z_loss_sum(routing.logits)
+        if self.sequence_alpha and config.num_experts > 1:
+            sequences = sequence_loss_sum(routing, config.top_k, self.sequence_length)
+            total = total + self.sequence_alpha * sequences
+        return total / count_global_tokens(routing, batch)
 
     def show(self, log: RunLog, step: int, layer: EPMoE) -> None:
-        """The record's hook, at every log interval."""
-        show_routing(log, step, layer)
+        """The log's hook: the router's entropy and, where there is one, the bias. Collective."""
+        log.show("scalar", step, routing__entropy=float(mean_entropy(layer.probs, layer.mesh.batch)))
+        if layer.balance.choice_bias is not None:
+            log.show("histogram", step, routing__bias=layer.balance.choice_bias)
 
 
 # %% notebooks/09_balance.ipynb #bias-balance
@@ -4329,10 +4297,6 @@ class BiasBalance(Balance):
     def choice_bias(self) -> Tensor:
         """What the router adds to its scores for the choice: [E]."""
         return self.bias
-
-    def forward(self, routing: Routing) -> Tensor:
-        """A zero."""
-        return routing.probs.new_zeros(())
 
     def count(self, routing: Routing) -> None:
         """Adds this rank's choices, of all micro-batches of a step."""
@@ -4394,13 +4358,6 @@ def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
     entropy = torch.special.entr(probs).sum() / max(math.log(probs.shape[1]), 1e-9)
     total, num_tokens = comm.all_reduce(torch.stack([entropy, entropy.new_tensor(len(probs))]))
     return total / num_tokens.clamp(min=1)
-
-
-def show_routing(log: RunLog, step: int, layer: EPMoE) -> None:
-    """TensorBoard's routing/entropy and, where there is one, the bias as histogram routing/bias. Collective."""
-    log.show("scalar", step, routing__entropy=float(mean_entropy(layer.probs, layer.mesh.batch)))
-    if layer.balance.choice_bias is not None:
-        log.show("histogram", step, routing__bias=layer.balance.choice_bias)
 
 
 # ==========================================================================================================
