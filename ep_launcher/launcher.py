@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "ba65dc9eeff312d8bdb2af411bc747c100afcfa545f7551b5b38c809608e8ba1"
+SOURCES_SHA256 = "e175fe302ba557dedca18aebe58eb59d62d04fc84d23ecc1e6d100a63dfebd60"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -4159,6 +4159,47 @@ def normalize_weights(weights: Tensor) -> Tensor:
     return weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
 
 
+# %% notebooks/09_balance.ipynb #bias-balance
+@register("balance", "bias")
+class BiasBalance(Balance):
+    """Balance without a loss: a bias on the choice that follows the load (DeepSeek-V3 report, section 2.1.2).
+
+    bias float32 [E], a buffer: saved with the parameters, the same on every rank, since all see the same global
+    counts. The loss is 0. One all-reduce of E numbers per step, no host synchronisation.
+    """
+
+    def __init__(
+        self, config: MoEConfig, batch: Communicator, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__(config, batch)
+        self.speed = config.option(RoutingOptions).bias_speed
+        self.register_buffer("bias", torch.zeros(config.num_experts, device=device))
+        load = torch.zeros(config.num_experts, dtype=torch.int64, device=device)
+        self.register_buffer("load", load, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """No bias, and nothing counted."""
+        self.bias.zero_()
+        self.load.zero_()
+
+    @property
+    def choice_bias(self) -> Tensor:
+        """What the router adds to its scores for the choice: [E]."""
+        return self.bias
+
+    def count(self, routing: Routing) -> None:
+        """Adds this rank's choices, of all micro-batches of a step."""
+        self.load += count_choices(routing.topk_ids, len(self.load))
+
+    def after_step(self) -> None:
+        """bias_e += speed * sign(mean load - load_e), and counting starts again. In place, for CUDA graphs."""
+        load = self.batch.all_reduce(self.load)
+        self.bias += self.speed * torch.sign(
+            load.sum() - len(load) * load
+        )  # whole numbers: exact on any rank
+        load.zero_()
+
+
 # %% notebooks/09_balance.ipynb #check-routing
 def check_routing(options: "RoutingOptions", config: MoEConfig) -> None:
     """ValueError where groups do not fit experts or overflow, or normalising would leave the router untaught."""
@@ -4268,47 +4309,6 @@ class RoutingOptions(Options):
         log.show("scalar", step, routing__entropy=float(mean_entropy(layer.probs, layer.mesh.batch)))
         if layer.balance.choice_bias is not None:
             log.show("histogram", step, routing__bias=layer.balance.choice_bias)
-
-
-# %% notebooks/09_balance.ipynb #bias-balance
-@register("balance", "bias")
-class BiasBalance(Balance):
-    """Balance without a loss: a bias on the choice that follows the load (DeepSeek-V3 report, section 2.1.2).
-
-    bias float32 [E], a buffer: saved with the parameters, the same on every rank, since all see the same global
-    counts. The loss is 0. One all-reduce of E numbers per step, no host synchronisation.
-    """
-
-    def __init__(
-        self, config: MoEConfig, batch: Communicator, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__(config, batch)
-        self.speed = config.option(RoutingOptions).bias_speed
-        self.register_buffer("bias", torch.zeros(config.num_experts, device=device))
-        load = torch.zeros(config.num_experts, dtype=torch.int64, device=device)
-        self.register_buffer("load", load, persistent=False)
-
-    def reset_parameters(self) -> None:
-        """No bias, and nothing counted."""
-        self.bias.zero_()
-        self.load.zero_()
-
-    @property
-    def choice_bias(self) -> Tensor:
-        """What the router adds to its scores for the choice: [E]."""
-        return self.bias
-
-    def count(self, routing: Routing) -> None:
-        """Adds this rank's choices, of all micro-batches of a step."""
-        self.load += count_choices(routing.topk_ids, len(self.load))
-
-    def after_step(self) -> None:
-        """bias_e += speed * sign(mean load - load_e), and counting starts again. In place, for CUDA graphs."""
-        load = self.batch.all_reduce(self.load)
-        self.bias += self.speed * torch.sign(
-            load.sum() - len(load) * load
-        )  # whole numbers: exact on any rank
-        load.zero_()
 
 
 # %% notebooks/09_balance.ipynb #z-loss
