@@ -58,7 +58,7 @@ class BrokenRun:
         inside = {"plugin": PLUGIN, "step": "faulty"} if (faults := list(faults)) else {}
         arguments = flag_arguments(flags | inside)
         of_torchrun = torchrun_flags(nproc, max_restarts=max_restarts)
-        environment = torchrun_environment(of_torchrun, threads=True)
+        environment = torchrun_environment(of_torchrun)
         self.steps = self.folder / "steps"
         self.steps.write_bytes(bytes(STEPS_AT + 8 * nproc))
         environment |= {"EP_STEPS": str(self.steps), "EP_FAULTS": json.dumps(faults)}
@@ -96,7 +96,7 @@ class BrokenRun:
             self.family.note(every_s=0)
             for process in self.family.statuses():
                 with contextlib.suppress(psutil.Error):
-                    if process.environ().get("RANK") == str(rank) and str(LAUNCHER) in process.cmdline():
+                    if process.name() == f"rank {rank}":
                         return process
             time.sleep(0.05)
         raise RuntimeError(f"rank {rank} is not there:\n{self.last_lines()}")

@@ -95,7 +95,7 @@ def test_one_host_meets_on_the_loopback_and_reads_no_pickles(monkeypatch):
 
     monkeypatch.setenv("PET_NNODES", "2")
     flags = torchrun_flags(2)
-    environment = torchrun_environment(flags, threads=True)
+    environment = torchrun_environment(flags)
     monkeypatch.delenv("PET_NNODES")
     for name in [name for name in environment if name.startswith("PET_")]:
         monkeypatch.setenv(name, environment[name])
