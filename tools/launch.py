@@ -259,7 +259,7 @@ def launch(
 
     Raises LaunchError, before anything starts, for a stale launcher, definitions that differ from the kernel's,
     flags that the launcher refuses, a taken port; and where the run fails, with the rank, its cells and its last
-    lines. An interrupt ends every rank within 5 s. Costs about 5 s to start the processes.
+    lines. An interrupt ends every rank within 5 s. Costs about 2 s to start the processes.
     """
     script = Path(script).resolve()
     try:
