@@ -63,7 +63,7 @@ class BrokenPair:
             one.note(every_s=0)
         hosts.ip("-n", self.names[machine], "link", "set", hosts.INTERFACE, "down")
         lost.process.kill()
-        for process in lost.statuses():
+        for process in lost.alive():
             with contextlib.suppress(psutil.Error):  # Linux ends a rank whose torchrun is gone
                 process.kill()
 
@@ -76,7 +76,7 @@ class BrokenPair:
 
     def left(self) -> list[str]:
         """Command lines of processes that have outlived the run, of either machine; empty if all is well."""
-        return [" ".join(p.cmdline()[:3]) for machine in self.machines for p in machine.statuses()]
+        return [" ".join(p.cmdline()[:3]) for machine in self.machines for p in machine.alive()]
 
     def errors(self, machine: int) -> list[str]:
         """The error lines that a machine has printed."""

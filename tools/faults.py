@@ -94,7 +94,7 @@ class BrokenRun:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             self.family.note(every_s=0)
-            for process in self.family.statuses():
+            for process in self.family.alive():
                 with contextlib.suppress(psutil.Error):
                     if process.environ().get("RANK") == str(rank) and str(LAUNCHER) in process.cmdline():
                         return process
@@ -128,7 +128,7 @@ class BrokenRun:
 
     def left(self) -> list[str]:
         """Command lines of processes that have outlived the run; empty if all is well."""
-        return [" ".join(process.cmdline()[:3]) for process in self.family.statuses()]
+        return [" ".join(process.cmdline()[:3]) for process in self.family.alive()]
 
     def log(self) -> list[str]:
         """The lines of train.log, of all attempts."""

@@ -136,7 +136,7 @@ def run_torchrun(
                     output.bar.print(line, sys.stderr)
             if limit_s is not None and now > limit_s:
                 raise TimeoutError
-            if not restarts and output.has_error and len(family.statuses()) < len(family.members):
+            if not restarts and output.has_error and len(family.alive()) < len(family.members):
                 if failed_at is None:
                     failed_at, stopped = now, family.stopped_ranks()
                 if now - failed_at > FAILED_S:
