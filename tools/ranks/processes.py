@@ -41,7 +41,7 @@ class Family:
         if time.monotonic() - self.checked >= every_s:
             self.checked = time.monotonic()
             with contextlib.suppress(psutil.Error):
-                self.members |= psutil.Process(self.process.pid).children(recursive=True)
+                self.members.update(psutil.Process(self.process.pid).children(recursive=True))
 
     def alive(self) -> list[psutil.Process]:
         """The descendants that still live."""
