@@ -57,7 +57,7 @@ class BrokenRun:
         flags = places | {"summary": self.folder / "summary.json"} | flags
         check_flags(flag_arguments(flags))
         of_torchrun = torchrun_flags(nproc, max_restarts=max_restarts)
-        environment = torchrun_environment(of_torchrun, threads=True)
+        environment = torchrun_environment(of_torchrun)
         self.steps.write_bytes(bytes(STEPS_AT + 8 * nproc))
         environment |= {"EP_STEPS": str(self.steps), "EP_FAULTS": json.dumps(faults)}
         with (self.folder / "output").open("wb") as output:
@@ -100,7 +100,7 @@ class BrokenRun:
             self.family.note(every_s=0)
             for process in self.family.alive():
                 with contextlib.suppress(psutil.Error):
-                    if process.environ().get("RANK") == str(rank) and str(LAUNCHER) in process.cmdline():
+                    if process.name() == f"rank {rank}":
                         return process
             return None
 

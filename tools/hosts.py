@@ -128,7 +128,7 @@ def host_flags(number: int, nproc: int = 1) -> list[str]:
 def start_host(namespace: int, number: int, program: list[str], log: Path, nproc: int = 1) -> Family:
     """torchrun inside a namespace. It ends when this process does (tools/ranks/worker.py)."""
     flags = host_flags(number, nproc)
-    environment = torchrun_environment(flags, threads=True)
+    environment = torchrun_environment(flags)
     environment |= {"GLOO_SOCKET_IFNAME": INTERFACE, "TP_SOCKET_IFNAME": INTERFACE}
     environment.pop("TB_LOGDIR", None)  # it would win over --log-dir
     command = "torchrun", log.with_suffix(".json")

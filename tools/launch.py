@@ -38,9 +38,9 @@ from tools.extract import assert_fresh, check_kernel_definitions  # noqa: E402
 from tools.ranks.failures import Interrupted, LaunchError, describe_failure, shown_path  # noqa: E402
 from tools.ranks.flags import (  # noqa: E402
     LAUNCHER,
-    check_flags,
     flag_arguments,
     place_paths,
+    start_environment,
     torchrun_environment,
     torchrun_flags,
 )
@@ -156,16 +156,14 @@ def run_command(
     try:
         scratch = Path(tempfile.mkdtemp(prefix="ep-launch-"))
         with open(scratch / "torchrun.log", "wb") as log:
-            # torchrun reads its modules while the flags are checked, which takes as long.
-            family = start_worker(
-                "torchrun", scratch / "report.json", output=log, environment=dict(os.environ)
-            )
+            what = ("torchrun", scratch / "report.json", script, *place_paths(arguments))
+            family = start_worker(*what, output=log, environment=start_environment())
     except OSError as error:
         raise LaunchError(
             f"cannot write temporary files ({error.strerror}); set TMPDIR", returncode=2
         ) from None
     try:
-        return run_started(family, of_torchrun, arguments, script, scratch, quiet, limit_s)
+        return run_started(family, of_torchrun, place_paths(arguments), script, scratch, quiet, limit_s)
     finally:
         family.end(patience_s=0)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -181,15 +179,18 @@ def run_started(
     limit_s: float | None,
 ) -> dict[str, Any]:
     """run_command, once torchrun is on its way; scratch: a folder for what is only needed while it runs."""
-    flags, arguments = torchrun_flags(**of_torchrun), place_paths(arguments)
-    values = check_flags(arguments, script)
+    checked = family.checked_flags(scratch / "report.json")
+    if "error" in checked:
+        raise LaunchError(*checked["error"], returncode=2)
+    values, nproc = checked["values"], of_torchrun.pop("nproc")
+    flags = torchrun_flags(max(2, checked["num_gpus"]) if nproc is None else nproc, **of_torchrun)
     if not quiet:
         print(shlex.join(["torchrun", *flags, shown_path(script), *arguments]), flush=True)
     given = values.get("log_dir")
     if not given and os.environ.get("TB_LOGDIR"):
         given = os.path.abspath(os.path.expanduser(os.environ["TB_LOGDIR"]))
     log_dir, ranks_dir, made = make_log_folder(given)
-    environment = torchrun_environment(flags, threads=values.get("device") != "cuda")
+    environment = torchrun_environment(flags)
     if not values.get("log_dir"):
         environment["TB_LOGDIR"] = str(log_dir)
     summary = ROOT / values["summary"] if values.get("summary") else scratch / "summary.json"
@@ -258,7 +259,7 @@ def launch(
 
     Raises LaunchError, before anything starts, for a stale launcher, definitions that differ from the kernel's,
     flags that the launcher refuses, a taken port; and where the run fails, with the rank, its cells and its last
-    lines. An interrupt ends every rank within 5 s. Costs about 5 s to start the processes.
+    lines. An interrupt ends every rank within 5 s. Costs about 2 s to start the processes.
     """
     script = Path(script).resolve()
     try:

@@ -20,6 +20,7 @@ from support import ROOT, processes, wait_until
 
 from tools import launch as launching
 from tools.launch import LaunchError, launch
+from tools.ranks.agent import check_script
 from tools.ranks.failures import describe_failure
 from tools.ranks.flags import flag_arguments, place_paths, torchrun_environment, torchrun_flags
 
@@ -32,8 +33,14 @@ SMALL_FLAGS = ["--hidden-dim", "16", "--ffn-dim", "16", "--device", "cpu"]
 
 @pytest.fixture
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun may read its modules, and is told nothing."""
-    monkeypatch.setattr(launching, "start_worker", lambda *_, **__: SimpleNamespace(end=lambda **_: None))
+    """torchrun's process checks the flags, and is told nothing."""
+
+    def start(mode: str, report: Path, script: Path, *arguments: str, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(
+            end=lambda **_: None, checked_flags=lambda _: check_script(str(script), list(arguments))
+        )
+
+    monkeypatch.setattr(launching, "start_worker", start)
     monkeypatch.setattr(launching, "run_torchrun", lambda *_, **__: pytest.fail("started"))
 
 
@@ -95,7 +102,7 @@ def test_one_host_meets_on_the_loopback_and_reads_no_pickles(monkeypatch):
 
     monkeypatch.setenv("PET_NNODES", "2")
     flags = torchrun_flags(2)
-    environment = torchrun_environment(flags, threads=True)
+    environment = torchrun_environment(flags)
     monkeypatch.delenv("PET_NNODES")
     for name in [name for name in environment if name.startswith("PET_")]:
         monkeypatch.setenv(name, environment[name])
@@ -288,8 +295,7 @@ class Shell:
         wait_until(lambda: log.exists() and "[step 00010]" in log.read_text())
 
     def rank(self, number: int) -> psutil.Process:
-        ranks = [p for p in processes(str(self.log_dir)) if "launcher.py" in " ".join(p.cmdline()[:3])]
-        return next(process for process in ranks if process.environ()["RANK"] == str(number))
+        return next(p for p in processes(str(self.log_dir)) if p.name() == f"rank {number}")
 
     def finish(self) -> tuple[int, str, list[str]]:
         """(exit code, output, lines of the message), once no process is left."""
@@ -310,9 +316,7 @@ def test_signals(tmp_path):
     runs = {name: Shell(tmp_path / name, *flags.get(name, [])) for name in names}
     starting = Shell(tmp_path / "starting")
     try:
-        wait_until(
-            lambda: any("RANK" in p.environ() for p in processes(str(starting.log_dir)) if p.is_running())
-        )
+        wait_until(lambda: any(p.name().startswith("rank ") for p in processes(str(starting.log_dir))))
         starting.process.send_signal(signal.SIGINT)
         code, _, lines = starting.finish()
         assert code == 130 and len(lines) == 1 and lines[0].startswith("interrupted: every rank has ended")

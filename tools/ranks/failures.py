@@ -61,6 +61,13 @@ def shown_path(path: str | os.PathLike[str]) -> str:
     return absolute if relative.startswith("..") else relative
 
 
+def clean_message(text: str) -> str:
+    """An error's text on one line, without source paths of the library, addresses and ports."""
+    text = re.sub(r"\[[^\[\]\s]*\.(?:cc|cpp|h|hpp|cu):\d+\] ?", "", " ".join(text.split()))
+    text = re.sub(r"\[[0-9a-fA-F:.]*\]:\d+|\b\d+\.\d+\.\d+\.\d+:\d+", "another rank", text)
+    return text if len(text) <= 400 else text[:400] + " ..."
+
+
 def signal_name(number: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 

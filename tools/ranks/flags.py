@@ -77,15 +77,8 @@ def place_paths(arguments: list[str]) -> list[str]:
     return placed
 
 
-def default_nproc() -> int:
-    """One process a GPU where there are two or more, else two, on the CPU."""
-    import torch
-
-    return max(2, torch.cuda.device_count())
-
-
 def torchrun_flags(
-    nproc: int | None,
+    nproc: int,
     nnodes: int = 1,
     master_port: int | None = None,
     rdzv_endpoint: str | None = None,
@@ -94,7 +87,6 @@ def torchrun_flags(
     max_restarts: int = 0,
 ) -> list[str]:
     """torchrun's own flags. LaunchError where they do not fit together, or the port is taken."""
-    nproc = default_nproc() if nproc is None else nproc
     if max_restarts < 0:
         raise LaunchError(f"max_restarts is {max_restarts}; take 0 or more", returncode=2)
     restarts = [f"--max-restarts={max_restarts}"] * bool(max_restarts)
@@ -121,16 +113,21 @@ def torchrun_flags(
     ]  # fmt: skip
 
 
-def torchrun_environment(flags: list[str], threads: bool) -> dict[str, str]:
-    """The environment for torchrun with these flags; its PET_ variables, which change flags unseen, are left out.
+def start_environment() -> dict[str, str]:
+    """The environment for torchrun's own process; PET_ variables, which change its flags unseen, are left out."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
+    environment.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+    # Whether there is a GPU is asked without using it: the ranks are forked later.
+    return environment | {"PYTHONUNBUFFERED": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+
+
+def torchrun_environment(flags: list[str]) -> dict[str, str]:
+    """The environment for torchrun with these flags.
 
     On one host the ranks meet on the loopback, in a static rendezvous: it asks no name server, waits for nobody, and
     reads no pickles, as the c10d rendezvous of several hosts (and of --standalone) does.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
-    environment |= {"PYTHONUNBUFFERED": "1"}
-    if threads:
-        environment.setdefault("OMP_NUM_THREADS", "1")
+    environment = start_environment()
     if not any(flag.startswith("--nnodes") for flag in flags):
         if sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")

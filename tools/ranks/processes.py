@@ -36,6 +36,17 @@ class Family:
         with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
             pipe.write(json.dumps([arguments, environment]).encode())
 
+    def checked_flags(self, report: Path) -> dict[str, Any]:
+        """What was found of the flags that the process was started with (agent.py): {"values", "num_gpus"} or
+        {"error": lines}. Waits for it.
+        """
+        found = report.with_suffix(".flags")
+        while not found.exists():
+            if self.process.poll() is not None:
+                return {"error": [f"torchrun ended with exit code {self.process.returncode} at its start"]}
+            time.sleep(0.005)
+        return json.loads(found.read_text())
+
     def note(self, every_s: float = 0.5) -> None:
         """Remembers the descendants; looking through all processes is dear, so not at each call."""
         if time.monotonic() - self.checked >= every_s:
@@ -56,9 +67,9 @@ class Family:
         """The ranks that SIGSTOP holds."""
         found = []
         for member in self.alive():
-            with contextlib.suppress(psutil.Error, KeyError):
-                if member.status() == psutil.STATUS_STOPPED:
-                    found.append(int(member.environ()["RANK"]))
+            with contextlib.suppress(psutil.Error):
+                if member.status() == psutil.STATUS_STOPPED and member.name().startswith("rank "):
+                    found.append(int(member.name().removeprefix("rank ")))
         return sorted(found)
 
     def end(self, patience_s: float = STOP_S) -> None:
@@ -98,7 +109,7 @@ def start_worker(
 ) -> Family:
     """tools/ranks/worker.py in a session of its own; it ends when this process does. before: `ip netns exec NAME`.
 
-    torchrun reads its modules, and waits for Family.tell.
+    torchrun reads its modules, checks flags where it is given some, and waits for Family.tell.
     """
     mode, *rest = map(str, arguments)
     return Family(

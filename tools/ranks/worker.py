@@ -1,11 +1,10 @@
 """The process behind a run or a %%ranks cell; nobody starts this file by hand.
 
-    python tools/ranks/worker.py torchrun PARENT REPORT           torchrun, which ends when the process PARENT does
-    python tools/ranks/worker.py ranks PARENT FOLDER              the ranks of one %%ranks cell, described in FOLDER
+    python tools/ranks/worker.py torchrun PARENT REPORT [SCRIPT FLAG...]   torchrun, which ends when PARENT does
+    python tools/ranks/worker.py ranks PARENT FOLDER                       the ranks of one %%ranks cell (FOLDER)
 
-`ranks` imports torch and the launcher once and forks the ranks from there, before any thread or GPU is in use; that
-takes the time of one import, not of one per rank. `torchrun` imports torch while its parent, who may have to do the
-same, still looks at flags; its arguments and environment come on stdin.
+Both import torch once and fork the ranks from there, before any GPU is in use; that takes the time of one import, not
+of one per rank. torchrun's arguments and environment come on stdin.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 import types
@@ -39,52 +37,15 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # in the place of tools/ranks/
 
-from tools.ranks.failures import signal_name  # noqa: E402
-from tools.ranks.processes import end_with_parent  # noqa: E402
+from tools.ranks.agent import run_torchrun  # noqa: E402
+from tools.ranks.failures import clean_message, signal_name  # noqa: E402
 
 CELL_FILE = "%%ranks cell"  # the file name in tracebacks of a cell's body
 CELL_MODULE = "ranks_cell"  # where a cell's classes live
 GRACE_S = 1.0  # what the other ranks get, to fail or end by themselves, once one rank has failed
 
 
-def run_torchrun(parent: int, report: str) -> None:
-    """torchrun, in this process, once it is told what to do; what it records of failures goes to the file `report`."""
-    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-
-    if not (told := sys.stdin.read()):  # the flags were refused, or the parent is gone
-        return
-    arguments, environment = json.loads(told)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the ranks inherit
-    failures, error = [], ""
-    try:
-        run(parse_args(arguments))
-        return
-    except ChildFailedError as failed:
-        failures = [
-            {"rank": rank, "exitcode": failure.exitcode, "time": failure.timestamp}
-            for rank, failure in failed.failures.items()
-        ]
-    except SignalException as stopped:
-        error = f"ended by {signal.Signals(stopped.sigval).name}"
-    except Exception as failed:
-        error = clean_message(f"{type(failed).__name__}: {failed}")
-    Path(report).write_text(json.dumps({"failures": failures, "error": error}))
-    sys.exit(1)
-
-
 # ------------------------------------------------------------------------------------------- one rank of a cell
-
-
-def clean_message(text: str) -> str:
-    """An error's text on one line, without source paths of the library, addresses and ports."""
-    text = re.sub(r"\[[^\[\]\s]*\.(?:cc|cpp|h|hpp|cu):\d+\] ?", "", " ".join(text.split()))
-    text = re.sub(r"\[[0-9a-fA-F:.]*\]:\d+|\b\d+\.\d+\.\d+\.\d+:\d+", "another rank", text)
-    return text if len(text) <= 400 else text[:400] + " ..."
 
 
 COLLECTIVES = ("Communicator.", "Pending.", "as_collective_error")  # whose frames are a collective's own
@@ -325,8 +286,8 @@ def run_ranks(parent: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    mode, parent, first = sys.argv[1:]
+    mode, parent, first, *script = sys.argv[1:]
     if mode == "torchrun":
-        run_torchrun(int(parent), first)
+        run_torchrun(int(parent), first, script)
     else:
         run_ranks(int(parent), Path(first))
