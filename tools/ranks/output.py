@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +142,30 @@ class RankOutput:
         if is_shown and rank not in self.in_report:
             self.show(line.replace(*HERE), sys.stderr)
 
-    def settle(self) -> None:
-        """Puts each rank's files where a person finds them: rank0.out, rank0-restart1.err; empty ones go."""
-        for path, (file, _) in self.files.items():
-            file.close()
-            with contextlib.suppress(OSError):
-                if path.stat().st_size:
-                    again = f"-restart{attempt_of(path)}" if attempt_of(path) else ""
-                    path.replace(self.folder.parent / f"rank{path.parent.name}{again}.{path.stem[3:]}")
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def keep(self, log_dir: Path) -> Path:
+        """Copies all output to a new folder, ranks of log_dir, or a temporary one where nothing can be written there:
+        rank0.out, rank0-restart1.err, torchrun.log; empty files go."""
+        whole = self.folder / "whole"
+        whole.mkdir()
+        for path in [self.folder / "torchrun.log", *self.files]:
+            if path.stat().st_size:
+                again = f"-restart{attempt_of(path)}" if path in self.files and attempt_of(path) else ""
+                name = f"rank{path.parent.name}{again}.{path.stem[3:]}" if path in self.files else path.name
+                path.rename(whole / name)
+        try:
+            kept = new_folder(log_dir / "ranks")
+            shutil.copytree(whole, kept, dirs_exist_ok=True)
+        except OSError:
+            kept = Path(tempfile.mkdtemp(prefix="ep-ranks-"))
+            shutil.copytree(whole, kept, dirs_exist_ok=True)
+        return kept
+
+
+def new_folder(path: Path) -> Path:
+    """Makes a folder that was not there: path, or path-2, path-3, ..."""
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            folder = path.with_name(f"{path.name}-{number}") if number > 1 else path
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError

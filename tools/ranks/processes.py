@@ -115,7 +115,6 @@ def start_worker(
     return Family(
         subprocess.Popen(
             [*before, sys.executable, str(WORKER), mode, str(os.getpid()), *rest],
-            cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE if mode == "torchrun" else subprocess.DEVNULL,
             stdout=output,

@@ -1,6 +1,6 @@
 """The process behind a run or a %%ranks cell; nobody starts this file by hand.
 
-    python tools/ranks/worker.py torchrun PARENT REPORT [SCRIPT FLAG...]   torchrun, which ends when PARENT does
+    python tools/ranks/worker.py torchrun PARENT REPORT [--check FLAG...]   torchrun, which ends when PARENT does
     python tools/ranks/worker.py ranks PARENT FOLDER                       the ranks of one %%ranks cell (FOLDER)
 
 Both import torch once and fork the ranks from there, before any GPU is in use; that takes the time of one import, not
@@ -286,8 +286,8 @@ def run_ranks(parent: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    mode, parent, first, *script = sys.argv[1:]
+    mode, parent, first, *checked = sys.argv[1:]
     if mode == "torchrun":
-        run_torchrun(int(parent), first, script)
+        run_torchrun(int(parent), first, checked)
     else:
         run_ranks(int(parent), Path(first))
