@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "f3ff6aab310d744df15d9cdc68b91a27ab858233113a4007d308dde6ef7c2894"
+SOURCES_SHA256 = "9528532b7c7c9ece9767ae0337c56d251cee7e01f4ca09c73fe81c134dd16f9c"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2053,10 +2053,13 @@ class FlagParser(argparse.ArgumentParser):
 # %% notebooks/05_launch.ipynb #make-parser
 def whole_number(text: str) -> int:
     """An int of 64 bits: a larger one would overflow somewhere, later."""
-    with contextlib.suppress(ValueError):
-        if abs(number := int(text)) < 2**63:
-            return number
-    raise argparse.ArgumentTypeError(f"invalid int value: {text[:40]!r}")
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    if abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError("must be below 2**63")
+    return number
 
 
 def flag_settings(group: type, f: Field) -> dict[str, Any]:
