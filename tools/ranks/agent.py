@@ -28,6 +28,14 @@ from tools.ranks.processes import end_with_parent
 Forked = multiprocessing.get_context("fork").Process
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # Linux, prctl
 
+# torchrun's own settings depend on the GPUs it sees, but no fork can use what a process has opened of a GPU.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+
+
+def replace_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+
 
 def prctl(option: int, value: Any) -> None:
     if sys.platform == "linux":
@@ -93,11 +101,9 @@ class ForkedRank(Forked):
         for number, file in enumerate(self.outputs, 1):
             if file:
                 os.dup2(file.fileno(), number)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
         atexit._clear()  # temporary folders, say, are torchrun's to remove
-        os.environ.clear()
-        os.environ.update(self.environment)
+        replace_environment(self.environment)
         prctl(PR_SET_NAME, f"rank {os.environ['RANK']}".encode())
         try:
             run_script(*self.command)
@@ -147,15 +153,14 @@ def run_torchrun(parent: int, report: str, checked: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
 
     if checked:
         check_in_child(checked[1:], Path(report).with_suffix(".flags"))
     if not (told := sys.stdin.read()):  # the flags were refused, or the parent is gone
         return
     arguments, environment = json.loads(told)
-    os.environ.clear()
-    os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the ranks inherit
 
     # torch's public way to fork ranks, a function in the place of a script, records one failed rank alone, and waits
@@ -170,7 +175,10 @@ def run_torchrun(parent: int, report: str, checked: list[str]) -> None:
     SubprocessHandler._popen = start_rank
     failures, error = [], ""
     try:
-        run(parse_args(arguments))
+        replace_environment(environment | NO_GPU)
+        config, program, words = config_from_args(parse_args(arguments))
+        replace_environment(environment)
+        elastic_launch(config, program)(*words)
         return
     except ChildFailedError as failed:
         failures = [

@@ -64,8 +64,7 @@ def start_environment() -> dict[str, str]:
     """The environment for torchrun's own process; PET_ variables, which change its flags unseen, are left out."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
     environment.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
-    # Whether there is a GPU is asked without using it: the ranks are forked later.
-    return environment | {"PYTHONUNBUFFERED": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    return environment | {"PYTHONUNBUFFERED": "1"}
 
 
 def torchrun_environment(flags: list[str]) -> dict[str, str]:
