@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "4da8e8daa892ef4196463f7e0c7ef56da8be1961b12e26e3b8190d68cadd205b"
+SOURCES_SHA256 = "121babfd5733b5d48f1a10d0e9550028b2de4d1b9ce5a6ddc9a34d4cd99c32d7"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -6895,13 +6895,13 @@ def bench_line(layer: EPMoE, fast: InferenceMoE, x: Tensor, rounds: int) -> dict
 # %% notebooks/13_inference.ipynb #bench-main
 def bench_inference(argv: list[str] | None = None) -> int:
     """Times a layer's forward pass on this machine: as it is in eval mode, and by for_inference. Writes a file."""
-    args = inference_parser().parse_args(argv)
     try:
+        args = inference_parser().parse_args(argv)
         if world_from_env()[1] > 1:
             raise ValueError("bench-inference runs on one rank; several: measure/inference.py --two")
         device = choose_device(args.device)
         config = bench_config(args, device)
-        path = Path(args.output) / f"{device.type}_bench_inference.json"
+        path = Path(args.output).expanduser() / f"{device.type}_bench_inference.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, None)
         layer = EPMoE(config, init_ep(), seed=0, device=device).eval()
