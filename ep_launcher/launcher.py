@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "121babfd5733b5d48f1a10d0e9550028b2de4d1b9ce5a6ddc9a34d4cd99c32d7"
+SOURCES_SHA256 = "c54c4869ae848402972ea995506fdf8f255401f3b06d10ebd987ef7768c73cdc"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -6824,7 +6824,8 @@ def for_inference(
 # %% notebooks/13_inference.ipynb #bench-inference
 def inference_parser() -> FlagParser:
     """The flags of `python -m ep_launcher bench-inference`."""
-    parser = FlagParser(prog="python -m ep_launcher bench-inference", description=bench_inference.__doc__)
+    described = {"prog": "python -m ep_launcher bench-inference", "description": bench_inference.__doc__}
+    parser = FlagParser(**described, allow_abbrev=False)
     sizes = {"num-experts": 16, "top-k": 2, "hidden-dim": 256, "ffn-dim": 1024, "rounds": 50}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
