@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "895aff121f1ddf47300920271b9730dad6f415f30b9737108afb38c1cb1431a3"
+SOURCES_SHA256 = "e62cdb168bc4ae82ed9b7448cef8509e1313ed86231500c1b6405a69182b4684"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -3248,7 +3248,7 @@ class BmmExperts(Experts):
         """padded [L, C, D] -> [L, C, F]: first product and activation; 2 * L * C * D * F operations, 4 if gated."""
         w1, b1, _, _, w3, b3 = self.in_dtype(padded.dtype)
         gate, up = (
-            w if w is None else padded @ w if b is None else torch.baddbmm(b.unsqueeze(1), padded, w)
+            None if w is None else torch.bmm(padded, w) if b is None else torch.baddbmm(b[:, None], padded, w)
             for w, b in ((w1, b1), (w3, b3))
         )
         return self.activation.apply(gate, up)
