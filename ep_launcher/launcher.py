@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "965f1a06d4215d68203c15eaebc9b566af8096e688e4c971dac85849115b71fe"
+SOURCES_SHA256 = "cc712d0359b6926a32037a402f71af27c27426751fc035fc6bf1841c7075124a"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1710,11 +1710,11 @@ class RunLog:
         with self.going_on(), (self.log_dir / "train.log").open("a", encoding="utf-8") as text:
             text.write(line + "\n")
 
-    def show(self, kind: str, step: int, **values: Any) -> None:
-        """For TensorBoard, on rank 0: kind is scalar, histogram or image; `loss__task=0.1` is its `loss/task`."""
+    def show(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """For TensorBoard, on rank 0: {name: value}; kind is scalar, histogram or image."""
         for name, value in values.items() if self.writer else ():
             with self.going_on():
-                getattr(self.writer, f"add_{kind}")(name.replace("__", "/"), value, step)
+                getattr(self.writer, f"add_{kind}")(name, value, step)
 
     def close(self) -> None:
         """Everything to disk."""
@@ -1766,9 +1766,9 @@ class LoadHistory:
         everything before it, and the files would grow with the square of the intervals."""
         if log.writer:
             load = self.rows[-1][:, :-1].double()
-            log.show("histogram", step, load__per_expert=load / load.mean(1, keepdim=True).clamp(min=1))
+            log.show("histogram", step, {"load/per_expert": load / load.mean(1, keepdim=True).clamp(min=1)})
             if len(self.rows).bit_count() == 1:
-                log.show("image", step, load__over_time=self.image())
+                log.show("image", step, {"load/over_time": self.image()})
 
 
 # %% notebooks/04_training.ipynb #step-bytes
@@ -1894,7 +1894,8 @@ class Record:
         self.interval_start = now
         line = f"task={task:.6f} aux={aux:.6f} total={total:.6f} interval_s={seconds:.2f}"
         log.write(f"[step {step:05d}] {line}")
-        log.show("scalar", step, loss__task=task, loss__aux=aux, loss__total=total, time__interval_s=seconds)
+        scalars = {"loss/task": task, "loss/aux": aux, "loss/total": total, "time/interval_s": seconds}
+        log.show("scalar", step, scalars)
         self.history.end_interval(self.run.mesh.batch)
         self.history.show(log, step)
         for show in self.run.config.hooks("show"):
@@ -1912,7 +1913,7 @@ def measured_summary(record: Record) -> dict[str, Any]:
     sent, metadata = batch.all_reduce(torch.tensor([sent, metadata], device=run.device)).tolist()
     record.history.end_interval(batch)
     if run.log.writer:
-        run.log.show("image", run.options.steps, load__over_time=record.history.image())
+        run.log.show("image", run.options.steps, {"load/over_time": record.history.image()})
     tail = torch.stack(record.tail)
     check_finite(tail.sum(0), run.options.steps - 1)
     max_load_over_mean, dropped_fraction = record.history.newest()
@@ -4478,9 +4479,9 @@ def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
 
 def show_routing(log: RunLog, step: int, layer: EPMoE) -> None:
     """TensorBoard's routing/entropy and, where there is one, the bias as histogram routing/bias. Collective."""
-    log.show("scalar", step, routing__entropy=float(mean_entropy(layer.probs, layer.mesh.batch)))
+    log.show("scalar", step, {"routing/entropy": float(mean_entropy(layer.probs, layer.mesh.batch))})
     if layer.balance.choice_bias is not None:
-        log.show("histogram", step, routing__bias=layer.balance.choice_bias)
+        log.show("histogram", step, {"routing/bias": layer.balance.choice_bias})
 
 
 # ==========================================================================================================
@@ -8136,7 +8137,7 @@ class Checkpoints:
             publish(aside, manifest_body(self.run, done, files), self.options.keep_checkpoints)
             num_bytes, seconds = sum(size for size, _ in files.values()), time.perf_counter() - began
             self.run.log.write(f"[{aside.stem}] checkpoint of {num_bytes / 1e6:.1f} MB in {seconds:.2f} s")
-            self.run.log.show("scalar", done, checkpoint__seconds=seconds)
+            self.run.log.show("scalar", done, {"checkpoint/seconds": seconds})
         except OSError as error:
             free = shutil.disk_usage(self.folder).free // 10**6
             told = f"{reason(error)}, {free} MB free"
@@ -8545,7 +8546,7 @@ class TextOptions(Options):
         ):
             loss = held_out_loss(training.model, training.task, self.eval_tokens)
             training.run.log.write(f"[step {training.run.step:05d}] held_out={loss:.6f}")
-            training.run.log.show("scalar", training.run.step, loss__held_out=loss)
+            training.run.log.show("scalar", training.run.step, {"loss/held_out": loss})
             training.notes["summary"] = {"held_out_loss": loss}
 
 

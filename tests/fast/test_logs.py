@@ -17,7 +17,7 @@ def write_much(log: ep.RunLog, before_line_50=lambda: None) -> None:
         if step == 50:
             before_line_50()
         log.write(f"[step {step:05d}]")
-        log.show("histogram", step, load=torch.arange(100.0))
+        log.show("histogram", step, {"load": torch.arange(100.0)})
         if log.writer:
             log.writer.file_writer.event_writer._async_writer._byte_queue.join()  # its thread has tried to write
 
