@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "cc712d0359b6926a32037a402f71af27c27426751fc035fc6bf1841c7075124a"
+SOURCES_SHA256 = "bb897c65781fdc02be3800fbfe99430eb4fc657fcd9fab862327395e864128bb"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -926,11 +926,9 @@ class Experts(Choosable, nn.Module):
         self.fan_in = {"w1": d, "b1": d, "w2": f, "b2": f, "w3": d, "b3": d}
         shapes = {"w1": (d, f), "b1": bias and (f,), "w2": (f, d), "b2": bias and (d,)}
         shapes |= {"w3": gated and (d, f), "b3": gated and bias and (f,)}
+        stacked = functools.partial(torch.empty, dtype=DTYPES[config.dtype], device=device)
         for name, shape in shapes.items():
-            stacked = None
-            if shape:
-                stacked = torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device)
-            self.register_parameter(name, None if stacked is None else nn.Parameter(stacked))
+            self.register_parameter(name, nn.Parameter(stacked(self.num_local, *shape)) if shape else None)
         self.own = slice(self.first_expert, self.first_expert + self.num_local)  # of all experts
         self.own_range = f"{self.own.start}-{self.own.stop - 1}"
         if comm.size > 1:
@@ -1598,10 +1596,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
         return torch.zeros(())
     total = mesh.ep.all_reduce(here.clone()) if here is not None else 0
     norm = (total + (0 if everywhere is None else everywhere)).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
-    for p in model.parameters():
-        if p.grad is not None:
-            p.grad.mul_(scale.to(p.grad.dtype))
+    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm
 
 
