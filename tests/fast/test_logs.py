@@ -65,7 +65,7 @@ def test_a_disk_that_is_full_at_the_start_is_refused(tmp_path, capfd):
 
 def test_the_picture_of_loads_comes_a_dozen_times_in_3000_lines():
     shown, history = [], ep.LoadHistory(1, 4)
-    log = SimpleNamespace(writer=True, show=lambda kind, step, **values: shown.append((kind, step)))
+    log = SimpleNamespace(writer=True, show=lambda kind, step, values: shown.append((kind, step)))
     for step in range(3000):
         history.add(0, torch.tensor([[0, 1]]))
         history.end_interval(ep.Communicator.alone())
