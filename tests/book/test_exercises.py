@@ -9,12 +9,12 @@ import json
 import pytest
 import torch
 from support import ROOT
+from tools.exercises.meeting import Meeting
 from wrong_answers import WRONG, cells_tagged, source_of, split_solution
 
 from ep_launcher import launcher
 from tools.exercises import check_dispatcher, check_experts, check_overflow
 from tools.exercises.dispatcher import trace_dispatcher
-from tools.exercises.meeting import Meeting
 from tools.ranks import run_cell_on_ranks
 
 NOTEBOOKS = {

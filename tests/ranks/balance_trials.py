@@ -188,8 +188,9 @@ PLAIN = ((False, 1), (True, 4))  # normalize and groups of the variants that run
 
 
 def fitting(variant: tuple, dtype: str, name: str, mesh: ep.Mesh, device: torch.device) -> list[str]:
-    """The dispatchers that a case is tried with: all that can run here on `uneven`, else auto's."""
-    if (dtype, name) != ("float64", "uneven") or variant[2:] not in PLAIN:
+    """The dispatchers that a case is tried with: all that can run here on `uneven`, with each router and the bias,
+    else auto's; what else a balance does, no dispatcher sees."""
+    if (dtype, name, variant[1]) != ("float64", "uneven", "bias") or variant[2:] not in PLAIN:
         return ["auto"]
     some = ep.MoEConfig(dtype=dtype)
     kinds = ep.REGISTRIES["dispatcher"].items()
@@ -220,7 +221,6 @@ def parity_on(mesh: ep.Mesh, chosen: list[tuple[tuple, str, str]]) -> list[dict]
                     "dtype": dtype, "dispatcher": dispatcher, "limit": LIMITS[dtype],
                     "errors": {q: max(f["errors"][q] for f in facts) for q in facts[0]["errors"]},
                     "rows_received": [f["rows_received"] for f in facts],
-                    "experts_without_rows": known[name]["experts_without_rows"],
                 }
             )  # fmt: skip
     return results
