@@ -172,14 +172,14 @@ def make_config(
 
 def plan(world_size: int, num_groups: int) -> list[tuple[tuple, str, str]]:
     """(variant, dtype, case): every variant in float64 on a few cases, or on one where ranks are fewer than four or
-    num_groups groups hold all experts each; those that differ most on all cases; low precision on one."""
+    num_groups groups hold all experts each; those that differ most on all cases, and in low precision on one."""
     found = []
     for variant, name in product(VARIANTS, plain_cases(world_size)):
         few = FEW_CASES if (world_size, num_groups) == (4, 1) else ("uneven",)
         is_plain = variant[2:] in PLAIN and num_groups == 1
         if name in few or is_plain:
             found.append((variant, "float64", name))
-        if name == "uneven" and num_groups == 1:
+        if name == "uneven" and is_plain:
             found += [(variant, dtype, name) for dtype in LIMITS if dtype != "float64"]
     return found
 

@@ -38,14 +38,11 @@ from tools.parity import (  # noqa: E402
 )
 
 FACTORS = {"drop": 0.8, "reroute": 1.1}
-LOW_PRECISION = (
-    "even",
+SPARSE = (
     "uneven",
     "rank_without_tokens",
     "all_to_one_expert",
-    "one_expert_a_rank",
-)  # float64: all
-SPARSE = ("uneven", "rank_without_tokens", "all_to_one_expert")  # where the experts' rows differ most
+)  # where rows differ most; all that low precision runs
 
 
 def slow_capacity(num_tokens: int, config: MoEConfig, factor: str) -> int:
@@ -175,13 +172,15 @@ def limited_cases(world_size: int) -> dict[str, dict]:
 
 def cases_of(is_first: bool, policy: dict, dtype: str, names: list[str]) -> list[str]:
     """The cases of a kind, the choices being the same for all: the first without fixed buffers and the first with them
-    run all, the others, to whom the order of dropping is all one, those that differ for them; low precision runs what
+    run all. The others, to whom order and scope are all one, run those that differ for them; low precision runs what
     rounding may change."""
-    if is_first:
-        return [name for name in names if dtype == "float64" or name in LOW_PRECISION]
-    if policy["drop_order"] != "probs":
+    if not is_first and (policy["drop_order"], policy["capacity_scope"], dtype) != (
+        "probs",
+        "local",
+        "float64",
+    ):
         return []
-    return [name for name in names if name in (SPARSE if dtype == "float64" else SPARSE[:1])]
+    return [name for name in names if name in SPARSE or (is_first and dtype == "float64")]
 
 
 def run_all(
