@@ -80,6 +80,13 @@ def test_the_cases_are_what_they_say(results):
             assert r["rows_received"][-1] == 0
 
 
+def test_nan_is_over_every_limit():
+    nan, good = torch.tensor([1.0, float("nan")]), torch.ones(2)
+    for pair in ((nan, good), (good, nan), (nan, torch.zeros(2))):
+        assert parity.relative_error(*pair) == float("inf")
+    assert parity.relative_error(torch.ones(4), torch.zeros(4)) == 2
+
+
 SAYS = {
     "gradient": "over the limit: even float64",
     "byte": "bytes predicted",

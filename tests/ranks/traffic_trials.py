@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from exchange_trials import nothing_arrives
 from parity_trials import run_broken, wanted
-from trials import trial
+from trials import train, trial
 
 from ep_launcher import launcher as ep
 from tools.parity import LIMITS, run_suite
@@ -58,6 +58,16 @@ def nothing(mesh: ep.Mesh, folder: Path) -> None:
     """Rank 1 has no tokens, and its experts get no rows."""
     for name in ("gather_tokens", "dedup", "two_stage"):
         nothing_arrives(mesh, name, (ep.TrafficOptions(ranks_per_host=1 if name == "two_stage" else None),))
+
+
+@trial(4)
+def refused(mesh: ep.Mesh, folder: Path) -> str:
+    """What a run says whose ranks do not fill their machines."""
+    try:
+        train(["--dispatcher", "two_stage", "--ranks-per-host", "3", "--steps", "2"])
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def choices(rank: int, local: int) -> torch.Tensor:
