@@ -182,4 +182,6 @@ def run_torchrun(parent: int, report: str, checked: list[str]) -> None:
     except Exception as failed:
         error = clean_message(f"{type(failed).__name__}: {failed}")
     Path(report).write_text(json.dumps({"failures": failures, "error": error}))
+    for rank in multiprocessing.active_children():  # or the end of this process would wait for them
+        rank.kill()
     sys.exit(1)
