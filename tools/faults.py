@@ -127,7 +127,10 @@ class BrokenRun:
         return self.family.process.poll()
 
     def left(self) -> list[str]:
-        """Command lines of processes that have outlived the run; empty if all is well."""
+        """Command lines of processes that outlive the run by 2 s; empty if all is well."""
+        deadline = time.monotonic() + 2
+        while self.family.alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
         return [" ".join(process.cmdline()[:3]) for process in self.family.alive()]
 
     def log(self) -> list[str]:
