@@ -60,10 +60,15 @@ class BrokenRun:
         environment = torchrun_environment(of_torchrun)
         self.steps.write_bytes(bytes(STEPS_AT + 8 * nproc))
         environment |= {"EP_STEPS": str(self.steps), "EP_FAULTS": json.dumps(faults)}
+        command = [
+            "torchrun",
+            self.folder / "report.json",
+            *of_torchrun,
+            LAUNCHER,
+            *flag_arguments(flags | inside),
+        ]
         with (self.folder / "output").open("wb") as output:
-            report = self.folder / "report.json"
-            self.family = start_worker("torchrun", report, output=output, environment=environment)
-        self.family.tell([*of_torchrun, str(LAUNCHER), *flag_arguments(flags | inside)], environment)
+            self.family = start_worker(*command, output=output, environment=environment)
 
     def __enter__(self) -> BrokenRun:
         return self
@@ -128,10 +133,8 @@ class BrokenRun:
 
     def left(self) -> list[str]:
         """Command lines of processes that outlive the run by 2 s; empty if all is well."""
-        deadline = time.monotonic() + 2
-        while self.family.alive() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return [" ".join(process.cmdline()[:3]) for process in self.family.alive()]
+        _, left = psutil.wait_procs(self.family.alive(), timeout=2)
+        return [" ".join(process.cmdline()[:3]) for process in left]
 
     def log(self) -> list[str]:
         """The lines of train.log, of all attempts."""

@@ -131,11 +131,9 @@ def start_host(namespace: int, number: int, program: list[str], log: Path, nproc
     environment = torchrun_environment(flags)
     environment |= {"GLOO_SOCKET_IFNAME": INTERFACE, "TP_SOCKET_IFNAME": INTERFACE}
     environment.pop("TB_LOGDIR", None)  # it would win over --log-dir
-    command = "torchrun", log.with_suffix(".json")
+    command = ["torchrun", log.with_suffix(".json"), *flags, *program]
     with open(log, "wb") as file:
-        host = start_worker(*command, output=file, environment=environment, before=inside(namespace))
-    host.tell([*flags, *program], environment)
-    return host
+        return start_worker(*command, output=file, environment=environment, before=inside(namespace))
 
 
 def wait_for(hosts: list[Family], limit_s: float, other_s: float = OTHER_HOST_S) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import importlib.machinery
-import json
 import multiprocessing
 import os
 import signal
@@ -23,7 +22,7 @@ from typing import Any
 
 from tools.ranks.failures import LaunchError, clean_message
 from tools.ranks.flags import check_flags
-from tools.ranks.processes import end_with_parent
+from tools.ranks.processes import end_with_parent, write_whole
 
 Forked = multiprocessing.get_context("fork").Process
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # Linux, prctl
@@ -38,7 +37,7 @@ def prctl(option: int, value: Any) -> None:
 
 
 def check_arguments(arguments: list[str]) -> dict[str, Any]:
-    """What a run's parent has to know of its flags: {"values", "num_gpus"}, or {"error": lines}. A plugin runs here."""
+    """{"values": of the launcher's flags, "num_gpus"}, or {"error": lines}. A plugin runs here."""
     import torch
 
     try:
@@ -51,23 +50,24 @@ def check_arguments(arguments: list[str]) -> dict[str, Any]:
         return {"error": [said, f"  {frame.filename}, line {frame.lineno}: {frame.line}"]}
 
 
-def check_in_child(arguments: list[str], path: Path) -> None:
-    """Writes what check_arguments finds to path, from a process of its own: a plugin may touch a GPU, or end it."""
-    aside = path.with_suffix(".part")
+def check_in_child(arguments: list[str]) -> dict[str, Any]:
+    """check_arguments in a process of its own: a plugin may touch a GPU, or end it."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
 
     def check() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for number in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        aside.write_text(json.dumps(check_arguments(arguments)))
+        theirs.send(check_arguments(arguments))
 
     child = Forked(target=check)
     child.start()
-    child.join()
-    if not aside.exists():
-        said = f"the plugin ended its process while it was read ({child.exitcode})"
-        aside.write_text(json.dumps({"error": [said]}))
-    aside.replace(path)
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        child.join()
+        return {"error": [f"the plugin ended its process while it was read ({child.exitcode})"]}
 
 
 # ------------------------------------------------------------------------------------------- ranks
@@ -138,10 +138,11 @@ def run_script(script: str, *arguments: str) -> None:
 # ------------------------------------------------------------------------------------------- torchrun
 
 
-def run_torchrun(parent: int, report: str, checked: list[str]) -> None:
-    """torchrun, in this process, once it is told what to do; what it records of failures goes to the file `report`.
+def run_torchrun(parent: int, report: str, *arguments: str) -> None:
+    """torchrun with these arguments, in this process; what it records of failures goes to the file `report`.
 
-    checked: "--check" and flags of the launcher to check ahead (`report` with the ending .flags); or nothing.
+    "--check" before them: the script is a launcher. Its flags are checked first, and what comes of it stands in
+    `report` with the ending .flags; torchrun's --nproc_per_node=auto is one rank a GPU, or two.
     """
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -149,14 +150,14 @@ def run_torchrun(parent: int, report: str, checked: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
     from torch.distributed.run import parse_args, run
 
-    if checked:
-        check_in_child(checked[1:], Path(report).with_suffix(".flags"))
-    if not (told := sys.stdin.read()):  # the flags were refused, or the parent is gone
-        return
-    arguments, environment = json.loads(told)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the ranks inherit
+    options = parse_args([word for word in arguments if word != "--check"])
+    if "--check" in arguments:
+        found = check_in_child(options.training_script_args)
+        if options.nproc_per_node == "auto":
+            options.nproc_per_node = str(max(2, found.get("num_gpus", 0)))
+        write_whole(Path(report).with_suffix(".flags"), found | {"nproc": options.nproc_per_node})
+        if "error" in found:
+            return
 
     # torch's public way to fork ranks, a function in the place of a script, records one failed rank alone, and waits
     # for ever for a rank that leaves by os._exit(0). A command of another program (numactl) is started as it is.
@@ -170,7 +171,7 @@ def run_torchrun(parent: int, report: str, checked: list[str]) -> None:
     SubprocessHandler._popen = start_rank
     failures, error = [], ""
     try:
-        run(parse_args(arguments))
+        run(options)
         return
     except ChildFailedError as failed:
         failures = [
@@ -181,7 +182,7 @@ def run_torchrun(parent: int, report: str, checked: list[str]) -> None:
         error = f"ended by {signal.Signals(stopped.sigval).name}"
     except Exception as failed:
         error = clean_message(f"{type(failed).__name__}: {failed}")
-    Path(report).write_text(json.dumps({"failures": failures, "error": error}))
+    write_whole(Path(report), {"failures": failures, "error": error})
     for rank in multiprocessing.active_children():  # or the end of this process would wait for them
         rank.kill()
     sys.exit(1)

@@ -1,10 +1,10 @@
 """The process behind a run or a %%ranks cell; nobody starts this file by hand.
 
-    python tools/ranks/worker.py torchrun PARENT REPORT [--check FLAG...]   torchrun, which ends when PARENT does
-    python tools/ranks/worker.py ranks PARENT FOLDER                       the ranks of one %%ranks cell (FOLDER)
+    python tools/ranks/worker.py torchrun PARENT REPORT ARGUMENT...   torchrun, which ends when PARENT does: agent.py
+    python tools/ranks/worker.py ranks PARENT FOLDER                  the ranks of one %%ranks cell, described in FOLDER
 
 Both import torch once and fork the ranks from there, before any GPU is in use; that takes the time of one import, not
-of one per rank. torchrun's arguments and environment come on stdin.
+of one per rank.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ if __name__ == "__main__":
 
 from tools.ranks.agent import run_torchrun  # noqa: E402
 from tools.ranks.failures import clean_message, signal_name  # noqa: E402
+from tools.ranks.processes import write_whole  # noqa: E402
 
 CELL_FILE = "%%ranks cell"  # the file name in tracebacks of a cell's body
 CELL_MODULE = "ranks_cell"  # where a cell's classes live
@@ -276,9 +277,7 @@ def run_ranks(parent: int, folder: Path) -> None:
     ranks = Ranks(spec, folder, launcher)
     try:
         ranks.wait(time.monotonic() + spec["timeout_s"], lambda: bool(stopped) or os.getppid() != parent)
-        problems = json.dumps(ranks.problems(spec["timeout_s"]))
-        (folder / "problems.part").write_text(problems)
-        (folder / "problems.part").replace(folder / "problems.json")
+        write_whole(folder / "problems.json", ranks.problems(spec["timeout_s"]))
     finally:
         ranks.end()
     if os.getppid() != parent:
@@ -286,8 +285,8 @@ def run_ranks(parent: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    mode, parent, first, *checked = sys.argv[1:]
+    mode, parent, first, *arguments = sys.argv[1:]
     if mode == "torchrun":
-        run_torchrun(int(parent), first, checked)
+        run_torchrun(int(parent), first, *arguments)
     else:
         run_ranks(int(parent), Path(first))
