@@ -19,6 +19,11 @@ from tools.ranks import ByRank, RanksError
 WORKER = str(ROOT / "tools" / "ranks" / "worker.py")  # of this checkout: others may run beside it
 
 
+def ranks_left() -> list[psutil.Process]:
+    """All but the process that waits for the next cell."""
+    return [process for process in processes(WORKER) if process.ppid() != os.getpid()]
+
+
 @pytest.fixture(scope="module")
 def shell():
     shell = InteractiveShell.instance()
@@ -174,7 +179,7 @@ def test_ranks_names_what_failed(shell, line, body, says, capsys):
         run_cell(shell, f"%%ranks {line} --device cpu\n{body}")
     assert len(caught.value.lines) == 1 and re.fullmatch(says, caught.value.lines[0])
     assert "Traceback" not in capsys.readouterr().out
-    assert not processes(WORKER)
+    assert not ranks_left()
 
 
 def test_ranks_refuses_and_expects(shell, capsys):
@@ -213,7 +218,7 @@ def test_interrupting_ranks_ends_them(shell, tmp_path):
         run_cell(
             shell, f"%%ranks 2\nPath({str(tmp_path / 'started')!r}).touch()\nimport time; time.sleep(60)"
         )
-    wait_until(lambda: not processes(WORKER))
+    wait_until(lambda: not ranks_left())
     thread.join()
 
 
@@ -230,4 +235,4 @@ def test_no_rank_outlives_a_killed_kernel(killed, tmp_path):
     for process in [psutil.Process(kernel.pid), *workers[: killed == "worker too"]]:
         process.kill()
     kernel.wait()
-    wait_until(lambda: not processes(WORKER))
+    wait_until(lambda: not ranks_left())

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +97,16 @@ def interrupt(*_: Any) -> None:
 
 
 def start_worker(
-    *arguments: Any, output: Any, environment: dict[str, str], before: tuple[str, ...] = ()
+    *arguments: Any,
+    output: Any,
+    environment: dict[str, str],
+    before: Sequence[str] = (),
+    stdin: int = subprocess.DEVNULL,
 ) -> Family:
     """tools/ranks/worker.py in a session of its own; it ends when this process does. before: `nsenter --net=...`."""
     mode, *rest = map(str, arguments)
     command = [*before, sys.executable, str(WORKER), mode, str(os.getpid()), *rest]
-    streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+    streams = {"stdin": stdin, "stdout": output, "stderr": output}
     return Family(subprocess.Popen(command, env=environment, start_new_session=True, **streams))
 
 

@@ -1,7 +1,7 @@
 """The process behind a run or a %%ranks cell; nobody starts this file by hand.
 
     python tools/ranks/worker.py torchrun PARENT REPORT ARGUMENT...   torchrun, which ends when PARENT does: agent.py
-    python tools/ranks/worker.py ranks PARENT FOLDER                  the ranks of one %%ranks cell, described in FOLDER
+    python tools/ranks/worker.py ranks PARENT                         the ranks of all %%ranks cells of a kernel
 
 Both import torch once and fork the ranks from there, before any GPU is in use; that takes the time of one import, not
 of one per rank.
@@ -264,29 +264,41 @@ class Ranks:
             process.join()
 
 
-def run_ranks(parent: int, folder: Path) -> None:
-    """The worker of one %%ranks cell: forks, waits, reports. Ends all ranks when it, or the kernel, is ended."""
+def run_ranks(parent: int, folder: Path, launcher: Any) -> None:
+    """One %%ranks cell: forks, waits, ends all ranks, and then reports."""
     spec = json.loads((folder / "spec.json").read_text())
     os.chdir(spec["cwd"])
-    warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # as Python 3.12 puts it
-    from ep_launcher import launcher
-
-    stopped: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: stopped.append(n))
     ranks = Ranks(spec, folder, launcher)
     try:
-        ranks.wait(time.monotonic() + spec["timeout_s"], lambda: bool(stopped) or os.getppid() != parent)
-        write_whole(folder / "problems.json", ranks.problems(spec["timeout_s"]))
+        ranks.wait(time.monotonic() + spec["timeout_s"], lambda: os.getppid() != parent)
+        problems = ranks.problems(spec["timeout_s"])
     finally:
         ranks.end()
+    write_whole(folder / "problems.json", problems)
     if os.getppid() != parent:
         shutil.rmtree(folder, ignore_errors=True)  # the kernel that made it is gone
 
 
+def leave(*_: Any) -> None:
+    for rank in multiprocessing.active_children():
+        rank.kill()
+    os._exit(1)
+
+
+def serve_cells(parent: int) -> None:
+    """Runs one cell after the other, whose folders come on stdin; ends when the kernel does, which closes that."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+    warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # as Python 3.12 puts it
+    from ep_launcher import launcher
+
+    for line in sys.stdin:
+        run_ranks(parent, Path(line.rstrip("\n")), launcher)
+
+
 if __name__ == "__main__":
-    mode, parent, first, *arguments = sys.argv[1:]
+    mode, parent, *arguments = sys.argv[1:]
     if mode == "torchrun":
-        run_torchrun(int(parent), first, *arguments)
+        run_torchrun(int(parent), *arguments)
     else:
-        run_ranks(int(parent), Path(first))
+        serve_cells(int(parent))
