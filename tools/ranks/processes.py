@@ -55,14 +55,21 @@ class Family:
                     found.append(member)
         return found
 
-    def stopped_ranks(self) -> list[int]:
-        """The ranks that SIGSTOP holds."""
-        found = []
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The ranks that live, which are called that (agent.py)."""
+        self.note(every_s=0)
+        found = {}
         for member in self.alive():
             with contextlib.suppress(psutil.Error):
-                if member.status() == psutil.STATUS_STOPPED and member.name().startswith("rank "):
-                    found.append(int(member.name().removeprefix("rank ")))
-        return sorted(found)
+                if member.name().startswith("rank "):
+                    found[int(member.name().removeprefix("rank "))] = member
+        return found
+
+    def stopped_ranks(self) -> list[int]:
+        """Those that SIGSTOP holds."""
+        with contextlib.suppress(psutil.Error):
+            return sorted(rank for rank, one in self.ranks().items() if one.status() == psutil.STATUS_STOPPED)
+        return []
 
     def end(self, patience_s: float = STOP_S) -> None:
         """SIGTERM to the process, which ends its ranks; after patience_s SIGKILL to all that is left."""

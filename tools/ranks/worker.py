@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import ctypes
 import faulthandler
 import inspect
 import io
@@ -37,7 +36,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # in the place of tools/ranks/
 
-from tools.ranks.agent import run_torchrun  # noqa: E402
+from tools.ranks.agent import PR_SET_PDEATHSIG, Forked, prctl, run_torchrun  # noqa: E402
 from tools.ranks.failures import clean_message, signal_name  # noqa: E402
 from tools.ranks.processes import write_whole  # noqa: E402
 
@@ -52,8 +51,9 @@ GRACE_S = 1.0  # what the other ranks get, to fail or end by themselves, once on
 COLLECTIVES = ("Communicator.", "Pending.", "as_collective_error")  # whose frames are a collective's own
 
 
-def describe_error(error: BaseException, launcher_file: str, sent: dict[str, Any]) -> dict[str, Any]:
+def describe_error(error: BaseException, sent: dict[str, Any]) -> dict[str, Any]:
     """{"line": of the cell or None, "what": type and message, "where": innermost cell of the launcher or ""}."""
+    from ep_launcher import launcher
     from tools.extract import cell_of
 
     if isinstance(error, SyntaxError) and error.filename == CELL_FILE:
@@ -65,7 +65,7 @@ def describe_error(error: BaseException, launcher_file: str, sent: dict[str, Any
             line = number
         elif name in sent:
             where = f"{name}, line {number}, in {function}"
-        elif name == launcher_file and not function.startswith(COLLECTIVES):
+        elif name == launcher.__file__ and not function.startswith(COLLECTIVES):
             where = f"{cell_of(name, number) or 'launcher.py'}, in {function}"
     message = clean_message(str(error))
     return {"line": line, "what": type(error).__name__ + (f": {message}" if message else ""), "where": where}
@@ -92,10 +92,12 @@ def redirect_output(folder: Path, rank: int) -> None:
     warnings.showwarning = lambda message, category, *_, **__: print(f"{category.__name__}: {message}")
 
 
-def start_group(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) -> tuple[Any, Any]:
+def start_group(spec: dict[str, Any], rank: int, folder: Path) -> tuple[Any, Any]:
     """(this rank's device, the process group or None at world size 1)."""
     import torch
     import torch.distributed as dist
+
+    from ep_launcher import launcher
 
     device = launcher.choose_device(spec["device"])
     if device.type == "cuda":
@@ -135,11 +137,13 @@ def run_source(source: str, filename: str, scope: dict[str, Any], only: Sequence
         exec(code, scope)
 
 
-def execute_cell(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) -> None:
+def execute_cell(spec: dict[str, Any], rank: int, folder: Path) -> None:
     """Runs the definitions sent along, then the body; saves CPU copies of the names to collect."""
     import torch
 
-    device, group = start_group(spec, rank, folder, launcher)
+    from ep_launcher import launcher
+
+    device, group = start_group(spec, rank, folder)
     torch.manual_seed(0)
     module = sys.modules[CELL_MODULE] = types.ModuleType(CELL_MODULE)  # dataclasses and pickle look there
     scope = vars(module)
@@ -163,10 +167,9 @@ def execute_cell(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) -
         ) from None
 
 
-def run_rank(spec: dict[str, Any], rank: int, folder: Path, launcher: Any, ended: Connection) -> None:
+def run_rank(spec: dict[str, Any], rank: int, folder: Path, ended: Connection) -> None:
     """One rank, from the fork on. Stays alive, its connections open, until the worker ends it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the worker
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives the worker
     if os.getppid() != multiprocessing.parent_process().pid:
         return
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -177,10 +180,11 @@ def run_rank(spec: dict[str, Any], rank: int, folder: Path, launcher: Any, ended
     faulthandler.register(signal.SIGUSR1, file=open(folder / f"rank{rank}.where", "w"), all_threads=True)
     failure = None
     try:
-        execute_cell(spec, rank, folder, launcher)
+        execute_cell(spec, rank, folder)
     except BaseException as error:
-        if not (isinstance(error, SystemExit) and error.code in (None, 0)):
-            failure = describe_error(error, launcher.__file__, spec["sent"])
+        is_over = isinstance(error, SystemExit) and error.code in (None, 0) and not spec["collect"]
+        if not is_over:
+            failure = describe_error(error, spec["sent"])
     ended.send(failure)
     while True:
         signal.pause()
@@ -192,14 +196,13 @@ def run_rank(spec: dict[str, Any], rank: int, folder: Path, launcher: Any, ended
 class Ranks:
     """The worker's view of its ranks. ended: {rank: failure or None}, of those that have left the cell."""
 
-    def __init__(self, spec: dict[str, Any], folder: Path, launcher: Any) -> None:
+    def __init__(self, spec: dict[str, Any], folder: Path) -> None:
         self.folder, self.processes, self.pipes, self.ended = folder, [], [], {}
-        context = multiprocessing.get_context("fork")
         for rank in range(spec["nproc"]):
-            ours, theirs = context.Pipe(duplex=False)
-            arguments = spec, rank, folder, launcher, theirs
+            ours, theirs = multiprocessing.Pipe(duplex=False)
+            arguments = spec, rank, folder, theirs
             self.pipes.append(ours)
-            self.processes.append(context.Process(target=run_rank, args=arguments))
+            self.processes.append(Forked(target=run_rank, args=arguments))
             self.processes[-1].start()
             theirs.close()
 
@@ -264,11 +267,11 @@ class Ranks:
             process.join()
 
 
-def run_ranks(parent: int, folder: Path, launcher: Any) -> None:
+def run_ranks(parent: int, folder: Path) -> None:
     """One %%ranks cell: forks, waits, ends all ranks, and then reports."""
     spec = json.loads((folder / "spec.json").read_text())
     os.chdir(spec["cwd"])
-    ranks = Ranks(spec, folder, launcher)
+    ranks = Ranks(spec, folder)
     try:
         ranks.wait(time.monotonic() + spec["timeout_s"], lambda: os.getppid() != parent)
         problems = ranks.problems(spec["timeout_s"])
@@ -290,10 +293,10 @@ def serve_cells(parent: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)
     warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # as Python 3.12 puts it
-    from ep_launcher import launcher
+    import ep_launcher.launcher  # noqa: F401  # which the ranks then have
 
     for line in sys.stdin:
-        run_ranks(parent, Path(line.rstrip("\n")), launcher)
+        run_ranks(parent, Path(line.rstrip("\n")))
 
 
 if __name__ == "__main__":
