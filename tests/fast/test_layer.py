@@ -261,12 +261,6 @@ def test_rows_that_nobody_may_read_reach_no_token_and_no_gradient(experts):
         assert torch.equal(plain, beside_nan)
 
 
-@pytest.mark.parametrize("tokens, ranks", [(64, 4), (9, 4), (1, 2), (0, 2)])
-def test_shards_are_tensor_splits(tokens, ranks):
-    expected = [len(piece) for piece in torch.arange(tokens).tensor_split(ranks)]
-    assert ep.shard_sizes(tokens, ranks) == expected
-
-
 def test_every_option_is_a_flag_with_help():
     text = ep.make_parser().format_help()
     for flag in ("--num-experts", "--top-k", "--hidden-dim", "--ffn-dim", "--max-num-tokens", "--dispatcher",
