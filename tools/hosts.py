@@ -53,13 +53,8 @@ class TwoHosts:
 def hold_namespace() -> subprocess.Popen:
     """A process in a new namespace, which lives as long as it, and it as long as this one. HostsUnavailable where
     that is forbidden."""
-    command = [
-        "unshare",
-        "--net",
-        "sh",
-        "-c",
-        "echo here; exec cat",
-    ]  # cat ends when nobody can write to it any more
+    # It reads from this process, and so ends with it. The last word is its name in a list of processes.
+    command = ["unshare", "--net", "sh", "-c", "echo here; read -r end", "ep-hosts-namespace"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     try:
         holder = subprocess.Popen(command, **pipes, text=True, start_new_session=True)
