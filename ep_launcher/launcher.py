@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "f3ff6aab310d744df15d9cdc68b91a27ab858233113a4007d308dde6ef7c2894"
+SOURCES_SHA256 = "4b04af4244292197d6dedfacd88592aa7f04e6f5ae6372334369c7fac9bea8a5"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1182,16 +1182,16 @@ class EPMoE(nn.Module):
         """
         check_tokens(x, self.config)
         refuse_wrappers(self)
-        kind, forward = x.device.type, type(self).forward_tokens
         # On several ranks torch.compile leaves it alone, since ranks must enter collectives alike. disable() imports
         # the compiler: not before somebody compiles.
         if self.mesh.ep.size > 1 and torch.compiler.is_compiling():
-            forward = torch.compiler.disable(forward)
+            return torch.compiler.disable(type(self).forward)(self, x)
+        kind, tokens = x.device.type, x.reshape(-1, x.shape[-1])
         if x.is_meta or not torch.is_autocast_enabled(kind):
-            return forward(self, x.reshape(-1, x.shape[-1])).view(x.shape)
-        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+            return self.overlap.forward(self, tokens, self.route(tokens)).view(x.shape)
+        tokens = tokens if x.dtype == torch.float64 else tokens.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            return forward(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+            return self.overlap.forward(self, tokens, self.route(tokens)).view(x.shape)
 
     def route(self, x: Tensor) -> Routing:
         """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
@@ -1205,10 +1205,6 @@ class EPMoE(nn.Module):
             routing = after_routing(routing, self.config, self.mesh.batch)
         self.topk_ids, self.probs = routing.topk_ids, routing.probs.detach()
         return routing
-
-    def forward_tokens(self, x: Tensor) -> Tensor:
-        """x [T, D] -> y [T, D]."""
-        return self.overlap.forward(self, x, self.route(x))
 
 
 # %% notebooks/03_experts.ipynb #options
@@ -1455,11 +1451,6 @@ def make_teacher(config: MoEConfig, seed: int) -> Tensor:
 
 
 # %% notebooks/04_training.ipynb #token-stream
-def shard_sizes(num_tokens: int, world_size: int) -> list[int]:
-    """How many tokens each rank takes, as torch.tensor_split shares them: the first ranks take one more."""
-    return [num_tokens // world_size + (rank < num_tokens % world_size) for rank in range(world_size)]
-
-
 def mean_squared_error(y: Tensor, target: Tensor, num_global_tokens: int) -> Tensor:
     """y, target [T, D] -> this rank's share of the mean over the global batch, float32 or wider; 0 without tokens."""
     wide = torch.promote_types(y.dtype, torch.float32)
@@ -1787,19 +1778,14 @@ class LoadHistory:
 
 
 # %% notebooks/04_training.ipynb #step-bytes
-def every_ranks_ids(topk_ids: Tensor, comm: Communicator) -> list[Tensor]:
-    """topk_ids int64 [T, K] -> every rank's, by rank, on the CPU. Collective; under the meter's name `metadata`."""
-    own_length = torch.tensor([len(topk_ids)], device=topk_ids.device)
+def bytes_of_layer(layer: EPMoE, topk_ids: Tensor, x_needs_grad: bool = True) -> dict[str, Tensor]:
+    """This rank's topk_ids [T, K] -> the dispatcher's prediction from every rank's, {pass: bytes [W, W]}, summed over
+    the parts into which the layer cuts its tokens (chapter 12; mostly one). Collective."""
+    comm, own_length = layer.mesh.ep, torch.tensor([len(topk_ids)], device=topk_ids.device)
     lengths = comm.all_gather(own_length, "metadata").flatten().tolist()
     padded = F.pad(topk_ids, (0, 0, 0, max(lengths) - len(topk_ids)))
-    gathered = comm.all_gather(padded, "metadata").cpu()
-    return [block[:length] for block, length in zip(gathered, lengths, strict=True)]
-
-
-def bytes_of_layer(layer: EPMoE, topk_ids: list[Tensor], x_needs_grad: bool = True) -> dict[str, Tensor]:
-    """Every rank's topk_ids -> the dispatcher's prediction, {pass: bytes [W, W]}, summed over the parts into which the
-    layer cuts its tokens (chapter 12; mostly one)."""
-    cut = [ids.tensor_split(layer.overlap.num_parts) for ids in topk_ids]
+    gathered = zip(comm.all_gather(padded, "metadata").cpu(), lengths, strict=True)
+    cut = [block[:length].tensor_split(layer.overlap.num_parts) for block, length in gathered]
     rest = layer.config.hidden_dim, DTYPES[layer.config.dtype], x_needs_grad
     parts = [layer.dispatcher.predict_bytes(list(ids), *rest) for ids in zip(*cut, strict=True)]
     return {name: sum(part[name] for part in parts) for name in PASSES}
@@ -1814,8 +1800,7 @@ def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, i
     x_needs_grad = x_needs_grad or getattr(model, "tokens_are_computed", False)
     layers, totals = moe_layers(model), torch.zeros(len(PASSES), dtype=torch.int64)
     for number, layer in enumerate(layers):
-        ids = every_ranks_ids(layer.topk_ids, layer.mesh.ep)
-        sent = bytes_of_layer(layer, ids, x_needs_grad or number > 0)
+        sent = bytes_of_layer(layer, layer.topk_ids, x_needs_grad or number > 0)
         totals += torch.stack([sent[name][layer.mesh.ep.rank].sum() for name in PASSES])
     totals = layers[0].mesh.batch.all_reduce(totals.to(layers[0].topk_ids.device))
     return dict(zip(PASSES, totals.tolist(), strict=True))
@@ -2146,7 +2131,7 @@ def bytes_a_rank(config: MoEConfig, num_tokens: int, world_size: int) -> dict[st
     d, f, size = config.hidden_dim, config.ffn_dim, DTYPES[config.dtype].itemsize
     num_experts = config.num_local_experts(ep_size_of(config, world_size)) + config.num_shared_experts
     matrices = 3 if REGISTRIES["activation"][config.activation].is_gated else 2
-    wide, share = max(4, size), shard_sizes(num_tokens, world_size)[0]
+    wide, share = max(4, size), -(-num_tokens // world_size)
     return {
         "experts (--num-experts, --hidden-dim, --ffn-dim)": 4 * size * num_experts * matrices * d * f,
         "router (--num-experts, --hidden-dim)": 4 * wide * config.num_experts * d,
@@ -2201,8 +2186,8 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     rank, world_size, _, _ = world_from_env()
     ep_size = ep_size_of(config, world_size)
     config.num_local_experts(ep_size)
-    num_tokens = 32 * world_size if options.tokens is None else options.tokens
-    share = shard_sizes(num_tokens, world_size)[0]
+    num_tokens = options.tokens or 32 * world_size
+    share = -(-num_tokens // world_size)
     if config.max_num_tokens is not None and share > config.max_num_tokens:
         raise ValueError(
             f"{num_tokens} tokens over {world_size} ranks are up to {share} per rank, above max_num_tokens "
@@ -3431,17 +3416,16 @@ class GraphStep:
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
         """Runs on GPUs where no layer of the model, and no option group, needs a value on the host."""
-        tokens = shard_sizes(run.num_global_tokens, run.mesh.batch.size)
-        even = run.mesh.batch.size == 1 or tokens[0] == tokens[-1]
+        num_tokens, rest = divmod(run.num_global_tokens, run.mesh.batch.size)
         fixed = all(
             layer.dispatcher.records
             and not layer.experts.asks_host(
-                tokens[0] * layer.mesh.ep.size, getattr(layer.dispatcher, "rows_per_expert", None)
+                num_tokens * layer.mesh.ep.size, getattr(layer.dispatcher, "rows_per_expert", None)
             )
             for layer in moe_layers(model)
         )
         waits = any(syncs_host() for syncs_host in run.config.hooks("syncs_host"))
-        return 10 if run.device.type == "cuda" and fixed and even and not waits else 0
+        return 10 if run.device.type == "cuda" and fixed and not rest and not waits else 0
 
     def record(self) -> None:
         """Warms up on a side stream, takes everything back, and records one step, with the bytes that it sends."""
