@@ -134,7 +134,6 @@ import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch.distributed as dist
-from ep_launcher import launcher
 from tools.ranks import worker as rank_worker
 rank, honest = int(os.environ["RANK"]), dist.init_process_group
 def late(*args, **kwargs):
@@ -143,7 +142,7 @@ def late(*args, **kwargs):
         time.sleep(1)
         (folder / "connected").touch()
 folder, dist.init_process_group = Path({folder!r}), late
-rank_worker.start_group({{"device": "cpu", "nproc": 2, "timeout_s": 60}}, rank, folder, launcher)
+rank_worker.start_group({{"device": "cpu", "nproc": 2, "timeout_s": 60}}, rank, folder)
 sys.stdout.write(f"rank {{rank}} starts: {{(folder / 'connected').exists()}}\\n")
 """
 
