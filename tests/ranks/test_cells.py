@@ -129,6 +129,22 @@ def test_a_cell_may_hold_any_python(shell):
         assert found == right
 
 
+def test_cells_share_an_import_until_something_changes(shell, monkeypatch):
+    """All are forked from one process; another one takes its place for another environment, or where it is gone."""
+
+    def cell() -> tuple[int, str | None]:
+        run_cell(shell, "%%ranks 1 --collect seen\nimport os\nseen = os.getppid(), os.environ.get('EP_ANY')")
+        return shell.user_ns["seen"][0]
+
+    first = cell()
+    assert cell() == first and first[1] is None
+    monkeypatch.setenv("EP_ANY", "thing")
+    second = cell()
+    assert second[1] == "thing" and second[0] != first[0] and not psutil.pid_exists(first[0])
+    psutil.Process(second[0]).kill()
+    wait_until(lambda: not ranks_left() and cell()[0] != second[0])
+
+
 MEETING = """
 import os, sys, time
 from pathlib import Path
