@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "4b04af4244292197d6dedfacd88592aa7f04e6f5ae6372334369c7fac9bea8a5"
+SOURCES_SHA256 = "c54c4869ae848402972ea995506fdf8f255401f3b06d10ebd987ef7768c73cdc"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2038,10 +2038,13 @@ class FlagParser(argparse.ArgumentParser):
 # %% notebooks/05_launch.ipynb #make-parser
 def whole_number(text: str) -> int:
     """An int of 64 bits: a larger one would overflow somewhere, later."""
-    with contextlib.suppress(ValueError):
-        if abs(number := int(text)) < 2**63:
-            return number
-    raise argparse.ArgumentTypeError(f"invalid int value: {text[:40]!r}")
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    if abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError("must be below 2**63")
+    return number
 
 
 def flag_settings(group: type, f: Field) -> dict[str, Any]:
@@ -6821,7 +6824,8 @@ def for_inference(
 # %% notebooks/13_inference.ipynb #bench-inference
 def inference_parser() -> FlagParser:
     """The flags of `python -m ep_launcher bench-inference`."""
-    parser = FlagParser(prog="python -m ep_launcher bench-inference", description=bench_inference.__doc__)
+    described = {"prog": "python -m ep_launcher bench-inference", "description": bench_inference.__doc__}
+    parser = FlagParser(**described, allow_abbrev=False)
     sizes = {"num-experts": 16, "top-k": 2, "hidden-dim": 256, "ffn-dim": 1024, "rounds": 50}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
@@ -6892,13 +6896,13 @@ def bench_line(layer: EPMoE, fast: InferenceMoE, x: Tensor, rounds: int) -> dict
 # %% notebooks/13_inference.ipynb #bench-main
 def bench_inference(argv: list[str] | None = None) -> int:
     """Times a layer's forward pass on this machine: as it is in eval mode, and by for_inference. Writes a file."""
-    args = inference_parser().parse_args(argv)
     try:
+        args = inference_parser().parse_args(argv)
         if world_from_env()[1] > 1:
             raise ValueError("bench-inference runs on one rank; several: measure/inference.py --two")
         device = choose_device(args.device)
         config = bench_config(args, device)
-        path = Path(args.output) / f"{device.type}_bench_inference.json"
+        path = Path(args.output).expanduser() / f"{device.type}_bench_inference.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, None)
         layer = EPMoE(config, init_ep(), seed=0, device=device).eval()

@@ -27,6 +27,14 @@ from tools.ranks.processes import end_with_parent, write_whole
 Forked = multiprocessing.get_context("fork").Process
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # Linux, prctl
 
+# torchrun's own settings depend on the GPUs it sees, but no fork can use what a process has opened of a GPU.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+
+
+def replace_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+
 
 def prctl(option: int, value: Any) -> None:
     if sys.platform == "linux":
@@ -93,11 +101,9 @@ class ForkedRank(Forked):
         for number, file in enumerate(self.outputs, 1):
             if file:
                 os.dup2(file.fileno(), number)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
         atexit._clear()  # temporary folders, say, are torchrun's to remove
-        os.environ.clear()
-        os.environ.update(self.environment)
+        replace_environment(self.environment)
         prctl(PR_SET_NAME, f"rank {os.environ['RANK']}".encode())
         try:
             run_script(*self.command)
@@ -148,7 +154,8 @@ def run_torchrun(parent: int, report: str, *arguments: str) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
 
     options = parse_args([word for word in arguments if word != "--check"])
     if "--check" in arguments:
@@ -171,7 +178,11 @@ def run_torchrun(parent: int, report: str, *arguments: str) -> None:
     SubprocessHandler._popen = start_rank
     failures, error = [], ""
     try:
-        run(options)
+        usual = dict(os.environ)
+        os.environ.update(NO_GPU)
+        config, program, words = config_from_args(options)
+        replace_environment(usual)
+        elastic_launch(config, program)(*words)
         return
     except ChildFailedError as failed:
         failures = [

@@ -68,8 +68,7 @@ def torchrun_environment(flags: list[str]) -> dict[str, str]:
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
     environment.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
-    # Whether there is a GPU is asked without using it: the ranks are forked later.
-    environment |= {"PYTHONUNBUFFERED": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    environment["PYTHONUNBUFFERED"] = "1"
     if not any(flag.startswith("--nnodes") for flag in flags):
         if sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
