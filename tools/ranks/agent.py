@@ -157,8 +157,9 @@ def run_torchrun(parent: int, report: str, *arguments: str) -> None:
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
-    options = parse_args([word for word in arguments if word != "--check"])
-    if "--check" in arguments:
+    checks = arguments[0] == "--check"
+    options = parse_args(list(arguments[checks:]))
+    if checks:
         found = check_in_child(options.training_script_args)
         if options.nproc_per_node == "auto":
             options.nproc_per_node = str(max(2, found.get("num_gpus", 0)))
