@@ -61,9 +61,8 @@ def hold_namespace() -> subprocess.Popen:
     except FileNotFoundError:
         raise HostsUnavailable("the program `unshare` is not installed (Linux, package util-linux)") from None
     if not holder.stdout.readline():
-        raise HostsUnavailable(
-            f"the system refuses `unshare --net`: {' '.join(holder.communicate()[1].split())}"
-        )
+        said = " ".join(holder.communicate()[1].split())
+        raise HostsUnavailable(f"the system refuses `unshare --net`: {said}")
     return holder
 
 
@@ -76,9 +75,8 @@ def run_inside(namespace: int, *command: str) -> str:
     """Runs `ip` or `tc` in a namespace -> its output. HostsUnavailable where it fails."""
     done = subprocess.run([*inside(namespace), *command], capture_output=True, text=True, timeout=20)
     if done.returncode:
-        raise HostsUnavailable(
-            f"the system refuses `{' '.join(command[:3])}` (package iproute2): {' '.join(done.stderr.split())}"
-        )
+        said = " ".join(done.stderr.split())
+        raise HostsUnavailable(f"the system refuses `{' '.join(command[:3])}` (package iproute2): {said}")
     return done.stdout
 
 

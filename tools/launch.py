@@ -119,9 +119,8 @@ def run_command(
         try:
             folder = tempfile.TemporaryDirectory(prefix="ep-launch-", ignore_cleanup_errors=True)
             scratch = Path(at_end.enter_context(folder))
-            if not environment.get("TB_LOGDIR") and not any(
-                word.startswith("--log-dir") for word in arguments
-            ):
+            is_given = environment.get("TB_LOGDIR") or any(word.startswith("--log-dir") for word in arguments)
+            if not is_given:
                 environment["TB_LOGDIR"] = str(new_folder(RUNS / time.strftime("%Y%m%d-%H%M%S")))
                 at_end.callback(remove_if_empty, Path(environment["TB_LOGDIR"]))  # after a refusal
             steps, report, summary = scratch / "steps", scratch / "report.json", scratch / "summary.json"
@@ -187,15 +186,9 @@ def launch(
     flags that the launcher refuses; and where the run fails, with the rank, its cells and its last lines. An
     interrupt ends every rank within 5 s. Costs about 2 s to start the processes.
     """
-    of_torchrun = {
-        "nproc": nproc,
-        "nnodes": nnodes,
-        "rdzv_endpoint": rdzv_endpoint,
-        "max_restarts": max_restarts,
-    }
-    return run_command(
-        of_torchrun, flag_arguments(flags), Path(script).resolve(), quiet=quiet, limit_s=limit_s
-    )
+    hosts = {"nnodes": nnodes, "rdzv_endpoint": rdzv_endpoint}
+    of_torchrun, script = {"nproc": nproc, "max_restarts": max_restarts} | hosts, Path(script).resolve()
+    return run_command(of_torchrun, flag_arguments(flags), script, quiet=quiet, limit_s=limit_s)
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -126,9 +126,8 @@ class ForkedRank(Forked):
 
 def run_script(script: str, *arguments: str) -> None:
     """`python script argument...` in this process."""
-    loader = importlib.machinery.SourceFileLoader(
-        "__main__", script
-    )  # keeps compiled code, as an import does
+    # A loader keeps the compiled code, as an import does.
+    loader = importlib.machinery.SourceFileLoader("__main__", script)
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__dict__.update(__file__=script, __loader__=loader, __spec__=None)
     sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
@@ -186,10 +185,8 @@ def run_torchrun(parent: int, report: str, *arguments: str) -> None:
         elastic_launch(config, program)(*words)
         return
     except ChildFailedError as failed:
-        failures = [
-            {"rank": rank, "exitcode": failure.exitcode, "time": failure.timestamp}
-            for rank, failure in failed.failures.items()
-        ]
+        for rank, one in failed.failures.items():
+            failures.append({"rank": rank, "exitcode": one.exitcode, "time": one.timestamp})
     except SignalException as stopped:
         error = f"ended by {signal.Signals(stopped.sigval).name}"
     except Exception as failed:

@@ -107,13 +107,8 @@ def start_group(spec: dict[str, Any], rank: int, folder: Path) -> tuple[Any, Any
     if device.type == "cpu":
         launcher.schedule_in_batches()
     store = dist.FileStore(str(folder / "store"), spec["nproc"])
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=spec["nproc"],
-        timeout=timedelta(seconds=spec["timeout_s"] / 2),
-    )
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=spec["timeout_s"] / 2)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=spec["nproc"], timeout=timeout)
     # A rank is through when its own connections stand. One that then dies at once, as a cell may want, would break
     # what its peers still do: nobody starts the cell before everybody is through.
     store.set(f"connected/{rank}", "")
@@ -254,12 +249,11 @@ class Ranks:
             has_waited = re.search(r"CollectiveError|[Tt]imed? ?out|DistBackendError|DistNetworkError", what)
             lines.append(f"{who}{place}: {what}" + f" ({where})" * bool(where))
             lines[-1] += f"; {others}" * bool(has_waited and others)
-        lines.sort(
-            key=lambda line: ": CollectiveError" in line
-        )  # a rank that waited in vain is not the cause
-        return lines or [
-            f"the time limit of {timeout_s:g} s is over: {others}; raise --timeout, or mend the wait"
-        ]
+        if not lines:
+            return [f"the time limit of {timeout_s:g} s is over: {others}; raise --timeout, or mend the wait"]
+        return sorted(
+            lines, key=lambda line: ": CollectiveError" in line
+        )  # who waited in vain is not the cause
 
     def end(self) -> None:
         for process in self.processes:
