@@ -55,13 +55,11 @@ class BrokenRun:
         flags = places | {"summary": self.folder / "summary.json"} | flags
         check_flags(flag_arguments(flags))
         self.steps.write_bytes(bytes(STEPS_AT + 8 * nproc))
-        of_torchrun, program = (
-            torchrun_flags(nproc, max_restarts=max_restarts),
-            flag_arguments(flags | inside),
-        )
+        of_torchrun = torchrun_flags(nproc, max_restarts=max_restarts)
         environment = torchrun_environment(of_torchrun)
         environment |= {"EP_STEPS": str(self.steps), "EP_FAULTS": json.dumps(faults)}
-        command = ["torchrun", self.folder / "report.json", *of_torchrun, LAUNCHER, *program]
+        program = [LAUNCHER, *flag_arguments(inside | flags)]
+        command = ["torchrun", self.folder / "report.json", *of_torchrun, *program]
         with (self.folder / "output").open("wb") as output:
             self.family = start_worker(*command, output=output, environment=environment)
 
