@@ -65,6 +65,21 @@ def test_refused_before_anything_starts(flags, says, nothing_starts, capfd):
     assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and says in err
 
 
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("x = {}\nx['key']", "KeyError: 'key'\n  {path}, line 2: x['key']"),
+        ("raise SystemExit(3)", "SystemExit: 3\n  {path}, line 1: raise SystemExit(3)"),
+        ("import os\nos._exit(3)", "the plugin has ended that process (3)"),
+    ],
+)
+def test_a_plugin_that_cannot_be_read_is_named(source, says, tmp_path):
+    (path := tmp_path / "mine.py").write_text(source)
+    with pytest.raises(LaunchError) as caught:
+        launch(1, plugin=path, **SMALL)
+    assert str(caught.value) == f"the flags cannot be checked: {says.format(path=path)}"
+
+
 def test_keywords_become_flags(nothing_starts):
     given = {"top_k": 2, "normalize": True, "fuse": False, "log_dir": None, "lr": -0.5}
     assert flag_arguments(given) == ["--top-k", "2", "--normalize", "--no-fuse", "--lr=-0.5"]

@@ -54,7 +54,7 @@ def check_arguments(arguments: list[str]) -> dict[str, Any]:
         return {"error": error.lines}
     except BaseException as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        said = f"the plugin failed: {clean_message(f'{type(error).__name__}: {error}')}"
+        said = f"the flags cannot be checked: {clean_message(f'{type(error).__name__}: {error}')}"
         return {"error": [said, f"  {frame.filename}, line {frame.lineno}: {frame.line}"]}
 
 
@@ -75,7 +75,9 @@ def check_in_child(arguments: list[str]) -> dict[str, Any]:
         return ours.recv()
     except EOFError:
         child.join()
-        return {"error": [f"the plugin ended its process while it was read ({child.exitcode})"]}
+        return {
+            "error": [f"the flags cannot be checked: the plugin has ended that process ({child.exitcode})"]
+        }
 
 
 # ------------------------------------------------------------------------------------------- ranks
