@@ -24,10 +24,10 @@ from measure import layer as layers  # noqa: E402
 from measure import parts, record  # noqa: E402
 
 own_tile, in_groups, tl = ep.own_tile, ep.in_groups, ep.tl  # as the kernels name them
-TILES = {  # columns, depth, tiles in a group; the launcher's first
-    "product": [(256, 64, 16), (256, 64, 1), (128, 64, 16)],
-    "gated": [(128, 64, 8), (128, 64, 1), (64, 64, 8)],
-    "x_gradient": [(256, 64, 16), (256, 64, 1), (128, 64, 16)],
+TILES = {  # rows, columns, depth, tiles in a group; the launcher's first
+    "product": [(128, 256, 64, 16), (128, 256, 64, 1), (128, 128, 64, 16), (256, 128, 64, 8)],
+    "gated": [(128, 128, 64, 8), (128, 128, 64, 1), (128, 64, 64, 8)],
+    "x_gradient": [(128, 256, 64, 16), (128, 256, 64, 1), (128, 128, 64, 16)],
 }
 
 
@@ -185,7 +185,8 @@ def ways(recorder: record.Recorder, layer: ep.EPMoE, x: Tensor, grad: Tensor, or
     for name, run in products.items():
         found[name] = one, {"grouped": lambda run=run: run(grouped)}, lambda out: out
         for tiles in TILES["product"] if name == "x w1" else TILES["product"][:1]:
-            found[name][1][str(tiles)] = with_tiles("product", tiles, lambda run=run: run(fused))
+            plan = ep.FusedProducts(order.counts, num_rows)  # its table is of these tiles
+            found[name][1][str(tiles)] = with_tiles("product", tiles, lambda run=run, plan=plan: run(plan))
         found[name][1]["a program a tile"] = ended(lambda run=run: run(fused))
     found["gated"] = 2 * one, {"grouped": lambda: grouped.gated(*asked)}, lambda out: out[2]
     found["gated"][1]["two products"] = two_products
