@@ -6,14 +6,13 @@
 
 Each part is recorded as a CUDA graph, so that its kernels are timed and not their launches, and beside its time stand
 the bytes that it must move at the least. Layers are those of measure/layer.py, forward and backward, recorded too.
-`quack` takes part where quack-kernels is installed, SonicMoE where sonic-moe is.
+`quack` takes part where quack-kernels is installed.
 """
 
 import argparse
 import importlib.util
 import sys
 from collections.abc import Callable
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +106,8 @@ def product_parts(layer: ep.EPMoE, x: Tensor, order: ep.RowOrder) -> dict[str, P
     return parts
 
 
-def prepare_quack() -> None:
-    """Before quack's products are imported: what it tries where it is tuned, four of its seventy and more; and a key
-    for what cutlass-dsl 4.8 keeps in context variables, which quack 0.6 refuses to name."""
+def few_configurations() -> None:
+    """Before quack's products are imported: what it tries where it is tuned, four of its seventy and more."""
     from quack import gemm_config
 
     tiles = (128, 192, True), (128, 256, False), (256, 128, False), (256, 192, False)
@@ -119,15 +117,6 @@ def prepare_quack() -> None:
         )
         for m, n, pingpong in tiles
     ]
-
-    from quack.gemm_runtime import identity  # from here on quack knows its configurations
-
-    strict = identity.semantic_value_key
-
-    def semantic_value_key(value: Any, seen: set) -> Any:
-        return ("context", value.name) if isinstance(value, ContextVar) else strict(value, seen)
-
-    identity.semantic_value_key = semantic_value_key
 
 
 def tuned_quack(recorder: record.Recorder, layer: ep.EPMoE) -> layers.Variant:
@@ -147,9 +136,6 @@ def layer_makers(recorder: record.Recorder, layer: ep.EPMoE) -> dict[str, Callab
     made = {k: lambda k=k: make(recorder.launchers[""], k) for k in kinds(layer)}
     if "quack" in made:
         made["quack, tuned"] = lambda: tuned_quack(recorder, layer)
-    if importlib.util.find_spec("sonicmoe"):
-        made["sonicmoe"] = lambda: layers.sonicmoe_layer(layer, own_router=True)
-        made["sonicmoe, our router"] = lambda: layers.sonicmoe_layer(layer, own_router=False)
     if recorder.before:
         made["before, grouped"] = lambda: make(recorder.launchers["before, "], "grouped")
     return made
@@ -177,19 +163,6 @@ def timed_parts(
     return found
 
 
-def recorded(recorder: record.Recorder, size: str, passes: dict[str, Callable]) -> dict[str, Callable]:
-    """{name, recorded: the pass as a graph}; another's that cannot be recorded is left out, with a line."""
-    found = {}
-    for name, run in passes.items():
-        try:
-            found[f"{name}, recorded"] = record.captured(run)
-        except Exception as error:
-            if name in ep.REGISTRIES["experts"]:
-                raise
-            recorder.say(f"  {size}: {name} is not recorded: {type(error).__name__}: {str(error)[:300]}")
-    return found
-
-
 def one_size(recorder: record.Recorder, size: str) -> dict:
     """Parts, then layers."""
     layer = layers.make_layer(recorder, size)
@@ -207,7 +180,7 @@ def one_size(recorder: record.Recorder, size: str) -> dict:
     )
     timed = dict(passes)
     if recorder.on_gpu:
-        timed |= recorded(recorder, size, passes)
+        timed |= {f"{name}, recorded": record.captured(run) for name, run in passes.items()}
     samples = recorder.alternate(timed, 2, recorder.event_ms, warm_up=2)
     if recorder.on_gpu:
         checked["kernels_ms"] = {name: layers.kernel_times(run) for name, run in passes.items()}
@@ -230,7 +203,7 @@ def measure_sizes(recorder: record.Recorder, what: str, one_size: Callable, resu
 def measure(recorder: record.Recorder) -> None:
     """Every size."""
     if recorder.on_gpu and importlib.util.find_spec("quack"):
-        prepare_quack()
+        few_configurations()
     measure_sizes(recorder, "parts", one_size, {})
 
 

@@ -42,7 +42,7 @@ PLACES = (
     "--output",
     "--torchtitan",
 )  # flags that say where something lies, and nothing about what was measured
-PEERS = ("transformers", "torchtitan", "sonicmoe", "quack")
+PEERS = ("transformers", "torchtitan", "quack")
 
 
 def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
