@@ -48,8 +48,8 @@ def swiglu_gradient(d, w, gate, up, hidden, row, end, column, F: ep.constexpr):
 
 @ep.kernel
 def hidden_gradient_kernel(
-    grad, token, w2, weights, table, gate, up, hidden, row_sums, num_tiles, num_rows,
-    D: ep.constexpr, F: ep.constexpr, ROWS: ep.constexpr, COLUMNS: ep.constexpr, DEEP: ep.constexpr, GROUP: ep.constexpr,
+    grad, token, w2, weights, table, gate, up, hidden, row_sums, num_tiles, num_rows, D: ep.constexpr,
+    F: ep.constexpr, ROWS: ep.constexpr, COLUMNS: ep.constexpr, DEEP: ep.constexpr, GROUP: ep.constexpr,
 ):  # fmt: skip
     """A tile of d = grad[token] w2^T stays on the chip: gate and up become their gradients in place, hidden is made
     again, and a row's sum of d * silu(gate) * up goes to row_sums[block, row]."""
