@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "b9b2d20e63640263c0b1e0bfbb74d4ae6f065ed8f500c8fb04dc4c134f3c889a"
+SOURCES_SHA256 = "e038a452162ca5a8c6cfaa85eda533a4fe5af955c3c13ec3e4c4638116474aea"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -7385,12 +7385,12 @@ def rows_product_kernel(
 # %% notebooks/14_kernels.ipynb #fused-gate-up
 @kernel
 def gate_up_kernel(
-    x, token, w1, w3, weights, table, gate, up, hidden, num_tiles, D: constexpr, F: constexpr,
-    ROWS: constexpr, COLUMNS: constexpr, DEEP: constexpr, GROUP: constexpr,
+    x, token, w1, w3, weights, counts, gate, up, hidden, num_tiles, num_experts, D: constexpr, F: constexpr,
+    EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr, DEEP: constexpr, GROUP: constexpr,
 ):  # fmt: skip
     """A tile of gate = x[token] w1 and up = x[token] w3, one load of x for both; hidden = silu(gate) * up * weight."""
     tile, block = in_groups(tl.program_id(0), num_tiles, (F + COLUMNS - 1) // COLUMNS, GROUP)
-    e, first, end = tl.load(table + tile * 3), tl.load(table + tile * 3 + 1), tl.load(table + tile * 3 + 2)
+    e, first, end = own_tile(tile, counts, num_experts, EXPERTS, ROWS)
     if first >= end:
         return
     row, deep = first + tl.arange(0, ROWS), tl.arange(0, DEEP)
@@ -7413,12 +7413,12 @@ def gate_up_kernel(
 # %% notebooks/14_kernels.ipynb #fused-x-gradient
 @kernel
 def x_gradient_kernel(
-    gate, up, w1, w3, table, out, num_tiles, D: constexpr, F: constexpr,
-    ROWS: constexpr, COLUMNS: constexpr, DEEP: constexpr, GROUP: constexpr,
+    gate, up, w1, w3, counts, out, num_tiles, num_experts, D: constexpr, F: constexpr,
+    EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr, DEEP: constexpr, GROUP: constexpr,
 ):  # fmt: skip
     """A tile of out = gate w1^T + up w3^T, both added up in the same registers."""
     tile, block = in_groups(tl.program_id(0), num_tiles, (D + COLUMNS - 1) // COLUMNS, GROUP)
-    e, first, end = tl.load(table + tile * 3), tl.load(table + tile * 3 + 1), tl.load(table + tile * 3 + 2)
+    e, first, end = own_tile(tile, counts, num_experts, EXPERTS, ROWS)
     if first >= end:
         return
     row, deep = first + tl.arange(0, ROWS), tl.arange(0, DEEP)
@@ -7437,12 +7437,11 @@ def x_gradient_kernel(
 
 
 # %% notebooks/14_kernels.ipynb #fused-launch
-TILE_ROWS = 128
-TILES = {
-    "product": (256, 64, 16),
-    "gated": (128, 64, 8),
-    "x_gradient": (256, 64, 16),
-}  # columns, depth, group
+TILES = {  # rows, columns, depth, tiles in a group
+    "product": (128, 256, 64, 16),
+    "gated": (128, 128, 64, 8),
+    "x_gradient": (128, 256, 64, 16),
+}
 WIDEST_GATED = 1024  # columns of an expert; for wider ones a copy and two products are faster
 
 
@@ -7471,30 +7470,32 @@ class FusedProducts(GroupedProducts):
         """Whether the kernels run here: a tile of depth 64 must not reach into the next expert."""
         return uses_kernels(rows) and len(rows) > 0 and all(n % 64 == 0 for n in sizes)
 
-    @functools.cached_property
-    def experts(self) -> tuple[int, int]:
-        """L, and the power of two that holds it."""
-        return len(self.counts), 1 << (len(self.counts) - 1).bit_length()
+    def started(self, way: str, num_columns: int) -> tuple[int, int, int, int]:
+        """-> (programs of one tile each, tiles of rows at the most, L, L as a power of two)."""
+        (rows, columns, *_), num_local = TILES[way], len(self.counts)
+        num_tiles = -(-self.num_rows // rows) + num_local
+        return num_tiles * -(-num_columns // columns), num_tiles, num_local, 1 << (num_local - 1).bit_length()
 
     @functools.cached_property
     def table(self) -> Tensor:
-        """int32 [tiles at the most, 3]: see tile_table_kernel."""
-        num_tiles = -(-self.num_rows // TILE_ROWS) + len(self.counts)
+        """int32 [tiles, 3]: see tile_table_kernel."""
+        _, num_tiles, *experts = self.started("product", 1)
         table = self.counts.new_empty(num_tiles, 3, dtype=torch.int32)
-        tile_table_kernel[(num_tiles,)](self.counts, table, *self.experts, TILE_ROWS)
+        tile_table_kernel[(num_tiles,)](self.counts, table, *experts, TILES["product"][0])
         return table
 
     def times(self, rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
         """See BlockProducts. weights may be the transposed view of what is stored."""
-        (_, i, o), (columns, depth, group) = weights.shape, TILES["product"]
+        (_, i, o), (height, columns, depth, group) = weights.shape, TILES["product"]
         if bias is not None or not self.fits(rows, i, o):
             return super().times(rows, weights, bias)
         is_turned = not weights.is_contiguous()
         stored = tiles_of(weights.mT, columns, depth) if is_turned else tiles_of(weights, depth, columns)
         out, blocks = rows.new_empty(len(rows), o), -(-o // columns)
-        rows_product_kernel[(min(num_cores(rows.device), len(self.table) * blocks),)](
-            tiles_of(rows, TILE_ROWS, depth), stored, self.table, self.counts, out, self.experts[0], blocks, i, o,
-            is_turned, self.experts[1], TILE_ROWS, columns, depth, group, num_warps=8, num_stages=3,
+        _, num_tiles, *experts = self.started("product", o)
+        rows_product_kernel[(min(num_cores(rows.device), num_tiles * blocks),)](
+            tiles_of(rows, height, depth), stored, self.table, self.counts, out, experts[0], blocks, i, o,
+            is_turned, experts[1], height, columns, depth, group, num_warps=8, num_stages=3,
         )  # fmt: skip
         return out
 
@@ -7503,26 +7504,29 @@ class FusedProducts(GroupedProducts):
         num_rows: Tensor, activation: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """See BlockProducts."""
-        (_, d, f), (columns, depth, group) = w1.shape, TILES["gated"]
+        (_, d, f), (rows, columns, depth, group) = w1.shape, TILES["gated"]
         if activation is not SwiGLU or f > WIDEST_GATED or not self.fits(x, d, f):
             return super().gated(x, order, w1, b1, w3, b3, weights, num_rows, activation)
         token = (order.choice_of_row.clamp(min=0) // order.row_of_choice.shape[1]).int()
         gate, up, hidden = (x.new_empty(len(token), f) for _ in range(3))
-        gate_up_kernel[(len(self.table) * -(-f // columns),)](
-            x.contiguous(), token, tiles_of(w1, depth, columns), tiles_of(w3, depth, columns), weights, self.table,
-            gate, up, hidden, len(self.table), d, f, TILE_ROWS, columns, depth, group, num_warps=8, num_stages=3,
+        programs, num_tiles, *experts = self.started("gated", f)
+        gate_up_kernel[(programs,)](
+            x.contiguous(), token, tiles_of(w1, depth, columns), tiles_of(w3, depth, columns), weights,
+            self.counts, gate, up, hidden, num_tiles, experts[0], d, f, experts[1], rows, columns, depth,
+            group, num_warps=8, num_stages=3,
         )  # fmt: skip
         return gate, up, hidden
 
     def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
         """See BlockProducts: both products, and nothing left to add."""
-        (_, d, f), (columns, depth, group) = w1.shape, TILES["x_gradient"]
+        (_, d, f), (rows, columns, depth, group) = w1.shape, TILES["x_gradient"]
         if not self.fits(gate, d, f):
             return super().x_gradient(gate, up, w1, w3)
         out = gate.new_empty(len(gate), d)
-        x_gradient_kernel[(len(self.table) * -(-d // columns),)](
-            gate, up, tiles_of(w1, columns, depth), tiles_of(w3, columns, depth), self.table, out,
-            len(self.table), d, f, TILE_ROWS, columns, depth, group, num_warps=8, num_stages=3,
+        programs, num_tiles, *experts = self.started("x_gradient", d)
+        x_gradient_kernel[(programs,)](
+            gate, up, tiles_of(w1, columns, depth), tiles_of(w3, columns, depth), self.counts, out, num_tiles,
+            experts[0], d, f, experts[1], rows, columns, depth, group, num_warps=8, num_stages=3,
         )  # fmt: skip
         return out, None
 
@@ -7530,18 +7534,18 @@ class FusedProducts(GroupedProducts):
 # %% notebooks/14_kernels.ipynb #fused-experts-kind
 @register("experts", "fused")
 class TiledExperts(GroupedExperts):
-    """grouped, with the activation in the product that makes its factors, and x's gradient in one product."""
+    """grouped, with this chapter's products: persistent; x's gradient in one; narrow experts' activation in theirs."""
 
     products = FusedProducts
     needs = "Triton, a Hopper GPU or newer, bfloat16, swiglu, and dimensions of multiples of 64"
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """By name alone: no layer has been timed with it yet."""
+        """Before grouped: whole layers are faster with it at all three sizes (results/h100_parts.json)."""
         fits = config.activation == "swiglu" and config.hidden_dim % 64 == config.ffn_dim % 64 == 0
         if not (fits and triton is not None and device.type == "cuda" and is_hopper(device)):
             return 0
-        return 45 if GroupedExperts.preference(config, device, ep_size) else 0
+        return 55 if GroupedExperts.preference(config, device, ep_size) else 0
 
 
 # %% notebooks/14_kernels.ipynb #fp8-kernels

@@ -23,11 +23,11 @@ from ep_launcher import launcher as ep  # noqa: E402
 from measure import layer as layers  # noqa: E402
 from measure import parts, record  # noqa: E402
 
-in_groups, tl = ep.in_groups, ep.tl  # as the kernels name them
-TILES = {  # columns, depth, tiles in a group; the launcher's first
-    "product": [(256, 64, 16), (256, 64, 1), (128, 64, 16)],
-    "gated": [(128, 64, 8), (128, 64, 1), (64, 64, 8)],
-    "x_gradient": [(256, 64, 16), (256, 64, 1), (128, 64, 16)],
+own_tile, in_groups, tl = ep.own_tile, ep.in_groups, ep.tl  # as the kernels name them
+TILES = {  # rows, columns, depth, tiles in a group; the launcher's first
+    "product": [(128, 256, 64, 16), (128, 256, 64, 1), (128, 128, 64, 16), (256, 128, 64, 8)],
+    "gated": [(128, 128, 64, 8), (128, 128, 64, 1), (128, 64, 64, 8)],
+    "x_gradient": [(128, 256, 64, 16), (128, 256, 64, 1), (128, 128, 64, 16)],
 }
 
 
@@ -48,13 +48,14 @@ def swiglu_gradient(d, w, gate, up, hidden, row, end, column, F: ep.constexpr):
 
 @ep.kernel
 def hidden_gradient_kernel(
-    grad, token, w2, weights, table, gate, up, hidden, row_sums, num_tiles, num_rows, D: ep.constexpr,
-    F: ep.constexpr, ROWS: ep.constexpr, COLUMNS: ep.constexpr, DEEP: ep.constexpr, GROUP: ep.constexpr,
+    grad, token, w2, weights, counts, gate, up, hidden, row_sums, num_tiles, num_experts, num_rows,
+    D: ep.constexpr, F: ep.constexpr,
+    EXPERTS: ep.constexpr, ROWS: ep.constexpr, COLUMNS: ep.constexpr, DEEP: ep.constexpr, GROUP: ep.constexpr,
 ):  # fmt: skip
     """A tile of d = grad[token] w2^T stays on the chip: gate and up become their gradients in place, hidden is made
     again, and a row's sum of d * silu(gate) * up goes to row_sums[block, row]."""
     tile, block = in_groups(tl.program_id(0), num_tiles, (F + COLUMNS - 1) // COLUMNS, GROUP)
-    e, first, end = tl.load(table + tile * 3), tl.load(table + tile * 3 + 1), tl.load(table + tile * 3 + 2)
+    e, first, end = own_tile(tile, counts, num_experts, EXPERTS, ROWS)
     if first >= end:
         return
     row, deep = first + tl.arange(0, ROWS), tl.arange(0, DEEP)
@@ -106,10 +107,11 @@ def hidden_gradient(
     (_, f, d), (rows, columns, depth, group) = w2.shape, (128, 128, 64, 8)
     blocks, num_rows = -(-f // columns), len(token)
     hidden, sums = torch.empty_like(gate), torch.zeros(blocks, num_rows, device=gate.device)
-    num_tiles = len(plan.table)
+    num_tiles, num_local = -(-num_rows // rows) + len(w2), len(w2)
     hidden_gradient_kernel[(num_tiles * blocks,)](
-        grad, token, ep.tiles_of(w2, columns, depth), weights, plan.table, gate, up, hidden, sums, num_tiles,
-        num_rows, d, f, rows, columns, depth, group, num_warps=8, num_stages=4,
+        grad, token, ep.tiles_of(w2, columns, depth), weights, plan.counts, gate, up, hidden, sums, num_tiles,
+        num_local, num_rows, d, f, 1 << (num_local - 1).bit_length(), rows, columns, depth, group,
+        num_warps=8, num_stages=4,
     )  # fmt: skip
     return hidden, sums.sum(0)
 
@@ -183,7 +185,8 @@ def ways(recorder: record.Recorder, layer: ep.EPMoE, x: Tensor, grad: Tensor, or
     for name, run in products.items():
         found[name] = one, {"grouped": lambda run=run: run(grouped)}, lambda out: out
         for tiles in TILES["product"] if name == "x w1" else TILES["product"][:1]:
-            found[name][1][str(tiles)] = with_tiles("product", tiles, lambda run=run: run(fused))
+            plan = ep.FusedProducts(order.counts, num_rows)  # its table is of these tiles
+            found[name][1][str(tiles)] = with_tiles("product", tiles, lambda run=run, plan=plan: run(plan))
         found[name][1]["a program a tile"] = ended(lambda run=run: run(fused))
     found["gated"] = 2 * one, {"grouped": lambda: grouped.gated(*asked)}, lambda out: out[2]
     found["gated"][1]["two products"] = two_products
@@ -206,7 +209,7 @@ def ways(recorder: record.Recorder, layer: ep.EPMoE, x: Tensor, grad: Tensor, or
         return ep.weighted_activation_backward_(ep.SwiGLU, into, *overwritten[0], weights, sent)
 
     def one_kernel() -> tuple:
-        hidden, sums = hidden_gradient(grad, token, fused, w2, weights, *overwritten[1])
+        hidden, sums = hidden_gradient(grad, token, grouped, w2, weights, *overwritten[1])
         return hidden, *overwritten[1], sums
 
     found["hidden gradient"] = one, {"grouped": activation_backward, "one kernel": one_kernel}, all_of
