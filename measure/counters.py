@@ -139,8 +139,8 @@ def measure(recorder: record.Recorder) -> None:
                 f"  {size:9} {name:18} {found['ms']:7.3f} ms {moved:6.2f} GB {moved / found['ms']:6.2f} TB/s  tensor "
                 f"{found['tensor_pct']:4.1f}%  L2 {found['l2_hit_pct']:4.1f}%  {found['stalls']}"
             )
-    version = subprocess.run(["ncu", "--version"], capture_output=True, text=True).stdout.split()
-    recorder.write("counters", {"ncu": next(w for w in reversed(version) if w[0].isdigit()), "sizes": sizes})
+    version = subprocess.run(["ncu", "--version"], capture_output=True, text=True).stdout
+    recorder.write("counters", {"ncu": version.partition("Version ")[2].split()[0], "sizes": sizes})
 
 
 def flags() -> argparse.ArgumentParser:
