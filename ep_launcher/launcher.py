@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "e038a452162ca5a8c6cfaa85eda533a4fe5af955c3c13ec3e4c4638116474aea"
+SOURCES_SHA256 = "06e83fffcf6832c266ddd8e3950c4650f7d42bb0de350e143072b861bf314a03"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -7467,8 +7467,10 @@ class FusedProducts(GroupedProducts):
     """GroupedProducts with this chapter's kernels, in bfloat16: all but the weights' gradients."""
 
     def fits(self, rows: Tensor, *sizes: int) -> bool:
-        """Whether the kernels run here: a tile of depth 64 must not reach into the next expert."""
-        return uses_kernels(rows) and len(rows) > 0 and all(n % 64 == 0 for n in sizes)
+        """Whether the kernels run here: a tile of depth 64 must not reach into the next expert. A compiled model takes
+        grouped's products: nobody has tried torch.compile on descriptors."""
+        can_run = uses_kernels(rows) and len(rows) > 0 and not torch.compiler.is_compiling()
+        return can_run and all(n % 64 == 0 for n in sizes)
 
     def started(self, way: str, num_columns: int) -> tuple[int, int, int, int]:
         """-> (programs of one tile each, tiles of rows at the most, L, L as a power of two)."""

@@ -216,7 +216,7 @@ WRONG = {
     "solution-epilogue": [
         ("(row < end)[:, None] &", "(row >= 0)[:, None] &"),  # over the next expert's rows
         ("& (column < F)[None, :]", "& (column >= 0)[None, :]"),
-        ("tl.load(weights + row,", "tl.load(weights + row - first,"),
+        ("tl.load(weights + row,", "tl.load(weights + row % ROWS,"),
         ("tl.where(g > 0, g, 0.0)", "tl.where(g > 0, g, 0.1 * g)"),
         ("relu * u * w[:, None]", "relu * u"),
     ],
