@@ -155,6 +155,29 @@ def test_products_that_do_more(sizes):
     torch.testing.assert_close(ours[:sent], sum(theirs)[:sent], **CLOSE[dtype])
 
 
+def test_what_auto_prefers_on_a_hopper(monkeypatch):
+    """By results/h100_parts.json: fused before grouped, and quack for narrow experts where it is installed."""
+    monkeypatch.setattr(ep, "is_hopper", lambda device: True)
+    monkeypatch.setattr(ep, "triton", ep.triton or object())
+    installed = {"quack": None}
+    monkeypatch.setattr(ep.importlib.util, "find_spec", installed.get)
+
+    def order(**changes) -> list[str]:
+        sizes = {"hidden_dim": 2048, "ffn_dim": 768, "dtype": "bfloat16", "activation": "swiglu"} | changes
+        config, device = ep.MoEConfig(experts="auto", **sizes), torch.device("cuda")
+        worth = {
+            k: ep.REGISTRIES["experts"][k].preference(config, device, 1)
+            for k in ("grouped", "fused", "quack")
+        }
+        return [k for k in sorted(worth, key=worth.get, reverse=True) if worth[k]]
+
+    assert order() == ["fused", "grouped"]
+    installed["quack"] = True
+    assert order() == ["quack", "fused", "grouped"]
+    assert order(ffn_dim=2048) == ["fused", "grouped", "quack"]
+    assert order(ffn_dim=1000)[-1] == "grouped" and order(activation="gelu") == ["grouped"]
+
+
 def draw(*shape, dtype):
     return torch.randn(*shape).to(dtype).to(DEVICE)
 
