@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "06e83fffcf6832c266ddd8e3950c4650f7d42bb0de350e143072b861bf314a03"
+SOURCES_SHA256 = "5c84b2c4952941f0cdf9001581efc065f4cc6afa9a08c2fdd5cf44d6fd3974fd"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -926,11 +926,9 @@ class Experts(Choosable, nn.Module):
         self.fan_in = {"w1": d, "b1": d, "w2": f, "b2": f, "w3": d, "b3": d}
         shapes = {"w1": (d, f), "b1": bias and (f,), "w2": (f, d), "b2": bias and (d,)}
         shapes |= {"w3": gated and (d, f), "b3": gated and bias and (f,)}
+        stacked = functools.partial(torch.empty, dtype=DTYPES[config.dtype], device=device)
         for name, shape in shapes.items():
-            stacked = None
-            if shape:
-                stacked = torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device)
-            self.register_parameter(name, None if stacked is None else nn.Parameter(stacked))
+            self.register_parameter(name, nn.Parameter(stacked(self.num_local, *shape)) if shape else None)
         self.own = slice(self.first_expert, self.first_expert + self.num_local)  # of all experts
         self.own_range = f"{self.own.start}-{self.own.stop - 1}"
         if comm.size > 1:
@@ -1598,10 +1596,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
         return torch.zeros(())
     total = mesh.ep.all_reduce(here.clone()) if here is not None else 0
     norm = (total + (0 if everywhere is None else everywhere)).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
-    for p in model.parameters():
-        if p.grad is not None:
-            p.grad.mul_(scale.to(p.grad.dtype))
+    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm
 
 
@@ -1717,11 +1712,11 @@ class RunLog:
         with self.going_on(), (self.log_dir / "train.log").open("a", encoding="utf-8") as text:
             text.write(line + "\n")
 
-    def show(self, kind: str, step: int, **values: Any) -> None:
-        """For TensorBoard, on rank 0: kind is scalar, histogram or image; `loss__task=0.1` is its `loss/task`."""
+    def show(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """For TensorBoard, on rank 0: {name: value}; kind is scalar, histogram or image."""
         for name, value in values.items() if self.writer else ():
             with self.going_on():
-                getattr(self.writer, f"add_{kind}")(name.replace("__", "/"), value, step)
+                getattr(self.writer, f"add_{kind}")(name, value, step)
 
     def close(self, limit_s: float | None = None) -> None:
         """Everything to disk, in so long at most: an interrupt may have left TensorBoard's queue locked."""
@@ -1772,9 +1767,9 @@ class LoadHistory:
         everything before it, and the files would grow with the square of the intervals."""
         if log.writer:
             load = self.rows[-1][:, :-1].double()
-            log.show("histogram", step, load__per_expert=load / load.mean(1, keepdim=True).clamp(min=1))
+            log.show("histogram", step, {"load/per_expert": load / load.mean(1, keepdim=True).clamp(min=1)})
             if len(self.rows).bit_count() == 1:
-                log.show("image", step, load__over_time=self.image())
+                log.show("image", step, {"load/over_time": self.image()})
 
 
 # %% notebooks/04_training.ipynb #step-bytes
@@ -1900,7 +1895,8 @@ class Record:
         self.interval_start = now
         line = f"task={task:.6f} aux={aux:.6f} total={total:.6f} interval_s={seconds:.2f}"
         log.write(f"[step {step:05d}] {line}")
-        log.show("scalar", step, loss__task=task, loss__aux=aux, loss__total=total, time__interval_s=seconds)
+        scalars = {"loss/task": task, "loss/aux": aux, "loss/total": total, "time/interval_s": seconds}
+        log.show("scalar", step, scalars)
         self.history.end_interval(self.run.mesh.batch)
         self.history.show(log, step)
         for show in self.run.config.hooks("show"):
@@ -1918,7 +1914,7 @@ def measured_summary(record: Record) -> dict[str, Any]:
     sent, metadata = batch.all_reduce(torch.tensor([sent, metadata], device=run.device)).tolist()
     record.history.end_interval(batch)
     if run.log.writer:
-        run.log.show("image", run.options.steps, load__over_time=record.history.image())
+        run.log.show("image", run.options.steps, {"load/over_time": record.history.image()})
     tail = torch.stack(record.tail)
     check_finite(tail.sum(0), run.options.steps - 1)
     max_load_over_mean, dropped_fraction = record.history.newest()
@@ -4495,9 +4491,9 @@ def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
 
 def show_routing(log: RunLog, step: int, layer: EPMoE) -> None:
     """TensorBoard's routing/entropy and, where there is one, the bias as histogram routing/bias. Collective."""
-    log.show("scalar", step, routing__entropy=float(mean_entropy(layer.probs, layer.mesh.batch)))
+    log.show("scalar", step, {"routing/entropy": float(mean_entropy(layer.probs, layer.mesh.batch))})
     if layer.balance.choice_bias is not None:
-        log.show("histogram", step, routing__bias=layer.balance.choice_bias)
+        log.show("histogram", step, {"routing/bias": layer.balance.choice_bias})
 
 
 # ==========================================================================================================
@@ -8233,7 +8229,7 @@ class Checkpoints:
             publish(aside, manifest_body(self.run, done, files), self.options.keep_checkpoints)
             num_bytes, seconds = sum(size for size, _ in files.values()), time.perf_counter() - began
             self.run.log.write(f"[{aside.stem}] checkpoint of {num_bytes / 1e6:.1f} MB in {seconds:.2f} s")
-            self.run.log.show("scalar", done, checkpoint__seconds=seconds)
+            self.run.log.show("scalar", done, {"checkpoint/seconds": seconds})
         except OSError as error:
             free = shutil.disk_usage(self.folder).free // 10**6
             told = f"{reason(error)}, {free} MB free"
@@ -8660,7 +8656,7 @@ class TextOptions(Options):
         ):
             loss = held_out_loss(training.model, training.task, self.eval_tokens)
             training.run.log.write(f"[step {training.run.step:05d}] held_out={loss:.6f}")
-            training.run.log.show("scalar", training.run.step, loss__held_out=loss)
+            training.run.log.show("scalar", training.run.step, {"loss/held_out": loss})
             training.notes["summary"] = {"held_out_loss": loss}
 
 
