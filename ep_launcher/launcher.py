@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "4c11c30c28bc73670453068c037681cafe6ebcbde4a9fe7491f8e8cc9f297bec"
+SOURCES_SHA256 = "8a77d8f4ed06df339116ada3de29a6f7b237f54cb2f01e9e03b4bdf90d590c05"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5728,6 +5728,13 @@ class ArrivalOptions(Options):
         if self.arrival_factor is not None:
             training.advance = StepAgain(training)
 
+    def leave(self, training: Training) -> None:
+        """A line in the log, where steps were taken again."""
+        if times := training.notes.get("summary", {}).get("steps_taken_again"):
+            training.run.log.write(
+                f"steps taken again: {times}; more came than --arrival-factor {self.arrival_factor:g} has room for"
+            )
+
 
 def arrival_room(num_slots: int, size: int, top_k: int, num_local: int, factor: float | None) -> int:
     """(row, expert) pairs for which a rank's experts have room: factor * S * K, or all that can come."""
@@ -5757,7 +5764,8 @@ class StepAgain:
     """Takes a step; where more came than there was room for, on any rank, takes it again with room for all.
 
     So losses and parameters are those of a run with room for all. The step may be recorded: the device skips the update
-    and the host reads one number behind it. Bytes of both tries are counted. notes["summary"]["steps_taken_again"].
+    and the host reads one number behind it. The meter counts the bytes of both tries, the summary's bytes a step those
+    of the second. The log says when it happens first; notes["summary"]["steps_taken_again"], how often.
     """
 
     def __init__(self, training: Training) -> None:
@@ -5785,6 +5793,9 @@ class StepAgain:
         before = generator.get_state(), [buffer.clone() for buffer in buffers]
         losses = self.advance()
         if self.is_crowded.item():
+            if not self.times:
+                where = f"step {self.training.run.step}: more came than --arrival-factor has room for; "
+                self.training.run.log.write(f"{where}it is taken again, with room for all")
             self.times += 1
             losses = self.take_again(*before)
         self.training.notes.setdefault("summary", {})["steps_taken_again"] = self.times
@@ -5799,6 +5810,7 @@ class StepAgain:
         factors = [layer.dispatcher.arrival_factor for layer in self.layers]
         for layer in self.layers:
             layer.dispatcher.arrival_factor = None
+        self.training.record.bytes_before = self.training.run.mesh.meter.total(*PASSES)
         losses = self.again()
         for layer, (ids, probs), factor in zip(self.layers, seen, factors, strict=True):
             layer.dispatcher.arrival_factor = (
@@ -5806,6 +5818,61 @@ class StepAgain:
             )
             layer.topk_ids, layer.probs = ids.copy_(layer.topk_ids), probs.copy_(layer.probs)
         return losses
+
+
+# %% notebooks/11_peer_memory.ipynb #sum-small
+SMALL_SUM = 8192  # numbers: a gate of 16 experts and 256 columns has half as many
+
+
+@kernel
+def sum_small_kernel(
+    x, table, state, missing, looks, num, slot_bytes,
+    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """One program: x [num] into every other rank's memory, and the sum over the ranks, in their order, in its place."""
+    epoch, i, own = (
+        tl.load(state),
+        tl.arange(0, BLOCK),
+        tl.load(x + tl.arange(0, BLOCK), mask=tl.arange(0, BLOCK) < num),
+    )
+    for p in tl.static_range(NUM_RANKS):
+        if p != RANK:
+            there = slot_of(table, p, epoch, slot_bytes).to(tl.pointer_type(x.dtype.element_ty))
+            tl.store(tl.multiple_of(there, 16) + RANK * BLOCK + i, own, mask=i < num)
+    signal_peers(table, state, epoch, RANK, NUM_RANKS, PLACES)
+    await_peers(table, epoch + 1, missing, looks, RANK, NUM_RANKS, PLACES)
+    here = slot_of(table, RANK, epoch, slot_bytes).to(tl.pointer_type(x.dtype.element_ty))
+    total = tl.zeros([BLOCK], dtype=x.dtype.element_ty)
+    for p in tl.static_range(NUM_RANKS):
+        if p == RANK:
+            total += own
+        else:
+            total += tl.load(tl.multiple_of(here, 16) + p * BLOCK + i, mask=i < num, other=0)
+    tl.store(x + i, total, mask=i < num)
+
+
+class SmallSums:
+    """A communicator's all_reduce: small tensors by one kernel through memory of their own, others as before."""
+
+    def __init__(self, comm: Communicator, x: Tensor) -> None:
+        self.comm, self.library = comm, comm.all_reduce
+        self.memory = memory_of(comm, comm.size * SMALL_SUM * 8, x, "sums")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sum of x over the ranks, in place, in the order of the ranks. Not metered."""
+        is_small = (
+            x.dtype in (torch.float32, torch.int64) and 0 < x.numel() <= SMALL_SUM and x.is_contiguous()
+        )
+        if not is_small or x.device != self.memory.state.device:
+            return self.library(x)
+        size, block, memory = self.comm.size, 1 << (x.numel() - 1).bit_length(), self.memory
+        with self.comm.entering():
+            sum_small_kernel[(1,)](
+                x, memory.table, memory.state, memory.missing, memory.looks, x.numel(), memory.slot_bytes,
+                self.comm.rank, size, 1 << (size - 1).bit_length(), max(16, block),
+                num_warps=min(16, max(1, block // 256)),
+            )  # fmt: skip
+        return x
 
 
 # %% notebooks/11_peer_memory.ipynb #agreed-slots
@@ -5878,6 +5945,8 @@ class PeerDispatcher(GatherTokensDispatcher):
         num_rows, rider_bytes = size * num_slots, 2 * top_k * topk_weights.element_size()
         num_bytes = rider_start(num_rows, x.shape[1], x.dtype) + num_rows * rider_bytes
         plan = PeerPlan(self.comm, memory_of(self.comm, num_bytes, x), num_slots, self.num_local_experts)
+        if uses_kernels(x) and size > 1 and not isinstance(self.comm.all_reduce, SmallSums):
+            self.comm.all_reduce = SmallSums(self.comm, x)
         rows, weights, ids = ToExperts.apply(x, topk_weights, topk_ids, plan)
         room = arrival_room(num_slots, size, top_k, self.num_local_experts, self.arrival_factor)
         fitting = keep_to_room(ids, room, plan, self.raises)

@@ -71,8 +71,15 @@ def test_kernels_on_real_ranks(monkeypatch, world_size):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_step_without_room_is_taken_again(played, world_size):
-    for roomy, tight, times in outcome(played, "crowded", world_size):
-        assert tight == roomy and 0 < times <= 12
+    for roomy, tight in outcome(played, "crowded", world_size):
+        assert tight["task_loss"] == roomy["task_loss"]
+        assert 0 < (times := tight["steps_taken_again"]) <= 12
+        sent = tight["bytes_sent_per_step"]
+        assert sent == roomy["bytes_sent_per_step"] and sent["predicted"] == sent["counted"] > 0
+        said = [line for line in tight["log"] if "--arrival-factor" in line]
+        assert said[0].endswith("it is taken again, with room for all"), said
+        assert said[1:] == [f"steps taken again: {times}; more came than --arrival-factor 1.02 has room for"]
+        assert not any("--arrival-factor" in line for line in roomy["log"])
 
 
 @pytest.mark.parametrize("number", range(len(AGAIN)), ids=list(AGAIN))
