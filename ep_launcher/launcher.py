@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "8a77d8f4ed06df339116ada3de29a6f7b237f54cb2f01e9e03b4bdf90d590c05"
+SOURCES_SHA256 = "37bc74726aa91e19f36e6b35627f7025db0b0b1aa2de039e8ba5b3b9ab4f9e6c"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -3463,6 +3463,14 @@ def watch_over(
     threading.Thread(target=look, daemon=True).start()
 
 
+@kernel
+def count_replay_kernel(count, ended):
+    """One program: counts a replay on the device, and tells the host. ended: int64 [1], the host's, page-locked."""
+    number = tl.load(count) + 1
+    tl.store(count, number)
+    tl.store(ended, number)
+
+
 class Replays:
     """Replays of a recorded step, begun and ended: who waits for a rank that never comes finds out in limit_s.
 
@@ -3477,8 +3485,10 @@ class Replays:
 
     def record_end(self, count: Tensor) -> None:
         """The last thing in a recording. count: int64 [1] on its device, 0."""
-        count.add_(1)
-        self.ended.copy_(count, non_blocking=True)
+        if uses_kernels(count):
+            count_replay_kernel[(1,)](count, self.ended)
+        else:
+            self.ended.copy_(count.add_(1), non_blocking=True)
 
     def check(self) -> None:
         """CollectiveError where one has been under way for limit_s, and no other has ended meanwhile."""
@@ -5820,21 +5830,15 @@ class StepAgain:
         return losses
 
 
-# %% notebooks/11_peer_memory.ipynb #sum-small
-SMALL_SUM = 8192  # numbers: a gate of 16 experts and 256 columns has half as many
-
-
+# %% notebooks/11_peer_memory.ipynb #sum-small-kernel
 @kernel
 def sum_small_kernel(
     x, table, state, missing, looks, num, slot_bytes,
     RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """One program: x [num] into every other rank's memory, and the sum over the ranks, in their order, in its place."""
-    epoch, i, own = (
-        tl.load(state),
-        tl.arange(0, BLOCK),
-        tl.load(x + tl.arange(0, BLOCK), mask=tl.arange(0, BLOCK) < num),
-    )
+    """One program: x [num] into every other rank's memory; the sum over the ranks, in their order, takes its place."""
+    epoch, i = tl.load(state), tl.arange(0, BLOCK)
+    own = tl.load(x + i, mask=i < num, other=0)
     for p in tl.static_range(NUM_RANKS):
         if p != RANK:
             there = slot_of(table, p, epoch, slot_bytes).to(tl.pointer_type(x.dtype.element_ty))
@@ -5851,28 +5855,51 @@ def sum_small_kernel(
     tl.store(x + i, total, mask=i < num)
 
 
+# %% notebooks/11_peer_memory.ipynb #small-sums
+SMALL_SUM = 8192  # numbers; the gradients of a router of 16 experts and 256 columns are half as many
+
+
+def sum_small_twin(x: Tensor, comm: Communicator, memory: PeerMemory) -> None:
+    """sum_small_kernel in PyTorch, through the same memory."""
+    shape = comm.size, x.numel(), 0
+    for p in range(comm.size):
+        memory.slot(p, shape, x.dtype)[0][comm.rank] = x.flatten()
+    dist.barrier(comm.group)
+    parts = memory.slot(comm.rank, shape, x.dtype)[0]
+    x.copy_(functools.reduce(torch.add, parts).view_as(x))
+    memory.turn = (memory.turn + 1) % memory.turns
+
+
 class SmallSums:
-    """A communicator's all_reduce: small tensors by one kernel through memory of their own, others as before."""
+    """A communicator's all_reduce: small tensors through memory of their own, all others as before. Collective."""
 
     def __init__(self, comm: Communicator, x: Tensor) -> None:
         self.comm, self.library = comm, comm.all_reduce
         self.memory = memory_of(comm, comm.size * SMALL_SUM * 8, x, "sums")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The sum of x over the ranks, in place, in the order of the ranks. Not metered."""
+        """The sum of x over the ranks, added up in their order, in place. Not metered. No host synchronisation."""
         is_small = (
             x.dtype in (torch.float32, torch.int64) and 0 < x.numel() <= SMALL_SUM and x.is_contiguous()
         )
         if not is_small or x.device != self.memory.state.device:
             return self.library(x)
-        size, block, memory = self.comm.size, 1 << (x.numel() - 1).bit_length(), self.memory
+        size, block, memory = self.comm.size, max(16, 1 << (x.numel() - 1).bit_length()), self.memory
         with self.comm.entering():
+            if not uses_kernels(x):
+                sum_small_twin(x, self.comm, memory)
+                return x
             sum_small_kernel[(1,)](
                 x, memory.table, memory.state, memory.missing, memory.looks, x.numel(), memory.slot_bytes,
-                self.comm.rank, size, 1 << (size - 1).bit_length(), max(16, block),
-                num_warps=min(16, max(1, block // 256)),
+                self.comm.rank, size, 1 << (size - 1).bit_length(), block, num_warps=min(16, max(1, block // 256)),
             )  # fmt: skip
         return x
+
+
+def sum_in_memory(comm: Communicator, x: Tensor) -> None:
+    """From now on comm's small sums go through memory, where x is on a GPU. Collective, the first time."""
+    if uses_kernels(x) and comm.size > 1 and "all_reduce" not in vars(comm):
+        comm.all_reduce = SmallSums(comm, x)
 
 
 # %% notebooks/11_peer_memory.ipynb #agreed-slots
@@ -5945,8 +5972,7 @@ class PeerDispatcher(GatherTokensDispatcher):
         num_rows, rider_bytes = size * num_slots, 2 * top_k * topk_weights.element_size()
         num_bytes = rider_start(num_rows, x.shape[1], x.dtype) + num_rows * rider_bytes
         plan = PeerPlan(self.comm, memory_of(self.comm, num_bytes, x), num_slots, self.num_local_experts)
-        if uses_kernels(x) and size > 1 and not isinstance(self.comm.all_reduce, SmallSums):
-            self.comm.all_reduce = SmallSums(self.comm, x)
+        sum_in_memory(self.comm, x)
         rows, weights, ids = ToExperts.apply(x, topk_weights, topk_ids, plan)
         room = arrival_room(num_slots, size, top_k, self.num_local_experts, self.arrival_factor)
         fitting = keep_to_room(ids, room, plan, self.raises)

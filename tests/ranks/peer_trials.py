@@ -171,6 +171,33 @@ def turns(mesh: ep.Mesh, folder: Path) -> dict[int, list[float]]:
     return found
 
 
+@trial(2, 4)
+def small_sums(mesh: ep.Mesh, folder: Path) -> str:
+    """Sums through memory, of which slots come again: everyone's are the same bits, and the library's to rounding.
+
+    -> the bits of all, "kernel" or "twin"; what is large or of another kind is summed too.
+    """
+    comm, generator = mesh.batch, torch.Generator().manual_seed(mesh.batch.rank)
+    add_up = ep.SmallSums(comm, torch.zeros(1))
+    for number in range(3):
+        for count, dtype in ((1, torch.float32), (17, torch.int64), (4130, torch.float32), (9000, torch.float32),
+                             (5, torch.float64)):  # fmt: skip
+            x = torch.randint(-99, 99, (count,), generator=generator) / 7
+            x = (x * 7).round().to(dtype) if dtype == torch.int64 else x.to(dtype)
+            right, uses = add_up.library(x.clone()), add_up.memory.state[0].item() + add_up.memory.turn
+            assert add_up(x) is x
+            torch.testing.assert_close(x, right, rtol=1e-5, atol=1e-5)
+            is_small = count <= ep.SMALL_SUM and dtype != torch.float64
+            assert (add_up.memory.state[0].item() + add_up.memory.turn != uses) == is_small, (
+                number,
+                count,
+                dtype,
+            )
+            assert all(torch.equal(x, other) for other in comm.all_gather(x, "metadata"))
+    ep.check_ended(mesh.meter)
+    return "kernel" if add_up.memory.state[0] else "twin"
+
+
 @trial(2)
 def grows(mesh: ep.Mesh, folder: Path) -> None:
     """A larger layer behind a small one gets a larger memory, and both go on; no file is left behind."""

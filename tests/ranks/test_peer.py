@@ -53,6 +53,11 @@ def test_memory_grows_and_leaves_nothing_behind(played):
     outcome(played, "grows", 2)
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_small_sums(played, world_size):
+    assert outcome(played, "small_sums", world_size) == ["twin"] * world_size
+
+
 def test_a_rank_that_never_comes_is_an_error(played):
     said, _ = outcome(played, "never_comes", 2)
     assert said.startswith("rank 0, collective"), said
@@ -67,6 +72,14 @@ def test_kernels_on_real_ranks(monkeypatch, world_size):
     flags = "--dispatcher peer --dtypes float32 --cases uneven rank_without_tokens micro_batches".split()
     done = torchrun(world_size, str(Path("tools/parity.py")), *flags)
     assert done.returncode == 0 and "within limits" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not (TRITON / "triton").is_dir(), reason="wants build/triton: make test-kernels")
+def test_kernel_of_small_sums_on_real_ranks(build, monkeypatch):
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
+    monkeypatch.setitem(os.environ, "PYTHONPATH", str(TRITON))
+    played = play(build / "peer_sums", "peer_trials", 2, "small_sums")
+    assert outcome(played, "small_sums", 2) == ["kernel"] * 2
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
