@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "84554f2370465791308334d49531b6e7d1c7d07f6ab83f15ce672e48a7e375d8"
+SOURCES_SHA256 = "7ae9b7806ed51b716cd48d34fcfd79d9959f174f35b2c3b72c91cfcd03d48ec9"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -3377,7 +3377,8 @@ class Replays:
         watch_over(self.check, fail)
 
     def record_end(self, count: Tensor) -> None:
-        """The last thing in a recording. count: int64 [1] on its device, 0."""
+        """The last thing in a recording. count: int64 [1] on its device, 0; kept, since replays write to it."""
+        self.count = count
         if uses_kernels(count):
             count_replay_kernel[(1,)](count, self.ended)
         else:
