@@ -7,10 +7,12 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from peer_trials import AGAIN, BROKEN
 from support import ROOT, copy_of_the_code, outcome, play, torchrun
 
@@ -132,6 +134,15 @@ def test_a_kernel_that_has_given_up_ends_a_process_that_waits():
     )
     said = "error: rank 0 gave up on rank 1, which did not write to it within about 7 s\n"
     assert says(code) == (1, said)
+
+
+def test_a_recorded_step_keeps_what_its_replays_write_to():
+    """The number in which replays are counted, once freed, was another tensor's memory: replays changed that."""
+    replays, count = ep.Replays(60), torch.zeros(1, dtype=torch.int64)
+    replays.record_end(count)
+    kept = weakref.ref(count)
+    del count
+    assert kept() is not None and int(replays.ended) == 1
 
 
 def test_a_replay_that_does_not_end_ends_the_process():
