@@ -82,7 +82,7 @@ WRONG = {
     ],
     "solution-sparing": [
         (" or [0]", ""),
-        ("w2[e], b2[e]", "w2[e], b2[0]"),
+        ("w2[e].t(), b2[e]", "w2[e].t(), b2[0]"),
         ("b1[e]), up)", "b1[e]))"),
     ],
     "solution-update": [
@@ -212,6 +212,13 @@ WRONG = {
         ("-(-counts // rows)", "counts // rows"),
         ("(counts.cumsum(0) - counts)[expert] + place * rows", "place * rows"),
         ("(tiles.cumsum(0) - tiles)[expert]", "tiles[expert]"),
+    ],
+    "solution-epilogue": [
+        ("(row < end)[:, None] &", "(row >= 0)[:, None] &"),  # over the next expert's rows
+        ("& (column < F)[None, :]", "& (column >= 0)[None, :]"),
+        ("tl.load(weights + row,", "tl.load(weights + row % ROWS,"),
+        ("tl.where(g > 0, g, 0.0)", "tl.where(g > 0, g, 0.1 * g)"),
+        ("relu * u * w[:, None]", "relu * u"),
     ],
     "solution-hurts": [
         ("-(-counts // rows_of_tile)", "-(-counts.sum() // rows_of_tile)"),
