@@ -33,6 +33,8 @@ if __name__ == "__main__":  # Ctrl-C while modules are read is one line, too
 
 import nbformat  # noqa: E402
 import psutil  # noqa: E402
+from jupyter_client.kernelspec import KernelSpecManager  # noqa: E402
+from jupyter_client.manager import AsyncKernelManager  # noqa: E402
 from nbclient import NotebookClient  # noqa: E402
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError  # noqa: E402
 from nbformat import NotebookNode  # noqa: E402
@@ -125,8 +127,10 @@ def execute(name: str, notebook: NotebookNode, cwd: Path, timeout_s: float) -> N
         started.append((f"{name} #{cell.id}", time.monotonic()))
         bar.update(cell_index - bar.n)
 
+    own = KernelSpecManager(kernel_dirs=[])  # this Python's kernel, whatever else is called python3
+    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=own)
     client = NotebookClient(
-        notebook, kernel_name="python3", extra_arguments=["--log-level=ERROR"], on_cell_start=note_start,
+        notebook, km=kernel, extra_arguments=["--log-level=ERROR"], on_cell_start=note_start,
         timeout_func=lambda _: max(0.1, started[1][1] + timeout_s - time.monotonic()),  # without the kernel's start
         coalesce_streams=True, record_timing=False, store_widget_state=False, shutdown_kernel="immediate",
     )  # fmt: skip

@@ -258,10 +258,3 @@ def test_a_notebook_runs_by_plain_tools(way, tmp_path):
     code = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert tracked_changes() == before
-
-
-def test_no_cell_may_raise():
-    """papermill does not heed the tag raises-exception, so nothing in the book leans on it."""
-    for path in NOTEBOOKS:
-        for cell in nbformat.read(path, as_version=4).cells:
-            assert "raises-exception" not in cell.metadata.get("tags", []), f"{path.name} #{cell.id}"
