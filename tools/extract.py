@@ -6,13 +6,10 @@
     python tools/extract.py NB... --tags a b --output F   any notebooks, any tags, any file
 
 Exit code 0: written, or nothing to do. 1: `--check` found a difference. 2: refused; every reason is one line
-on stderr, and the old file is as it was. The same notebooks give the same bytes: names are sorted, cells keep
-their order, and nothing of the machine, the date or the Python version gets in.
+on stderr, and the old file is as it was. The same notebooks give the same bytes, whatever the machine or the date.
 
-Without NB the notebooks are this repo's chapters, and the book's cell rules are checked as well. With NB only what
-stitching needs is asked of them. tools/stitch/ is what this is made of.
-
-From other tools and from notebooks: `assert_fresh`, `check_kernel_definitions`, `cell_of`.
+Without NB the notebooks are this repo's chapters, and the book's cell rules are checked as well. Tools and notebooks
+take `assert_fresh`, `check_kernel_definitions` and `cell_of` from here.
 """
 
 import argparse

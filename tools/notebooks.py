@@ -79,7 +79,8 @@ def read(path: Path, parameters: dict[str, Any]) -> NotebookNode:
     except Exception as error:  # of nbformat, json and the disk, of many types
         said = str(error).partition("\n")[0]
         raise refuse(f"{shown(path)} is not a notebook: {type(error).__name__}: {said:.100}") from None
-    language = notebook.metadata.get("kernelspec", {}).get("language", "python")
+    info, kernel = (notebook.metadata.get(key, {}) for key in ("language_info", "kernelspec"))
+    language = info.get("name") or kernel.get("language") or "python"
     if language.lower() != "python":
         raise refuse(f"{shown(path)} is a notebook for {language}; this program runs Python's")
     tagged = [n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
@@ -233,7 +234,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = commands.Parser(prog="notebooks.py", description="Execute the notebooks without a browser.")
     add = parser.add_argument
     add("notebooks", nargs="*", metavar="NB", help="notebooks to run (default: notebooks/*.ipynb)")
-    add("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    add(
+        "-p",
+        dest="values",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter",
+    )
     add("--in-place", action="store_true", help="refresh the notebooks' own outputs, cleaned")
     add("--clean", action="store_true", help="clean the notebooks' outputs; execute nothing")
     add("--timeout", type=float, default=300.0, metavar="SECONDS", help="for each notebook (%(default)g)")
@@ -243,7 +252,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     chapters = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     options.paths = [Path(name).resolve() for name in options.notebooks] or chapters
     names = [path.name for path in options.paths]
-    options.parameters = {name: read_value(value) for name, value in options.parameter}
+    options.parameters = {name: read_value(value) for name, value in options.values}
     if sys.flags.optimize:
         raise refuse("without assertions (PYTHONOPTIMIZE, -O) no check can fail; leave that out")
     if not options.timeout > 0:

@@ -55,13 +55,9 @@ def _definitions(text: str) -> dict[str, str | None]:
 def check_kernel_definitions(namespace: dict, root: str | os.PathLike[str] | None = None) -> None:
     """Check that functions and classes defined in a kernel are those that launcher.py would run.
 
-    namespace: the kernel's variables (`globals()` in a notebook); its `In` holds the sources executed so far, and
-    without it nothing is compared. Of every name that launcher.py defines, the definition executed last counts;
-    an import from the launcher ends its claim. Spaces and comments do not matter, docstrings do. Raises
-    RuntimeError, one line, with the names that differ.
-
-    Limits: a cell that failed halfway counts as executed; constants are not compared, nor is what came in by a
-    cell magic, `%run`, `exec` or assignment to an attribute. Cost: parses launcher.py and the history once.
+    namespace: the kernel's variables; its `In` holds the sources executed so far, of which the last definition of a
+    name counts, and without which nothing is compared. Spaces and comments do not matter, docstrings do. Raises
+    RuntimeError, one line, with the names that differ. Not compared: constants, and what a magic or `exec` defines.
     """
     history = namespace.get("In")
     if not isinstance(history, (list, tuple)):

@@ -20,14 +20,12 @@ SLUG = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 # What Jupyter makes up by itself: eight hex digits (one of them a digit, so that a word may pass), or a UUID.
 GENERATED_ID = re.compile(r"(?=.*\d)[0-9a-f]{8}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # What a constant's value may call while the file is imported, `math` besides: it makes a value and does nothing else.
-PURE_CALLS = frozenset(
+PURE_CALLS = set(
     """
-    abs bool bytes complex dict enumerate float frozenset getattr globals int isinstance len list max min object pow
-    range reversed round set slice sorted str sum tuple type zip field partial namedtuple TypeVar ParamSpec NewType
-    Path cwd resolve joinpath Fraction Decimal MappingProxyType OrderedDict Counter defaultdict deque ContextVar Lock
-    RLock local auto compile itemgetter attrgetter Struct getLogger find_spec device finfo iinfo Size constexpr
-    property staticmethod classmethod copy format items keys values get index count join split splitlines strip
-    lower upper title startswith endswith removeprefix removesuffix union difference intersection
+    abs bool bytes dict float frozenset getattr globals int isinstance len list max min object pow range round set
+    sorted str sum tuple type zip field partial namedtuple TypeVar NewType Path cwd resolve joinpath Counter
+    defaultdict deque Lock local compile getLogger find_spec device finfo iinfo Size constexpr property staticmethod
+    classmethod items keys values get join split
     """.split()
 )
 
@@ -89,28 +87,23 @@ def _is_effect(node: ast.AST, classes: set[str]) -> bool:
         case ast.Import() | ast.ImportFrom() | ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
             return False
         case ast.Assign() | ast.AnnAssign() | ast.If() | ast.Try() | ast.Pass() | ast.Expr(ast.Constant()):
-            return False
-        case _:
-            return isinstance(node, (ast.stmt, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr))
+            return False  # `if` and `try` may hold these too, as in `try: import triton`
+    return isinstance(node, (ast.stmt, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr))
 
 
 def _effects(tree: ast.Module, classes: set[str]) -> Iterator[ast.AST]:
-    """What runs when a cell is imported, and is neither an import, nor a constant, nor a definition.
-
-    `if` and `try` may hold these too, as in `try: import triton`. Decorators may register.
-    """
-    waiting: list[ast.AST] = tree.body[::-1]
+    """What runs when a cell is imported, and is neither an import, nor a constant, nor a definition; decorators may."""
+    waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
         if _is_effect(node, classes):
             yield node
-            continue
-        inner = [*ast.iter_child_nodes(node)]
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            inner = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            waiting += [*node.args.defaults, *filter(None, node.args.kw_defaults)][::-1]
         elif isinstance(node, ast.ClassDef):
-            inner = [*node.bases, *node.keywords, *node.body]
-        waiting += inner[::-1]
+            waiting += [*node.bases, *node.keywords, *node.body][::-1]
+        else:
+            waiting += [*ast.iter_child_nodes(node)][::-1]
 
 
 def check_cell(cell: Cell, tag: str, classes: set[str]) -> Iterator[str]:
@@ -224,23 +217,21 @@ def check_names(text: str, cells: Sequence[Cell]) -> Iterator[str]:
 def stitch(notebooks: Sequence[Notebook], tags: Sequence[str], is_book: bool) -> tuple[str, list[Cell]]:
     """The stitched text and its cells. Raises Refused with a line for all that is wrong.
 
-    Of any notebooks: the tagged cells are Python, and one program together. Of the book, besides, for every cell:
-    format, id, tags, prose before code, imports from the launcher; for exported cells and the seed's, whatever the
-    tags asked for: they define a name once. For every cell that carries one of `tags`: it holds imports, constants
-    and definitions only, its names are defined, and in time; exported ones keep to 40 lines of code.
+    Any notebooks' tagged cells are Python, and one program together; the book's keep all rules of this file.
     """
     chosen = reading.select(notebooks, tags)
-    cells, book, both = (
-        [cell for cell, _ in reading.select(notebooks, wanted)]
-        for wanted in (tags, EXPORTED_TAGS, [*EXPORTED_TAGS, "seed", *tags])
-    )
+    cells = [cell for cell, _ in chosen]
+    book = [cell for cell, _ in reading.select(notebooks, EXPORTED_TAGS)] if is_book else []
+    both = [
+        cell for cell, _ in reading.select(notebooks, [*EXPORTED_TAGS, "seed", *tags] if is_book else tags)
+    ]
     problems, are_read = [*check_structure(notebooks)] if is_book else [], True
-    for cell in both if is_book else cells:
+    for cell in both:
         try:
-            names = [b for b in cell.bindings if b.name in RESERVED_NAMES]
-            problems += [
-                cell.refusal(b.line, f"`{b.name}` is a name of tools/extract.py's; rename it") for b in names
-            ]
+            for b in (b for b in cell.bindings if b.name in RESERVED_NAMES):
+                problems.append(
+                    cell.refusal(b.line, f"`{b.name}` is a name of tools/extract.py's; rename it")
+                )
         except Refused as refused:
             problems, are_read = problems + refused.lines, False
     text = assemble(chosen, is_launcher=is_book and {*tags} == {*EXPORTED_TAGS}) if are_read else ""
