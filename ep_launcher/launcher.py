@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "4c11c30c28bc73670453068c037681cafe6ebcbde4a9fe7491f8e8cc9f297bec"
+SOURCES_SHA256 = "965f1a06d4215d68203c15eaebc9b566af8096e688e4c971dac85849115b71fe"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -71,7 +71,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -182,49 +182,6 @@ def as_collective_error(rank: int, number: int) -> Iterator[None]:
         raise CollectiveError(f"rank {rank}, collective {number}: {reason}") from error
 
 
-# %% notebooks/01_parallelism.ipynb #pending
-class Pending:
-    """An exchange that this rank has begun, and the tensor [n, ...] that it brings; there already where work is None.
-
-    Until `wait` the library holds what is sent and what comes, and nobody else may touch them.
-    """
-
-    def __init__(self, rows: Tensor, meter: TrafficMeter, work: Any = None, purpose: str = "") -> None:
-        self.rows, self.meter, self.work = rows, meter, work
-        self.purpose, self.number = purpose, meter.num_collectives
-        if work is not None:
-            stack = itertools.islice(traceback.walk_stack(None), 8)
-            self.begun_by = [(f.f_code.co_filename, line, f.f_code.co_name) for f, line in stack]
-            meter.under_way[self.number] = self
-            if len(meter.under_way) > 256:
-                check_ended(meter)
-
-    def wait(self) -> Tensor:
-        """The rows, once they are there. On a CPU this rank waits; on a GPU its stream does, and the host goes on.
-        CollectiveError where another rank died, or stayed away too long."""
-        if self.work is not None:
-            del self.meter.under_way[self.number]
-            work, self.work = self.work, None
-            with as_collective_error(self.meter.rank, self.number):
-                work.wait()
-        return self.rows
-
-
-def check_ended(meter: TrafficMeter) -> None:
-    """RuntimeError where an exchange has begun and nobody has ended it, with a note of the lines that began it; what
-    the meter's checks raise."""
-    for check in meter.checks:
-        check()
-    for number, pending in meter.under_way.items():
-        error = RuntimeError(
-            f"rank {meter.rank}: the exchange of {pending.purpose!r}, its collective {number}, was never ended; "
-            "give what begin_dispatch or begin_combine returned to end_dispatch or end_combine"
-        )
-        lines = (f'  File "{path}", line {line}, in {name}' for path, line, name in pending.begun_by)
-        error.add_note("\n".join(["It was begun by, innermost first:", *lines]))
-        raise error
-
-
 # %% notebooks/01_parallelism.ipynb #communicator
 class Communicator:
     """The collectives of one group of ranks; every byte of rows passes the meter.
@@ -283,7 +240,7 @@ class Communicator:
 
     def begin_all_to_all(
         self, x: Tensor, input_splits: list[int], output_splits: list[int], purpose: str, wait: bool = False
-    ) -> Pending:
+    ) -> "Pending":
         """Sends the j-th piece of x [n, ...] to rank j; the result's wait() gives [sum(output_splits), ...], by source.
 
         input_splits[j]: rows for rank j; output_splits[i]: rows from rank i; W ints each. wait: at once. No gradient.
@@ -330,37 +287,6 @@ def choose_device(wanted: str = "auto") -> torch.device:
     if wanted == "cpu" or num_gpus < local_world_size:
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
-
-
-# %% notebooks/01_parallelism.ipynb #init-distributed
-def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | None:
-    """Joins the process group that torchrun announced: NCCL for GPUs, gloo for CPUs.
-
-    Returns the rendezvous store, through which ranks tell one another where they are; None at world size 1,
-    where no group is needed. CollectiveError, which names them, where ranks do not come within timeout_s.
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_from_env()[1] == 1:
-        return None
-    timeout = timedelta(seconds=timeout_s)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    if world_from_env()[3] == world_size:  # on one machine, where all ranks are restarted equally often
-        # torchrun's restarts share one store, in which the addresses of the last attempt still stand.
-        store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    notes = dist.PrefixStore("ep_launcher", store)
-    notes.set(f"came/{rank}", "")
-    try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    except dist.DistError:
-        absent = [str(other) for other in range(world_size) if not notes.check([f"came/{other}"])]
-        if not absent:
-            raise
-        if notes.add("reported", 1) > 1:
-            time.sleep(5)  # one rank says it; when it leaves, torchrun ends the others
-        raise CollectiveError(f"rank {', '.join(absent)} did not join within {timeout_s:g} s") from None
-    return notes
 
 
 # %% notebooks/01_parallelism.ipynb #init-ep
@@ -426,6 +352,49 @@ def expected_distinct_ranks(num_experts: int, top_k: int, ep_size: int) -> float
     """How many different ranks own a token's top_k experts, on average, if every choice is equally likely."""
     elsewhere = math.comb(num_experts - num_experts // ep_size, top_k)
     return ep_size * (1 - elsewhere / math.comb(num_experts, top_k))
+
+
+# %% notebooks/01_parallelism.ipynb #pending
+class Pending:
+    """An exchange that this rank has begun, and the tensor [n, ...] that it brings; there already where work is None.
+
+    Until `wait` the library holds what is sent and what comes, and nobody else may touch them.
+    """
+
+    def __init__(self, rows: Tensor, meter: TrafficMeter, work: Any = None, purpose: str = "") -> None:
+        self.rows, self.meter, self.work = rows, meter, work
+        self.purpose, self.number = purpose, meter.num_collectives
+        if work is not None:
+            stack = itertools.islice(traceback.walk_stack(None), 8)
+            self.begun_by = [(f.f_code.co_filename, line, f.f_code.co_name) for f, line in stack]
+            meter.under_way[self.number] = self
+            if len(meter.under_way) > 256:
+                check_ended(meter)
+
+    def wait(self) -> Tensor:
+        """The rows, once they are there. On a CPU this rank waits; on a GPU its stream does, and the host goes on.
+        CollectiveError where another rank died, or stayed away too long."""
+        if self.work is not None:
+            del self.meter.under_way[self.number]
+            work, self.work = self.work, None
+            with as_collective_error(self.meter.rank, self.number):
+                work.wait()
+        return self.rows
+
+
+def check_ended(meter: TrafficMeter) -> None:
+    """RuntimeError where an exchange has begun and nobody has ended it, with a note of the lines that began it; what
+    the meter's checks raise."""
+    for check in meter.checks:
+        check()
+    for number, pending in meter.under_way.items():
+        error = RuntimeError(
+            f"rank {meter.rank}: the exchange of {pending.purpose!r}, its collective {number}, was never ended; "
+            "give what begin_dispatch or begin_combine returned to end_dispatch or end_combine"
+        )
+        lines = (f'  File "{path}", line {line}, in {name}' for path, line, name in pending.begun_by)
+        error.add_note("\n".join(["It was begun by, innermost first:", *lines]))
+        raise error
 
 
 # ==========================================================================================================
@@ -502,6 +471,18 @@ def register(kind: str, name: str) -> Callable[[G], G]:
     return add
 
 
+class Choosable:
+    """What `auto` may take: implementations of a kind that can do without being named."""
+
+    @staticmethod
+    def preference(*place: Any) -> float:
+        """How much `auto` likes this implementation in this place; 0 where it cannot run.
+
+        place: a layer's config, device and ep_size; of a kind of step, run and model.
+        """
+        return 1
+
+
 def option_group(group: type[G]) -> type[G]:
     """Decorator: every field of this frozen dataclass becomes a flag; its docstring's `field: text` is the help."""
     kept = [other for other in OPTION_GROUPS if other.__qualname__ != group.__qualname__]
@@ -520,6 +501,7 @@ class MoEConfig(LayerSizes):
     dispatcher: how rows travel to their experts and back; auto takes the fastest for the device
     experts: how the local experts are computed; auto takes the fastest for the device
     balance: what keeps the experts' load even
+    choice: how the largest scores are found; auto takes the fastest for the device
     activation: the nonlinearity inside an expert
     overlap: what is computed while rows travel
     """
@@ -529,6 +511,7 @@ class MoEConfig(LayerSizes):
     dispatcher: str = "auto"
     experts: str = "auto"
     balance: str = "aux"
+    choice: str = "auto"
     activation: str = "gelu"
     overlap: str = "none"
     router_bias: bool = field(default=True, metadata={"flag": False})
@@ -543,7 +526,8 @@ class MoEConfig(LayerSizes):
                 raise ValueError(
                     f"extras has a {type(extra).__name__}, and takes option groups, made from Options"
                 )
-            extra.check(self)
+        for check in self.hooks("check"):
+            check(self)
 
     def option(self, group: type[G]) -> G:
         """This config's option group of the given type, or that group's defaults."""
@@ -551,9 +535,33 @@ class MoEConfig(LayerSizes):
         return next(named, group())
 
     def hooks(self, name: str) -> list[Callable]:
-        """The option groups' methods of this name, where they are more than the no-op of Options (chapter 03)."""
-        methods = [getattr(extra, name) for extra in self.extras]
-        return [method for method in methods if method.__qualname__ != f"Options.{name}"]
+        """The methods of this name, of the option groups that have one (chapter 03)."""
+        return [getattr(extra, name) for extra in self.extras if hasattr(extra, name)]
+
+
+# %% notebooks/02_all_to_all.ipynb #pick
+class CannotRun(ValueError):
+    """A kind of implementation that was named, and cannot run here; the message says which can."""
+
+
+def pick(kind: str, config: MoEConfig, device: torch.device | str | None, ep_size: int = 1) -> str:
+    """The name of the implementation that the config names, or for `auto` of the one that likes it best.
+
+    ValueError for a name that nobody registered; CannotRun for one that cannot on this device and so many ranks.
+    """
+    device = torch.get_default_device() if device is None else torch.device(device)
+    device = choose_device() if device.type == "meta" else device  # where it will probably be
+    name, registered = getattr(config, kind), REGISTRIES[kind]
+    if name != "auto" and name not in registered:
+        raise ValueError(f"{kind} is {name!r}; take one of auto, {', '.join(sorted(registered))}")
+    liking = {other: kept.preference(config, device, ep_size) for other, kept in registered.items()}
+    best = max(liking, key=liking.get)
+    if name != "auto" and liking[name] <= 0:
+        where = f"in {config.dtype} on {ep_size} {device.type} rank{'s' * (ep_size > 1)}"
+        needs = getattr(registered[name], "needs", "")
+        needs = f", it needs {needs}" if needs else ""
+        raise CannotRun(f"{kind} {name} cannot run {where}{needs}; take auto (here: {best})")
+    return best if name == "auto" else name
 
 
 # %% notebooks/02_all_to_all.ipynb #dispatcher-interface
@@ -577,7 +585,7 @@ class Arrived:
     max_pairs: int | None = None
 
 
-class Dispatcher(ABC):
+class Dispatcher(Choosable, ABC):
     """Turns a routing over all experts into a routing over the local ones, and brings the results home.
 
     It moves rows and knows no expert: made of the number of experts and a group of ranks, and of options of its
@@ -597,11 +605,6 @@ class Dispatcher(ABC):
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "Dispatcher":
         """Made for a layer, with its own options from the layer's config."""
         return cls(config.num_experts, comm)
-
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """How much `auto` likes this implementation for this layer on so many ranks; 0 where it cannot run."""
-        return 1
 
     def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
         """x [T, D], topk_ids int64 [T, K] of all experts, topk_weights [T, K] -> Arrived. All ranks enter."""
@@ -652,12 +655,6 @@ def bytes_by_pass(there: Tensor, back: Tensor, row: int, rider: int, returned: i
     return {name: part * off_diagonal for name, part in zip(PASSES, parts, strict=True)}
 
 
-# %% notebooks/02_all_to_all.ipynb #pad-rows
-def pad_rows(rows: Tensor, length: int) -> Tensor:
-    """Appends zero rows until there are `length`: [n, ...] -> [length, ...]."""
-    return torch.cat([rows, rows.new_zeros(length - rows.shape[0], *rows.shape[1:])])
-
-
 # %% notebooks/02_all_to_all.ipynb #all-gather-autograd
 class AllGather(torch.autograd.Function):
     """[n, D] on every rank -> [W, n, D]; backward sends each block's gradient home and adds: a reduce-scatter.
@@ -687,10 +684,11 @@ def gather_padded(rows: Tensor, metadata: Tensor, comm: Communicator, purpose: s
     n may differ from rank to rank, and be 0. Padding is marked IS_PADDING. One host synchronisation, for m.
     """
     lengths = comm.all_gather(torch.tensor([len(rows)], device=rows.device), "metadata").flatten().tolist()
-    metadata = pad_rows(metadata, max(lengths))
+    missing = (0, 0, 0, max(lengths) - len(rows))  # none before, behind and above; so many rows below
+    metadata = F.pad(metadata, missing)
     metadata[len(rows) :, IS_PADDING] = 1
     all_metadata = comm.all_gather(metadata, "metadata")
-    all_rows = AllGather.apply(pad_rows(rows, max(lengths)), comm, purpose)
+    all_rows = AllGather.apply(F.pad(rows, missing), comm, purpose)
     return all_rows.flatten(0, 1), all_metadata.flatten(0, 1)
 
 
@@ -828,9 +826,13 @@ class GateLogits(torch.autograd.Function):
 
 # %% notebooks/03_experts.ipynb #choose-largest
 @register("choice", "topk")
-def choose_largest(keys: Tensor, top_k: int) -> Tensor:
-    """keys [T, E] -> int64 [T, K], which are the largest of each row, in descending order."""
-    return keys.topk(top_k, dim=-1).indices
+class TopK(Choosable):
+    """The choice by PyTorch's topk, on any device."""
+
+    @staticmethod
+    def choose(keys: Tensor, top_k: int) -> Tensor:
+        """keys [T, E] -> int64 [T, K], which are the largest of each row, in descending order."""
+        return keys.topk(top_k, dim=-1).indices
 
 
 # %% notebooks/03_experts.ipynb #router
@@ -853,6 +855,7 @@ class Router(KeepsPrecision):
         super().__init__()
         self.config, self.seed = config, seed
         dtype = torch.promote_types(DTYPES[config.dtype], torch.float32)
+        self.choice = REGISTRIES["choice"][pick("choice", config, device)]
         self.gate = Gate(config.hidden_dim, config.num_experts, config.router_bias, device, dtype)
         self.reset_parameters()
 
@@ -876,8 +879,7 @@ class Router(KeepsPrecision):
         keys = probs.detach() if choice_bias is None else probs.detach() + choice_bias
         for limit_choice in self.config.hooks("limit_choice"):
             keys = limit_choice(keys, self.config)
-        *_, choose = REGISTRIES["choice"].values()
-        topk_ids = choose(keys, self.config.top_k)
+        topk_ids = self.choice.choose(keys, self.config.top_k)
         topk_weights = probs.gather(1, topk_ids)
         for scale_weights in self.config.hooks("scale_weights"):
             topk_weights = scale_weights(topk_weights)
@@ -903,7 +905,7 @@ class GELU:
 
 
 # %% notebooks/03_experts.ipynb #experts-parameters
-class Experts(nn.Module):
+class Experts(Choosable, nn.Module):
     """The L experts that this rank owns, stacked: w1 [L, D, F], b1 [L, F], w2 [L, F, D], b2 [L, D].
 
     Gated activations add w3 [L, D, F], and b3 [L, F] where they have biases; what an activation lacks is None.
@@ -929,7 +931,8 @@ class Experts(nn.Module):
             if shape:
                 stacked = torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device)
             self.register_parameter(name, None if stacked is None else nn.Parameter(stacked))
-        self.own_range = f"{self.first_expert}-{self.first_expert + self.num_local - 1}"
+        self.own = slice(self.first_expert, self.first_expert + self.num_local)  # of all experts
+        self.own_range = f"{self.own.start}-{self.own.stop - 1}"
         if comm.size > 1:
             self.register_state_dict_post_hook(save_own_names)
             self.register_load_state_dict_pre_hook(load_own_names)
@@ -950,11 +953,6 @@ class Experts(nn.Module):
         """Whether forward, with at most num_rows rows, waits for a number from the device."""
         return True
 
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """How much `auto` likes this implementation for this layer on so many ranks; 0 where it cannot run."""
-        return 1
-
 
 # %% notebooks/03_experts.ipynb #experts-loop
 @register("experts", "loop")
@@ -974,15 +972,10 @@ class LoopExperts(Experts):
         for e in range(self.num_local):
             row, j = (arrived.topk_ids == e).nonzero(as_tuple=True)
             block = x[row]
-            up = None if w3[e] is None else affine(block, w3[e], b3[e])
-            hidden = self.activation.apply(affine(block, w1[e], b1[e]), up)
-            y = y.index_add(0, row, affine(hidden, w2[e], b2[e]) * topk_weights[row, j, None])
+            up = None if w3[e] is None else F.linear(block, w3[e].t(), b3[e])
+            hidden = self.activation.apply(F.linear(block, w1[e].t(), b1[e]), up)
+            y = y.index_add(0, row, F.linear(hidden, w2[e].t(), b2[e]) * topk_weights[row, j, None])
         return y.to(x.dtype)
-
-
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [n, i] @ weight [i, o] + bias [o] -> [n, o]; without a bias where it is None."""
-    return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
 # %% notebooks/03_experts.ipynb #shared-experts
@@ -1005,13 +998,13 @@ class SharedExperts(nn.Module):
     def hidden(self, x: Tensor) -> Tensor:
         """The first half of forward: x [T, D] -> [T, N * F]."""
         w1, b1, _, _, w3, b3 = (None if p is None else p[0] for p in self.expert.in_dtype(x.dtype))
-        up = None if w3 is None else affine(x, w3, b3)
-        return self.expert.activation.apply(affine(x, w1, b1), up)
+        up = None if w3 is None else F.linear(x, w3.t(), b3)
+        return self.expert.activation.apply(F.linear(x, w1.t(), b1), up)
 
     def output(self, hidden: Tensor) -> Tensor:
         """The second half: [T, N * F] -> [T, D]."""
         _, _, w2, b2, _, _ = (None if p is None else p[0] for p in self.expert.in_dtype(hidden.dtype))
-        return affine(hidden, w2, b2)
+        return F.linear(hidden, w2.t(), b2)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D]. 4 * T * D * N * F operations, 6 if gated; nothing is sent."""
@@ -1027,8 +1020,9 @@ def count_choices(topk_ids: Tensor, num_experts: int) -> Tensor:
 
 
 # %% notebooks/03_experts.ipynb #no-balance
+@register("balance", "none")
 class Balance(KeepsPrecision):
-    """What keeps the experts' load even; forward takes a Routing and returns this rank's share of a loss.
+    """What keeps the experts' load even; this one lets it fall as it will, and the others inherit from it.
 
     batch: the ranks that share the batch, over which losses and loads are counted. choice_bias [E], where there is
     one, is added to the scores for the choice alone (chapter 09).
@@ -1042,20 +1036,15 @@ class Balance(KeepsPrecision):
         super().__init__()
         self.config, self.batch = config, batch
 
+    def forward(self, routing: Routing) -> Tensor:
+        """Routing -> this rank's share of a loss, 0-dim; here a zero."""
+        return routing.probs.new_zeros(())
+
     def count(self, routing: Routing) -> None:
         """Called once for every training forward, and not again where the forward is recomputed."""
 
     def after_step(self) -> None:
         """Called on every rank after every update of the parameters."""
-
-
-@register("balance", "none")
-class NoBalance(Balance):
-    """Lets the load fall as it will: the loss is 0."""
-
-    def forward(self, routing: Routing) -> Tensor:
-        """Routing -> a zero."""
-        return routing.probs.new_zeros(())
 
 
 # %% notebooks/03_experts.ipynb #switch-aux-loss
@@ -1082,31 +1071,6 @@ class SwitchAuxLoss(Balance):
         return num_experts * (load * probs.sum(0)).sum() / global_tokens
 
 
-# %% notebooks/03_experts.ipynb #pick
-class CannotRun(ValueError):
-    """A kind of implementation that was named, and cannot run here; the message says which can."""
-
-
-def pick(kind: str, config: MoEConfig, device: torch.device | str, ep_size: int = 1) -> str:
-    """The name of the implementation that the config names, or for `auto` of the one that likes it best.
-
-    ValueError for a name that nobody registered; CannotRun for one that cannot on this device and so many ranks.
-    """
-    device = torch.device(device)
-    device = choose_device() if device.type == "meta" else device  # where it will probably be
-    name, registered = getattr(config, kind), REGISTRIES[kind]
-    if name != "auto" and name not in registered:
-        raise ValueError(f"{kind} is {name!r}; take one of auto, {', '.join(sorted(registered))}")
-    liking = {other: kept.preference(config, device, ep_size) for other, kept in registered.items()}
-    best = max(liking, key=liking.get)
-    if name != "auto" and liking[name] <= 0:
-        where = f"in {config.dtype} on {ep_size} {device.type} rank{'s' * (ep_size > 1)}"
-        needs = getattr(registered[name], "needs", "")
-        needs = f", it needs {needs}" if needs else ""
-        raise CannotRun(f"{kind} {name} cannot run {where}{needs}; take auto (here: {best})")
-    return best if name == "auto" else name
-
-
 # %% notebooks/03_experts.ipynb #check-tokens
 def check_tokens(x: Tensor, config: MoEConfig) -> None:
     """ValueError where x [..., D] is not what the layer was made for."""
@@ -1117,59 +1081,43 @@ def check_tokens(x: Tensor, config: MoEConfig) -> None:
         raise ValueError(f"{num_tokens} tokens on one rank, above max_num_tokens {limit}")
 
 
-def is_recomputing() -> bool:
-    """Whether this forward runs inside a backward, as `torch.utils.checkpoint` has it run again."""
-    # torch's own checkpoint asks the same way; there is no public one. A compiled forward is never run again so.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
-
-
 # %% notebooks/03_experts.ipynb #aux-shares
-class AuxShares(list):
-    """The aux losses of a layer's training forwards that have not been asked for yet. Copies start empty."""
-
-    limit = 1024
-
-    def add(self, share: Tensor) -> None:
-        """RuntimeError where they pile up, each with its graph: they were forgotten. Others are added up."""
-        if len(self) >= self.limit and not any(kept.requires_grad for kept in self):
-            self[:] = [torch.stack(list(self)).sum()]
-        if len(self) >= self.limit:
-            raise RuntimeError(
-                f"{len(self)} forwards, and nobody took their aux loss; add aux_alpha * aux_loss(model) to the "
-                "loss, call after_step(model) after each update, or take balance='none'"
-            )
-        self.append(share)
-
-    def __deepcopy__(self, memo: dict) -> "AuxShares":
-        return AuxShares()
-
-    def __reduce__(self) -> tuple:
-        return AuxShares, ()
+MAX_AUX_SHARES = 1024  # forwards whose aux loss nobody has asked for
 
 
 def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
-    """Keeps this forward's share and counts its load, unless it is a forward run again. RuntimeError under a
-    checkpoint whose first forward had no gradient: the aux loss could not have one."""
-    if not is_recomputing():
-        layer.recorded_aux = torch.is_grad_enabled()
-        if layer.recorded_aux:
-            layer.balance.count(routing)
-            layer.aux_shares.add(aux)
-    elif not layer.recorded_aux:
-        raise RuntimeError("a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)")
+    """Keeps this forward's share and counts its load, unless it is a forward run again.
+
+    RuntimeError where shares pile up, each with its graph: they were forgotten. Others are added up. RuntimeError under
+    a checkpoint whose first forward had no gradient: the aux loss could not have one.
+    """
+    # torch's own checkpoint asks the same way; there is no public one. A compiled forward is never run again so.
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
+        if not layer.recorded_aux:
+            raise RuntimeError(
+                "a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)"
+            )
+        return
+    layer.recorded_aux, shares = torch.is_grad_enabled(), layer.aux_shares
+    if not layer.recorded_aux:
+        return
+    if len(shares) >= MAX_AUX_SHARES:
+        if any(kept.requires_grad for kept in shares):
+            raise RuntimeError(
+                f"{len(shares)} forwards, and nobody took their aux loss; add aux_alpha * aux_loss(model) to the "
+                "loss, call after_step(model) after each update, or take balance='none'"
+            )
+        shares[:] = [torch.stack(shares).sum()]
+    layer.balance.count(routing)
+    shares.append(aux)
 
 
 # %% notebooks/03_experts.ipynb #in-order
 @register("overlap", "none")
-class InOrder:
+class InOrder(Choosable):
     """The plain order: rows are waited for as soon as they are sent. The others inherit from it (chapter 12)."""
 
     num_parts = 1  # into which the tokens are cut, each with an exchange of its own
-
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """How much `auto` likes it."""
-        return 1
 
     @staticmethod
     def check(layer: Any) -> None:
@@ -1213,7 +1161,7 @@ class EPMoE(nn.Module):
         self.experts = experts(config, self.mesh.ep, seed, device)
         self.shared = SharedExperts(config, seed, device) if config.num_shared_experts else None
         self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
-        self.aux_shares, self.recorded_aux = AuxShares(), True
+        self.aux_shares, self.recorded_aux = [], True
         self.overlap = REGISTRIES["overlap"][pick("overlap", config, device, self.mesh.ep.size)]
         self.overlap.check(self)
 
@@ -1223,6 +1171,9 @@ class EPMoE(nn.Module):
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"aux_shares": []}  # a copy, or a saved layer, has no forward behind it
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> y [..., D]. What the balance adds to the loss waits for `aux_loss`.
 
@@ -1231,16 +1182,16 @@ class EPMoE(nn.Module):
         """
         check_tokens(x, self.config)
         refuse_wrappers(self)
-        kind, forward = x.device.type, type(self).forward_tokens
         # On several ranks torch.compile leaves it alone, since ranks must enter collectives alike. disable() imports
         # the compiler: not before somebody compiles.
         if self.mesh.ep.size > 1 and torch.compiler.is_compiling():
-            forward = torch.compiler.disable(forward)
+            return torch.compiler.disable(type(self).forward)(self, x)
+        kind, tokens = x.device.type, x.reshape(-1, x.shape[-1])
         if x.is_meta or not torch.is_autocast_enabled(kind):
-            return forward(self, x.reshape(-1, x.shape[-1])).view(x.shape)
-        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+            return self.overlap.forward(self, tokens, self.route(tokens)).view(x.shape)
+        tokens = tokens if x.dtype == torch.float64 else tokens.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            return forward(self, x.reshape(-1, x.shape[-1])).view(x.shape)
+            return self.overlap.forward(self, tokens, self.route(tokens)).view(x.shape)
 
     def route(self, x: Tensor) -> Routing:
         """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
@@ -1255,74 +1206,37 @@ class EPMoE(nn.Module):
         self.topk_ids, self.probs = routing.topk_ids, routing.probs.detach()
         return routing
 
-    def forward_tokens(self, x: Tensor) -> Tensor:
-        """x [T, D] -> y [T, D]."""
-        return self.overlap.forward(self, x, self.route(x))
-
 
 # %% notebooks/03_experts.ipynb #options
 class Options:
-    """What the option groups of later chapters inherit: the hooks by which they take part. Each does nothing here.
+    """What the option groups of later chapters inherit. A group takes part by methods with the names in `hooks`.
 
     TypeError where a subclass has a public method that is no hook: a misspelt one would never be called.
     """
 
+    hooks = {
+        "check": "(config), when a config is made: ValueError where it and these options do not fit together",
+        # In the layer: you can use them now.
+        "limit_choice": "(keys [T, E], config) -> keys, in the router, before the choice",
+        "scale_weights": "(topk_weights [T, K]) -> topk_weights, in the router, after the choice",
+        "added_loss": "(routing, config, batch) -> this rank's share of a further loss, 0-dim, while it trains",
+        "after_routing": "(routing, config, batch) -> routing, between router and dispatcher",
+        # In the launcher: chapters 04 to 15. Those marked * are collective.
+        "share_experts": "(world_size) -> ep_size, by how many of the ranks the experts are shared out",
+        "check_training": "(config, training), at first: ValueError where these options would do nothing in the run",
+        "for_run": "(run) -> these options, fitted to the run",
+        "syncs_host": "() -> which option makes the host wait for the device in every step, and what would not, in"
+        ' words; "" where none does. Such a step cannot be recorded (chapter 06).',
+        "show": "(log, step, layer) *, at every log interval, once for each layer",
+        "begin": "(training) *, before the first step; may set training.run.step, the step to begin with",
+        "after_update": "(training) *, after every step; training.run.step is its number",
+        "leave": "(training), when the training ends, however it does",
+    }
+
     def __init_subclass__(cls) -> None:
         for name, value in vars(cls).items():
-            if callable(value) and not name.startswith("_") and not hasattr(Options, name):
-                known = ", ".join(hook for hook in vars(Options) if not hook.startswith("_"))
-                raise TypeError(f"{cls.__name__}.{name} is no hook; take one of {known}")
-
-    def check(self, config: Any) -> None:
-        """ValueError where these options and the config do not fit together."""
-
-    # In the layer: you can use them now.
-
-    def limit_choice(self, keys: Tensor, config: Any) -> Tensor:
-        """In the router, before the choice: keys [T, E] -> [T, E]."""
-        return keys
-
-    def scale_weights(self, weights: Tensor) -> Tensor:
-        """In the router, after the choice: topk_weights [T, K] -> [T, K]."""
-        return weights
-
-    def added_loss(self, routing: Any, config: Any, batch: Any) -> Tensor:
-        """In the layer, while it trains: this rank's share of a further loss, 0-dim."""
-        return routing.probs.new_zeros(())
-
-    def after_routing(self, routing: Any, config: Any, batch: Any) -> Any:
-        """In the layer, between router and dispatcher: Routing -> Routing."""
-        return routing
-
-    # In the launcher: chapters 04 to 15.
-
-    def share_experts(self, world_size: int) -> int:
-        """In the launcher: by how many of its ranks the experts are shared out, the ep_size."""
-        return world_size
-
-    def check_training(self, config: Any, training: Any) -> None:
-        """In the launcher, before anything starts. ValueError where these options would do nothing in this run."""
-
-    def for_run(self, run: Any) -> "Options":
-        """These options, fitted to a run of the launcher."""
-        return self
-
-    def syncs_host(self) -> str:
-        """In the launcher, before the first step: which option makes the host wait for the device in every step, and
-        what would not, in words; "" where none does. Such a step cannot be recorded (chapter 06)."""
-        return ""
-
-    def show(self, log: Any, step: int, layer: Any) -> None:
-        """In the launcher, at every log interval, once for each layer. Collective."""
-
-    def begin(self, training: Any) -> None:
-        """In the launcher, before the first step. Collective. May set training.run.step, the step to begin with."""
-
-    def after_update(self, training: Any) -> None:
-        """In the launcher, after every step; training.run.step is its number. Collective."""
-
-    def leave(self, training: Any) -> None:
-        """In the launcher, when the training ends, however it does; not collective."""
+            if callable(value) and not name.startswith("_") and name not in Options.hooks:
+                raise TypeError(f"{cls.__name__}.{name} is no hook; take one of {', '.join(Options.hooks)}")
 
 
 # %% notebooks/03_experts.ipynb #of-a-model
@@ -1463,15 +1377,18 @@ def save_own_names(experts: Experts, state: dict, prefix: str, metadata: dict) -
 
 
 def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> None:
-    """Another rank's weights are an error, which says what to do."""
-    if f"{prefix}w1.{experts.own_range}" not in state:
-        rest[-1].append(
-            f"this rank holds experts {experts.own_range}, and the state others; take a full_state_dict, and "
-            "load_full_state_dict(model, state, mesh)"
-        )
+    """Takes its own out of a state that holds all experts. Another rank's are an error, which says what to do."""
     for name, _ in experts.named_parameters():
-        if (own := f"{prefix}{name}.{experts.own_range}") in state:
-            state[prefix + name] = state.pop(own)
+        own, whole = state.pop(f"{prefix}{name}.{experts.own_range}", None), state.get(prefix + name)
+        if own is None and whole is not None and len(whole) == experts.config.num_experts:
+            own = whole[experts.own]
+        if own is not None:
+            state[prefix + name] = own
+        elif name == "w1":
+            rest[-1].append(
+                f"this rank holds experts {experts.own_range}, and the state others; take a full_state_dict, and "
+                "load_full_state_dict(model, state, mesh)"
+            )
 
 
 # %% notebooks/03_experts.ipynb #full-state
@@ -1509,23 +1426,15 @@ def load_full_state_dict(
     RuntimeError where names, shapes or the number of experts differ from the model's, as load_state_dict has it.
     """
     named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
-
-    def own(name: str, tensor: Tensor) -> Tensor:
-        experts = owner.get(id(named.get(name)))
-        is_stacked = experts is not None and tensor.shape[1:] == named[name].shape[1:]
-        if not is_stacked or len(tensor) != experts.config.num_experts:
-            return tensor  # where it does not fit, load_state_dict says so
-        return tensor[experts.first_expert : experts.first_expert + experts.num_local]
-
-    def own_name(name: str) -> str:
-        experts = owner.get(id(named.get(name)))
-        return name if experts is None or mesh.ep.size == 1 else f"{name}.{experts.own_range}"
-
     state = dict(state)
     moments = state.pop("optimizer", {})
-    model.load_state_dict({own_name(name): own(name, tensor) for name, tensor in state.items()})
+    model.load_state_dict(state)
     for name, kept in moments.items() if optimizer is not None else ():
-        optimizer.state[named[name]] = {key: own(name, value).clone() for key, value in kept.items()}
+        p = named[name]
+        if id(p) in owner:
+            own = owner[id(p)].own
+            kept = {key: v[own] if v.shape[1:] == p.shape[1:] else v for key, v in kept.items()}
+        optimizer.state[p] = {key: value.clone() for key, value in kept.items()}
 
 
 # ==========================================================================================================
@@ -1542,11 +1451,6 @@ def make_teacher(config: MoEConfig, seed: int) -> Tensor:
 
 
 # %% notebooks/04_training.ipynb #token-stream
-def shard_sizes(num_tokens: int, world_size: int) -> list[int]:
-    """How many tokens each rank takes, as torch.tensor_split shares them: the first ranks take one more."""
-    return [num_tokens // world_size + (rank < num_tokens % world_size) for rank in range(world_size)]
-
-
 def mean_squared_error(y: Tensor, target: Tensor, num_global_tokens: int) -> Tensor:
     """y, target [T, D] -> this rank's share of the mean over the global batch, float32 or wider; 0 without tokens."""
     wide = torch.promote_types(y.dtype, torch.float32)
@@ -1868,19 +1772,14 @@ class LoadHistory:
 
 
 # %% notebooks/04_training.ipynb #step-bytes
-def every_ranks_ids(topk_ids: Tensor, comm: Communicator) -> list[Tensor]:
-    """topk_ids int64 [T, K] -> every rank's, by rank, on the CPU. Collective; under the meter's name `metadata`."""
-    own_length = torch.tensor([len(topk_ids)], device=topk_ids.device)
+def bytes_of_layer(layer: EPMoE, topk_ids: Tensor, x_needs_grad: bool = True) -> dict[str, Tensor]:
+    """This rank's topk_ids [T, K] -> the dispatcher's prediction from every rank's, {pass: bytes [W, W]}, summed over
+    the parts into which the layer cuts its tokens (chapter 12; mostly one). Collective."""
+    comm, own_length = layer.mesh.ep, torch.tensor([len(topk_ids)], device=topk_ids.device)
     lengths = comm.all_gather(own_length, "metadata").flatten().tolist()
     padded = F.pad(topk_ids, (0, 0, 0, max(lengths) - len(topk_ids)))
-    gathered = comm.all_gather(padded, "metadata").cpu()
-    return [block[:length] for block, length in zip(gathered, lengths, strict=True)]
-
-
-def bytes_of_layer(layer: EPMoE, topk_ids: list[Tensor], x_needs_grad: bool = True) -> dict[str, Tensor]:
-    """Every rank's topk_ids -> the dispatcher's prediction, {pass: bytes [W, W]}, summed over the parts into which the
-    layer cuts its tokens (chapter 12; mostly one)."""
-    cut = [ids.tensor_split(layer.overlap.num_parts) for ids in topk_ids]
+    gathered = zip(comm.all_gather(padded, "metadata").cpu(), lengths, strict=True)
+    cut = [block[:length].tensor_split(layer.overlap.num_parts) for block, length in gathered]
     rest = layer.config.hidden_dim, DTYPES[layer.config.dtype], x_needs_grad
     parts = [layer.dispatcher.predict_bytes(list(ids), *rest) for ids in zip(*cut, strict=True)]
     return {name: sum(part[name] for part in parts) for name in PASSES}
@@ -1893,18 +1792,12 @@ def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, i
     tokens_are_computed; what comes to the others was computed. Collective: every rank enters.
     """
     x_needs_grad = x_needs_grad or getattr(model, "tokens_are_computed", False)
-    totals = dict.fromkeys(PASSES, 0)
-    for number, layer in enumerate(moe_layers(model)):
-        ids = every_ranks_ids(layer.topk_ids, layer.mesh.ep)
-        for name, sent in bytes_of_layer(layer, ids, x_needs_grad or number > 0).items():
-            own = int(sent[layer.mesh.ep.rank].sum())
-            totals[name] += sum_over_ranks(own, layer.mesh.batch, layer.topk_ids.device)
-    return totals
-
-
-def sum_over_ranks(value: int, comm: Communicator, device: torch.device | str = "cpu") -> int:
-    """The sum of an int over the ranks. Collective."""
-    return int(comm.all_reduce(torch.tensor([value], dtype=torch.int64, device=device)))
+    layers, totals = moe_layers(model), torch.zeros(len(PASSES), dtype=torch.int64)
+    for number, layer in enumerate(layers):
+        sent = bytes_of_layer(layer, layer.topk_ids, x_needs_grad or number > 0)
+        totals += torch.stack([sent[name][layer.mesh.ep.rank].sum() for name in PASSES])
+    totals = layers[0].mesh.batch.all_reduce(totals.to(layers[0].topk_ids.device))
+    return dict(zip(PASSES, totals.tolist(), strict=True))
 
 
 # %% notebooks/04_training.ipynb #non-finite
@@ -1939,12 +1832,13 @@ class Run:
 
     def __post_init__(self) -> None:
         """Later chapters' option groups fit themselves to this run."""
-        self.config = replace(self.config, extras=tuple(extra.for_run(self) for extra in self.config.extras))
+        extras = (e.for_run(self) if hasattr(e, "for_run") else e for e in self.config.extras)
+        self.config = replace(self.config, extras=tuple(extras))
 
     @property
     def num_global_tokens(self) -> int:
         """Tokens a step over all ranks."""
-        return 32 * self.mesh.batch.size if self.options.tokens is None else self.options.tokens
+        return self.options.tokens or 32 * self.mesh.batch.size
 
 
 # %% notebooks/04_training.ipynb #record
@@ -1958,14 +1852,6 @@ def begin_log(log: RunLog, step: int) -> None:
             log.writer.file_writer.add_event(
                 Event(step=step, session_log=SessionLog(status=SessionLog.START))
             )
-
-
-def log_losses(run: Run, step: int, task: float, aux: float, seconds: float) -> None:
-    """One log line, and the same four numbers for TensorBoard. seconds: since the line before."""
-    total = task + run.options.aux_alpha * aux
-    line = f"task={task:.6f} aux={aux:.6f} total={total:.6f} interval_s={seconds:.2f}"
-    run.log.write(f"[step {step:05d}] {line}")
-    run.log.show("scalar", step, loss__task=task, loss__aux=aux, loss__total=total, time__interval_s=seconds)
 
 
 class Record:
@@ -2002,16 +1888,18 @@ class Record:
 
     def end_interval(self, step: int, losses: Tensor) -> None:
         """The log line, TensorBoard's scalars, the load of the interval. One all-reduce."""
-        task, aux = losses.tolist()
+        log, now, (task, aux) = self.run.log, time.perf_counter(), losses.tolist()
+        total, seconds = task + self.run.options.aux_alpha * aux, now - self.interval_start
         self.logged.append((task, aux))
-        now = time.perf_counter()
-        seconds, self.interval_start = now - self.interval_start, now
-        log_losses(self.run, step, task, aux, seconds)
+        self.interval_start = now
+        line = f"task={task:.6f} aux={aux:.6f} total={total:.6f} interval_s={seconds:.2f}"
+        log.write(f"[step {step:05d}] {line}")
+        log.show("scalar", step, loss__task=task, loss__aux=aux, loss__total=total, time__interval_s=seconds)
         self.history.end_interval(self.run.mesh.batch)
-        self.history.show(self.run.log, step)
+        self.history.show(log, step)
         for show in self.run.config.hooks("show"):
             for layer in self.layers:
-                show(self.run.log, step, layer)
+                show(log, step, layer)
 
 
 # %% notebooks/04_training.ipynb #measured-summary
@@ -2020,7 +1908,8 @@ def measured_summary(record: Record) -> dict[str, Any]:
     run, batch, meter = record.run, record.run.mesh.batch, record.run.mesh.meter
     record.timer.mark()
     sent = meter.total(*PASSES) - record.bytes_before
-    metadata = meter.total("metadata") // (record.timer.num_marks - 1)  # steps of this process
+    metadata = meter.total("metadata") // (record.timer.num_marks - 1)  # a step of this process
+    sent, metadata = batch.all_reduce(torch.tensor([sent, metadata], device=run.device)).tolist()
     record.history.end_interval(batch)
     if run.log.writer:
         run.log.show("image", run.options.steps, load__over_time=record.history.image())
@@ -2034,9 +1923,9 @@ def measured_summary(record: Record) -> dict[str, Any]:
         "ms_per_step": record.timer.median_ms(),
         "bytes_sent_per_step": {
             "predicted": sum(predicted_bytes(record.model).values()),
-            "counted": sum_over_ranks(sent, batch, run.device),
+            "counted": sent,
         },
-        "metadata_bytes_per_step": sum_over_ranks(metadata, batch, run.device),
+        "metadata_bytes_per_step": metadata,
         "dropped_fraction": dropped_fraction,
         "max_load_over_mean": max_load_over_mean,
     }
@@ -2044,16 +1933,14 @@ def measured_summary(record: Record) -> dict[str, Any]:
 
 # %% notebooks/04_training.ipynb #eager-step
 @register("step", "eager")
-class EagerStep:
+@dataclass(eq=False)
+class EagerStep(Choosable):
     """One training step, operation by operation: draw, forward, backward, one all-reduce, update."""
 
-    def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
-        self.run, self.model, self.task, self.optimizer = run, model, task, optimizer
-
-    @staticmethod
-    def preference(run: Run, model: nn.Module) -> float:
-        """How much `auto` likes this kind of step for this run; 0 where it cannot run."""
-        return 1
+    run: Run
+    model: nn.Module
+    task: Any
+    optimizer: torch.optim.Optimizer
 
     def __call__(self) -> Tensor:
         """One step -> the global losses [2] before its update."""
@@ -2062,27 +1949,6 @@ class EagerStep:
         self.optimizer.step()
         after_step(self.model)
         return losses
-
-
-# %% notebooks/04_training.ipynb #optimizer
-import inspect
-
-
-class AdamW(torch.optim.AdamW):
-    """torch's, whose first use does not import torch's compiler: a second less at the start of every rank."""
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See torch.optim.AdamW."""
-        inspect.unwrap(torch.optim.AdamW.add_param_group)(self, param_group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """See torch.optim.AdamW."""
-        inspect.unwrap(torch.optim.AdamW.zero_grad)(self, set_to_none)
-
-    @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Any:
-        """One update; see torch.optim.AdamW."""
-        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
 
 
 # %% notebooks/04_training.ipynb #train
@@ -2124,7 +1990,7 @@ def train(run: Run) -> dict[str, Any]:
     task = make_task(run.config, options.seed, run.num_global_tokens, mesh.batch, device)
     took = moe_layers(model)[0].took | {"step": pick_step(run, model)}
     is_capturable = device.type == "cuda"
-    optimizer = AdamW(model.parameters(), lr=options.lr, fused=True, capturable=is_capturable)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True, capturable=is_capturable)
     advance = REGISTRIES["step"][took["step"]](run, model, task, optimizer)
     shared = "" if mesh.ep.size == mesh.batch.size else f", ep size {mesh.ep.size}"
     names = ", ".join(f"{kind} {name}" for kind, name in took.items())
@@ -2153,13 +2019,6 @@ def train(run: Run) -> dict[str, Any]:
 
 
 # %% notebooks/05_launch.ipynb #flags
-def field_help(group: type) -> dict[str, str]:
-    """{field: help text}, from the `field: text` lines of an option group's docstring and of those it inherits from."""
-    texts = "\n".join(kind.__doc__ or "" for kind in group.__mro__)
-    lines = (line.strip().partition(": ") for line in texts.splitlines())
-    return {name: text for name, _, text in lines if text}
-
-
 class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are ValueErrors, with the flag that was meant where one is near."""
 
@@ -2171,15 +2030,21 @@ class FlagParser(argparse.ArgumentParser):
 
 
 # %% notebooks/05_launch.ipynb #make-parser
-def flag_settings(name: str, kind: Any, default: Any) -> dict[str, Any]:
-    """argparse's settings for one field: its type, and its choices where it names a registered implementation."""
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    choices = sorted(REGISTRIES[name]) if name in REGISTRIES else None
-    if choices and default == "auto":
+def flag_settings(group: type, f: Field) -> dict[str, Any]:
+    """argparse's settings for one field: default, help, type, and the choices where it names what is registered."""
+    lines = [line.strip() for kind in group.__mro__ for line in (kind.__doc__ or "").splitlines()]
+    text = next((line.removeprefix(f"{f.name}: ") for line in lines if line.startswith(f"{f.name}: ")), "")
+    default = f.metadata.get("default", f.default)
+    shown = "" if default is None else f" (default: {default})"
+    settings = {"default": default, "help": (text + shown).replace("%", "%%")}
+    if f.type is bool:
+        return settings | {"action": argparse.BooleanOptionalAction}
+    choices = sorted(REGISTRIES[f.name]) if f.name in REGISTRIES else None
+    if choices and f.default == "auto":
         choices = ["auto", *choices]
-    convert = next((t for t in (int, float) if kind in (t, t | None)), str)
-    return {"type": convert, "choices": choices, "metavar": None if choices else convert.__name__.upper()}
+    convert = next((t for t in (int, float) if f.type in (t, t | None)), str)
+    metavar = None if choices else convert.__name__.upper()
+    return settings | {"type": convert, "choices": choices, "metavar": metavar}
 
 
 def make_parser() -> FlagParser:
@@ -2189,15 +2054,9 @@ def make_parser() -> FlagParser:
     )
     for group in OPTION_GROUPS:
         flags = parser.add_argument_group(group.__name__)
-        texts = field_help(group)
         for f in fields(group):
-            if not f.metadata.get("flag", True):
-                continue
-            default = f.metadata.get("default", f.default)
-            shown = "" if default is None else f" (default: {default})"
-            text = (texts.get(f.name, "") + shown).replace("%", "%%")
-            settings = flag_settings(f.name, f.type, f.default)
-            flags.add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **settings)
+            if f.metadata.get("flag", True):
+                flags.add_argument("--" + f.name.replace("_", "-"), **flag_settings(group, f))
     return parser
 
 
@@ -2256,7 +2115,7 @@ def bytes_a_rank(config: MoEConfig, num_tokens: int, world_size: int) -> dict[st
     d, f, size = config.hidden_dim, config.ffn_dim, DTYPES[config.dtype].itemsize
     num_experts = config.num_local_experts(ep_size_of(config, world_size)) + config.num_shared_experts
     matrices = 3 if REGISTRIES["activation"][config.activation].is_gated else 2
-    wide, share = max(4, size), shard_sizes(num_tokens, world_size)[0]
+    wide, share = max(4, size), -(-num_tokens // world_size)
     return {
         "experts (--num-experts, --hidden-dim, --ffn-dim)": 4 * size * num_experts * matrices * d * f,
         "router (--num-experts, --hidden-dim)": 4 * wide * config.num_experts * d,
@@ -2311,8 +2170,8 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     rank, world_size, _, _ = world_from_env()
     ep_size = ep_size_of(config, world_size)
     config.num_local_experts(ep_size)
-    num_tokens = 32 * world_size if options.tokens is None else options.tokens
-    share = shard_sizes(num_tokens, world_size)[0]
+    num_tokens = options.tokens or 32 * world_size
+    share = -(-num_tokens // world_size)
     if config.max_num_tokens is not None and share > config.max_num_tokens:
         raise ValueError(
             f"{num_tokens} tokens over {world_size} ranks are up to {share} per rank, above max_num_tokens "
@@ -2324,7 +2183,7 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     check_memory(bytes_a_rank(config, num_tokens, world_size), device)
     for check_training in config.hooks("check_training"):
         check_training(config, options)
-    for kind in ("dispatcher", "experts"):
+    for kind in ("dispatcher", "experts", "choice", "overlap"):
         pick(kind, config, device, ep_size)
     return device
 
@@ -2352,14 +2211,12 @@ def make_log_dir() -> Path:
     """TB_LOGDIR, or a new folder in ep_launcher/runs, named by the time; -2, -3 ... for later ones."""
     if given := os.environ.get("TB_LOGDIR"):
         return Path(given).expanduser()
-    first, number = LAUNCHER_DIR / "runs" / time.strftime("%Y%m%d-%H%M%S"), 1
-    while True:
+    first = LAUNCHER_DIR / "runs" / time.strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
         folder = first.with_name(first.name + f"-{number}" * (number > 1))
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            number += 1
 
 
 def relative_to_root(path: str | Path) -> str:
@@ -2471,6 +2328,7 @@ def main(argv: list[str] | None = None) -> int:
     """The program that torchrun starts on every rank -> exit code. A bad setting is one line on the screen."""
     die_with_parent()
     keep_freed_memory()
+    spare_the_compiler()
     try:
         config, options = parse_flags(argv)
         device = check_run(config, options)
@@ -2520,18 +2378,16 @@ class StepNotes:
         path = os.environ.get("EP_STEPS")
         self.file = os.open(path, os.O_RDWR) if path else None
 
-    def place(self, rank: int) -> int:
-        """Where a rank's number stands."""
-        return self.WARNING_BYTES + 8 * rank
-
     def note(self, rank: int, steps: int) -> None:
         """This rank has done so many steps. Costs about 1 us."""
         if self.file is not None:
-            os.pwrite(self.file, steps.to_bytes(8, "little"), self.place(rank))
+            os.pwrite(self.file, steps.to_bytes(8, "little"), self.WARNING_BYTES + 8 * rank)
 
     def steps(self, rank: int) -> int:
         """The steps that a rank of this machine has done; 0 where nobody noted them."""
-        return 0 if self.file is None else int.from_bytes(os.pread(self.file, 8, self.place(rank)), "little")
+        if self.file is None:
+            return 0
+        return int.from_bytes(os.pread(self.file, 8, self.WARNING_BYTES + 8 * rank), "little")
 
     def warn(self, line: str) -> bool:
         """One line to whoever started the run -> whether there is such a file to write it to."""
@@ -2550,22 +2406,18 @@ class Heartbeat:
     def __init__(self, store: dist.Store | None, run: Run) -> None:
         self.store, self.run, self.meter = store, run, run.mesh.meter
         self.stopped, self.num_beats = threading.Event(), 0
-        self.thread = threading.Thread(target=self.beat_until_stopped, daemon=True)
+        self.thread = threading.Thread(target=self.beat, daemon=True)
         if store is not None:
-            self.beat()
             self.thread.start()
 
     def beat(self) -> None:
-        """Writes this rank's position."""
-        self.num_beats += 1
-        note = f"{self.run.step} {self.meter.num_collectives} {self.num_beats}"
-        self.store.set(f"position/{self.meter.rank}", note)
-
-    def beat_until_stopped(self) -> None:
-        """The thread: beats until stopped, or until the store is gone."""
+        """The thread: writes this rank's position until stopped, or until the store is gone."""
         with contextlib.suppress(RuntimeError):
-            while not self.stopped.wait(0.5):
-                self.beat()
+            while not self.stopped.is_set():
+                self.num_beats += 1
+                note = f"{self.run.step} {self.meter.num_collectives} {self.num_beats}"
+                self.store.set(f"position/{self.meter.rank}", note)
+                self.stopped.wait(0.5)
 
     def stop(self) -> None:
         """Ends the thread; a process that exits while it talks to the store would abort."""
@@ -2651,7 +2503,48 @@ def interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
+# %% notebooks/05_launch.ipynb #init-distributed
+def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | None:
+    """Joins the process group that torchrun announced: NCCL for GPUs, gloo for CPUs.
+
+    Returns the rendezvous store, through which ranks tell one another where they are; None at world size 1,
+    where no group is needed. CollectiveError, which names them, where ranks do not come within timeout_s.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_from_env()[1] == 1:
+        return None
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if world_from_env()[3] == world_size:  # on one machine, where all ranks are restarted equally often
+        # torchrun's restarts share one store, in which the addresses of the last attempt still stand.
+        store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    notes = dist.PrefixStore("ep_launcher", store)
+    notes.set(f"came/{rank}", "")
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistError:
+        absent = [str(other) for other in range(world_size) if not notes.check([f"came/{other}"])]
+        if not absent:
+            raise
+        if notes.add("reported", 1) > 1:
+            time.sleep(5)  # one rank says it; when it leaves, torchrun ends the others
+        raise CollectiveError(f"rank {', '.join(absent)} did not join within {timeout_s:g} s") from None
+    return notes
+
+
 # %% notebooks/05_launch.ipynb #process-habits
+import inspect
+
+
+def spare_the_compiler() -> None:
+    """The first use of an optimiser no longer imports torch's compiler: a second less at the start of every rank."""
+    for name in ("add_param_group", "zero_grad"):
+        setattr(torch.optim.Optimizer, name, inspect.unwrap(getattr(torch.optim.Optimizer, name)))
+    torch.optim.AdamW.step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 def die_with_parent() -> None:
     """On Linux: this process is killed when torchrun dies, so that no rank trains on alone."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -3509,17 +3402,16 @@ class GraphStep:
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
         """Runs on GPUs where no layer of the model, and no option group, needs a value on the host."""
-        tokens = shard_sizes(run.num_global_tokens, run.mesh.batch.size)
-        even = run.mesh.batch.size == 1 or tokens[0] == tokens[-1]
+        num_tokens, rest = divmod(run.num_global_tokens, run.mesh.batch.size)
         fixed = all(
             layer.dispatcher.records
             and not layer.experts.asks_host(
-                tokens[0] * layer.mesh.ep.size, getattr(layer.dispatcher, "rows_per_expert", None)
+                num_tokens * layer.mesh.ep.size, getattr(layer.dispatcher, "rows_per_expert", None)
             )
             for layer in moe_layers(model)
         )
         waits = any(syncs_host() for syncs_host in run.config.hooks("syncs_host"))
-        return 10 if run.device.type == "cuda" and fixed and even and not waits else 0
+        return 10 if run.device.type == "cuda" and fixed and not rest and not waits else 0
 
     def record(self) -> None:
         """Warms up on a side stream, takes everything back, and records one step, with the bytes that it sends."""
@@ -4457,7 +4349,7 @@ class RoutingOptions(Options):
         if self.bias_speed != usual.bias_speed and not has_bias:
             raise ValueError(f"bias_speed {self.bias_speed} does nothing without a bias; take --balance bias")
         weight, balance = training.aux_alpha, config.balance
-        has_loss = REGISTRIES["balance"][balance] not in (NoBalance, BiasBalance)
+        has_loss = REGISTRIES["balance"][balance] not in (Balance, BiasBalance)
         if weight not in (0, TrainingOptions().aux_alpha) and not (
             has_loss or self.z_alpha or self.sequence_alpha
         ):
@@ -7231,9 +7123,9 @@ def compute_choices(
         choice = torch.tensor([n for n, other in enumerate(chosen) if other == e], device=x.device)
         own = {name: tensor[slot_of[e]] for name, tensor in slots.items()}
         block = x[choice // top_k]
-        up = affine(block, own["w3"], own.get("b3")) if "w3" in own else None
-        hidden = cache.activation.apply(affine(block, own["w1"], own.get("b1")), up)
-        rows[choice] = (affine(hidden, own["w2"], own.get("b2")) * weights[choice, None]).to(x.dtype)
+        up = F.linear(block, own["w3"].t(), own.get("b3")) if "w3" in own else None
+        hidden = cache.activation.apply(F.linear(block, own["w1"].t(), own.get("b1")), up)
+        rows[choice] = (F.linear(hidden, own["w2"].t(), own.get("b2")) * weights[choice, None]).to(x.dtype)
 
 
 # %% notebooks/13_inference.ipynb #predict-hits
@@ -7382,22 +7274,30 @@ def topk_kernel(
 
 
 @register("choice", "one_launch")
-def choose_in_one_launch(keys: Tensor, top_k: int) -> Tensor:
-    """keys float32 [T, E] -> int64 [T, K], as choose_largest; of equal keys the first.
+class OneLaunch(TopK):
+    """The choice in one launch, on a GPU, for at most 1,024 experts and top-16."""
 
-    One launch on a GPU for at most 1,024 experts and top-16; elsewhere PyTorch's topk. At least K keys of a row must be
-    above -inf.
-    """
-    num_tokens, num_experts = keys.shape
-    fits = num_tokens > 0 and num_experts <= 1024 and top_k <= 16
-    if not (fits and uses_kernels(keys)):
-        return choose_largest(keys, top_k)
-    width = 1 << (num_experts - 1).bit_length()
-    topk_ids, tokens = keys.new_empty(num_tokens, top_k, dtype=torch.int64), max(1, 2048 // width)
-    topk_kernel[(-(-num_tokens // tokens),)](
-        keys.contiguous(), topk_ids, num_tokens, num_experts, width, top_k, tokens, num_warps=4
-    )
-    return topk_ids
+    @staticmethod
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Float32 scores on a GPU."""
+        fits = config.num_experts <= 1024 and config.top_k <= 16 and config.dtype != "float64"
+        return 10 if device.type == "cuda" and triton is not None and fits else 0
+
+    @staticmethod
+    def choose(keys: Tensor, top_k: int) -> Tensor:
+        """keys float32 [T, E] -> int64 [T, K], as TopK's; of equal keys the first.
+
+        At least K keys of a row must be above -inf. Where there are no tokens, or on a CPU, PyTorch's topk.
+        """
+        num_tokens, num_experts = keys.shape
+        if num_tokens == 0 or not uses_kernels(keys):
+            return TopK.choose(keys, top_k)
+        width = 1 << (num_experts - 1).bit_length()
+        topk_ids, tokens = keys.new_empty(num_tokens, top_k, dtype=torch.int64), max(1, 2048 // width)
+        topk_kernel[(-(-num_tokens // tokens),)](
+            keys.contiguous(), topk_ids, num_tokens, num_experts, width, top_k, tokens, num_warps=4
+        )
+        return topk_ids
 
 
 # %% notebooks/14_kernels.ipynb #fused-tiles

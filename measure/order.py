@@ -33,18 +33,18 @@ def variants(num_tokens: int, top_k: int, num_experts: int, recorder: record.Rec
     """{name: what is timed}, on random scores."""
     torch.manual_seed(0)
     keys = torch.rand(num_tokens, num_experts, device=recorder.device)
-    ids = ep.choose_largest(keys, top_k)
+    ids = ep.TopK.choose(keys, top_k)
 
     def sorted_order() -> ep.RowOrder:
         with mock.patch.object(ep, "uses_kernels", lambda x: False):
             return ep.order_rows(ids, num_experts)
 
-    assert torch.equal(ep.choose_in_one_launch(keys, top_k), ids)
+    assert torch.equal(ep.OneLaunch.choose(keys, top_k), ids)
     for ours, right in zip(ep.order_rows(ids, num_experts).tensors, sorted_order().tensors, strict=True):
         assert torch.equal(ours, right)
     found = {
-        "top-k, PyTorch": lambda: ep.choose_largest(keys, top_k),
-        "top-k, one launch": lambda: ep.choose_in_one_launch(keys, top_k),
+        "top-k, PyTorch": lambda: ep.TopK.choose(keys, top_k),
+        "top-k, one launch": lambda: ep.OneLaunch.choose(keys, top_k),
         "order, sorted": sorted_order,
         "order, counted": lambda: ep.order_rows(ids, num_experts),
     }

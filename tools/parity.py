@@ -42,7 +42,6 @@ from ep_launcher.launcher import (  # noqa: E402
     bytes_of_layer,
     choose_device,
     dense_moe,
-    every_ranks_ids,
     init_ep,
     load_plugin,
     schedule_in_batches,
@@ -243,7 +242,7 @@ def watch_bytes(model: Stack, mesh: Mesh) -> Callable[[], tuple[list[int], bool]
             pairs = zip(sent_since.get(name, nothing), before.get(name, nothing), strict=True)
             counted[name] = torch.tensor([now - then for now, then in pairs])[mesh.ep.ranks]
         for layer, topk_ids in list(runs):
-            for name, sent in bytes_of_layer(layer, every_ranks_ids(topk_ids, mesh.ep)).items():
+            for name, sent in bytes_of_layer(layer, topk_ids).items():
                 predicted[name] += sent[mesh.ep.rank]
         agrees = all(torch.equal(predicted[name], counted[name]) for name in PASSES)
         return [sum(int(t.sum()) for t in which.values()) for which in (predicted, counted)], agrees

@@ -232,7 +232,7 @@ BUSY = "ids[ids >= 0].unique().tolist() or [0]"
 EXPERTS = {
     "forgets the empty rank": (" or [0]", "", "no rows: ", "is not part of the graph"),
     "runs the empty ones": (BUSY, "range(self.num_local)", "4 matrix products had no rows"),
-    "another expert's weights": ("w1[e], b1[e]", "w1[0], b1[0]", "row 0, of expert 2, is off by"),
+    "another expert's weights": ("w1[e].t(), b1[e]", "w1[0].t(), b1[0]", "row 0, of expert 2, is off by"),
     "another expert's rows": (
         "(ids == e)",
         "(ids == 5 - e)",
@@ -240,8 +240,8 @@ EXPERTS = {
     ),
     "not weighted": (" * weights[row, j, None]", "", "row 0 is not weighted; the experts apply topk_weights"),
     "order": (
-        "(0, row, affine",
-        "(0, row.flip(0), affine",
+        "(0, row, F.linear",
+        "(0, row.flip(0), F.linear",
         "the result of row 5 came back in the place of row 0",
     ),
     "two choices only": (

@@ -72,7 +72,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(whole, tmp_path, step, flag
 
 def test_every_optimiser_goes_on(tmp_path, monkeypatch):
     """The state is made from the checkpoint's metadata, whatever its names are."""
-    monkeypatch.setattr(ep, "AdamW", lambda p, **_: torch.optim.SGD(p, lr=1e-2, momentum=0.9))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, **_: torch.optim.SGD(p, lr=1e-2, momentum=0.9))
     measured, _ = run(tmp_path / "a", "--checkpoint-interval 10 --keep-checkpoints 9")
     assert alike(run(copy_of(tmp_path / "a", tmp_path, 10), "--resume")[0]) == alike(measured)
 

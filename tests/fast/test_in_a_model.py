@@ -64,7 +64,7 @@ def test_a_reentrant_checkpoint_is_refused():
 
 
 def test_aux_losses_that_nobody_takes_are_an_error(monkeypatch):
-    monkeypatch.setattr(ep.AuxShares, "limit", 5)
+    monkeypatch.setattr(ep, "MAX_AUX_SHARES", 5)
     layer, x = ep.EPMoE(config(), seed=0), torch.randn(4, 16)
     with refused(RuntimeError, "nobody took their aux loss", "aux_loss(model)"):
         for _ in range(6):

@@ -84,9 +84,9 @@ def test_the_scan_of_a_table_that_is_longer_than_a_tile():
 def test_the_choice_in_one_launch(num_tokens, num_experts, top_k):
     torch.manual_seed(num_tokens)
     keys = torch.rand(num_tokens, num_experts).to(DEVICE)
-    ours, theirs = (run(ep.choose_in_one_launch, keys, top_k) for run in (direct, twin))
+    ours, theirs = (run(ep.OneLaunch.choose, keys, top_k) for run in (direct, twin))
     assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    same = ep.choose_in_one_launch(torch.zeros(3, num_experts, device=DEVICE), top_k)
+    same = ep.OneLaunch.choose(torch.zeros(3, num_experts, device=DEVICE), top_k)
     assert same.tolist() == [list(range(top_k))] * 3
 
 

@@ -63,6 +63,11 @@ def whole(state: dict[str, Tensor], layer_config: ep.MoEConfig, **more) -> ep.EP
     return layer
 
 
+def summed(value: int, mesh: ep.Mesh) -> int:
+    """Its sum over the ranks. Collective."""
+    return mesh.batch.all_reduce(torch.tensor(value)).item()
+
+
 def gradients(model: nn.Module, mesh: ep.Mesh) -> dict[str, Tensor]:
     """Every parameter's gradient, the experts' gathered over mesh.ep: what world size 1 has."""
     local = {id(p) for layer in ep.moe_layers(model) for p in layer.experts.parameters()}
@@ -187,7 +192,7 @@ def two_layers_bytes(mesh: ep.Mesh, folder: Path) -> None:
             mesh.meter.sent.clear()
             model(x).square().sum().backward()
             sent = {name: mesh.meter.total(name) for name in ep.PASSES}
-            counted = {name: ep.sum_over_ranks(value, mesh.batch) for name, value in sent.items()}
+            counted = {name: summed(value, mesh) for name, value in sent.items()}
             predicted = ep.predicted_bytes(model, x_needs_grad)
             assert predicted == counted and min(counted.values()) > 0, (
                 dispatcher,
@@ -215,7 +220,7 @@ def micro_batches(mesh: ep.Mesh, folder: Path) -> None:
         x = tokens(2, mesh.batch.rank, mesh.batch.size)
         found = []
         for batches in ([x], list(x.split(2)), [x[:0], x]):
-            number = ep.sum_over_ranks(len(batches), mesh.batch) // mesh.batch.size
+            number = summed(len(batches), mesh) // mesh.batch.size
             batches = (batches + [x[:0]] * 9)[: max(3, number + 1)] if len(batches) > 1 else batches
             model = ep.EPMoE(config(dispatcher=dispatcher, dtype="float64", balance="none"), mesh, seed=4)
             losses = ep.train_step(model, mesh, SumTask(23), batches, options)
@@ -349,6 +354,12 @@ def others_state(mesh: ep.Mesh, folder: Path) -> None:
         else:
             raise AssertionError("rank 0's experts were loaded on rank 1")
     layer.load_state_dict(layer.state_dict())
+    other, state = ep.EPMoE(config(), mesh, seed=3), ep.full_state_dict(layer, mesh)
+    other.load_state_dict(state)  # of all experts every rank takes its own
+    assert torch.equal(other.experts.w1, layer.experts.w1)
+    state["experts.w1"] = state["experts.w1"][:4]
+    with refused(RuntimeError):
+        other.load_state_dict(state)
 
 
 @trial(2)
@@ -490,7 +501,7 @@ def z_loss_and_capacity(mesh: ep.Mesh, folder: Path) -> None:
         layer_config = config(dispatcher=dispatcher, extras=extras, max_num_tokens=32, dtype="float64")
         layer = ep.EPMoE(layer_config, mesh, seed=1)
         layer(tokens(9, mesh.batch.rank, mesh.batch.size)).sum().backward(retain_graph=True)
-        dropped = ep.sum_over_ranks(int((layer.topk_ids < 0).sum()), mesh.batch)
+        dropped = summed(int((layer.topk_ids < 0).sum()), mesh)
         assert dropped > 0, "nothing was dropped"
         total = mesh.batch.all_reduce(ep.aux_loss(layer).detach().clone())
         x = tokens(9, 0, 1)
