@@ -234,15 +234,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = commands.Parser(prog="notebooks.py", description="Execute the notebooks without a browser.")
     add = parser.add_argument
     add("notebooks", nargs="*", metavar="NB", help="notebooks to run (default: notebooks/*.ipynb)")
-    add(
-        "-p",
-        dest="values",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a parameter",
-    )
+    add("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     add("--in-place", action="store_true", help="refresh the notebooks' own outputs, cleaned")
     add("--clean", action="store_true", help="clean the notebooks' outputs; execute nothing")
     add("--timeout", type=float, default=300.0, metavar="SECONDS", help="for each notebook (%(default)g)")
@@ -252,7 +244,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     chapters = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     options.paths = [Path(name).resolve() for name in options.notebooks] or chapters
     names = [path.name for path in options.paths]
-    options.parameters = {name: read_value(value) for name, value in options.values}
+    options.parameters = {name: read_value(value) for name, value in options.parameter}
     if sys.flags.optimize:
         raise refuse("without assertions (PYTHONOPTIMIZE, -O) no check can fail; leave that out")
     if not options.timeout > 0:

@@ -77,7 +77,7 @@ def test_unknown_parameters_are_refused_before_anything_starts(tmp_path, nothing
         (["{folder}/a.ipynb", "--output-dir", "{folder}"], "holds the notebooks themselves"),
         (["{folder}/a.ipynb", "--output-dir", "/proc"], "cannot write to --output-dir"),
         (["{folder}/a.ipynb", "--timeout", "0"], "--timeout is 0, and must be positive"),
-        (["{folder}/a.ipynb", "-p", "ranks", "-1e-3"], "argument -p: expected 2 arguments"),
+        (["{folder}/a.ipynb", "-p", "ranks", "-1e-3"], "argument -p/--parameter: expected 2 arguments"),
         (["{folder}/a.ipynb", "--inplace"], "unrecognized arguments: --inplace"),
     ],
 )
