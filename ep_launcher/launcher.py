@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "965f1a06d4215d68203c15eaebc9b566af8096e688e4c971dac85849115b71fe"
+SOURCES_SHA256 = "c54c4869ae848402972ea995506fdf8f255401f3b06d10ebd987ef7768c73cdc"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1610,6 +1610,13 @@ import itertools
 from collections import deque
 
 
+def within(limit_s: float | None, work: Callable[[], object]) -> None:
+    """Does the work in a thread of its own, and goes on when it is done or the time is over; None sets no limit."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+
+
 class StepTimer:
     """Milliseconds between marks, without stopping the device: CUDA events on a GPU, the clock on a CPU.
 
@@ -1716,12 +1723,11 @@ class RunLog:
             with self.going_on():
                 getattr(self.writer, f"add_{kind}")(name.replace("__", "/"), value, step)
 
-    def close(self) -> None:
-        """Everything to disk."""
+    def close(self, limit_s: float | None = None) -> None:
+        """Everything to disk, in so long at most: an interrupt may have left TensorBoard's queue locked."""
         if self.bar:
             self.bar.close()
-            with self.going_on():
-                self.writer.close()
+            within(limit_s, self.going_on()(self.writer.close))
             threading.excepthook = self.usual_hook
 
 
@@ -2030,6 +2036,17 @@ class FlagParser(argparse.ArgumentParser):
 
 
 # %% notebooks/05_launch.ipynb #make-parser
+def whole_number(text: str) -> int:
+    """An int of 64 bits: a larger one would overflow somewhere, later."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    if abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError("must be below 2**63")
+    return number
+
+
 def flag_settings(group: type, f: Field) -> dict[str, Any]:
     """argparse's settings for one field: default, help, type, and the choices where it names what is registered."""
     lines = [line.strip() for kind in group.__mro__ for line in (kind.__doc__ or "").splitlines()]
@@ -2042,8 +2059,8 @@ def flag_settings(group: type, f: Field) -> dict[str, Any]:
     choices = sorted(REGISTRIES[f.name]) if f.name in REGISTRIES else None
     if choices and f.default == "auto":
         choices = ["auto", *choices]
-    convert = next((t for t in (int, float) if f.type in (t, t | None)), str)
-    metavar = None if choices else convert.__name__.upper()
+    kind = next((t for t in (int, float) if f.type in (t, t | None)), str)
+    metavar, convert = None if choices else kind.__name__.upper(), whole_number if kind is int else kind
     return settings | {"type": convert, "choices": choices, "metavar": metavar}
 
 
@@ -2092,8 +2109,10 @@ def parse_flags(argv: list[str] | None = None) -> tuple[MoEConfig, TrainingOptio
     """Command line -> config, with later chapters' groups as extras, and training options. ValueError if bad."""
     load_plugin(argv)
     values = vars(make_parser().parse_args(argv))
-    for name in ("log_dir", "summary"):  # a shell leaves the ~ in --log-dir=~/runs to us
-        values[name] = os.path.expanduser(values[name]) if values[name] else None
+    for name, value in values.items():  # a shell leaves the ~ in --log-dir=~/runs to us
+        values[name] = os.path.expanduser(value) if isinstance(value, str) else value
+    for name in ("log_dir", "summary"):
+        values[name] = values[name] or None
     groups = {}
     for group in OPTION_GROUPS:
         names = [f.name for f in fields(group) if f.metadata.get("flag", True)]
@@ -2320,7 +2339,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     finally:
         signal.signal(signal.SIGINT, usual)
         heartbeat.stop()
-        log.close()
+        log.close(limit_s=None if run.step + 1 == options.steps else 3)
 
 
 # %% notebooks/05_launch.ipynb #main
@@ -2457,9 +2476,7 @@ class Heartbeat:
             with contextlib.suppress(RuntimeError):
                 answers.append(self.store is None or self.store.add("reported", 1) == 1)
 
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(timeout=5)
+        within(5, ask)
         return answers[0] if answers else None
 
 
@@ -6807,7 +6824,8 @@ def for_inference(
 # %% notebooks/13_inference.ipynb #bench-inference
 def inference_parser() -> FlagParser:
     """The flags of `python -m ep_launcher bench-inference`."""
-    parser = FlagParser(prog="python -m ep_launcher bench-inference", description=bench_inference.__doc__)
+    described = {"prog": "python -m ep_launcher bench-inference", "description": bench_inference.__doc__}
+    parser = FlagParser(**described, allow_abbrev=False)
     sizes = {"num-experts": 16, "top-k": 2, "hidden-dim": 256, "ffn-dim": 1024, "rounds": 50}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
@@ -6878,13 +6896,13 @@ def bench_line(layer: EPMoE, fast: InferenceMoE, x: Tensor, rounds: int) -> dict
 # %% notebooks/13_inference.ipynb #bench-main
 def bench_inference(argv: list[str] | None = None) -> int:
     """Times a layer's forward pass on this machine: as it is in eval mode, and by for_inference. Writes a file."""
-    args = inference_parser().parse_args(argv)
     try:
+        args = inference_parser().parse_args(argv)
         if world_from_env()[1] > 1:
             raise ValueError("bench-inference runs on one rank; several: measure/inference.py --two")
         device = choose_device(args.device)
         config = bench_config(args, device)
-        path = Path(args.output) / f"{device.type}_bench_inference.json"
+        path = Path(args.output).expanduser() / f"{device.type}_bench_inference.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, None)
         layer = EPMoE(config, init_ep(), seed=0, device=device).eval()
@@ -8325,10 +8343,28 @@ def widths(options: DecoderOptions, config: MoEConfig) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
+def decoder_bytes(options: DecoderOptions, config: MoEConfig) -> dict[str, int]:
+    """{part: bytes of parameters, their gradients and AdamW's two numbers that a rank holds}, with the flags for it."""
+    (heads, kv_heads, head_dim), d = widths(options, config), config.hidden_dim
+    per_number = 4 * max(4, DTYPES[config.dtype].itemsize)
+    num_experts = (
+        config.num_local_experts(ep_size_of(config, world_from_env()[1])) + config.num_shared_experts
+    )
+    matrices = 3 if REGISTRIES["activation"][config.activation].is_gated else 2
+    width = options.dense_ffn_dim or (config.top_k + config.num_shared_experts) * config.ffn_dim
+    num_sparse = options.num_layers - options.dense_layers
+    numbers = {
+        "attention (--num-layers, --num-heads)": options.num_layers * 2 * (heads + kv_heads) * head_dim * d,
+        "experts (--num-layers, --num-experts)": num_sparse * num_experts * matrices * d * config.ffn_dim,
+        "dense layers (--dense-layers, --dense-ffn-dim)": options.dense_layers * matrices * d * width,
+    }
+    return {part: per_number * number for part, number in numbers.items()}
+
+
 def check_decoder(options: DecoderOptions, config: MoEConfig, training: TrainingOptions) -> None:
     """ValueError where the launcher cannot train this decoder, or where these options do nothing."""
     if training.model == "lm":
-        widths(options, config)
+        check_memory(decoder_bytes(options, config), choose_device(training.device))
         if options.dense_layers == options.num_layers:
             raise ValueError(
                 "no layer has experts; for a dense model take --num-experts 1 --top-k 1 --ep-size 1"

@@ -32,15 +32,15 @@ class BrokenPair:
         check_flags(arguments)
         self.program = [str(LAUNCHER), *arguments]
         self.outputs = [self.folder / f"machine{number}.log" for number in (1, 2)]
-        self.names: list[str] = []
+        self.namespaces: list[int] = []
         self.machines: list[Family] = []
         self.opened = contextlib.ExitStack()
 
     def __enter__(self) -> BrokenPair:
         with contextlib.ExitStack() as opened:
-            self.names = opened.enter_context(hosts.two_namespaces())
-            for number, (name, output) in enumerate(zip(self.names, self.outputs, strict=True), 1):
-                self.machines.append(hosts.start_host(name, number, self.program, output))
+            self.namespaces = opened.enter_context(hosts.two_namespaces())
+            for number, (namespace, output) in enumerate(zip(self.namespaces, self.outputs, strict=True), 1):
+                self.machines.append(hosts.start_host(namespace, number, self.program, output))
                 opened.callback(self.machines[-1].end, patience_s=0)
             self.opened = opened.pop_all()
         return self
@@ -61,9 +61,9 @@ class BrokenPair:
         lost = self.machines[machine]
         for one in self.machines:
             one.note(every_s=0)
-        hosts.ip("-n", self.names[machine], "link", "set", hosts.INTERFACE, "down")
+        hosts.run_inside(self.namespaces[machine], "ip", "link", "set", hosts.INTERFACE, "down")
         lost.process.kill()
-        for process in lost.statuses():
+        for process in lost.alive():
             with contextlib.suppress(psutil.Error):  # Linux ends a rank whose torchrun is gone
                 process.kill()
 
@@ -76,7 +76,7 @@ class BrokenPair:
 
     def left(self) -> list[str]:
         """Command lines of processes that have outlived the run, of either machine; empty if all is well."""
-        return [" ".join(p.cmdline()[:3]) for machine in self.machines for p in machine.statuses()]
+        return [" ".join(p.cmdline()[:3]) for machine in self.machines for p in machine.alive()]
 
     def errors(self, machine: int) -> list[str]:
         """The error lines that a machine has printed."""

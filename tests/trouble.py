@@ -83,9 +83,12 @@ def fuzz(folder: Path, times: float) -> Iterator[str]:
 def ctrl_c(folder: Path, times: float) -> Iterator[str]:
     """Ctrl-C at any moment from 0.1 to 8 s, 20 times each: `make train`, the launcher alone, torchrun, notebooks.py.
 
-    Right: within 5 s one line. Torchrun adds a traceback of its own (through torch/), and the ranks nothing.
+    Every second run saves at every fifth step; every third Ctrl-C is followed by another. Right: within 5 s one line,
+    and a run that has saved goes on with --resume. Torchrun adds a traceback of its own (through torch/), and the
+    ranks nothing.
     """
     flags = ["--steps", "1000000", *SMALL, "--log-dir", str(folder / "log")]
+    saving = ["--checkpoint-dir", str(folder / "saved"), "--checkpoint-interval", "5"]
     commands = {
         "launch": ["tools/launch.py", "--nproc", "2", *flags],
         "alone": [LAUNCHER, *flags],
@@ -94,12 +97,16 @@ def ctrl_c(folder: Path, times: float) -> Iterator[str]:
     }
     draw = random.Random(1)
     for name, number in itertools.product(commands, range(max(1, round(20 * times)))):
-        shutil.rmtree(folder / "log", ignore_errors=True)
-        moment = draw.uniform(0.1, 8)
-        process = start(folder, *commands[name])
+        for place in ("log", "saved"):
+            shutil.rmtree(folder / place, ignore_errors=True)
+        moment, saves = draw.uniform(0.1, 8), name != "notebooks" and number % 2 == 1
+        process = start(folder, *commands[name], *saving * saves)
         time.sleep(moment)
         process.send_signal(signal.SIGINT)
         sent = time.monotonic()
+        if number % 3 == 2:
+            time.sleep(draw.uniform(0, 0.5))
+            process.send_signal(signal.SIGINT)
         code, out, err = finish(process)
         took = time.monotonic() - sent
         said = [line for line in [*out, *err] if re.match(r"interrupted|stopped at step", line)]
@@ -109,6 +116,25 @@ def ctrl_c(folder: Path, times: float) -> Iterator[str]:
             yield f"{name} after {moment:.1f} s: {what}"
         if took > 5 or (name != "torchrun" and (code != 130 or not said)):
             yield f"{name} after {moment:.1f} s, try {number}: exit code {code}, {took:.1f} s, {said} {err[-1:]}"
+        if saved := sorted(path.name for path in folder.glob("saved/*")):
+            steps = max(
+                (int(path.removeprefix("step-")) for path in saved if path.startswith("step-")), default=0
+            )
+            again = [
+                LAUNCHER,
+                "--steps",
+                str(steps + 3),
+                *SMALL,
+                *saving,
+                "--resume",
+                "--log-dir",
+                str(folder / "b"),
+            ]
+            code, out, err = finish(start(folder, *([] if name == "alone" else TORCHRUN), *again))
+            if steps and (code or not any(f"resumed at step {steps} " in line for line in out)):
+                yield f"{name} after {moment:.1f} s, try {number}: {saved} does not go on: {out[-2:]} {err[-2:]}"
+            if left := [path for path in saved if ".part" in path]:
+                yield f"{name} after {moment:.1f} s, try {number}: left {left}"
 
 
 # ------------------------------------------------------------------------------------------- faults at ranks

@@ -17,7 +17,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,55 +51,60 @@ class BrokenRun:
         self.folder = Path(folder).resolve()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        self.checkpoints = self.folder / "checkpoints"
+        self.checkpoints, self.steps = self.folder / "checkpoints", self.folder / "steps"
         places = {"checkpoint_dir": self.checkpoints, "log_dir": self.folder / "log", "device": "cpu"}
+        inside = {"plugin": PLUGIN, "step": "faulty"} if (faults := list(faults)) else {}
         flags = places | {"summary": self.folder / "summary.json"} | flags
         check_flags(flag_arguments(flags))
-        inside = {"plugin": PLUGIN, "step": "faulty"} if (faults := list(faults)) else {}
-        arguments = flag_arguments(flags | inside)
         of_torchrun = torchrun_flags(nproc, max_restarts=max_restarts)
-        environment = torchrun_environment(of_torchrun, threads=True)
-        self.steps = self.folder / "steps"
+        environment = torchrun_environment(of_torchrun)
         self.steps.write_bytes(bytes(STEPS_AT + 8 * nproc))
         environment |= {"EP_STEPS": str(self.steps), "EP_FAULTS": json.dumps(faults)}
-        self.output = (self.folder / "output").open("wb")
-        command = [*of_torchrun, str(LAUNCHER), *arguments]
-        report = self.folder / "report.json"
-        self.family = start_worker("torchrun", report, output=self.output, environment=environment)
-        self.family.tell(command, environment)
+        with (self.folder / "output").open("wb") as output:
+            report = self.folder / "report.json"
+            self.family = start_worker("torchrun", report, output=output, environment=environment)
+        self.family.tell([*of_torchrun, str(LAUNCHER), *flag_arguments(flags | inside)], environment)
 
     def __enter__(self) -> BrokenRun:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.family.end(patience_s=0)
-        self.output.close()
 
     @property
     def step(self) -> int:
         """Steps that the present attempt, or the one before, has done."""
         return int.from_bytes(self.steps.read_bytes()[STEPS_AT : STEPS_AT + 8], "little")
 
+    def wait(self, found: Callable[[], Any], what: str, limit_s: float) -> Any:
+        """Until found() is true -> what it found. RuntimeError where the run ends before, or is late."""
+        deadline = time.monotonic() + limit_s
+        while True:
+            is_over = self.returncode is not None or time.monotonic() > deadline
+            if came := found():
+                return came
+            if is_over:
+                raise RuntimeError(f"{what} did not come, after {self.step} steps:\n{self.last_lines()}")
+            self.family.note()
+            time.sleep(0.005)
+
     def wait_for_step(self, step: int, limit_s: float = 120) -> int:
         """Until so many steps are done -> how many really are. RuntimeError where the run ends before, or is late."""
-        deadline = time.monotonic() + limit_s
-        while self.step < step:
-            if self.family.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"step {step} did not come, only {self.step}:\n{self.last_lines()}")
-            time.sleep(0.005)
+        self.wait(lambda: self.step >= step, f"step {step}", limit_s)
         return self.step
 
     def rank(self, rank: int) -> psutil.Process:
         """The process of this rank, in the attempt that runs."""
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
+
+        def found() -> psutil.Process | None:
             self.family.note(every_s=0)
-            for process in self.family.statuses():
+            for process in self.family.alive():
                 with contextlib.suppress(psutil.Error):
-                    if process.environ().get("RANK") == str(rank) and str(LAUNCHER) in process.cmdline():
+                    if process.name() == f"rank {rank}":
                         return process
-            time.sleep(0.05)
-        raise RuntimeError(f"rank {rank} is not there:\n{self.last_lines()}")
+            return None
+
+        return self.wait(found, f"rank {rank}", 60)
 
     def send(self, rank: int, number: int) -> float:
         """Sends a signal to a rank -> when, in time.time()."""
@@ -112,12 +117,7 @@ class BrokenRun:
 
     def finish(self, limit_s: float = 300) -> dict[str, Any]:
         """Waits for the end -> the summary; {} where there is none. RuntimeError where it does not end in time."""
-        deadline = time.monotonic() + limit_s
-        while self.family.process.poll() is None:
-            self.family.note()
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the run did not end in {limit_s:g} s:\n{self.last_lines()}")
-            time.sleep(0.05)
+        self.wait(lambda: self.returncode is not None, "the end", limit_s)
         path = self.folder / "summary.json"
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
@@ -127,8 +127,11 @@ class BrokenRun:
         return self.family.process.poll()
 
     def left(self) -> list[str]:
-        """Command lines of processes that have outlived the run; empty if all is well."""
-        return [" ".join(process.cmdline()[:3]) for process in self.family.statuses()]
+        """Command lines of processes that outlive the run by 2 s; empty if all is well."""
+        deadline = time.monotonic() + 2
+        while self.family.alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return [" ".join(process.cmdline()[:3]) for process in self.family.alive()]
 
     def log(self) -> list[str]:
         """The lines of train.log, of all attempts."""

@@ -22,29 +22,14 @@ def die(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hang() -> None:
-    while True:
-        time.sleep(1)
-
-
 def raise_error() -> None:
     raise RuntimeError("a fault, on purpose")
 
 
-def patch(owner: Any, name: str, replacement: Any) -> None:
-    """The next save finds it."""
-    setattr(owner, name, replacement)
-
-
-def fill_disk() -> None:
-    """From now on no file of this process grows over 1,000 bytes."""
+def limit_files(num_bytes: int | None) -> None:
+    """From now on no file of this process grows over num_bytes; None: as far as before."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-
-
-def free_disk() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if num_bytes is None else num_bytes, hard))
 
 
 class HeapState(ctypes.Structure):
@@ -71,11 +56,11 @@ FAULTS = {
     "SIGSEGV": lambda: ctypes.string_at(0),
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "hang": hang,
-    "killed while it writes": lambda: patch(os, "fsync", die),
-    "killed before the rename": lambda: patch(ep, "remove", die),  # the manifest is there, the name is not
-    "full disk": fill_disk,
-    "space again": free_disk,
+    "hang": lambda: time.sleep(10**6),
+    "killed while it writes": lambda: setattr(os, "fsync", die),  # the next save finds it
+    "killed before the rename": lambda: setattr(ep, "remove", die),  # the manifest is there, the name is not
+    "full disk": lambda: limit_files(1000),
+    "space again": lambda: limit_files(None),
     "heap": note_heap,
 }
 

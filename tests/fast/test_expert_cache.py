@@ -19,6 +19,8 @@ def layer_of(**changes) -> ep.EPMoE:
     [
         ("--tokens 0", "tokens and rounds must be at least 1"),
         ("--rounds -1", "tokens and rounds must be at least 1"),
+        ("--rounds x", "argument --rounds: invalid int value: 'x'"),
+        ("--round 3", "unrecognized arguments: --round 3; did you mean --rounds?"),
         ("--top-k 20", "top_k"),
         ("--hidden-dim 4194304 --ffn-dim 4194304", "a rank would hold"),
         ("--output /proc/nowhere", "error:"),

@@ -37,6 +37,7 @@ def check(argv: list[str]) -> str:
     return ""
 
 
+LM = "--model lm --task text"
 SMALL = "--hidden-dim 8 --ffn-dim 8 --num-experts 4".split()
 
 
@@ -86,6 +87,10 @@ def test_300_flag_values_are_refused_in_one_line_or_train(tmp_path, monkeypatch)
     ("--aux-alpha 0.1 --balance bias", "aux_alpha 0.1 does nothing with balance bias"),
     ("--sequence-length 8", "does nothing without its loss; set --sequence-alpha"),
     ("--num-shared-experts -1", "num_shared_experts is -1"), ("--aux-alpha -1", "aux_alpha is -1.0"),
+    (f"--log-interval {2**63}", "must be below 2**63"), (f"--warmup-steps {'9' * 400}", "must be below 2**63"),
+    (f"{LM} --num-layers 99999999", "most of it: experts (--num-layers, --num-experts)"),
+    (f"{LM} --head-dim 999999998", "most of it: attention (--num-layers, --num-heads)"),
+    (f"{LM} --dense-layers 1 --dense-ffn-dim 9999999999", "most of it: dense layers (--dense-layers, "),
     ("--tokens 129", "129 tokens over 1 ranks are up to 129 per rank, above max_num_tokens 128"),
 ])  # fmt: skip
 def test_what_would_fail_late_or_do_nothing_is_refused(flags, says):
@@ -97,7 +102,7 @@ def test_what_would_fail_late_or_do_nothing_is_refused(flags, says):
     "", "--zipf 1e20 --task clusters --num-clusters 3 --sort-tokens", f"--seed {2**63 - 1}", "--timeout-s 604800",
     "--capacity-factor 1e6 --dispatcher capacity", "--capacity-factor 1e-9", "--bias-speed 0.1 --balance bias",
     "--aux-alpha 0.1 --balance bias --z-alpha 0.1", "--aux-alpha 0 --balance none",
-    f"--sequence-alpha 0.1 --sequence-length {10**18}", f"--log-interval {10**30}", "--max-num-tokens 99999999999",
+    f"--sequence-alpha 0.1 --sequence-length {10**18}", f"--log-interval {10**18}", "--max-num-tokens 99999999999",
 ])  # fmt: skip
 def test_what_is_accepted_at_the_edge_trains(flags, tmp_path):
     assert run_a_step(flags.split(), tmp_path).isfinite().all()

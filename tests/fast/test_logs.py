@@ -165,3 +165,21 @@ def test_a_rank_that_stands_still_is_told_from_one_that_is_late(monkeypatch):
     assert still.startswith(
         "rank 2 stands still, last heard of at step 37: stopped, or its code keeps Python's lock"
     )
+
+
+def test_a_log_whose_end_is_blocked_is_left_in_time(tmp_path):
+    """A Ctrl-C inside TensorBoard's queue can leave it locked, and its end would wait for ever."""
+    log, ended, go = ep.RunLog(tmp_path, 1, 0), [], threading.Event()
+    end = log.writer.close
+    log.writer.close = lambda: (go.wait(60), ended.append(1), end())
+    log.close(limit_s=0.1)
+    assert not ended
+    go.set()
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    """`--flag=~/x` comes to us as it is, whatever the flag."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config, options = ep.parse_flags(["--log-dir=~/a", "--summary=~/b", "--checkpoint-dir=~/c"])
+    places = options.log_dir, options.summary, config.option(ep.CheckpointOptions).checkpoint_dir
+    assert [str(place) for place in places] == [f"{tmp_path}/{name}" for name in "abc"]

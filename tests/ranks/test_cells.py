@@ -164,7 +164,7 @@ def test_no_rank_starts_the_cell_before_all_are_connected(tmp_path):
         ("2", "import os, signal\nif rank:\n    os.kill(os.getpid(), signal.SIGKILL)", r"rank 1: ended by SIGKILL"),
         ("2 --timeout 4", "if rank:\n    comm.all_reduce(torch.ones(1))",
          r"rank 1, line 3 of the cell: CollectiveError: rank 1, collective 1: Timed out waiting 2000ms.*; "
-         r"rank 0 ended the cell after 0 collectives"),
+         r"rank 0 ended the cell"),
         ("2 --timeout 1", "import time\nwhile rank:\n    time.sleep(0.01)",
          r"the time limit of 1 s is over: rank 0 ended the cell; rank 1 was at line [34]; raise --timeout.*"),
     ],

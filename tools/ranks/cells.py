@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import ast
-import builtins
 import json
 import os
-import re
+import pickle
 import shlex
 import shutil
 import sys
@@ -24,13 +23,14 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from tools.ranks.failures import HERE, Interrupted, OneMessage, signal_name
+from tools.ranks.failures import HERE, Interrupted, OneMessage
 from tools.ranks.output import kernel
 from tools.ranks.processes import ROOT, start_worker
 from tools.stitch.fresh import assert_fresh, check_kernel_definitions
 from tools.stitch.reading import book_notebooks, read_notebook
 
 STARTUP_S = 120.0  # importing torch, on a busy machine
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 class RanksError(OneMessage, RuntimeError):
@@ -71,78 +71,57 @@ class Collected(dict):
 # ------------------------------------------------------------------------------------------- --with
 
 
-def parse_quietly(source: str) -> ast.Module | None:
+def statements_of(source: str) -> list[ast.stmt]:
+    """Its top-level statements; none where it is not Python."""
     try:
-        return ast.parse(source)
+        return ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+        return []
 
 
-def names_in(statement: ast.stmt) -> tuple[set[str], set[str]]:
-    """(the names that a top-level statement binds, those that it reads at any depth)."""
-    names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
-    reads = {node.id for node in names if isinstance(node.ctx, ast.Load)}
-    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return {statement.name}, reads
+def bound_by(statement: ast.stmt) -> set[str]:
+    """The names that a top-level definition, import or assignment binds."""
+    if isinstance(statement, DEFINITIONS):
+        return {statement.name}
     if isinstance(statement, (ast.Import, ast.ImportFrom)):
-        return {(alias.asname or alias.name).partition(".")[0] for alias in statement.names}, reads
-    if isinstance(statement, (ast.Assign, ast.AnnAssign)):
-        return {node.id for node in names if isinstance(node.ctx, ast.Store)}, reads
-    return set(), reads
+        return {(alias.asname or alias.name).partition(".")[0] for alias in statement.names}
+    names = ast.walk(statement) if isinstance(statement, (ast.Assign, ast.AnnAssign)) else ()
+    return {node.id for node in names if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
-def lines_of(statement: ast.stmt) -> set[int]:
-    """The numbers of its lines, decorators included."""
-    starts = [statement.lineno, *(part.lineno for part in getattr(statement, "decorator_list", ()))]
-    return set(range(min(starts), statement.end_lineno + 1))
-
-
-def find_definitions(names: Sequence[str], namespace: dict[str, Any], provided: set[str]) -> dict[str, str]:
-    """{file name for tracebacks: source} of functions and classes, and of what they use.
+def find_definitions(
+    names: Sequence[str], namespace: dict[str, Any], provided: set[str]
+) -> dict[str, tuple[str, list[int]]]:
+    """{file name for tracebacks: (source, first lines of the statements to run)} of functions and classes, and of
+    what they use.
 
     Found in the kernel's executed cells, newest first, then in seed cells; what a definition uses comes from its own
-    cell, and definitions from any. Lines keep their numbers: what is not sent is blank. RanksError where a name is
-    defined nowhere.
+    cell, and definitions from any, unless they are `provided`. RanksError where a name is defined nowhere.
     """
     history = [source for source in namespace.get("In", ()) if isinstance(source, str)]
-    executed = [(f"kernel cell {number}", source) for number, source in enumerate(history)]
     notebooks = [read_notebook(path, f"notebooks/{path.name}") for path in book_notebooks(ROOT)]
-    seeds = [(cell.label, cell.text) for book in notebooks for cell in book.cells if "seed" in cell.tags]
-    trees = {label: parse_quietly(source) for label, source in seeds + executed}
-    place = {}  # name of a definition -> (cell, statement)
-    for label, _ in seeds + executed:  # the newest wins
-        for part in trees[label].body if trees[label] else ():
-            if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                place[part.name] = (label, part)
-    lines: dict[str, set[int]] = {}
-    wanted, seen = list(names), (provided | set(dir(builtins))) - set(names)
+    sources = {cell.label: cell.text for book in notebooks for cell in book.cells if "seed" in cell.tags}
+    sources |= {f"kernel cell {number}": source for number, source in enumerate(history)}
+    parts = {label: statements_of(source) for label, source in sources.items()}
+    defined = {  # the newest wins
+        part.name: (label, part) for label in parts for part in parts[label] if isinstance(part, DEFINITIONS)
+    }
+    if unknown := [name for name in names if name not in defined]:
+        raise RanksError([f"%%ranks: --with {unknown[0]}: {why_not_sent(unknown[0], namespace)}"])
+    sent: dict[str, set[int]] = {}
+    wanted = [defined[name] for name in names]
     while wanted:
-        name = wanted.pop()
-        if name not in place and name in names:
-            raise RanksError([f"%%ranks: --with {name}: {why_not_sent(name, namespace)}"])
-        if name in place and name not in seen:
-            seen.add(name)
-            label, statement = place[name]
-            kept = lines.setdefault(label, set())
-            pending = [statement]
-            pending += [part for part in trees[label].body if getattr(part, "module", "") == "__future__"]
-            while pending:
-                part = pending.pop()
-                if part.lineno in kept:
-                    continue
-                kept |= lines_of(part)
-                reads = names_in(part)[1]
-                here = [other for other in trees[label].body if names_in(other)[0] & reads]
-                pending += here
-                wanted += sorted(reads.difference(*(names_in(other)[0] for other in here)))
-    sent = {}
-    for label, source in seeds + executed:  # in this order: a class may inherit from one of an earlier cell
-        if label in lines:
-            numbered = enumerate(source.split("\n"), 1)
-            sent[label] = (
-                "\n".join(text if number in lines[label] else "" for number, text in numbered) + "\n"
-            )
-    return sent
+        label, statement = wanted.pop()
+        if statement.lineno in sent.setdefault(label, set()):
+            continue
+        sent[label].add(statement.lineno)
+        wanted += [(label, part) for part in parts[label] if getattr(part, "module", "") == "__future__"]
+        names_in = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        for name in {node.id for node in names_in if isinstance(node.ctx, ast.Load)}:
+            here = [(label, part) for part in parts[label] if name in bound_by(part)]
+            wanted += here or [defined[one] for one in {name} & (defined.keys() - provided)]
+    # In this order: a class may inherit from one of an earlier cell.
+    return {label: (source, sorted(sent[label])) for label, source in sources.items() if label in sent}
 
 
 def why_not_sent(name: str, namespace: dict[str, Any]) -> str:
@@ -155,8 +134,8 @@ def why_not_sent(name: str, namespace: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------- the call
 
 
-def run_worker(folder: Path, limit_s: float) -> None:
-    """Runs the worker process until it has reported. An interrupt ends it, and its ranks with it."""
+def run_worker(folder: Path, limit_s: float) -> list[str]:
+    """Runs the worker process until it has reported -> the problems. An interrupt ends it, and its ranks with it."""
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"}
     with open(folder / "worker.log", "wb") as log:
         family = start_worker("ranks", folder, output=log, environment=environment)
@@ -168,54 +147,12 @@ def run_worker(folder: Path, limit_s: float) -> None:
     except KeyboardInterrupt:
         raise Interrupted(["every rank has ended"]) from None
     finally:
-        if family.process.poll() is None:
-            family.end(patience_s=1.0)
-
-
-def other_ranks(report: dict[str, Any], failed: set[int]) -> str:
-    """What the ranks did that neither failed nor were ended: where each one was, after how many collectives."""
-    said = []
-    for rank, (state, count) in enumerate(zip(report["states"], report["collectives"], strict=True)):
-        after = f" after {count} collective{'s' * (count != 1)}" if any(report["collectives"]) else ""
-        if rank not in failed and str(rank) in report["inside"]:
-            line = report["inside"][str(rank)]
-            said.append(f"rank {rank} was {f'at line {line}' if line else 'outside the cell'}{after}")
-        elif rank not in failed and state == 1:
-            said.append(f"rank {rank} ended the cell{after}")
-    return "; ".join(said)
-
-
-def describe_report(report: dict[str, Any], timeout_s: float) -> list[str]:
-    """One line per problem of a %%ranks cell; empty where all is well."""
-    signals = {int(rank): number for rank, number in sorted(report["signals"].items())}
-    lines = [
-        f"rank {rank}: " + (f"ended by {signal_name(n)}" if n > 0 else f"exited with code {-n}")
-        for rank, n in signals.items()
-    ]
-    alike: dict[tuple, list[int]] = {}
-    for failure in sorted(report["failures"], key=lambda failure: failure["rank"]):
-        alike.setdefault((failure["line"], failure["what"], failure["where"]), []).append(failure["rank"])
-    failed = {failure["rank"] for failure in report["failures"]} | set(signals)
-    others = other_ranks(report, failed)
-    for (line, what, where), ranks in alike.items():
-        who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-        place = f", line {line} of the cell" if line else ""
-        has_waited = re.search(r"CollectiveError|[Tt]imed? ?out|DistBackendError|DistNetworkError", what)
-        lines.append(f"{who}{place}: {what}" + f" ({where})" * bool(where))
-        lines[-1] += f"; {others}" * bool(has_waited and others)
-    if report["out_of_time"] and not lines:
-        lines = [f"the time limit of {timeout_s:g} s is over: {others}; raise --timeout, or mend the wait"]
-    return lines
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """What the worker reported. RanksError where it could not."""
-    path = folder / "report.json"
-    if path.exists():
-        return json.loads(path.read_text())
+        family.end(patience_s=1.0)
+    if (report := folder / "problems.json").exists():
+        return json.loads(report.read_text())
     said = (folder / "worker.log").read_text(errors="replace").strip().splitlines()
     last = said[-1].replace(*HERE) if said else "it was ended before it could say why"
-    raise RanksError([f"%%ranks: the ranks could not start: {last}"])
+    return [f"%%ranks: the ranks could not start: {last}"]
 
 
 def run_cell_on_ranks(
@@ -241,8 +178,6 @@ def run_cell_on_ranks(
         check_kernel_definitions({name: value for name, value in namespace.items() if name not in sent})
     except RuntimeError as error:
         raise RanksError([str(error)]) from None
-    import torch
-
     from ep_launcher import launcher
 
     provided = {name for name in vars(launcher) if not name.startswith("_")}
@@ -251,17 +186,15 @@ def run_cell_on_ranks(
     folder = Path(tempfile.mkdtemp(prefix="ep-cell-"))
     try:
         (folder / "spec.json").write_text(json.dumps(spec))
-        run_worker(folder, timeout_s)
-        report = read_report(folder)
+        problems = run_worker(folder, timeout_s)
         for rank in range(nproc):
             path = folder / f"rank{rank}.out"
             for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():
                 print(f"rank {rank}: {line}")
-        if problems := describe_report(report, timeout_s):
+        if problems:
             raise RanksError(problems)
-        # weights_only=False: the files come from our own ranks, and may hold the launcher's dataclasses.
-        found = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(nproc)]
-        return Collected({name: ByRank(of_rank[name] for of_rank in found) for name in collect})
+        found = [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in range(nproc)]
+        return Collected(zip(collect, map(ByRank, zip(*found, strict=True)), strict=True))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -54,11 +54,16 @@ class Interrupted(OneMessage, KeyboardInterrupt):
     """A run or a cell that was interrupted, after every process of it has ended."""
 
 
-def shown_path(path: str | os.PathLike[str]) -> str:
+def without_root(path: Path) -> str:
     """A path as seen from the repository's root; absolute where it lies outside."""
-    absolute = os.path.abspath(path)
-    relative = os.path.relpath(absolute, ROOT)
-    return absolute if relative.startswith("..") else relative
+    return str(path).replace(*HERE)
+
+
+def clean_message(text: str) -> str:
+    """An error's text on one line, without source paths of the library, addresses and ports."""
+    text = re.sub(r"\[[^\[\]\s]*\.(?:cc|cpp|h|hpp|cu):\d+\] ?", "", " ".join(text.split()))
+    text = re.sub(r"\[[0-9a-fA-F:.]*\]:\d+|\b\d+\.\d+\.\d+\.\d+:\d+", "another rank", text)
+    return text if len(text) <= 400 else text[:400] + " ..."
 
 
 def signal_name(number: int) -> str:
@@ -113,6 +118,4 @@ def describe_failure(
         last = [f"  {text}" for text in errors.get(rank, []) if not LIBRARY_LOG.match(text)][-8:]
         to_do = "to do: see what ends a process without an error: sys.exit, a library's abort"
         return rank, [f"rank {rank} ended with exit code {code}", *last, to_do]
-    if "EADDRINUSE" in report["error"]:
-        return None, ["the port for the rendezvous is in use by another program; name another one"]
     return None, ["torchrun failed", f"  {report['error']}"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import shutil
 import sys
-import time
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from tools.ranks.failures import HERE, LIBRARY_LOG
 
@@ -29,48 +32,45 @@ def is_live_notebook() -> bool:
         return False
 
 
+class NotebookLine:
+    """A file for tqdm: what is written to it stands in an output of its own, in place of what stood there before."""
+
+    def __init__(self) -> None:
+        from IPython.display import display
+
+        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def write(self, text: str) -> None:
+        self.handle.update({"text/plain": text.strip()}, raw=True)
+
+    def flush(self) -> None: ...
+
+
 class Bar:
     """Progress over the steps: on a terminal, or as an output of its own in a live notebook. Leaves nothing."""
 
     def __init__(self, total: int | None, quiet: bool) -> None:
-        self.total, self.start, self.shown = total, 0.0, 0.0
-        self.terminal = self.handle = None
-        is_wanted = bool(total) and not quiet
-        self.on_terminal = is_wanted and kernel() is None and sys.stderr is not None and sys.stderr.isatty()
-        self.in_notebook = is_wanted and is_live_notebook()
+        self.total, self.meter, self.file = total, None, None
+        if total and not quiet:
+            is_terminal = kernel() is None and sys.stderr is not None and sys.stderr.isatty()
+            self.file = sys.stderr if is_terminal else NotebookLine() if is_live_notebook() else None
 
     def reach(self, step: int) -> None:
         """So many steps are done. The first call shows the bar: the time that processes take to start is no step's."""
-        if not self.start:
-            self.start = time.monotonic()
-            if self.on_terminal:
-                from tqdm import tqdm
-
-                self.terminal = tqdm(total=self.total, unit="step", leave=False, dynamic_ncols=True)
-            elif self.in_notebook:
-                from IPython.display import display
-
-                self.handle = display({"text/plain": ""}, raw=True, display_id=True)
-        if self.terminal is not None:
-            self.terminal.update(step - self.terminal.n)
-        elif self.handle is not None and time.monotonic() - self.shown > 0.2:
-            self.shown = time.monotonic()
-            full, seconds = round(30 * step / self.total), self.shown - self.start
-            text = f"|{'█' * full}{' ' * (30 - full)}| {step}/{self.total} steps, {seconds:.0f} s"
-            self.handle.update({"text/plain": text}, raw=True)
+        if self.file is not None and self.meter is None:
+            look = {"unit": "step", "leave": False, "ascii": False, "dynamic_ncols": True}
+            self.meter = tqdm(total=self.total, file=self.file, **look)
+        if self.meter is not None:
+            self.meter.update(step - self.meter.n)
 
     def print(self, line: str, stream: Any) -> None:
         """A line of output, above the bar."""
-        write = print if self.terminal is None else self.terminal.write
-        write(line, file=stream)
-        with contextlib.suppress(AttributeError, ValueError):
-            stream.flush()
+        tqdm.write(line, file=stream)
+        stream.flush()
 
     def close(self) -> None:
-        if self.terminal is not None:
-            self.terminal.close()
-        if self.handle is not None:
-            self.handle.update({"text/plain": ""}, raw=True)
+        if self.meter is not None:
+            self.meter.close()
 
 
 def attempt_of(path: Path) -> int:
@@ -79,19 +79,23 @@ def attempt_of(path: Path) -> int:
 
 
 class RankOutput:
-    """Follows the files into which torchrun sends every rank's output; keeps them; shows what a reader needs."""
+    """Follows the files into which torchrun sends every rank's output; keeps them; shows what a reader needs.
+
+    errors: {rank: its lines on stderr}, the first to report an error first; attempt: torchrun's count of restarts.
+    """
 
     def __init__(self, folder: Path, bar: Bar, quiet: bool) -> None:
         self.folder, self.bar, self.quiet = folder, bar, quiet
         # file -> (open, so that it can be read when its folder is gone; the line that has not ended yet)
         self.files: dict[Path, tuple[Any, bytes]] = {}
-        self.errors: dict[
-            int, list[str]
-        ] = {}  # rank -> its lines on stderr; the first to report an error stands first
-        self.has_error = False
-        self.in_report: set[int] = set()  # ranks that print a traceback: held back for the failure's message
         self.seen: set[str] = set()
-        self.attempt = 0  # torchrun's count of restarts
+        self.begin_attempt(0)
+
+    def begin_attempt(self, number: int) -> None:
+        """What went wrong before is the failure no more."""
+        self.attempt, self.has_error = number, False
+        self.errors: dict[int, list[str]] = {}
+        self.in_report: set[int] = set()  # ranks that print a traceback: held back for the failure's message
 
     def poll(self, *, is_last: bool = False) -> None:
         """Reads what is new, and shows it; at the end also a line that no newline closes."""
@@ -99,18 +103,15 @@ class RankOutput:
         for path in sorted(self.folder.glob("*/attempt_*/*/std*.log")):
             if path not in self.files:
                 if attempt_of(path) > self.attempt:
+                    said = [
+                        line for lines in self.errors.values() for line in lines if line.startswith("error: ")
+                    ]
+                    why = said[0].removeprefix("error: ") if said else "a rank has ended"
+                    self.show(f"restart {attempt_of(path)}, after this: {why}", sys.stderr)
                     self.begin_attempt(attempt_of(path))
                 with contextlib.suppress(OSError):
                     self.files[path] = open(path, "rb"), b""
         self.read(is_last)
-
-    def begin_attempt(self, number: int) -> None:
-        """What went wrong before is told in a line, and is the failure no more."""
-        said = [line for lines in self.errors.values() for line in lines if line.startswith("error: ")]
-        why = said[0].removeprefix("error: ") if said else "a rank has ended"
-        if not self.quiet:
-            self.bar.print(f"restart {number}, after this: {why}", sys.stderr)
-        self.attempt, self.errors, self.has_error, self.in_report = number, {}, False, set()
 
     def read(self, is_last: bool) -> None:
         for path, (file, rest) in sorted(self.files.items()):
@@ -120,14 +121,17 @@ class RankOutput:
             self.files[path] = file, rest
             for line in lines:
                 text = RANK_PREFIX.sub("", line.decode("utf-8", "replace").rstrip("\r"))
-                take = self.take_stdout if path.stem == "stdout" else self.take_stderr
-                take(int(path.parent.name), text)
+                rank = int(path.parent.name)
+                if path.stem == "stderr":
+                    self.take_error(rank, text)
+                else:
+                    self.show(text if rank == 0 else f"rank {rank}: {text}", sys.stdout)
 
-    def take_stdout(self, rank: int, line: str) -> None:
+    def show(self, line: str, stream: Any) -> None:
         if not self.quiet:
-            self.bar.print(line if rank == 0 else f"rank {rank}: {line}", sys.stdout)
+            self.bar.print(line, stream)
 
-    def take_stderr(self, rank: int, line: str) -> None:
+    def take_error(self, rank: int, line: str) -> None:
         if line.startswith("error: ") and not self.has_error:
             self.has_error, self.errors = True, {rank: self.errors.get(rank, [])} | self.errors
         self.errors.setdefault(rank, []).append(line)
@@ -135,15 +139,33 @@ class RankOutput:
             self.in_report.add(rank)
         is_shown = line.strip() and line not in self.seen and not LIBRARY_LOG.match(line)
         self.seen.add(line)  # what every rank says is shown once
-        if is_shown and rank not in self.in_report and not self.quiet:
-            self.bar.print(line.replace(*HERE), sys.stderr)
+        if is_shown and rank not in self.in_report:
+            self.show(line.replace(*HERE), sys.stderr)
 
-    def settle(self) -> None:
-        """Puts each rank's files where a person finds them: rank0.out, rank0-restart1.err; empty ones go."""
-        for path, (file, _) in self.files.items():
-            file.close()
-            with contextlib.suppress(OSError):
-                if path.stat().st_size:
-                    again = f"-restart{attempt_of(path)}" if attempt_of(path) else ""
-                    path.replace(self.folder.parent / f"rank{path.parent.name}{again}.{path.stem[3:]}")
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def keep(self, log_dir: Path) -> Path:
+        """Copies all output to a new folder, ranks of log_dir, or a temporary one where nothing can be written there:
+        rank0.out, rank0-restart1.err, torchrun.log; empty files go."""
+        whole = self.folder / "whole"
+        whole.mkdir()
+        for path in [self.folder / "torchrun.log", *self.files]:
+            if path.stat().st_size:
+                again = f"-restart{attempt_of(path)}" if path in self.files and attempt_of(path) else ""
+                name = f"rank{path.parent.name}{again}.{path.stem[3:]}" if path in self.files else path.name
+                path.rename(whole / name)
+        try:
+            kept = new_folder(log_dir / "ranks")
+            shutil.copytree(whole, kept, dirs_exist_ok=True)
+        except OSError:
+            kept = Path(tempfile.mkdtemp(prefix="ep-ranks-"))
+            shutil.copytree(whole, kept, dirs_exist_ok=True)
+        return kept
+
+
+def new_folder(path: Path) -> Path:
+    """Makes a folder that was not there: path, or path-2, path-3, ..."""
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            folder = path.with_name(f"{path.name}-{number}") if number > 1 else path
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError

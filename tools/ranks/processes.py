@@ -18,12 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-try:
-    import psutil
-except (
-    ImportError
-):  # a GPU box may lack it: then a rank that outlives torchrun is ended by Linux (die_with_parent)
-    psutil = None
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
@@ -34,54 +29,60 @@ class Family:
     """A process with all its descendants, also those that others have adopted since."""
 
     def __init__(self, process: subprocess.Popen) -> None:
-        self.process, self.members, self.checked = process, {}, 0.0
+        self.process, self.members, self.checked = process, set(), 0.0
 
     def tell(self, arguments: list[str], environment: dict[str, str]) -> None:
         """What a torchrun that was started ahead is to do. One that is gone already has reported why."""
         with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
             pipe.write(json.dumps([arguments, environment]).encode())
 
+    def checked_flags(self, report: Path) -> dict[str, Any]:
+        """What was found of the flags that the process was started with (agent.py): {"values", "num_gpus"} or
+        {"error": lines}. Waits for it.
+        """
+        found = report.with_suffix(".flags")
+        while not found.exists():
+            if self.process.poll() is not None:
+                return {"error": [f"torchrun ended with exit code {self.process.returncode} at its start"]}
+            time.sleep(0.005)
+        return json.loads(found.read_text())
+
     def note(self, every_s: float = 0.5) -> None:
         """Remembers the descendants; looking through all processes is dear, so not at each call."""
-        if psutil and time.monotonic() - self.checked >= every_s:
+        if time.monotonic() - self.checked >= every_s:
             self.checked = time.monotonic()
             with contextlib.suppress(psutil.Error):
-                found = psutil.Process(self.process.pid).children(recursive=True)
-                self.members |= {child.pid: child for child in found}
+                self.members.update(psutil.Process(self.process.pid).children(recursive=True))
 
-    def statuses(self) -> dict[Any, str]:
-        """{descendant: what the system says of it}, of those that still live."""
-        found = {}
-        for member in self.members.values():
+    def alive(self) -> list[psutil.Process]:
+        """The descendants that still live."""
+        found = []
+        for member in self.members:
             with contextlib.suppress(psutil.Error):
                 if member.is_running() and member.status() != psutil.STATUS_ZOMBIE:
-                    found[member] = member.status()
+                    found.append(member)
         return found
 
     def stopped_ranks(self) -> list[int]:
         """The ranks that SIGSTOP holds."""
         found = []
-        for member, status in self.statuses().items():
-            with contextlib.suppress(psutil.Error, KeyError):
-                if status == psutil.STATUS_STOPPED:
-                    found.append(int(member.environ()["RANK"]))
+        for member in self.alive():
+            with contextlib.suppress(psutil.Error):
+                if member.status() == psutil.STATUS_STOPPED and member.name().startswith("rank "):
+                    found.append(int(member.name().removeprefix("rank ")))
         return sorted(found)
 
     def end(self, patience_s: float = STOP_S) -> None:
         """SIGTERM to the process, which ends its ranks; after patience_s SIGKILL to all that is left."""
         self.note(every_s=0)
         with uninterrupted():
-            with contextlib.suppress(OSError):
-                self.process.terminate()
-            deadline = time.monotonic() + patience_s
-            while (self.process.poll() is None or self.statuses()) and time.monotonic() < deadline:
-                self.note(every_s=0.2)
-                time.sleep(0.05)
-            for member in self.statuses():
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(patience_s)
+            for member in self.alive():
                 with contextlib.suppress(psutil.Error):
                     member.kill()
-            with contextlib.suppress(OSError):
-                self.process.kill()
+            self.process.kill()
             self.process.wait()
 
 
@@ -108,13 +109,12 @@ def start_worker(
 ) -> Family:
     """tools/ranks/worker.py in a session of its own; it ends when this process does. before: `ip netns exec NAME`.
 
-    torchrun reads its modules, and waits for Family.tell.
+    torchrun reads its modules, checks flags where it is given some, and waits for Family.tell.
     """
     mode, *rest = map(str, arguments)
     return Family(
         subprocess.Popen(
             [*before, sys.executable, str(WORKER), mode, str(os.getpid()), *rest],
-            cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE if mode == "torchrun" else subprocess.DEVNULL,
             stdout=output,
@@ -128,7 +128,7 @@ def end_with_parent(parent: int) -> None:
     """A thread's work: once the process `parent` is gone, ends this process and all below it within 3 s."""
     while os.getppid() == parent:
         time.sleep(0.3)
-    children = psutil.Process().children(recursive=True) if psutil else []
+    children = psutil.Process().children(recursive=True)
     os.kill(os.getpid(), signal.SIGTERM)  # torchrun's own way to end its ranks
     time.sleep(2)
     for child in children:

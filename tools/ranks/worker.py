@@ -1,147 +1,92 @@
 """The process behind a run or a %%ranks cell; nobody starts this file by hand.
 
-    python tools/ranks/worker.py torchrun PARENT REPORT           torchrun, which ends when the process PARENT does
-    python tools/ranks/worker.py ranks PARENT FOLDER              the ranks of one %%ranks cell, described in FOLDER
+    python tools/ranks/worker.py torchrun PARENT REPORT [--check FLAG...]   torchrun, which ends when PARENT does
+    python tools/ranks/worker.py ranks PARENT FOLDER                       the ranks of one %%ranks cell (FOLDER)
 
-`ranks` imports torch and the launcher once and forks the ranks from there, before any thread or GPU is in use; that
-takes the time of one import, not of one per rank. `torchrun` imports torch while its parent, who may have to do the
-same, still looks at flags; its arguments and environment come on stdin.
+Both import torch once and fork the ranks from there, before any GPU is in use; that takes the time of one import, not
+of one per rank. torchrun's arguments and environment come on stdin.
 """
 
 from __future__ import annotations
 
 import ast
 import asyncio
-import copy
 import ctypes
-import dataclasses
 import faulthandler
 import inspect
 import io
 import json
 import linecache
-import mmap
+import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 import types
 import warnings
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # in the place of tools/ranks/
 
-from tools.ranks.processes import end_with_parent  # noqa: E402
+from tools.ranks.agent import run_torchrun  # noqa: E402
+from tools.ranks.failures import clean_message, signal_name  # noqa: E402
 
 CELL_FILE = "%%ranks cell"  # the file name in tracebacks of a cell's body
 CELL_MODULE = "ranks_cell"  # where a cell's classes live
 GRACE_S = 1.0  # what the other ranks get, to fail or end by themselves, once one rank has failed
-RUNNING, DONE, FAILED = range(3)  # how a rank stands
-
-
-def run_torchrun(parent: int, report: str) -> None:
-    """torchrun, in this process, once it is told what to do; what it records of failures goes to the file `report`."""
-    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-
-    if not (told := sys.stdin.read()):  # the flags were refused, or the parent is gone
-        return
-    arguments, environment = json.loads(told)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the ranks inherit
-    failures, error = [], ""
-    try:
-        run(parse_args(arguments))
-        return
-    except ChildFailedError as failed:
-        failures = [
-            {"rank": rank, "exitcode": failure.exitcode, "time": failure.timestamp}
-            for rank, failure in failed.failures.items()
-        ]
-    except SignalException as stopped:
-        error = f"ended by {signal.Signals(stopped.sigval).name}"
-    except Exception as failed:
-        error = clean_message(f"{type(failed).__name__}: {failed}")
-    Path(report).write_text(json.dumps({"failures": failures, "error": error}))
-    sys.exit(1)
 
 
 # ------------------------------------------------------------------------------------------- one rank of a cell
 
 
-def to_cpu(value: Any) -> Any:
-    """A copy of value with every tensor in it detached and on the CPU: through dicts, lists, tuples, dataclasses."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, dict):
-        return {key: to_cpu(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        make = getattr(type(value), "_make", type(value))  # of a named tuple
-        return make(map(to_cpu, value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        twin = copy.copy(value)
-        for field in dataclasses.fields(value):
-            object.__setattr__(twin, field.name, to_cpu(getattr(value, field.name)))
-        return twin
-    return value
-
-
-def clean_message(text: str) -> str:
-    """An error's text on one line, without source paths of the library, addresses and ports."""
-    text = re.sub(r"\[[^\[\]\s]*\.(?:cc|cpp|h|hpp|cu):\d+\] ?", "", " ".join(text.split()))
-    text = re.sub(r"\[[0-9a-fA-F:.]*\]:\d+|\b\d+\.\d+\.\d+\.\d+:\d+", "another rank", text)
-    return text if len(text) <= 400 else text[:400] + " ..."
-
-
 COLLECTIVES = ("Communicator.", "Pending.", "as_collective_error")  # whose frames are a collective's own
 
 
-def describe_error(error: BaseException, launcher_file: str, sent: dict[str, str]) -> dict[str, Any]:
+def describe_error(error: BaseException, launcher_file: str, sent: dict[str, Any]) -> dict[str, Any]:
     """{"line": of the cell or None, "what": type and message, "where": innermost cell of the launcher or ""}."""
     from tools.extract import cell_of
 
     if isinstance(error, SyntaxError) and error.filename == CELL_FILE:
         return {"line": error.lineno, "what": f"{type(error).__name__}: {error.msg}", "where": ""}
-    line, where, link, seen = None, "", error, set()
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        for frame, number in traceback.walk_tb(link.__traceback__):
-            name, function = frame.f_code.co_filename, frame.f_code.co_qualname
-            if name == CELL_FILE:
-                line = number if link is error else (line or number)
-            # A collective's own frames say nothing that its message does not.
-            if link is error and name == launcher_file and not function.startswith(COLLECTIVES):
-                where = f"{cell_of(name, number) or 'launcher.py'}, in {function}"
-            elif link is error and name in sent:
-                where = f"{name}, line {number}, in {function}"
-        link = link.__cause__ or link.__context__
+    line, where = None, ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        name, function = frame.f_code.co_filename, frame.f_code.co_qualname
+        if name == CELL_FILE:
+            line = number
+        elif name in sent:
+            where = f"{name}, line {number}, in {function}"
+        elif name == launcher_file and not function.startswith(COLLECTIVES):
+            where = f"{cell_of(name, number) or 'launcher.py'}, in {function}"
     message = clean_message(str(error))
     return {"line": line, "what": type(error).__name__ + (f": {message}" if message else ""), "where": where}
 
 
+class CpuPickler(pickle.Pickler):
+    """Pickles every tensor, wherever it is, as a detached copy on the CPU."""
+
+    def reducer_override(self, value: Any) -> Any:
+        import torch
+
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        return value.detach().cpu().clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+
+
 def redirect_output(folder: Path, rank: int) -> None:
     """Python's prints, and what child processes print, go to one file; what libraries log goes to another."""
-    out, log = (
-        os.open(folder / f"rank{rank}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        for kind in ("out", "log")
-    )
-    os.dup2(out, 1)
-    os.dup2(log, 2)
-    raw = os.fdopen(out, "wb", buffering=0)
-    sys.stdout = sys.stderr = io.TextIOWrapper(raw, "utf-8", "backslashreplace", write_through=True)
-    sys.stdin = open(os.devnull, encoding="utf-8")
+    out, log = (open(folder / f"rank{rank}.{kind}", "ab", buffering=0) for kind in ("out", "log"))
+    os.dup2(out.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = io.TextIOWrapper(out, "utf-8", "backslashreplace", write_through=True)
     # A warning as one line without paths: outputs are the same on every machine.
     warnings.showwarning = lambda message, category, *_, **__: print(f"{category.__name__}: {message}")
 
@@ -173,11 +118,16 @@ def start_group(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) ->
     return device, dist.group.WORLD
 
 
-def run_source(source: str, filename: str, scope: dict[str, Any]) -> None:
-    """Runs a cell's source, an await outside a function included; its lines show up in tracebacks."""
+def run_source(source: str, filename: str, scope: dict[str, Any], only: Sequence[int] = ()) -> None:
+    """Runs a cell's source, an await outside a function included; its lines show up in tracebacks.
+
+    only: the first lines of the statements to run; none: all of them.
+    """
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    tree = ast.parse(source, filename)
+    tree.body = [part for part in tree.body if not only or part.lineno in only]
     # dont_inherit: this file's own `from __future__ import annotations` is none of the cell's.
-    code = compile(source, filename, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    code = compile(tree, filename, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     if code.co_flags & inspect.CO_COROUTINE:
         asyncio.run(eval(code, scope))
     else:
@@ -195,15 +145,16 @@ def execute_cell(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) -
     scope |= {name: value for name, value in vars(launcher).items() if not name.startswith("_")}
     scope |= {"rank": rank, "world_size": spec["nproc"], "device": device, "ep_group": group}
     scope["comm"] = launcher.Communicator(group)
-    for filename, source in spec["sent"].items():
-        run_source(source, filename, scope)
+    for filename, (source, lines) in spec["sent"].items():
+        run_source(source, filename, scope, lines)
     run_source("\n" + spec["body"], CELL_FILE, scope)  # the magic's own line is line 1 of the cell
     missing = [name for name in spec["collect"] if name not in scope]
     if missing:
         raise NameError(f"the cell does not define `{missing[0]}`, which --collect names")
     del sys.modules[CELL_MODULE]  # the kernel has no such module: what needs it cannot be sent there
     try:
-        torch.save({name: to_cpu(scope[name]) for name in spec["collect"]}, folder / f"rank{rank}.pt")
+        with open(folder / f"rank{rank}.pickle", "wb") as file:
+            CpuPickler(file).dump([scope[name] for name in spec["collect"]])
     except Exception as error:
         raise TypeError(
             f"what --collect names cannot be sent to the kernel ({clean_message(str(error))}); "
@@ -211,35 +162,25 @@ def execute_cell(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) -
         ) from None
 
 
-def run_rank(spec: dict[str, Any], rank: int, folder: Path, launcher: Any, shared: memoryview) -> None:
+def run_rank(spec: dict[str, Any], rank: int, folder: Path, launcher: Any, ended: Connection) -> None:
     """One rank, from the fork on. Stays alive, its connections open, until the worker ends it."""
-    worker = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the worker
-    if os.getppid() != worker or worker == 1:
-        os._exit(1)
+    if os.getppid() != multiprocessing.parent_process().pid:
+        return
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     size = str(spec["nproc"])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     redirect_output(folder, rank)
     faulthandler.register(signal.SIGUSR1, file=open(folder / f"rank{rank}.where", "w"), all_threads=True)
-    entering = launcher.Communicator.entering
-
-    def counted(self: Any) -> Any:
-        shared[2 * rank + 1] += 1
-        return entering(self)
-
-    launcher.Communicator.entering = counted
-    state = DONE
+    failure = None
     try:
         execute_cell(spec, rank, folder, launcher)
     except BaseException as error:
         if not (isinstance(error, SystemExit) and error.code in (None, 0)):
-            state = FAILED
-            said = describe_error(error, launcher.__file__, spec["sent"]) | {"rank": rank}
-            (folder / f"rank{rank}.failure").write_text(json.dumps(said))
-    shared[2 * rank] = state
+            failure = describe_error(error, launcher.__file__, spec["sent"])
+    ended.send(failure)
     while True:
         signal.pause()
 
@@ -248,71 +189,78 @@ def run_rank(spec: dict[str, Any], rank: int, folder: Path, launcher: Any, share
 
 
 class Ranks:
-    """The worker's view of its ranks. shared: two numbers a rank, how it stands and the collectives it entered."""
+    """The worker's view of its ranks. ended: {rank: failure or None}, of those that have left the cell."""
 
     def __init__(self, spec: dict[str, Any], folder: Path, launcher: Any) -> None:
-        self.folder, self.size = folder, spec["nproc"]
-        self.shared = memoryview(mmap.mmap(-1, 16 * self.size)).cast("q")
-        self.pids: dict[int, int] = {}  # rank -> process id, of those that still run
-        self.signals: dict[int, int] = {}  # rank -> signal that ended it, or minus its exit code
-        for rank in range(self.size):
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    run_rank(spec, rank, folder, launcher, self.shared)
-                finally:
-                    os._exit(70)
-            self.pids[rank] = pid
+        self.folder, self.processes, self.pipes, self.ended = folder, [], [], {}
+        context = multiprocessing.get_context("fork")
+        for rank in range(spec["nproc"]):
+            ours, theirs = context.Pipe(duplex=False)
+            arguments = spec, rank, folder, launcher, theirs
+            self.pipes.append(ours)
+            self.processes.append(context.Process(target=run_rank, args=arguments))
+            self.processes[-1].start()
+            theirs.close()
 
     def inside(self) -> list[int]:
-        """The ranks that are still in the cell. Notes which are gone."""
-        for rank, pid in list(self.pids.items()):
-            gone, status = os.waitpid(pid, os.WNOHANG)
-            if gone:
-                del self.pids[rank]
-                self.signals[rank] = (
-                    os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
-                )
-        return [rank for rank in self.pids if self.shared[2 * rank] == RUNNING]
+        """The ranks that are still in the cell. Notes how the others left."""
+        for rank, pipe in enumerate(self.pipes):
+            if rank not in self.ended and pipe.poll():
+                try:
+                    self.ended[rank] = pipe.recv()
+                except EOFError:  # the process is gone
+                    self.processes[rank].join()
+                    code = self.processes[rank].exitcode
+                    how = f"ended by {signal_name(-code)}" if code < 0 else f"exited with code {code}"
+                    self.ended[rank] = {"line": None, "what": how, "where": ""}
+        return [rank for rank in range(len(self.pipes)) if rank not in self.ended]
 
-    def has_failure(self) -> bool:
-        return bool(self.signals) or FAILED in self.shared[::2].tolist()
-
-    def wait(self, deadline: float, is_over: Any) -> None:
+    def wait(self, deadline: float, is_over: Callable[[], bool]) -> None:
         """Until no rank is inside, or the time is over, or a failure's grace is."""
         while self.inside() and time.monotonic() < deadline and not is_over():
-            if self.has_failure():
+            if any(self.ended.values()):
                 deadline = min(deadline, time.monotonic() + GRACE_S)
             time.sleep(0.01)
 
-    def lines_inside(self) -> dict[int, int | None]:
-        """{rank: the line of the cell that it is at}; asks the ranks themselves, and waits 0.2 s for the answer."""
-        found = {}
+    def others(self) -> str:
+        """What the ranks did that have not failed. Those inside say themselves where they are, within 0.2 s."""
         for rank in (inside := self.inside()):
-            os.kill(self.pids[rank], signal.SIGUSR1)
+            os.kill(self.processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.2 if inside else 0)
+        said = [(rank, "ended the cell") for rank, failure in self.ended.items() if failure is None]
         for rank in inside:
             text = (self.folder / f"rank{rank}.where").read_text(errors="replace")
             match = re.search(rf'File "{re.escape(CELL_FILE)}", line (\d+)', text)
-            found[rank] = int(match[1]) if match else None
-        return found
+            said.append((rank, f"was at line {match[1]}" if match else "was outside the cell"))
+        return "; ".join(f"rank {rank} {what}" for rank, what in sorted(said))
 
-    def report(self, is_out_of_time: bool) -> dict[str, Any]:
-        """What the kernel needs to know, for report.json."""
-        lines = self.lines_inside() if is_out_of_time or self.has_failure() else {}
-        return {
-            "out_of_time": is_out_of_time,
-            "failures": [json.loads(file.read_text()) for file in sorted(self.folder.glob("rank*.failure"))],
-            "signals": self.signals,
-            "inside": lines,
-            "states": self.shared[::2].tolist(),
-            "collectives": self.shared[1::2].tolist(),
-        }
+    def problems(self, timeout_s: float) -> list[str]:
+        """One line per problem, for the reader; empty where all is well. Ranks that failed alike share a line."""
+        alike: dict[tuple, list[int]] = {}
+        for rank, failure in sorted(self.ended.items()):
+            if failure:
+                alike.setdefault(tuple(failure.values()), []).append(rank)
+        if not alike and not self.inside():
+            return []
+        others = self.others()
+        lines = []
+        for (line, what, where), ranks in alike.items():
+            who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+            place = f", line {line} of the cell" if line else ""
+            has_waited = re.search(r"CollectiveError|[Tt]imed? ?out|DistBackendError|DistNetworkError", what)
+            lines.append(f"{who}{place}: {what}" + f" ({where})" * bool(where))
+            lines[-1] += f"; {others}" * bool(has_waited and others)
+        lines.sort(
+            key=lambda line: ": CollectiveError" in line
+        )  # a rank that waited in vain is not the cause
+        return lines or [
+            f"the time limit of {timeout_s:g} s is over: {others}; raise --timeout, or mend the wait"
+        ]
 
     def end(self) -> None:
-        for pid in self.pids.values():
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        for process in self.processes:
+            process.kill()
+            process.join()
 
 
 def run_ranks(parent: int, folder: Path) -> None:
@@ -325,13 +273,12 @@ def run_ranks(parent: int, folder: Path) -> None:
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: stopped.append(n))
-    ranks, deadline = Ranks(spec, folder, launcher), time.monotonic() + spec["timeout_s"]
+    ranks = Ranks(spec, folder, launcher)
     try:
-        ranks.wait(deadline, lambda: stopped or os.getppid() != parent)
-        report = ranks.report(time.monotonic() >= deadline and bool(ranks.inside()))
-        aside = folder / "report.part"
-        aside.write_text(json.dumps(report))
-        aside.replace(folder / "report.json")
+        ranks.wait(time.monotonic() + spec["timeout_s"], lambda: bool(stopped) or os.getppid() != parent)
+        problems = json.dumps(ranks.problems(spec["timeout_s"]))
+        (folder / "problems.part").write_text(problems)
+        (folder / "problems.part").replace(folder / "problems.json")
     finally:
         ranks.end()
     if os.getppid() != parent:
@@ -339,8 +286,8 @@ def run_ranks(parent: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    mode, parent, first = sys.argv[1:]
+    mode, parent, first, *checked = sys.argv[1:]
     if mode == "torchrun":
-        run_torchrun(int(parent), first)
+        run_torchrun(int(parent), first, checked)
     else:
         run_ranks(int(parent), Path(first))

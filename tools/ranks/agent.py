@@ -1,0 +1,193 @@
+"""torchrun in one process with what it starts: torch is imported once, and the ranks are forked from there.
+
+Importing torch is most of a start. %%ranks forks its ranks for the same reason (worker.py). By hand, `torchrun
+ep_launcher/launcher.py` starts each rank as a new Python, and takes longer.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import importlib.machinery
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+import types
+from pathlib import Path
+from typing import Any
+
+from tools.ranks.failures import LaunchError, clean_message
+from tools.ranks.flags import check_flags
+from tools.ranks.processes import end_with_parent
+
+Forked = multiprocessing.get_context("fork").Process
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # Linux, prctl
+
+# torchrun's own settings depend on the GPUs it sees, but no fork can use what a process has opened of a GPU.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+
+
+def replace_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def prctl(option: int, value: Any) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value)
+
+
+# ------------------------------------------------------------------------------------------- flags
+
+
+def check_arguments(arguments: list[str]) -> dict[str, Any]:
+    """What a run's parent has to know of its flags: {"values", "num_gpus"}, or {"error": lines}. A plugin runs here."""
+    import torch
+
+    try:
+        return {"values": check_flags(arguments), "num_gpus": torch.cuda.device_count()}
+    except LaunchError as error:
+        return {"error": error.lines}
+    except BaseException as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"the plugin failed: {clean_message(f'{type(error).__name__}: {error}')}"
+        return {"error": [said, f"  {frame.filename}, line {frame.lineno}: {frame.line}"]}
+
+
+def check_in_child(arguments: list[str], path: Path) -> None:
+    """Writes what check_arguments finds to path, from a process of its own: a plugin may touch a GPU, or end it."""
+    aside = path.with_suffix(".part")
+
+    def check() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        for number in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        aside.write_text(json.dumps(check_arguments(arguments)))
+
+    child = Forked(target=check)
+    child.start()
+    child.join()
+    if not aside.exists():
+        said = f"the plugin ended its process while it was read ({child.exitcode})"
+        aside.write_text(json.dumps({"error": [said]}))
+    aside.replace(path)
+
+
+# ------------------------------------------------------------------------------------------- ranks
+
+
+class ForkedRank(Forked):
+    """What torchrun has in the place of a subprocess.Popen: a process, in a group of its own, that runs a script as if
+    it had been started anew. Its name, in `ps -o comm`, is `rank N`.
+    """
+
+    def __init__(self, command: list[str], environment: dict[str, str], outputs: list[Any]) -> None:
+        super().__init__()
+        self.command, self.environment, self.outputs = command, environment, outputs
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # until torchrun's handlers are gone
+        self.start()
+        os.setpgid(self.pid, self.pid)  # torchrun ends ranks by their groups
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+
+    def run(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, file in enumerate(self.outputs, 1):
+            if file:
+                os.dup2(file.fileno(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+        atexit._clear()  # temporary folders, say, are torchrun's to remove
+        replace_environment(self.environment)
+        prctl(PR_SET_NAME, f"rank {os.environ['RANK']}".encode())
+        try:
+            run_script(*self.command)
+        finally:
+            atexit._run_exitfuncs()
+
+    def poll(self) -> int | None:
+        """Its exit code, or minus the signal that ended it; None while it lives."""
+        return self.exitcode
+
+    def wait(self, timeout: float) -> int:
+        """Its exit code; subprocess.TimeoutExpired after so many seconds."""
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.name, timeout)
+        return self.exitcode
+
+    returncode = property(poll)
+
+
+def run_script(script: str, *arguments: str) -> None:
+    """`python script argument...` in this process."""
+    loader = importlib.machinery.SourceFileLoader(
+        "__main__", script
+    )  # keeps compiled code, as an import does
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    main.__dict__.update(__file__=script, __loader__=loader, __spec__=None)
+    sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
+    try:
+        exec(loader.get_code("__main__"), vars(main))
+    except SystemExit:
+        raise
+    except BaseException as error:
+        sys.excepthook(type(error), error.with_traceback(error.__traceback__.tb_next), error.__traceback__)
+        sys.exit(1)
+
+
+# ------------------------------------------------------------------------------------------- torchrun
+
+
+def run_torchrun(parent: int, report: str, checked: list[str]) -> None:
+    """torchrun, in this process, once it is told what to do; what it records of failures goes to the file `report`.
+
+    checked: "--check" and flags of the launcher to check ahead (`report` with the ending .flags); or nothing.
+    """
+    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    if checked:
+        check_in_child(checked[1:], Path(report).with_suffix(".flags"))
+    if not (told := sys.stdin.read()):  # the flags were refused, or the parent is gone
+        return
+    arguments, environment = json.loads(told)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the ranks inherit
+
+    # torch's public way to fork ranks, a function in the place of a script, records one failed rank alone, and waits
+    # for ever for a rank that leaves by os._exit(0). A command of another program (numactl) is started as it is.
+    start = SubprocessHandler._popen
+
+    def start_rank(handler: SubprocessHandler, command: tuple[str, ...], env: dict[str, str]) -> Any:
+        if command[:2] == (sys.executable, "-u"):
+            return ForkedRank(list(command[2:]), env, [handler._stdout, handler._stderr])
+        return start(handler, command, env)
+
+    SubprocessHandler._popen = start_rank
+    failures, error = [], ""
+    try:
+        replace_environment(environment | NO_GPU)
+        config, program, words = config_from_args(parse_args(arguments))
+        replace_environment(environment)
+        elastic_launch(config, program)(*words)
+        return
+    except ChildFailedError as failed:
+        failures = [
+            {"rank": rank, "exitcode": failure.exitcode, "time": failure.timestamp}
+            for rank, failure in failed.failures.items()
+        ]
+    except SignalException as stopped:
+        error = f"ended by {signal.Signals(stopped.sigval).name}"
+    except Exception as failed:
+        error = clean_message(f"{type(failed).__name__}: {failed}")
+    Path(report).write_text(json.dumps({"failures": failures, "error": error}))
+    sys.exit(1)
