@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
@@ -67,11 +68,12 @@ class Page:
 def find_sections(body: str) -> list[dict[str, str]]:
     """Cuts a page's body at its headings, for the contents and the search: each one's id, title, and text up to the
     next."""
-    found: list[dict[str, str]] = []
-    for node in BeautifulSoup(body, "html.parser").descendants:
+    soup, found = BeautifulSoup(body, "html.parser"), []
+    apart = {id(node) for tag in soup([*HEADINGS, "svg"]) for node in tag.descendants}
+    for node in soup.descendants:
         if isinstance(node, Tag) and node.name in HEADINGS:
             found.append({"id": node.get("id", ""), "title": node.get_text().strip(), "text": ""})
-        elif found and type(node) is NavigableString and not node.find_parent([*HEADINGS, "svg"]):
+        elif found and type(node) is NavigableString and id(node) not in apart:
             found[-1]["text"] += node
     return [section | {"text": " ".join(section["text"].split())} for section in found]
 
@@ -90,17 +92,32 @@ def make_page(file: str, notebook: NotebookNode, is_ours: bool = True) -> Page:
     return Page(file, body, find_sections(body))
 
 
+class Fetched(HTMLParser):
+    """Finds what a page would load from elsewhere: by attributes, style sheets, scripts. Links to follow are fine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found, self.tag = [], ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tag = tag
+        for name, value in attrs:
+            is_fetched = name in FETCHED or (name == "href" and tag not in ("a", "area"))
+            if is_fetched and value and not value.startswith("data:"):
+                self.found += ELSEWHERE.findall(value)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.tag = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.tag in ("script", "style"):
+            self.found += ELSEWHERE.findall(data)
+
+
 def foreign_addresses(page: str) -> list[str]:
-    """What a page would load from elsewhere: by attributes, style sheets, scripts. Links to follow are fine."""
-    soup, found = BeautifulSoup(page, "html.parser"), []
-    for tag in soup.find_all(True):
-        for name, value in tag.attrs.items():
-            is_fetched = name in FETCHED or (name == "href" and tag.name not in ("a", "area"))
-            if is_fetched and not str(value).startswith("data:"):
-                found += ELSEWHERE.findall(str(value))
-        if tag.name in ("script", "style"):
-            found += ELSEWHERE.findall(tag.get_text())
-    return found
+    fetched = Fetched()
+    fetched.feed(page)
+    return fetched.found
 
 
 def check_page(name: str, page: str, folder: Path) -> None:
