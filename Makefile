@@ -34,8 +34,9 @@ train: launcher ## train the default model with torchrun (ARGS="--steps 500")
 launcher: $(ENV) ## stitch notebooks/ into ep_launcher/launcher.py, if it is stale
 	@$(PY) tools/extract.py
 
+# Three workers on two cores: while one waits for ranks that hang or were killed, the others work.
 test: $(ENV) ## run every check: tests, lint, every notebook
-	$(PY) -m pytest -n 2 $(ARGS)
+	$(PY) -m pytest -n 3 $(ARGS)
 
 build/triton: $(ENV)  # beside the environment, whose torch may want another Triton
 	@mkdir -p build

@@ -176,6 +176,7 @@ def long_run(steps: int = 9000) -> dict:
     places = [*range(steps // 10, steps, steps // 10), steps - 30]
     faults = [("heap", rank, step, 0) for step in places for rank in range(2)]
     flags = FLAGS | {"steps": steps, "checkpoint_interval": 100, "log_interval": seen["log_interval"]}
+    flags["plugin"] = Path(__file__).with_name("heap.py")
     with BrokenRun(RUNS / "long", faults=faults, **flags) as run:
         for step in places:
             run.wait_for_step(step)

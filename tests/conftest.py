@@ -26,14 +26,15 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """A file's tests stay together, because they share what they have set up; notebooks share nothing."""
+    """A file's tests stay together, because they share what they have set up; notebooks share nothing. In the order in
+    which they are collected: the long ones come first."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            alone = "test_notebook_executes" in nodeid or "test_a_notebook_runs_by_plain_tools" in nodeid
-            return nodeid if alone else nodeid.partition("::")[0]
+            return nodeid if "test_notebook_executes" in nodeid else nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False
     return ByFile(config, log)
 
 

@@ -41,8 +41,9 @@ def play(
 ) -> Path:
     """Plays a module's trials (tests/ranks) on at most world_size ranks -> the folder of what they found."""
     shutil.rmtree(folder, ignore_errors=True)
-    command = "tests/ranks/trials.py", str(folder), module, *names
-    done = torchrun(world_size, *command, timeout=timeout, TRIALS_DEVICE=device)
+    command = [sys.executable, "tests/ranks/trials.py", str(world_size), str(folder), module, *names]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRIALS_DEVICE": device}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder
 

@@ -12,12 +12,11 @@ steps ran when.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,12 @@ from tools.ranks.processes import start_worker
 
 STEPS_AT = StepNotes.WARNING_BYTES  # where rank 0 notes its steps
 PLUGIN = Path(__file__).with_name("faulty.py")
-Fault = tuple[str, int, int, int]  # what, rank, step, attempt: tools/faulty.py
 
 
 class BrokenRun:
-    """A run of nproc ranks in a new folder: checkpoints/, log/, output. flags: the launcher's; faults: from inside.
+    """A run of nproc ranks in a new folder: checkpoints/ (unless the flags name another place), log/, output.
 
-    Its checkpoints are in the folder unless the flags name another place.
+    flags: the launcher's; faults: (what, rank, step, attempt), from inside (tools/faulty.py).
     """
 
     def __init__(
@@ -45,7 +43,7 @@ class BrokenRun:
         folder: str | Path,
         nproc: int = 2,
         max_restarts: int = 20,
-        faults: Iterable[Fault] = (),
+        faults: Sequence[tuple] = (),
         **flags: Any,
     ) -> None:
         self.folder = Path(folder).resolve()
@@ -53,17 +51,17 @@ class BrokenRun:
         self.folder.mkdir(parents=True)
         self.checkpoints, self.steps = self.folder / "checkpoints", self.folder / "steps"
         places = {"checkpoint_dir": self.checkpoints, "log_dir": self.folder / "log", "device": "cpu"}
-        inside = {"plugin": PLUGIN, "step": "faulty"} if (faults := list(faults)) else {}
+        inside = {"plugin": PLUGIN, "step": "faulty"} if faults else {}
         flags = places | {"summary": self.folder / "summary.json"} | flags
         check_flags(flag_arguments(flags))
+        self.steps.write_bytes(bytes(STEPS_AT + 8 * nproc))
         of_torchrun = torchrun_flags(nproc, max_restarts=max_restarts)
         environment = torchrun_environment(of_torchrun)
-        self.steps.write_bytes(bytes(STEPS_AT + 8 * nproc))
         environment |= {"EP_STEPS": str(self.steps), "EP_FAULTS": json.dumps(faults)}
+        program = [LAUNCHER, *flag_arguments(inside | flags)]
+        command = ["torchrun", self.folder / "report.json", *of_torchrun, *program]
         with (self.folder / "output").open("wb") as output:
-            report = self.folder / "report.json"
-            self.family = start_worker("torchrun", report, output=output, environment=environment)
-        self.family.tell([*of_torchrun, str(LAUNCHER), *flag_arguments(flags | inside)], environment)
+            self.family = start_worker(*command, output=output, environment=environment)
 
     def __enter__(self) -> BrokenRun:
         return self
@@ -95,16 +93,7 @@ class BrokenRun:
 
     def rank(self, rank: int) -> psutil.Process:
         """The process of this rank, in the attempt that runs."""
-
-        def found() -> psutil.Process | None:
-            self.family.note(every_s=0)
-            for process in self.family.alive():
-                with contextlib.suppress(psutil.Error):
-                    if process.name() == f"rank {rank}":
-                        return process
-            return None
-
-        return self.wait(found, f"rank {rank}", 60)
+        return self.wait(lambda: self.family.ranks().get(rank), f"rank {rank}", 60)
 
     def send(self, rank: int, number: int) -> float:
         """Sends a signal to a rank -> when, in time.time()."""
@@ -128,10 +117,8 @@ class BrokenRun:
 
     def left(self) -> list[str]:
         """Command lines of processes that outlive the run by 2 s; empty if all is well."""
-        deadline = time.monotonic() + 2
-        while self.family.alive() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return [" ".join(process.cmdline()[:3]) for process in self.family.alive()]
+        _, left = psutil.wait_procs(self.family.alive(), timeout=2)
+        return [" ".join(process.cmdline()[:3]) for process in left]
 
     def log(self) -> list[str]:
         """The lines of train.log, of all attempts."""
@@ -163,11 +150,11 @@ def attempts(log_dir: str | Path) -> list[Attempt]:
     for path in Path(log_dir).glob("events.out.tfevents.*"):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False)
         events.Reload()
-        names = events.Tags()["scalars"]
-        steps = [(e.wall_time, e.step) for e in events.Scalars("loss/task")] if "loss/task" in names else []
-        saves = events.Scalars("checkpoint/seconds") if "checkpoint/seconds" in names else []
+        seen = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+        steps = [(e.wall_time, e.step) for e in seen.get("loss/task", ())]
         if steps:
-            found.append(Attempt(steps, [(e.wall_time, e.step, e.value) for e in saves]))
+            saves = [(e.wall_time, e.step, e.value) for e in seen.get("checkpoint/seconds", ())]
+            found.append(Attempt(steps, saves))
     return sorted(found, key=lambda attempt: attempt.steps[0])
 
 

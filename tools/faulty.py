@@ -32,23 +32,6 @@ def limit_files(num_bytes: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard if num_bytes is None else num_bytes, hard))
 
 
-class HeapState(ctypes.Structure):
-    """glibc's struct mallinfo2."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
-
-
-def note_heap() -> None:
-    """Prints what this process has from malloc, all arenas together: no fault, but what a long run is asked for."""
-    mallinfo2 = ctypes.CDLL(None).mallinfo2
-    mallinfo2.restype = HeapState
-    now = mallinfo2()
-    print(f"heap of rank {os.environ['RANK']}: {now.uordblks + now.hblkhd} bytes", flush=True)
-
-
 FAULTS = {
     "raise": raise_error,
     "exit": lambda: sys.exit(3),
@@ -61,7 +44,6 @@ FAULTS = {
     "killed before the rename": lambda: setattr(ep, "remove", die),  # the manifest is there, the name is not
     "full disk": lambda: limit_files(1000),
     "space again": lambda: limit_files(None),
-    "heap": note_heap,
 }
 
 

@@ -53,22 +53,16 @@ class TwoHosts:
 def hold_namespace() -> subprocess.Popen:
     """A process in a new namespace, which lives as long as it, and it as long as this one. HostsUnavailable where
     that is forbidden."""
-    command = [
-        "unshare",
-        "--net",
-        "sh",
-        "-c",
-        "echo here; exec cat",
-    ]  # cat ends when nobody can write to it any more
+    # It reads from this process, and so ends with it. The last word is its name in a list of processes.
+    command = ["unshare", "--net", "sh", "-c", "echo here; read -r end", "ep-hosts-namespace"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     try:
         holder = subprocess.Popen(command, **pipes, text=True, start_new_session=True)
     except FileNotFoundError:
         raise HostsUnavailable("the program `unshare` is not installed (Linux, package util-linux)") from None
     if not holder.stdout.readline():
-        raise HostsUnavailable(
-            f"the system refuses `unshare --net`: {' '.join(holder.communicate()[1].split())}"
-        )
+        said = " ".join(holder.communicate()[1].split())
+        raise HostsUnavailable(f"the system refuses `unshare --net`: {said}")
     return holder
 
 
@@ -81,9 +75,8 @@ def run_inside(namespace: int, *command: str) -> str:
     """Runs `ip` or `tc` in a namespace -> its output. HostsUnavailable where it fails."""
     done = subprocess.run([*inside(namespace), *command], capture_output=True, text=True, timeout=20)
     if done.returncode:
-        raise HostsUnavailable(
-            f"the system refuses `{' '.join(command[:3])}` (package iproute2): {' '.join(done.stderr.split())}"
-        )
+        said = " ".join(done.stderr.split())
+        raise HostsUnavailable(f"the system refuses `{' '.join(command[:3])}` (package iproute2): {said}")
     return done.stdout
 
 
@@ -131,11 +124,9 @@ def start_host(namespace: int, number: int, program: list[str], log: Path, nproc
     environment = torchrun_environment(flags)
     environment |= {"GLOO_SOCKET_IFNAME": INTERFACE, "TP_SOCKET_IFNAME": INTERFACE}
     environment.pop("TB_LOGDIR", None)  # it would win over --log-dir
-    command = "torchrun", log.with_suffix(".json")
+    command = ["torchrun", log.with_suffix(".json"), *flags, *program]
     with open(log, "wb") as file:
-        host = start_worker(*command, output=file, environment=environment, before=inside(namespace))
-    host.tell([*flags, *program], environment)
-    return host
+        return start_worker(*command, output=file, environment=environment, before=inside(namespace))
 
 
 def wait_for(hosts: list[Family], limit_s: float, other_s: float = OTHER_HOST_S) -> bool:

@@ -20,7 +20,6 @@ import contextlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
@@ -36,71 +35,71 @@ if __name__ == "__main__":  # Ctrl-C while modules are read is one line, too
 
 from tools.extract import assert_fresh, check_kernel_definitions  # noqa: E402
 from tools.ranks.failures import HERE, Interrupted, LaunchError, describe_failure, without_root  # noqa: E402
-from tools.ranks.flags import (  # noqa: E402
-    LAUNCHER,
-    flag_arguments,
-    start_environment,
-    torchrun_environment,
-    torchrun_flags,
-)
+from tools.ranks.flags import LAUNCHER, flag_arguments, torchrun_environment, torchrun_flags  # noqa: E402
 from tools.ranks.output import Bar, RankOutput, is_live_notebook, kernel, new_folder  # noqa: E402
 from tools.ranks.processes import Family, interrupt, start_worker  # noqa: E402
 
 __all__ = ["LaunchError", "is_live_notebook", "launch", "load_ipython_extension"]
 
 RUNS = LAUNCHER.parent / "runs"
-FAILED_S = (
-    6.0  # what ranks get once one has left with an error; torchrun would wait 30 s for one that is stuck
-)
+FAILED_S = 6.0  # what ranks get once one has failed; torchrun would wait 30 s for one that is stuck
 WARNING_BYTES = 512  # of EP_STEPS, before the steps (launcher.py, StepNotes)
 SILENT_S = 20.0  # so long without a first step, and a line says what is waited for
 
 
 def watch(
-    family: Family,
-    steps: Path,
-    output: RankOutput,
-    endpoint: str | None,
-    restarts: bool,
-    limit_s: float | None,
+    run: Family, output: RankOutput, steps: Path, of_torchrun: dict[str, Any], limit_s: float | None
 ) -> list[int]:
     """Shows a run until it ends -> the ranks that SIGSTOP held at the failure. Ends everything on any exception.
 
     steps: the file behind EP_STEPS. TimeoutError after limit_s.
     """
-    process, start, failed_at, stopped = family.process, time.monotonic(), None, []
-    warning, is_silent = "", True
+    start, failed_at, stopped, warning, is_silent = time.monotonic(), None, [], "", True
     try:
-        while process.poll() is None:
-            family.note()
+        while run.process.poll() is None:
+            run.note()
             output.poll()
             now, notes = time.monotonic() - start, steps.read_bytes()
             if done := max(memoryview(notes[WARNING_BYTES:]).cast("q")):
                 output.bar.reach(done)
             if not warning and (warning := notes[:WARNING_BYTES].rstrip(b"\0").decode(errors="replace")):
                 output.show(warning, sys.stderr)
-            if is_silent and (done or now > SILENT_S):
-                is_silent = False
-                if not done:
-                    ranks = len(list(output.folder.glob("*/attempt_*/*")))
-                    where = f"; the other hosts are waited for at {endpoint}" * (
-                        endpoint is not None and not ranks
-                    )
-                    held = [f"; SIGSTOP holds rank {rank}" for rank in family.stopped_ranks()]
-                    line = f"after {SILENT_S:g} s no first step yet: {ranks} ranks have started{where}{''.join(held)}"
-                    output.show(line, sys.stderr)
+            if is_silent and not done and now > SILENT_S:
+                is_silent, ranks = False, len(list(output.folder.glob("*/attempt_*/*")))
+                held = [f"; SIGSTOP holds rank {rank}" for rank in run.stopped_ranks()]
+                where = (
+                    of_torchrun["rdzv_endpoint"]
+                    and not ranks
+                    and f"; waiting at {of_torchrun['rdzv_endpoint']}"
+                )
+                line = f"after {SILENT_S:g} s no first step yet: {ranks} ranks have started"
+                output.show("".join([line, where or "", *held]), sys.stderr)
             if limit_s is not None and now > limit_s:
                 raise TimeoutError
-            if not restarts and output.has_error and len(family.alive()) < len(family.members):
+            if not of_torchrun["max_restarts"] and output.has_error and len(run.alive()) < len(run.members):
                 if failed_at is None:
-                    failed_at, stopped = now, family.stopped_ranks()
+                    failed_at, stopped = now, run.stopped_ranks()
                 if now - failed_at > FAILED_S:
-                    family.end()
+                    run.end()
             time.sleep(0.05)
     finally:
-        family.end(patience_s=0 if process.poll() is not None else 3.0)
+        run.end(patience_s=0 if run.process.poll() is not None else 3.0)
         output.poll(is_last=True)
     return stopped
+
+
+def failure(run: Family, output: RankOutput, report: Path, log_dir: Path, stopped: list[int]) -> LaunchError:
+    """What to raise for a run that failed. A refusal, of one line, leaves nothing to look at."""
+    said = json.loads(report.read_text()) if report.exists() else {"failures": [], "error": "it was killed"}
+    rank, lines = describe_failure(said, output.errors, stopped)
+    logs = output.keep(log_dir) if len(lines) > 1 else None
+    lines = lines[:14] + [f"whole output: {without_root(logs)}"] * bool(logs)
+    return LaunchError(*lines, rank=rank, log_dir=logs, returncode=max(run.process.returncode, 1))
+
+
+def remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def run_command(
@@ -114,81 +113,54 @@ def run_command(
                 check_kernel_definitions(kernel().user_ns)
     except RuntimeError as error:
         raise LaunchError(str(error), returncode=2) from None
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix="ep-launch-"))
-        (scratch / "ranks").mkdir()
-        with open(scratch / "ranks" / "torchrun.log", "wb") as log:
-            what = ("torchrun", scratch / "report.json", "--check", *arguments)
-            family = start_worker(*what, output=log, environment=start_environment())
-    except OSError as error:
-        raise LaunchError(
-            f"cannot write temporary files ({error.strerror}); set TMPDIR", returncode=2
-        ) from None
-    try:
-        return run_started(family, of_torchrun, arguments, script, scratch, quiet, limit_s)
-    finally:
-        family.end(patience_s=0)
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def run_started(
-    family: Family,
-    of_torchrun: dict[str, Any],
-    arguments: list[str],
-    script: Path,
-    scratch: Path,
-    quiet: bool,
-    limit_s: float | None,
-) -> dict[str, Any]:
-    """run_command, once torchrun is on its way; scratch: a folder for what is only needed while it runs."""
-    checked = family.checked_flags(scratch / "report.json")
-    if "error" in checked:
-        raise LaunchError(*checked["error"], returncode=2)
-    values, nproc = checked["values"], of_torchrun.pop("nproc")
-    flags = torchrun_flags(max(2, checked["num_gpus"]) if nproc is None else nproc, **of_torchrun)
-    if not quiet:
-        print(shlex.join(["torchrun", *flags, str(script), *arguments]).replace(*HERE), flush=True)
+    flags = torchrun_flags(**of_torchrun)
     environment = torchrun_environment(flags)
-    is_own = not (given := values["log_dir"] or environment.get("TB_LOGDIR"))
-    log_dir = new_folder(RUNS / time.strftime("%Y%m%d-%H%M%S")) if is_own else Path(given).expanduser()
-    environment |= {"TB_LOGDIR": str(log_dir), "EP_STEPS": str(scratch / "steps")}
-    (scratch / "steps").write_bytes(bytes(2**13))  # for 960 ranks
-    summary = Path(values["summary"] or scratch / "summary.json")
-    output = RankOutput(scratch / "ranks", Bar(values["steps"], quiet), quiet)
-    command = [*flags, "--redirects=3", f"--log-dir={output.folder}", str(script), *arguments]
-    family.tell([*command, *([] if values["summary"] else ["--summary", str(summary)])], environment)
-    endpoint, restarts = of_torchrun["rdzv_endpoint"], of_torchrun["max_restarts"] > 0
-    try:
-        stopped = watch(family, scratch / "steps", output, endpoint, restarts, limit_s)
-    except TimeoutError:
-        logs = output.keep(log_dir)
-        message = (
-            f"the run did not end within {limit_s:g} s and was stopped; whole output: {without_root(logs)}"
-        )
-        raise LaunchError(message, log_dir=logs) from None
-    except KeyboardInterrupt:
-        raise Interrupted([f"every rank has ended; logs in {without_root(output.keep(log_dir))}"]) from None
-    finally:
-        output.bar.close()
-    if code := family.process.returncode:
-        report = scratch / "report.json"
-        said = (
-            json.loads(report.read_text()) if report.exists() else {"failures": [], "error": "it was killed"}
-        )
-        rank, lines = describe_failure(said, output.errors, stopped)
-        if len(lines) == 1:  # a refusal: nothing to look at
-            if is_own:
-                with contextlib.suppress(OSError):  # not empty
-                    log_dir.rmdir()
-            raise LaunchError(*lines, rank=rank, returncode=max(code, 1))
-        logs = output.keep(log_dir)
-        whole = f"whole output: {without_root(logs)}"
-        raise LaunchError(*lines[:14], whole, rank=rank, log_dir=logs, returncode=max(code, 1))
-    output.keep(log_dir)
-    found = json.loads(summary.read_text("utf-8")) if summary.exists() else {}
-    if found and not values["summary"]:
-        found["config"]["summary"] = None  # the file was ours, and goes
-    return found
+    with contextlib.ExitStack() as at_end:
+        try:
+            folder = tempfile.TemporaryDirectory(prefix="ep-launch-", ignore_cleanup_errors=True)
+            scratch = Path(at_end.enter_context(folder))
+            is_given = environment.get("TB_LOGDIR") or any(word.startswith("--log-dir") for word in arguments)
+            if not is_given:
+                environment["TB_LOGDIR"] = str(new_folder(RUNS / time.strftime("%Y%m%d-%H%M%S")))
+                at_end.callback(remove_if_empty, Path(environment["TB_LOGDIR"]))  # after a refusal
+            steps, report, summary = scratch / "steps", scratch / "report.json", scratch / "summary.json"
+            steps.write_bytes(bytes(2**13))  # for 960 ranks
+            environment["EP_STEPS"] = str(steps)
+            output = RankOutput(scratch / "ranks", quiet)
+            ahead = ["--check", *flags, "--redirects=3", f"--log-dir={output.folder}"]
+            program = [script, "--summary", summary, *arguments]  # the last --summary counts
+            with open(output.folder / "torchrun.log", "wb") as log:
+                run = start_worker("torchrun", report, *ahead, *program, output=log, environment=environment)
+            at_end.callback(run.end, patience_s=0)
+        except OSError as error:
+            message = f"cannot write {error.filename} ({error.strerror}); set TMPDIR, or --log-dir"
+            raise LaunchError(message, returncode=2) from None
+        checked = run.wait_for(report.with_suffix(".flags"))
+        if "error" in checked:
+            raise LaunchError(*checked["error"], returncode=2)
+        shown = shlex.join(["torchrun", *flags, str(script), *arguments]).replace(*HERE)
+        output.show(shown.replace("=auto", f"={checked['nproc']}"), sys.stdout)
+        output.bar, log_dir = Bar(checked["values"]["steps"], quiet), checked["values"]["log_dir"]
+        log_dir = Path(log_dir or environment.get("TB_LOGDIR") or RUNS).expanduser()
+        try:
+            stopped = watch(run, output, steps, of_torchrun, limit_s)
+        except TimeoutError:
+            logs = output.keep(log_dir)
+            message = f"the run did not end within {limit_s:g} s and was stopped; whole output: {without_root(logs)}"
+            raise LaunchError(message, log_dir=logs) from None
+        except KeyboardInterrupt:
+            logs = without_root(output.keep(log_dir))
+            raise Interrupted([f"every rank has ended; logs in {logs}"]) from None
+        finally:
+            output.bar.close()
+        if run.process.returncode:
+            raise failure(run, output, report, log_dir, stopped)
+        output.keep(log_dir)
+        given = Path(checked["values"]["summary"] or summary)
+        found = json.loads(given.read_text("utf-8")) if given.exists() else {}
+        if found and given == summary:
+            found["config"]["summary"] = None  # the file was ours, and goes
+        return found
 
 
 def launch(
@@ -214,15 +186,9 @@ def launch(
     flags that the launcher refuses; and where the run fails, with the rank, its cells and its last lines. An
     interrupt ends every rank within 5 s. Costs about 2 s to start the processes.
     """
-    of_torchrun = {
-        "nproc": nproc,
-        "nnodes": nnodes,
-        "rdzv_endpoint": rdzv_endpoint,
-        "max_restarts": max_restarts,
-    }
-    return run_command(
-        of_torchrun, flag_arguments(flags), Path(script).resolve(), quiet=quiet, limit_s=limit_s
-    )
+    hosts = {"nnodes": nnodes, "rdzv_endpoint": rdzv_endpoint}
+    of_torchrun, script = {"nproc": nproc, "max_restarts": max_restarts} | hosts, Path(script).resolve()
+    return run_command(of_torchrun, flag_arguments(flags), script, quiet=quiet, limit_s=limit_s)
 
 
 def load_ipython_extension(shell: Any) -> None:

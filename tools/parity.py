@@ -15,12 +15,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,59 +27,41 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ep_launcher import launcher  # noqa: E402
-from ep_launcher.launcher import (  # noqa: E402
-    DTYPES,
-    PASSES,
-    REGISTRIES,
-    Communicator,
-    EPMoE,
-    Mesh,
-    MoEConfig,
-    TrafficOptions,
-    aux_loss,
-    bytes_of_layer,
-    choose_device,
-    dense_moe,
-    init_ep,
-    load_plugin,
-    schedule_in_batches,
-    sync_gradients,
-    world_from_env,
-)
+from ep_launcher import launcher as ep  # noqa: E402
 
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2}  # where an experts kind states none of its own
 ALPHA = 0.01
+NAMES = ("dispatcher", "experts", "activation", "dtype")
 BASE = {"num_experts": 8, "top_k": 2, "hidden_dim": 32, "ffn_dim": 64}
-# What a case may say besides: how many layers, how many micro-batches, and whether each layer is recomputed.
-PLAIN = {
-    "bias": None,
-    "experts_without_rows": False,
-    "layers": 1,
-    "micro_batches": 1,
-    "checkpoint": False,
-    "ep": 1,
-}
+# What a case may say besides the config. ep: the ranks that share the experts are so many times fewer than all.
+PLAIN = {"bias": None, "layers": 1, "micro_batches": 1, "checkpoint": False, "ep": 1}
 
 
-def cases(world_size: int) -> dict[str, dict]:
+def plain_cases(size: int) -> dict[str, dict]:
     """{name: tokens per rank, config changes, gate bias per expert, ...}; rank r takes tokens[r % len(tokens)].
 
-    ep: the ranks that share the experts are so many times fewer than all.
+    Those of one layer, one micro-batch and one group, for references that know no more.
     """
-    last_rank = [-2.0 if e >= 8 - 8 // world_size else 0.0 for e in range(8)]
+    last_rank = [-2.0 if e >= 8 - 8 // size else 0.0 for e in range(8)]
     found = {
         "even": {"tokens": [12]},
         "uneven": {"tokens": [13, 5, 9, 1]},
-        "rank_without_tokens": {"tokens": [11, 0, 7, 0] if world_size > 1 else [0]},
+        "rank_without_tokens": {"tokens": [11, 0, 7, 0] if size > 1 else [0]},
         "no_tokens_at_all": {"tokens": [0]},
-        "rank_without_rows": {"tokens": [12], "bias": last_rank, "experts_without_rows": world_size > 1},
+        "rank_without_rows": {"tokens": [12], "bias": last_rank},
         "all_to_one_expert": {"tokens": [9, 12], "top_k": 1, "bias": [2.0] + [0.0] * 7},
         "top_1": {"tokens": [12, 10], "top_k": 1},
         "top_k_is_num_experts": {"tokens": [6, 8], "top_k": 8},
-        "one_expert_a_rank": {"tokens": [10, 12], "num_experts": world_size, "top_k": min(2, world_size)},
+        "one_expert_a_rank": {"tokens": [10, 12], "num_experts": size, "top_k": min(2, size)},
+    }
+    return {name: PLAIN | case for name, case in found.items()}
+
+
+def model_cases(size: int) -> dict[str, dict]:
+    """Those of whole models."""
+    found = {
         "shared_experts": {"tokens": [7, 9], "num_shared_experts": 2},
-        "two_layers": {"tokens": [8, 0, 5, 9] if world_size > 1 else [8], "layers": 2},
+        "two_layers": {"tokens": [8, 0, 5, 9] if size > 1 else [8], "layers": 2},
         "micro_batches": {"tokens": [10, 5, 8, 1], "layers": 2, "micro_batches": 2},
         "checkpoint": {"tokens": [9, 12, 0, 4], "layers": 2, "checkpoint": True},
         "shared_beside": {"tokens": [7, 0, 9, 1], "num_shared_experts": 1, "overlap": "shared"},
@@ -88,72 +69,68 @@ def cases(world_size: int) -> dict[str, dict]:
         "two_halves": {"tokens": [13, 1, 0, 8], "layers": 2, "num_shared_experts": 1, "overlap": "tbo"},
         "two_halves_checkpoint": {"tokens": [1, 12], "layers": 2, "checkpoint": True, "overlap": "tbo"},
     }
-    if world_size in (2, 4):
+    if size in (2, 4):
         found["replicas"] = {"tokens": [9, 12, 0, 4], "layers": 2, "ep": 2}  # 4 ranks: a 2 x 2 mesh
     return {name: PLAIN | case for name, case in found.items()}
 
 
-def plain_cases(world_size: int) -> dict[str, dict]:
-    """Those of one layer, one micro-batch and one group, for references that know no more."""
-    found = cases(world_size).items()
-    return {name: case for name, case in found if name not in MODEL_CASES}
+def cases(size: int) -> dict[str, dict]:
+    return plain_cases(size) | model_cases(size)
 
 
-OVERLAP_CASES = {"shared_beside", "two_halves", "two_halves_checkpoint"}
-MODEL_CASES = {"shared_experts", "two_layers", "micro_batches", "checkpoint", "replicas"} | OVERLAP_CASES
-
-
-def cases_of(activation: str, dtype: str, wanted: list[str]) -> list[str]:
+def cases_of(activation: str, dtype: str, known: dict[str, dict]) -> dict[str, dict]:
     """The cases that a variant runs: all for gelu; for the others those that differ for the experts. Models of more
     than a layer are judged where rounding does not add up."""
-    few = {"even", "rank_without_tokens", "rank_without_rows", "top_k_is_num_experts"} | MODEL_CASES
-    names = [name for name in wanted if activation == "gelu" or name in few]
-    return [name for name in names if dtype != "bfloat16" or name not in MODEL_CASES]
+    of_models = set(model_cases(4))
+    few = {"even", "rank_without_tokens", "rank_without_rows", "top_k_is_num_experts"} | of_models
+    names = set(known) if activation == "gelu" else few
+    names -= of_models if dtype == "bfloat16" else set()
+    return {name: case for name, case in known.items() if name in names}
 
 
-def variants(
-    device: torch.device, ep_size: int, dtypes: list[str], dispatcher: str | None = None
-) -> list[tuple[str, str, str, str]]:
-    """(dispatcher, experts, activation, dtype) of everything registered that can run on so many such ranks."""
+def variants(device: torch.device, ep_size: int, dtypes: list[str], only: str | None = None) -> list[tuple]:
+    """NAMES of everything registered that can run on so many such ranks, without fixed buffers (those run in
+    tests/ranks/capacity_parity.py); only: this dispatcher."""
 
     def can_run(dispatcher: str, experts: str, activation: str, dtype: str) -> bool:
-        config = MoEConfig(**BASE, dtype=dtype)
-        kinds = REGISTRIES["dispatcher"][dispatcher], REGISTRIES["experts"][experts]
-        if kinds[0].needs_capacity:
-            return False  # tests/ranks/capacity_parity.py runs those
-        return all(kind.preference(config, device, ep_size) > 0 for kind in kinds)
+        config = ep.MoEConfig(**BASE, dtype=dtype)
+        kinds = ep.REGISTRIES["dispatcher"][dispatcher], ep.REGISTRIES["experts"][experts]
+        return not kinds[0].needs_capacity and all(k.preference(config, device, ep_size) > 0 for k in kinds)
 
-    dispatchers = sorted(REGISTRIES["dispatcher"]) if dispatcher is None else [dispatcher]
-    kinds = product(dispatchers, *(sorted(REGISTRIES[kind]) for kind in ("experts", "activation")), dtypes)
+    dispatchers = [only] if only else sorted(ep.REGISTRIES["dispatcher"])
+    kinds = product(dispatchers, *(sorted(ep.REGISTRIES[kind]) for kind in ("experts", "activation")), dtypes)
     return [kind for kind in kinds if can_run(*kind)]
 
 
 def limit_of(experts: str, dtype: str) -> float:
     """The largest relative error that an experts kind may have in this dtype; auto, the dtype's own."""
-    return getattr(REGISTRIES["experts"].get(experts), "parity_limit", LIMITS[dtype])
+    return getattr(ep.REGISTRIES["experts"].get(experts), "parity_limit", LIMITS[dtype])
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:
-    """Frobenius norm of the difference over the reference's; absolute where the reference is 0."""
+    """Frobenius norm of the difference over the reference's; absolute where the reference is 0; infinite for NaN."""
     ours, reference = ours.detach().double(), reference.detach().double()
-    difference = (ours - reference).norm()
-    scale = reference.norm()
-    return float(difference / scale) if scale > 0 else float(difference)
+    error = float((ours - reference).norm() / (reference.norm() or 1))
+    return error if error >= 0 else float("inf")
 
 
-def gather_uneven(x: Tensor, comm: Communicator) -> Tensor:
-    """[n, ...] with any n a rank -> all ranks' rows in one tensor, by rank."""
-    if comm.size == 1:
-        return x
-    pieces: list = [None] * comm.size
-    dist.all_gather_object(pieces, x.detach().cpu())
-    return torch.cat(pieces).to(x.device)
+def gather_uneven(x: Tensor, comm: ep.Communicator) -> Tensor:
+    """[n, ...] with any n a rank -> all ranks' rows in one tensor, by rank. Collective."""
+    return torch.cat(gather_objects(x.detach().cpu(), comm)).to(x.device)
+
+
+def gather_objects(own: Any, comm: ep.Communicator) -> list[Any]:
+    """Everybody's, by rank. Collective."""
+    gathered = [own] * comm.size
+    if comm.size > 1:
+        dist.all_gather_object(gathered, own)
+    return gathered
 
 
 class Stack(nn.Module):
     """Layers one after the other, each beside a residual; recomputed where the case says so."""
 
-    def __init__(self, layers: list[EPMoE], is_recomputed: bool) -> None:
+    def __init__(self, layers: list[ep.EPMoE], is_recomputed: bool) -> None:
         super().__init__()
         self.layers, self.is_recomputed = nn.ModuleList(layers), is_recomputed
 
@@ -163,27 +140,15 @@ class Stack(nn.Module):
         return x
 
 
-def make_layer(
-    config: MoEConfig, mesh: Mesh, device: torch.device, bias: list | None, seed: int = 3
-) -> EPMoE:
-    """A layer whose gate leans as the case wants."""
-    layer = EPMoE(config, mesh, seed=seed, device=device)
-    if bias is not None:
+def make_model(config: ep.MoEConfig, mesh: ep.Mesh, device: torch.device, case: dict) -> Stack:
+    """The case's model, whose gates lean as it wants; its layers have seeds of their own."""
+    layers = [ep.EPMoE(config, mesh, seed=3 + n, device=device) for n in range(case["layers"])]
+    if case["bias"] is not None:
         with torch.no_grad():
-            layer.router.gate.weight.mul_(0.1)
-            layer.router.gate.bias += torch.tensor(bias, device=device)[: config.num_experts]
-    return layer
-
-
-def make_model(config: MoEConfig, mesh: Mesh, device: torch.device, case: dict) -> Stack:
-    """The case's model; its layers have seeds of their own."""
-    layers = [make_layer(config, mesh, device, case["bias"], 3 + n) for n in range(case["layers"])]
+            for gate in (layer.router.gate for layer in layers):
+                gate.weight.mul_(0.1)
+                gate.bias += torch.tensor(case["bias"], device=device)[: config.num_experts]
     return Stack(layers, case["checkpoint"])
-
-
-def alone() -> Mesh:
-    """This rank by itself, inside a larger job or not."""
-    return Mesh(*[Communicator.alone()] * 3)
 
 
 def parameter_errors(model: nn.Module, grads: dict[str, Tensor | None], own: slice) -> dict[str, float]:
@@ -200,228 +165,166 @@ def parameter_errors(model: nn.Module, grads: dict[str, Tensor | None], own: sli
     return errors
 
 
-def dense_reference(layer: EPMoE, x: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(y, aux) of all ranks' tokens, the shared experts included. Collective."""
-    topk_ids, config = gather_uneven(layer.topk_ids, layer.mesh.batch), layer.config
-    low = config.dtype == "bfloat16"
-    y, aux = dense_moe(x, parameters, config.top_k, topk_ids if low else None, config.activation)
-    if config.num_shared_experts:
-        w1, b1, w2, b2, w3, b3 = (
-            parameters.get(f"shared.expert.{name}") for name in ("w1", "b1", "w2", "b2", "w3", "b3")
-        )
-        gate = x @ w1[0] + (0 if b1 is None else b1[0])
-        up = None if w3 is None else x @ w3[0] + (0 if b3 is None else b3[0])
-        hidden = REGISTRIES["activation"][config.activation].apply(gate, up)
-        y = y + hidden @ w2[0] + (0 if b2 is None else b2[0])
+def dense_reference(layer: ep.EPMoE, x: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(y, aux) of all ranks' tokens, the shared experts included; in bfloat16 with the layer's choices. Collective."""
+    config = layer.config
+    given = gather_uneven(layer.topk_ids, layer.mesh.batch) if config.dtype == "bfloat16" else None
+    y, aux = ep.dense_moe(x, parameters, config.top_k, given, config.activation)
+    if config.num_shared_experts:  # as a layer with one expert, which everybody visits
+        names = {name: name.replace("shared.expert", "experts") for name in parameters if "shared" in name}
+        only = {new: parameters[name] for name, new in names.items()}
+        only["router.gate.weight"] = x.new_zeros(1, x.shape[1])
+        y = y + ep.dense_moe(x, only, 1, None, config.activation)[0]
     return y, aux
 
 
-def run_reference(model: Stack, x: Tensor, parameters: dict[str, Tensor], reference: Callable) -> tuple:
-    """The stack on all ranks' tokens of one micro-batch -> y, the sum of the layers' aux losses."""
-    total = 0
-    for n, layer in enumerate(model.layers):
-        prefix = f"layers.{n}."
-        own = {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}
-        y, aux = reference(layer, x, own)
-        x, total = x + y, total + aux
-    return x, total
-
-
-def watch_bytes(model: Stack, mesh: Mesh) -> Callable[[], tuple[list[int], bool]]:
-    """Notes every layer's choices as it runs -> a function that says ([predicted, counted] bytes over all ranks, is
-    this rank's every pass and destination as predicted). Collective."""
-    runs: list[tuple[EPMoE, Tensor]] = []
+def watch_bytes(model: Stack, mesh: ep.Mesh) -> Callable[[], tuple[list[int], bool]]:
+    """Notes every layer's choices as it runs -> a function that says ([predicted, counted] bytes of this rank, whether
+    they agree in every pass and to every destination). Collective."""
+    runs: list[tuple[ep.EPMoE, Tensor]] = []
     for layer in model.layers:
         layer.register_forward_hook(lambda layer, args, y: runs.append((layer, layer.topk_ids)))
-    before = {name: list(sent) for name, sent in mesh.meter.fetch().items()}
+
+    def count() -> Tensor:  # [pass, destination]
+        sent, nothing = mesh.meter.fetch(), [0] * mesh.meter.size
+        return torch.tensor([[sent.get(name, nothing)[rank] for rank in mesh.ep.ranks] for name in ep.PASSES])
+
+    before = count()
 
     def compare() -> tuple[list[int], bool]:
-        nothing, sent_since = [0] * mesh.meter.size, mesh.meter.fetch()
-        counted, predicted = {}, {name: torch.zeros(mesh.ep.size, dtype=torch.int64) for name in PASSES}
-        for name in PASSES:
-            pairs = zip(sent_since.get(name, nothing), before.get(name, nothing), strict=True)
-            counted[name] = torch.tensor([now - then for now, then in pairs])[mesh.ep.ranks]
-        for layer, topk_ids in list(runs):
-            for name, sent in bytes_of_layer(layer, topk_ids).items():
-                predicted[name] += sent[mesh.ep.rank]
-        agrees = all(torch.equal(predicted[name], counted[name]) for name in PASSES)
-        return [sum(int(t.sum()) for t in which.values()) for which in (predicted, counted)], agrees
+        counted, predicted = count() - before, torch.zeros_like(before)
+        for layer, topk_ids in runs:
+            tables = ep.bytes_of_layer(layer, topk_ids)
+            predicted += torch.stack([tables[name][mesh.ep.rank] for name in ep.PASSES])
+        return [int(predicted.sum()), int(counted.sum())], torch.equal(predicted, counted)
 
     return compare
 
 
-class Dense(NamedTuple):
-    """What the reference makes of all ranks' tokens: y [T, D], the sum of the aux losses, x's gradient, {parameter: its
-    gradient, None where there is none}."""
-
-    y: Tensor
-    aux: Tensor
-    x_grad: Tensor
-    grads: dict[str, Tensor | None]
+def learn(forward: Callable, parts: list[Tensor], targets: list[Tensor], total: int) -> tuple:
+    """Forward and backward of every micro-batch: forward(x) -> (y, aux) -> (all y, the sum of the aux losses)."""
+    ys, aux_total = [], 0
+    for part, wanted in zip(parts, targets, strict=True):
+        y, aux = forward(part)
+        ((y.double() - wanted).square().sum() / max(1, total) + ALPHA * aux.double()).backward()
+        ys, aux_total = [*ys, y.detach()], aux_total + aux.detach().double()
+    return ys, aux_total
 
 
 def run_dense(
-    model: Stack,
-    case: dict,
-    config: MoEConfig,
-    x: Tensor,
-    target: Tensor,
-    micro: list[Tensor],
-    reference: Callable,
-) -> Dense:
-    """The case at world size 1, by the reference, in float64; micro: which tokens each micro-batch has."""
-    whole = make_model(config, alone(), x.device, case)
+    model: Stack, case: dict, x: Tensor, target: Tensor, micro: list[Tensor], reference: Callable
+) -> dict:
+    """The case at world size 1, by the reference, in float64; micro: which tokens each micro-batch has. -> y [T, D],
+    the sum of the aux losses, x's gradient, {parameter: its gradient, None where there is none}."""
+    whole = make_model(model.layers[0].config, ep.Mesh(*[ep.Communicator.alone()] * 3), x.device, case)
     parameters = {n: p.detach().double().requires_grad_() for n, p in whole.named_parameters()}
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        total = 0
+        for prefix, layer in ((f"layers.{n}.", layer) for n, layer in enumerate(model.layers)):
+            own = {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}
+            y, aux = reference(layer, x, own)
+            x, total = x + y, total + aux
+        return x, total
+
     x = x.double().requires_grad_()
-    y, aux = torch.empty_like(x), x.new_zeros(())
-    for index in micro:
-        y_part, aux_part = run_reference(model, x[index], parameters, reference)
-        ((y_part - target[index]).square().sum() / max(1, len(x)) + ALPHA * aux_part).backward()
-        y[index], aux = y_part.detach(), aux + aux_part.detach()
-    return Dense(y.detach(), aux, x.grad, {name: p.grad for name, p in parameters.items()})
+    ys, aux = learn(forward, [x[index] for index in micro], [target[index] for index in micro], len(x))
+    y = torch.empty_like(x, requires_grad=False).index_copy_(0, torch.cat(micro), torch.cat(ys))
+    return {"y": y, "aux": aux, "x.grad": x.grad, "grads": {name: p.grad for name, p in parameters.items()}}
 
 
 def run_case(
-    case: dict,
-    config: MoEConfig,
-    mesh: Mesh,
-    device: torch.device,
-    reference=dense_reference,
+    case: dict, config: ep.MoEConfig, mesh: ep.Mesh, device: torch.device, reference: Callable = dense_reference,
     known: dict | None = None,
-) -> dict:
+) -> dict:  # fmt: skip
     """One case on all ranks -> this rank's errors and facts.
 
     known: what the reference said for other kinds of dispatchers and experts, which it knows nothing of; added to.
     """
-    case, dtype, batch = PLAIN | case, DTYPES[config.dtype], mesh.batch
+    case, dtype, batch = PLAIN | case, ep.DTYPES[config.dtype], mesh.batch
     sizes = [case["tokens"][rank % len(case["tokens"])] for rank in range(batch.size)]
-    generator = torch.Generator().manual_seed(17)
-    total, d = sum(sizes), config.hidden_dim
-    x_all = torch.randn(total, d, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    generator, total, num_parts = torch.Generator().manual_seed(17), sum(sizes), case["micro_batches"]
+    draws = torch.randn(2, total, config.hidden_dim, generator=generator, dtype=torch.float64).to(device)
     # A small target: the squared error's gradient follows y, so sums over tokens do not cancel, and
     # rounding is judged against the terms that were rounded.
-    target = 0.1 * torch.randn(total, d, generator=generator, dtype=torch.float64).to(device)
-    mine = slice(sum(sizes[: batch.rank]), sum(sizes[: batch.rank + 1]))
+    x_all, target = draws[0].to(dtype), 0.1 * draws[1]
+    mine = torch.arange(total, device=device).split(sizes)  # each rank's tokens
+    micro = [torch.cat([m.tensor_split(num_parts)[n] for m in mine]) for n in range(num_parts)]
+    mine = mine[batch.rank]
 
     model = make_model(config, mesh, device, case)
     compare_bytes = watch_bytes(model, mesh)
-    x = x_all[mine].clone().requires_grad_()
-    parts = torch.arange(total, device=device).split(sizes)  # each rank's tokens, cut into micro-batches
-    micro = [
-        torch.cat([p.tensor_split(case["micro_batches"])[m] for p in parts])
-        for m in range(case["micro_batches"])
-    ]
-    ys, aux_total = [], torch.zeros((), dtype=torch.float64, device=device)
-    for part, wanted in zip(*(t.tensor_split(case["micro_batches"]) for t in (x, target[mine])), strict=True):
-        y = model(part)
-        aux = aux_loss(model).double()
-        ((y.double() - wanted).square().sum() / max(1, total) + ALPHA * aux).backward()
-        ys, aux_total = [*ys, y.detach()], aux_total + aux.detach()
-    sync_gradients(model, mesh, aux_total)
+    x = x_all[mine].requires_grad_()
+    parts = (t.tensor_split(num_parts) for t in (x, target[mine]))
+    ys, aux_total = learn(lambda part: (model(part), ep.aux_loss(model)), *parts, total)
+    ep.sync_gradients(model, mesh, aux_total)
     num_bytes, agrees = ([0, 0], True) if case["checkpoint"] else compare_bytes()
 
-    topk_ids = gather_uneven(model.layers[0].topk_ids, batch)
-    given = topk_ids.tolist() if config.dtype == "bfloat16" else None  # there the reference takes our choices
+    topk_ids, known = model.layers[0].topk_ids, {} if known is None else known
+    # In bfloat16 the reference takes our choices.
+    given = gather_uneven(topk_ids, batch).tolist() if config.dtype == "bfloat16" else None
     key = repr((case, replace(config, dispatcher="auto", experts="auto"), given))
-    known = {} if known is None else known
     if key not in known:
-        known[key] = run_dense(model, case, config, x_all, target, micro, reference)
-    dense: Dense = known[key]
-
-    num_local = config.num_experts // mesh.ep.size
-    own = slice(mesh.ep.rank * num_local, (mesh.ep.rank + 1) * num_local)
+        known[key] = run_dense(model, case, x_all, target, micro, reference)
+    dense, num_local = known[key], config.num_experts // mesh.ep.size
+    first = mesh.ep.rank * num_local
     errors = {
-        "y": relative_error(torch.cat(ys), dense.y[mine]),
-        "aux": relative_error(aux_total, dense.aux),
-        "x.grad": relative_error(x.grad, dense.x_grad[mine]),
-    } | parameter_errors(model, dense.grads, own)
-    received = torch.bincount(topk_ids[topk_ids >= 0].cpu(), minlength=config.num_experts)[own]
+        "y": relative_error(torch.cat(ys), dense["y"][mine]),
+        "aux": relative_error(aux_total, dense["aux"]),
+        "x.grad": relative_error(x.grad, dense["x.grad"][mine]),
+    } | parameter_errors(model, dense["grads"], slice(first, first + num_local))
     return {
         "errors": {name.removeprefix("layers.0."): error for name, error in errors.items()},
         "bytes": num_bytes,
         "bytes_agree": agrees,
-        "rows_received": int(received.sum()),
+        "load": torch.bincount(topk_ids[topk_ids >= 0].cpu(), minlength=config.num_experts),
     }
 
 
-def mesh_of(parts: int) -> Mesh:
-    """All ranks, in so many groups that each hold all experts."""
-    return init_ep(max(1, world_from_env()[1] // parts))
-
-
-def collect(facts: dict, batch: Communicator) -> dict:
-    """Every rank's facts of a case -> the worst of them, the same on all ranks. Collective."""
-    gathered: list = [facts]
-    if batch.size > 1:
-        gathered = [None] * batch.size
-        dist.all_gather_object(gathered, facts)
-    return {
-        "errors": {q: max(f["errors"].get(q, 0.0) for f in gathered) for q in gathered[0]["errors"]},
-        "bytes": [sum(f["bytes"][which] for f in gathered) for which in (0, 1)],
-        "bytes_agree": all(f["bytes_agree"] for f in gathered),
-        "rows_received": [f["rows_received"] for f in gathered],
-    }
-
-
-def name_crash(error: Exception, what: str) -> str:
-    """One line: what was running, what happened, and in which cell."""
-    markers = launcher.read_cell_markers(launcher.__file__)
-    return f"crashed: {what}: {launcher.describe_frames(error, launcher.__file__, markers)[1]}"
+def collect(facts: list[dict], mesh: ep.Mesh) -> list[dict]:
+    """Every rank's facts of some cases -> the worst of them, the same on all ranks. Collective."""
+    return [
+        {
+            "errors": {q: max(f["errors"].get(q, 0.0) for f in by_rank) for q in by_rank[0]["errors"]},
+            "bytes": [sum(f["bytes"][which] for f in by_rank) for which in (0, 1)],
+            "bytes_agree": all(f["bytes_agree"] for f in by_rank),
+            "rows_received": sum(f["load"] for f in by_rank).view(mesh.ep.size, -1).sum(1).tolist(),
+        }
+        for by_rank in zip(*gather_objects(facts, mesh.batch), strict=True)
+    ]
 
 
 def run_suite(
-    device: torch.device,
-    dtypes: list[str],
-    mesh: Mesh,
-    wanted: list[str] | None = None,
-    is_over: Callable[[], bool] = lambda: False,
-    dispatcher: str | None = None,
-    extras: tuple = (),
-    takes: Callable[..., bool] = lambda *kinds: True,
-) -> list[dict]:
+    device: torch.device, dtypes: list[str], mesh: ep.Mesh, dispatcher: str | None = None, extras: tuple = (),
+    wanted: Callable[..., Collection[str]] = lambda *kinds: cases(4),
+) -> list[dict]:  # fmt: skip
     """Every variant in every case, over the ranks of the default group -> results, the same list on every rank.
 
-    extras: option groups of every config. takes(dispatcher, experts, activation, dtype): whether a variant runs.
-    is_over: asked before each variant, on every rank alike; where it says yes, the rest is left out. A crash is told
-    on stderr, and raised. Collective.
+    extras: option groups of every config. wanted(dispatcher, experts, activation, dtype): the cases that a variant
+    runs, asked on every rank alike. A crash is told on stderr, and raised. Collective.
     """
-    results, known, references, size = [], cases(mesh.batch.size), {}, mesh.batch.size
+    results, size, known = [], mesh.batch.size, cases(mesh.batch.size)
     for parts in sorted({case["ep"] for case in known.values()}):
-        among = mesh_of(parts)
-        for kinds in variants(device, size // parts if size > 1 else 1, dtypes, dispatcher):
-            if is_over():
-                break
-            if not takes(*kinds):
-                continue
-            for name in cases_of(kinds[2], kinds[3], wanted or list(known)):
-                case = known[name]
-                if case["ep"] != parts:
+        among, facts, ran, references = ep.init_ep(max(1, size // parts)), [], [], {}
+        for kinds in variants(device, among.ep.size, dtypes, dispatcher):
+            names, chosen = set(wanted(*kinds)), dict(zip(NAMES, kinds, strict=True))
+            for name, case in cases_of(*kinds[2:], known).items():
+                if case["ep"] != parts or name not in names:
                     continue
                 changes = {k: case[k] for k in (*BASE, "num_shared_experts", "overlap") if k in case}
-                config = MoEConfig(**BASE | changes, **dict(zip(NAMES, kinds, strict=True)), extras=extras)
                 try:
-                    facts = run_case(case, config, among, device, known=references)
+                    config = ep.MoEConfig(**BASE | changes, **chosen, extras=extras)
+                    facts.append(run_case(case, config, among, device, known=references))
                 except Exception as error:
+                    markers = ep.read_cell_markers(ep.__file__)
+                    said = ep.describe_frames(error, ep.__file__, markers)[1]
                     what = f"rank {mesh.batch.rank}, {name} {kinds[3]} {' '.join(kinds[:3])}"
-                    print(name_crash(error, what), file=sys.stderr, flush=True)
+                    print(f"crashed: {what}: {said}", file=sys.stderr, flush=True)
                     raise
-                results.append(
-                    {
-                        "case": name,
-                        **dict(zip(NAMES, kinds, strict=True)),
-                        "world_size": size,
-                        "device": device.type,
-                    }
-                    | {
-                        "limit": limit_of(kinds[1], kinds[3]),
-                        "experts_without_rows": case["experts_without_rows"],
-                    }
-                    | collect(facts, mesh.batch)
-                )
+                told = {"case": name, **chosen, "world_size": size, "device": device.type}
+                ran.append(told | {"limit": limit_of(kinds[1], kinds[3])})
+        results += [told | found for told, found in zip(ran, collect(facts, among), strict=True)]
     return results
-
-
-NAMES = ("dispatcher", "experts", "activation", "dtype")
 
 
 def over_the_limit(results: list[dict]) -> list[dict]:
@@ -429,11 +332,11 @@ def over_the_limit(results: list[dict]) -> list[dict]:
     return [r for r in results if not (max(r["errors"].values()) <= r["limit"] and r["bytes_agree"])]
 
 
-def begin() -> tuple[argparse.Namespace, torch.device]:
-    """The command line's flags and this rank's device; joins the process group."""
+def begin() -> tuple[argparse.Namespace, torch.device, ep.Mesh]:
+    """The command line's flags, this rank's device, and all ranks, which have met."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtypes", nargs="+", default=["float64", "float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=list(LIMITS))
     parser.add_argument("--cases", nargs="*")
     parser.add_argument("--dispatcher", help="this one alone")
     parser.add_argument("--ranks-per-host", type=int, help="as if so many ranks shared a machine")
@@ -442,57 +345,47 @@ def begin() -> tuple[argparse.Namespace, torch.device]:
     args = parser.parse_args()
     if sys.flags.optimize:
         parser.error("without assertions (PYTHONOPTIMIZE, -O) not every check can fail; leave that out")
-    load_plugin(sys.argv[1:])
-    if args.dispatcher and args.dispatcher not in REGISTRIES["dispatcher"]:
-        parser.error(
-            f"no dispatcher {args.dispatcher!r}; take one of {', '.join(sorted(REGISTRIES['dispatcher']))}"
-        )
-    device = choose_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = False
-    if world_from_env()[1] > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        schedule_in_batches()
-        dist.init_process_group(backend, timeout=timedelta(seconds=30))
-    return args, device
+    ep.load_plugin(sys.argv[1:])
+    if args.dispatcher and args.dispatcher not in (known := ep.REGISTRIES["dispatcher"]):
+        parser.error(f"no dispatcher {args.dispatcher!r}; take one of {', '.join(sorted(known))}")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return args, ep.choose_device(args.device), ep.init_ep(device=args.device, timeout_s=30)
 
 
-def print_summary(what: str, results: list[dict], failed: list[dict], dtypes: list[str]) -> None:
-    """A line for each that is over, then how many are within their limits, and the worst error of each dtype."""
-    for r in failed:
-        quantity = max(r["errors"], key=r["errors"].get)
-        over = f"{quantity} {r['errors'][quantity]:.2e} > {r['limit']:g}"
+def say_over(r: dict) -> str:
+    """What is wrong with a result that is over."""
+    quantity = max(r["errors"], key=r["errors"].get)
+    wrong = f"{quantity} {r['errors'][quantity]:.2e} > {r['limit']:g}"
+    if r["errors"][quantity] <= r["limit"]:
         wrong = f"bytes predicted {r['bytes'][0]}, counted {r['bytes'][1]}, by pass and destination not equal"
-        over = wrong if r["errors"][quantity] <= r["limit"] else over
-        print(
-            f"over the limit: {r['case']} {r['dtype']} {r['dispatcher']} {r['experts']} {r['activation']}: {over}"
-        )
-    worst = {
-        d: max((max(r["errors"].values()) for r in results if r["dtype"] == d), default=0.0) for d in dtypes
-    }
-    errors = ", ".join(f"{d} {e:.1e}" for d, e in worst.items())
-    print(f"{what}: {len(results) - len(failed)} of {len(results)} within limits; worst {errors}")
+    return f"over the limit: {r['case']} {r['dtype']} {r['dispatcher']} {r['experts']} {r['activation']}: {wrong}"
 
 
-def finish(what: str, args: argparse.Namespace, comm: Communicator, results: list[dict], failed: list[dict],
+def finish(what: str, args: argparse.Namespace, comm: ep.Communicator, results: list[dict], failed: list[dict],
            written: Any) -> int:  # fmt: skip
-    """Rank 0 writes `written` where --output says and prints the summary; all leave the group -> exit code."""
+    """Rank 0 writes `written` where --output says, and says what is over, how many are within their limits, and the
+    worst error of each dtype; all leave the group -> exit code."""
     if comm.rank == 0:
         if args.output:
             Path(args.output).write_text(json.dumps(written, indent=1) + "\n")
-        print_summary(f"{what} at world size {comm.size} on {args.device}", results, failed, args.dtypes)
+        worst = dict.fromkeys(args.dtypes, 0.0)
+        for r in results:
+            worst[r["dtype"]] = max(worst[r["dtype"]], *r["errors"].values())
+        within = f"{len(results) - len(failed)} of {len(results)} within limits"
+        errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
+        said = f"{what} at world size {comm.size} on {args.device}: {within}; worst {errors}"
+        print(*map(say_over, failed), said, sep="\n")
     if dist.is_initialized():
         dist.destroy_process_group()
     return 1 if failed or not results else 0
 
 
 def main() -> int:
-    args, device = begin()
-    mesh = init_ep()
+    args, device, mesh = begin()
+    extras = (ep.TrafficOptions(ranks_per_host=args.ranks_per_host),)
     try:
-        extras = (TrafficOptions(ranks_per_host=args.ranks_per_host),)
-        results = run_suite(device, args.dtypes, mesh, args.cases, dispatcher=args.dispatcher, extras=extras)
+        wanted = args.cases or cases(4)
+        results = run_suite(device, args.dtypes, mesh, args.dispatcher, extras, lambda *kinds: wanted)
     except Exception:
         sys.stdout.flush()
         os._exit(1)  # told already; the other ranks wait for this one, and torchrun ends them

@@ -13,8 +13,7 @@ from wrong_answers import WRONG, cells_tagged, source_of, split_solution
 
 from ep_launcher import launcher
 from tools.exercises import check_dispatcher, check_experts, check_overflow
-from tools.exercises.dispatcher import trace_dispatcher
-from tools.exercises.meeting import Meeting
+from tools.exercises.on_ranks import trace
 from tools.ranks import run_cell_on_ranks
 
 NOTEBOOKS = {
@@ -277,8 +276,7 @@ def test_solutions_are_right(ranks):
 def test_the_books_own_dispatchers_are_right():
     for kind in launcher.REGISTRIES["dispatcher"].values():
         if kind.preference(launcher.MoEConfig(), torch.device("cpu"), 1) > 0 and not kind.needs_capacity:
-            alone = launcher.Communicator.alone()
-            trace_dispatcher(kind, alone, Meeting(alone))
+            trace("dispatcher", kind, launcher.Communicator.alone())
 
 
 def drop_by_position(topk_ids, probs, capacity, drop_order):

@@ -82,7 +82,7 @@ WRONG = {
     ],
     "solution-sparing": [
         (" or [0]", ""),
-        ("w2[e], b2[e]", "w2[e], b2[0]"),
+        ("w2[e].t(), b2[e]", "w2[e].t(), b2[0]"),
         ("b1[e]), up)", "b1[e]))"),
     ],
     "solution-update": [

@@ -172,14 +172,14 @@ def make_config(
 
 def plan(world_size: int, num_groups: int) -> list[tuple[tuple, str, str]]:
     """(variant, dtype, case): every variant in float64 on a few cases, or on one where ranks are fewer than four or
-    num_groups groups hold all experts each; those that differ most on all cases; low precision on one."""
+    num_groups groups hold all experts each; those that differ most on all cases, and in low precision on one."""
     found = []
     for variant, name in product(VARIANTS, plain_cases(world_size)):
         few = FEW_CASES if (world_size, num_groups) == (4, 1) else ("uneven",)
         is_plain = variant[2:] in PLAIN and num_groups == 1
         if name in few or is_plain:
             found.append((variant, "float64", name))
-        if name == "uneven" and num_groups == 1:
+        if name == "uneven" and is_plain:
             found += [(variant, dtype, name) for dtype in LIMITS if dtype != "float64"]
     return found
 
@@ -188,8 +188,9 @@ PLAIN = ((False, 1), (True, 4))  # normalize and groups of the variants that run
 
 
 def fitting(variant: tuple, dtype: str, name: str, mesh: ep.Mesh, device: torch.device) -> list[str]:
-    """The dispatchers that a case is tried with: all that can run here on `uneven`, else auto's."""
-    if (dtype, name) != ("float64", "uneven") or variant[2:] not in PLAIN:
+    """The dispatchers that a case is tried with: all that can run here on `uneven`, with each router and the bias,
+    else auto's; what else a balance does, no dispatcher sees."""
+    if (dtype, name, variant[1]) != ("float64", "uneven", "bias") or variant[2:] not in PLAIN:
         return ["auto"]
     some = ep.MoEConfig(dtype=dtype)
     kinds = ep.REGISTRIES["dispatcher"].items()
@@ -220,7 +221,6 @@ def parity_on(mesh: ep.Mesh, chosen: list[tuple[tuple, str, str]]) -> list[dict]
                     "dtype": dtype, "dispatcher": dispatcher, "limit": LIMITS[dtype],
                     "errors": {q: max(f["errors"][q] for f in facts) for q in facts[0]["errors"]},
                     "rows_received": [f["rows_received"] for f in facts],
-                    "experts_without_rows": known[name]["experts_without_rows"],
                 }
             )  # fmt: skip
     return results

@@ -24,7 +24,6 @@ from ep_launcher.launcher import (  # noqa: E402
     Mesh,
     MoEConfig,
     dense_moe,
-    init_ep,
 )
 from tools.parity import (  # noqa: E402
     BASE,
@@ -33,21 +32,17 @@ from tools.parity import (  # noqa: E402
     finish,
     gather_uneven,
     limit_of,
-    make_layer,
     over_the_limit,
     plain_cases,
     run_case,
 )
 
 FACTORS = {"drop": 0.8, "reroute": 1.1}
-LOW_PRECISION = (
-    "even",
+SPARSE = (
     "uneven",
     "rank_without_tokens",
     "all_to_one_expert",
-    "one_expert_a_rank",
-)  # float64: all
-SPARSE = ("uneven", "rank_without_tokens", "all_to_one_expert")  # where the experts' rows differ most
+)  # where rows differ most; all that low precision runs
 
 
 def slow_capacity(num_tokens: int, config: MoEConfig, factor: str) -> int:
@@ -159,7 +154,7 @@ def kept_choices(mesh: Mesh, device: torch.device) -> dict[str, list]:
         if policy["capacity_scope"] == "global":
             options = CapacityOptions(**policy)
             config = MoEConfig(**BASE, dtype="float64", dispatcher="all_gather", extras=(options,))
-            layer = make_layer(config, mesh, device, None)
+            layer = EPMoE(config, mesh, seed=3, device=device)
             layer(x.tensor_split(mesh.batch.size)[mesh.batch.rank].to(device))
             kept[f"{options.overflow} {options.drop_order}"] = gather_uneven(
                 layer.topk_ids, mesh.batch
@@ -177,20 +172,22 @@ def limited_cases(world_size: int) -> dict[str, dict]:
 
 def cases_of(is_first: bool, policy: dict, dtype: str, names: list[str]) -> list[str]:
     """The cases of a kind, the choices being the same for all: the first without fixed buffers and the first with them
-    run all, the others, to whom the order of dropping is all one, those that differ for them; low precision runs what
+    run all. The others, to whom order and scope are all one, run those that differ for them; low precision runs what
     rounding may change."""
-    if is_first:
-        return [name for name in names if dtype == "float64" or name in LOW_PRECISION]
-    if policy["drop_order"] != "probs":
+    if not is_first and (policy["drop_order"], policy["capacity_scope"], dtype) != (
+        "probs",
+        "local",
+        "float64",
+    ):
         return []
-    return [name for name in names if name in (SPARSE if dtype == "float64" else SPARSE[:1])]
+    return [name for name in names if name in SPARSE or (is_first and dtype == "float64")]
 
 
 def run_all(
     dtypes: list[str], names: list[str] | None, mesh: Mesh, device: torch.device, only: str | None = None
 ) -> list[dict]:
     """Every policy, kind, dtype and case -> results; only: of this dispatcher."""
-    results, comm = [], mesh.batch
+    ran, facts, comm = [], [], mesh.batch
     known = limited_cases(comm.size)
     for policy, dtype in product(policies(), dtypes):
         seen: set[bool] = set()
@@ -208,25 +205,19 @@ def run_all(
                 config = MoEConfig(**BASE | changes, dispatcher=dispatcher, experts=experts, dtype=dtype,
                                    max_num_tokens=128, extras=(options,))  # fmt: skip
                 reference = LimitedReference(sizes)
-                facts = collect(run_case(case, config, mesh, device, reference), comm)
-                results.append(
+                facts.append(run_case(case, config, mesh, device, reference))
+                ran.append(
                     policy
                     | {"case": name, "dtype": dtype, "dispatcher": dispatcher, "experts": experts}
-                    | {
-                        "activation": config.activation,
-                        "limit": limit_of(experts, dtype),
-                        "world_size": comm.size,
-                    }
-                    | facts
-                    | {"same_choices": reference.is_same, "lost": reference.num_lost}
-                    | {"moved": reference.num_moved}
+                    | {"activation": config.activation, "limit": limit_of(experts, dtype)}
+                    | {"world_size": comm.size, "same_choices": reference.is_same}
+                    | {"lost": reference.num_lost, "moved": reference.num_moved}
                 )
-    return results
+    return [told | found for told, found in zip(ran, collect(facts, mesh), strict=True)]
 
 
 def main() -> int:
-    args, device = begin()
-    mesh = init_ep()
+    args, device, mesh = begin()
     results = run_all(args.dtypes, args.cases, mesh, device, args.dispatcher)
     kept = kept_choices(mesh, device)
     failed = [r for r in results if not r["same_choices"] or r in over_the_limit([r])]

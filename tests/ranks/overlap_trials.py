@@ -128,6 +128,18 @@ def forgotten(mesh: ep.Mesh, folder: Path) -> str:
 
 
 @trial(2)
+def refused(mesh: ep.Mesh, folder: Path) -> list[str]:
+    """What runs say that cannot overlap."""
+    said = []
+    for flags in ("--overlap shared", "--overlap tbo --dispatcher capacity --capacity-factor 1"):
+        try:
+            train([*flags.split(), "--steps", "2"])
+        except ep.CannotRun as error:
+            said.append(str(error))
+    return said
+
+
+@trial(2)
 def ended_twice(mesh: ep.Mesh, folder: Path) -> list[str]:
     """What the second end of an exchange says."""
     layer, said = ep.EPMoE(ep.MoEConfig(**SIZES, dispatcher="dedup"), mesh, seed=0), []

@@ -38,7 +38,7 @@ def test_every_policy_ran_and_had_something_to_do(parity):
         assert len({r["case"] for r in ran}) == 9
         assert {r["dispatcher"] for r in ran} >= {"all_gather"}
         assert ("capacity" in {r["dispatcher"] for r in ran}) == (policy["capacity_scope"] == "local")
-        assert sum(r["lost" if policy["overflow"] == "drop" else "moved"] for r in ran) > 50
+        assert sum(r["lost" if policy["overflow"] == "drop" else "moved"] for r in ran) > 40
 
 
 def test_bytes_are_predicted(parity):

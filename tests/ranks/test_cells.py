@@ -19,6 +19,11 @@ from tools.ranks import ByRank, RanksError
 WORKER = str(ROOT / "tools" / "ranks" / "worker.py")  # of this checkout: others may run beside it
 
 
+def ranks_left() -> list[psutil.Process]:
+    """All but the process that waits for the next cell."""
+    return [process for process in processes(WORKER) if process.ppid() != os.getpid()]
+
+
 @pytest.fixture(scope="module")
 def shell():
     shell = InteractiveShell.instance()
@@ -124,12 +129,27 @@ def test_a_cell_may_hold_any_python(shell):
         assert found == right
 
 
+def test_cells_share_an_import_until_something_changes(shell, monkeypatch):
+    """All are forked from one process; another one takes its place for another environment, or where it is gone."""
+
+    def cell() -> tuple[int, str | None]:
+        run_cell(shell, "%%ranks 1 --collect seen\nimport os\nseen = os.getppid(), os.environ.get('EP_ANY')")
+        return shell.user_ns["seen"][0]
+
+    first = cell()
+    assert cell() == first and first[1] is None
+    monkeypatch.setenv("EP_ANY", "thing")
+    second = cell()
+    assert second[1] == "thing" and second[0] != first[0] and not psutil.pid_exists(first[0])
+    psutil.Process(second[0]).kill()
+    wait_until(lambda: not ranks_left() and cell()[0] != second[0])
+
+
 MEETING = """
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch.distributed as dist
-from ep_launcher import launcher
 from tools.ranks import worker as rank_worker
 rank, honest = int(os.environ["RANK"]), dist.init_process_group
 def late(*args, **kwargs):
@@ -138,7 +158,7 @@ def late(*args, **kwargs):
         time.sleep(1)
         (folder / "connected").touch()
 folder, dist.init_process_group = Path({folder!r}), late
-rank_worker.start_group({{"device": "cpu", "nproc": 2, "timeout_s": 60}}, rank, folder, launcher)
+rank_worker.start_group({{"device": "cpu", "nproc": 2, "timeout_s": 60}}, rank, folder)
 sys.stdout.write(f"rank {{rank}} starts: {{(folder / 'connected').exists()}}\\n")
 """
 
@@ -174,7 +194,7 @@ def test_ranks_names_what_failed(shell, line, body, says, capsys):
         run_cell(shell, f"%%ranks {line} --device cpu\n{body}")
     assert len(caught.value.lines) == 1 and re.fullmatch(says, caught.value.lines[0])
     assert "Traceback" not in capsys.readouterr().out
-    assert not processes(WORKER)
+    assert not ranks_left()
 
 
 def test_ranks_refuses_and_expects(shell, capsys):
@@ -213,7 +233,7 @@ def test_interrupting_ranks_ends_them(shell, tmp_path):
         run_cell(
             shell, f"%%ranks 2\nPath({str(tmp_path / 'started')!r}).touch()\nimport time; time.sleep(60)"
         )
-    wait_until(lambda: not processes(WORKER))
+    wait_until(lambda: not ranks_left())
     thread.join()
 
 
@@ -230,4 +250,4 @@ def test_no_rank_outlives_a_killed_kernel(killed, tmp_path):
     for process in [psutil.Process(kernel.pid), *workers[: killed == "worker too"]]:
         process.kill()
     kernel.wait()
-    wait_until(lambda: not processes(WORKER))
+    wait_until(lambda: not ranks_left())

@@ -21,7 +21,7 @@ from tools import launch as launching
 from tools.launch import LaunchError, launch
 from tools.ranks.agent import check_arguments
 from tools.ranks.failures import describe_failure
-from tools.ranks.flags import flag_arguments, torchrun_environment, torchrun_flags
+from tools.ranks.flags import LAUNCHER, flag_arguments, torchrun_environment, torchrun_flags
 
 SMALL = {"hidden_dim": 16, "ffn_dim": 16, "device": "cpu"}
 SMALL_FLAGS = ["--hidden-dim", "16", "--ffn-dim", "16", "--device", "cpu"]
@@ -34,8 +34,10 @@ SMALL_FLAGS = ["--hidden-dim", "16", "--ffn-dim", "16", "--device", "cpu"]
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun's process checks the flags, and is told nothing."""
 
-    def start(mode: str, report: Path, check: str, *arguments: str, **_: object) -> SimpleNamespace:
-        return SimpleNamespace(end=lambda **_: None, checked_flags=lambda _: check_arguments(list(arguments)))
+    def start(*command: object, **_: object) -> SimpleNamespace:
+        arguments = [str(word) for word in command]
+        checked = check_arguments(arguments[arguments.index(str(LAUNCHER)) + 1 :]) | {"nproc": 2}
+        return SimpleNamespace(end=lambda **_: None, wait_for=lambda _: checked)
 
     monkeypatch.setattr(launching, "start_worker", start)
     monkeypatch.setattr(launching, "watch", lambda *_, **__: pytest.fail("started"))
@@ -61,6 +63,21 @@ def test_refused_before_anything_starts(flags, says, nothing_starts, capfd):
     assert launching.main(flags) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and says in err
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("x = {}\nx['key']", "KeyError: 'key'\n  {path}, line 2: x['key']"),
+        ("raise SystemExit(3)", "SystemExit: 3\n  {path}, line 1: raise SystemExit(3)"),
+        ("import os\nos._exit(3)", "the plugin has ended that process (3)"),
+    ],
+)
+def test_a_plugin_that_cannot_be_read_is_named(source, says, tmp_path):
+    (path := tmp_path / "mine.py").write_text(source)
+    with pytest.raises(LaunchError) as caught:
+        launch(1, plugin=path, **SMALL)
+    assert str(caught.value) == f"the flags cannot be checked: {says.format(path=path)}"
 
 
 def test_keywords_become_flags(nothing_starts):
@@ -238,7 +255,7 @@ def test_an_error_in_a_rank_names_its_cell(tmp_path, capfd, monkeypatch):
     assert error.lines[-1] == f"whole output: {tmp_path / 'run' / 'ranks'}" and len(error.lines) <= 15
     assert error.lines[-2].startswith("to do: mend the last of these cells, save, `make launcher`")
     assert error.rank == 1 and "Traceback" in (error.log_dir / "rank1.err").read_text()
-    assert capfd.readouterr().err == "after 0 s no first step yet: 0 ranks have started\n"
+    assert re.fullmatch(r"after 0 s no first step yet: \d ranks have started\n", capfd.readouterr().err)
     assert error._render_traceback_()[0] == f"LaunchError: {error.lines[0]}"
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 from exchange_trials import nothing_arrives
-from parity_trials import run_broken
-from trials import trial
+from parity_trials import run_broken, wanted
+from trials import train, trial
 
 from ep_launcher import launcher as ep
 from tools.parity import LIMITS, run_suite
@@ -23,18 +23,18 @@ BROKEN_ON = (2, 4, 2)  # ranks; a machine of one rank does not care how its choi
 
 @trial(*MACHINES, limit_s=900)
 def machines(mesh: ep.Mesh, folder: Path) -> dict[int, list[dict]] | None:
-    """two_stage against the reference -> {ranks a machine: results}, of rank 0."""
+    """two_stage with auto's experts against the reference -> {ranks a machine: results}, of rank 0."""
     size, found = mesh.batch.size, {}
+
+    def on_machines(dispatcher: str, experts: str, *kinds: str) -> list[str]:
+        if (experts, kinds[0]) != ("blocks", "gelu"):
+            return []  # test_parity.py: to the experts it is one machine
+        return FEW if size == 8 else wanted(size, dispatcher, experts, *kinds)
+
     for ranks_per_host in MACHINES[size]:
         extras = (ep.TrafficOptions(ranks_per_host=ranks_per_host),)
-        found[ranks_per_host] = run_suite(
-            torch.device("cpu"),
-            list(LIMITS),
-            mesh,
-            FEW if size == 8 else None,
-            dispatcher="two_stage",
-            extras=extras,
-        )
+        dtypes = ["float64"] if size == 8 else list(LIMITS)
+        found[ranks_per_host] = run_suite(torch.device("cpu"), dtypes, mesh, "two_stage", extras, on_machines)
     return found if mesh.batch.rank == 0 else None
 
 
@@ -58,6 +58,16 @@ def nothing(mesh: ep.Mesh, folder: Path) -> None:
     """Rank 1 has no tokens, and its experts get no rows."""
     for name in ("gather_tokens", "dedup", "two_stage"):
         nothing_arrives(mesh, name, (ep.TrafficOptions(ranks_per_host=1 if name == "two_stage" else None),))
+
+
+@trial(4)
+def refused(mesh: ep.Mesh, folder: Path) -> str:
+    """What a run says whose ranks do not fill their machines."""
+    try:
+        train(["--dispatcher", "two_stage", "--ranks-per-host", "3", "--steps", "2"])
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def choices(rank: int, local: int) -> torch.Tensor:

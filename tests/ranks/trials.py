@@ -1,21 +1,24 @@
-"""Trials on real ranks: one torchrun plays all those of a module, at every world size that they want.
+"""Trials on real ranks: one process plays all those of a module, at every world size that they want.
 
-    torchrun --standalone --nproc_per_node=4 tests/ranks/trials.py build/model model_trials
-    torchrun --standalone --nproc_per_node=4 tests/ranks/trials.py build/model model_trials retain_graph
-    TRIALS_DEVICE=cuda torchrun --standalone --nproc_per_node=2 tests/ranks/trials.py build/mesh mesh_trials
+    python tests/ranks/trials.py 4 build/model model_trials
+    python tests/ranks/trials.py 4 build/model model_trials retain_graph
+    TRIALS_DEVICE=cuda python tests/ranks/trials.py 2 build/mesh mesh_trials
 
-A trial is a function of (mesh, folder) under `@trial(1, 2, 4)`. The largest world comes first; a smaller one are the
-first ranks, to whom it looks as if torchrun had started no others. Each trial gets a process group of its own, so that
+It imports torch and the launcher, and forks the ranks from there: one import in place of one a rank. A trial is a
+function of (mesh, folder) under `@trial(1, 2, 4)`. The largest world comes first; a smaller one are the first ranks, to
+whom it looks as if torchrun had started no others. Each trial gets a process group of its own, so that
 what one leaves behind does not reach the next. Every rank writes FOLDER/NAME-SIZE-RANK.json: what went wrong, or "",
 and what the trial returned. `play` starts it from a test, `outcome` reads it.
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # which an optimizer imports: once, and not in every rank
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -112,31 +116,76 @@ def run_trial(name: str, rank: int, size: int, store: dist.Store, folder: Path) 
     return found
 
 
-def main() -> None:
-    folder, module, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    rank = ep.world_from_env()[0]
-    torch.set_num_threads(1)
+def play(
+    rank: int, num_ranks: int, meeting: socket.socket, folder: Path, module: str, names: list[str]
+) -> None:
+    """All that one rank has to do."""
+    end_with_parent()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    os.environ["LOCAL_WORLD_SIZE"] = str(num_ranks)
     if DEVICE == "cuda":
         torch.cuda.set_device(ep.choose_device("cuda"))
     else:
         ep.schedule_in_batches()
-    folder.mkdir(parents=True, exist_ok=True)
-    store, _, started = next(dist.rendezvous("env://", timeout=timedelta(seconds=60)))
+    patience, listening = timedelta(seconds=60), meeting.fileno() if rank == 0 else None
+    store = dist.TCPStore(
+        *meeting.getsockname(), is_master=rank == 0, timeout=patience, wait_for_workers=False,
+        master_listen_fd=listening,
+    )  # fmt: skip
 
     def late(*_: object) -> None:
         raise TimeoutError("did not end within its limit")
 
     signal.signal(signal.SIGALRM, late)
     for name, size in trials_of(module):
-        if rank < size <= started and (not names or name in names):
+        if rank < size <= num_ranks and (not names or name in names):
             found = run_trial(name, rank, size, dist.PrefixStore(f"{name} {size}", store), folder)
             (folder / f"{name}-{size}-{rank}.json").write_text(json.dumps(found))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # threads of a group's libraries may still end, and must not meet a dying interpreter
+    store.set(f"left {rank}", "")
+    if rank == 0:  # whose process holds the store
+        store.wait([f"left {other}" for other in range(num_ranks)], timedelta(minutes=20))
+
+
+def end_with_parent() -> None:
+    """No rank outlives the process that has forked it."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def main() -> int:
+    """Forks the ranks and waits for them; where one fails, all end."""
+    num_ranks, folder, module, *names = sys.argv[1:]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    meeting, running, code = socket.create_server(("127.0.0.1", 0)), set(), 0
+    for rank in range(int(num_ranks)):
+        if (pid := os.fork()) == 0:
+            try:
+                play(rank, int(num_ranks), meeting, folder, module, names)
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(
+                code
+            )  # threads of a group's libraries may still end, and must not meet a dying interpreter
+        running.add(pid)
+    while running:
+        pid, status = os.wait()
+        running.discard(pid)
+        if status and not code:
+            code = 1
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    return code
 
 
 if __name__ == "__main__":
     import trials  # the one that the modules of trials import
 
-    trials.main()
+    sys.exit(trials.main())

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ep_launcher.launcher import Communicator
-from tools.exercises.meeting import Meeting
+from tools.exercises.on_ranks import Meeting
 from tools.exercises.verdict import NotYet
 
 
-def trace_overflow(answer: Callable[..., Tensor], comm: Communicator, meeting: Meeting) -> None:
+def trace(answer: Callable[..., Tensor], comm: Communicator, meeting: Meeting) -> None:
     """NotYet where an expert keeps too many choices, or one is lost beside a free place."""
     if comm.size > 1:
         return  # a policy sends nothing
@@ -23,28 +23,24 @@ def trace_overflow(answer: Callable[..., Tensor], comm: Communicator, meeting: M
         wanted = probs.topk(2).indices
         for order in ("probs", "position"):
             left = answer(wanted.clone(), probs.clone(), capacity, order)
-            try:
-                look_at_choices(left, wanted, probs.shape[1], capacity)
-            except NotYet as wrong:
-                raise NotYet(f"{num_tokens} tokens, capacity {capacity}, {order}: {wrong}") from None
+            for fault in faults(left, wanted, probs.shape[1], capacity):
+                raise NotYet(f"{num_tokens} tokens, capacity {capacity}, {order}: {fault}")
 
 
-def look_at_choices(left: Any, wanted: Tensor, num_experts: int, capacity: int) -> None:
-    """The choices that a policy left."""
+def faults(left: Any, wanted: Tensor, num_experts: int, capacity: int) -> list[str]:
+    """What is wrong with the choices that a policy left."""
     if not isinstance(left, Tensor) or left.shape != wanted.shape or left.dtype != torch.int64:
-        raise NotYet(f"it must return topk_ids, int64 {list(wanted.shape)}")
+        return [f"it must return topk_ids, int64 {list(wanted.shape)}"]
     if left.numel() and not -1 <= left.min() <= left.max() < num_experts:
-        raise NotYet(f"choices must be -1 or experts 0 to {num_experts - 1}")
-    for token, row in enumerate(left.tolist()):
-        for expert in row:
-            if expert >= 0 and row.count(expert) > 1:
-                raise NotYet(f"token {token} visits expert {expert} more than once")
-    load = left[left >= 0].bincount(minlength=num_experts).tolist()
-    for expert, kept in enumerate(load):
-        if kept > capacity:
-            raise NotYet(f"expert {expert} keeps {kept} choices, and has room for {capacity}")
-    for token, (row, before) in enumerate(zip(left.tolist(), wanted.tolist(), strict=True)):
-        for expert in before:
-            if expert not in row and load[expert] < capacity:
-                room = capacity - load[expert]
-                raise NotYet(f"token {token} lost expert {expert}, which has room for {room} more")
+        return [f"choices must be -1 or experts 0 to {num_experts - 1}"]
+    rows, load = left.tolist(), left[left >= 0].bincount(minlength=num_experts).tolist()
+    found = [
+        f"token {t} visits expert {e} more than once"
+        for t, row in enumerate(rows) for e in row if e >= 0 and row.count(e) > 1
+    ]  # fmt: skip
+    for e, kept in enumerate(load):
+        found += [f"expert {e} keeps {kept} choices, and has room for {capacity}"] * (kept > capacity)
+    for t, (row, before) in enumerate(zip(rows, wanted.tolist(), strict=True)):
+        for e in (e for e in before if e not in row and load[e] < capacity):
+            found.append(f"token {t} lost expert {e}, which has room for {capacity - load[e]} more")
+    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -32,13 +33,11 @@ class Pointer:
 
     def places(self, mask: Tensor | bool | None, does: str) -> tuple[Tensor, Tensor]:
         """The places that are meant, and which of them the mask lets through. NotYet outside of the tensor."""
-        at, mask = torch.broadcast_tensors(
-            torch.as_tensor(self.at), torch.as_tensor(True if mask is None else mask)
-        )
-        outside = at[mask & ((at < 0) | (at >= len(self.flat)))]
-        if len(outside):
-            there = f"which has {len(self.flat)}"
-            raise NotYet(f"{does} place {outside[0].item()} of {self.name}, {there}: mask what sticks out")
+        mask = torch.as_tensor(True if mask is None else mask)
+        at, mask = torch.broadcast_tensors(torch.as_tensor(self.at), mask)
+        for place in at[mask & ((at < 0) | (at >= len(self.flat)))].tolist():
+            there = f"place {place} of {self.name}, which has {len(self.flat)}"
+            raise NotYet(f"{does} {there}: mask what sticks out")
         return at, mask
 
 
@@ -48,6 +47,7 @@ class PlayedLanguage:
     constexpr, float32, int32, int64, bfloat16 = int, torch.float32, torch.int32, torch.int64, torch.bfloat16
     static_range = staticmethod(range)
     sigmoid, exp, where, maximum = torch.sigmoid, torch.exp, torch.where, torch.maximum
+    sum, cumsum, zeros = torch.sum, torch.cumsum, torch.zeros
 
     def __init__(self) -> None:
         self.program: tuple[int, ...] = ()
@@ -61,15 +61,6 @@ class PlayedLanguage:
             raise NotYet(f"arange({start}, {end}): Triton wants a power of two")
         return torch.arange(start, end)
 
-    def zeros(self, shape: list[int], dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    def sum(self, x: Tensor, axis: int | None = None) -> Tensor:
-        return x.sum() if axis is None else x.sum(dim=axis)
-
-    def cumsum(self, x: Tensor, axis: int) -> Tensor:
-        return x.cumsum(dim=axis)
-
     def load(self, pointer: Pointer, mask: Tensor | None = None, other: float | None = None) -> Tensor:
         at, mask = pointer.places(mask, f"program {self.program} reads")
         nothing = torch.nan if pointer.flat.is_floating_point() else -(2**31)  # Triton promises nothing here
@@ -81,9 +72,8 @@ class PlayedLanguage:
         at, mask = pointer.places(mask, f"program {self.program} writes")
         value = torch.as_tensor(value).to(pointer.flat.dtype).broadcast_to(at.shape)
         at, value = at[mask], value[mask]
-        others = at[(pointer.owner[at] >= 0) & (pointer.owner[at] != self.number)]
-        if len(others):
-            place = f"place {others[0].item()} of {pointer.name}"
+        for other in at[(pointer.owner[at] >= 0) & (pointer.owner[at] != self.number)].tolist():
+            place = f"place {other} of {pointer.name}"
             raise NotYet(f"program {self.program} writes {place}, where another program has written")
         pointer.owner[at] = self.number
         pointer.flat[at] = value
@@ -91,14 +81,13 @@ class PlayedLanguage:
 
 def in_language(function: FunctionType, language: PlayedLanguage) -> FunctionType:
     """The function with `language` for its `tl`, and so the kernels that it calls."""
-    called = {name: function.__globals__.get(name) for name in function.__code__.co_names}
-    called = {name: getattr(kernel, "fn", kernel) for name, kernel in called.items()}
-    played = {
-        name: in_language(kernel, language)
-        for name, kernel in called.items()
-        if isinstance(kernel, FunctionType) and "tl" in kernel.__code__.co_names and kernel is not function
-    }
-    return FunctionType(function.__code__, function.__globals__ | played | {"tl": language})
+    played: dict[str, Any] = {"tl": language}
+    for name in function.__code__.co_names:
+        kernel = function.__globals__.get(name)
+        kernel = getattr(kernel, "fn", kernel)
+        if isinstance(kernel, FunctionType) and "tl" in kernel.__code__.co_names and kernel is not function:
+            played[name] = in_language(kernel, language)
+    return FunctionType(function.__code__, function.__globals__ | played)
 
 
 def play_kernel(kernel: Callable, grid: tuple[int, ...], *arguments: Any) -> int:
@@ -111,8 +100,7 @@ def play_kernel(kernel: Callable, grid: tuple[int, ...], *arguments: Any) -> int
     if not isinstance(function, FunctionType):
         raise NotYet(f"this wants a kernel, a function, and got {type(kernel).__name__}")
     language = PlayedLanguage()
-    played = in_language(function, language)
-    functools.update_wrapper(played, function)
+    played = functools.update_wrapper(in_language(function, language), function)
     try:
         given = inspect.signature(function).bind(*arguments)
     except TypeError as error:
@@ -121,8 +109,7 @@ def play_kernel(kernel: Callable, grid: tuple[int, ...], *arguments: Any) -> int
         if isinstance(value, Tensor):
             flat = value.view(-1)
             given.arguments[name] = Pointer(name, flat, torch.full((len(flat),), -1))
-    programs = [*itertools.product(*map(range, grid))]
-    for number, program in enumerate(programs):
+    for number, program in enumerate(itertools.product(*map(range, grid))):
         language.number, language.program = number, program
         try:
             played(*given.args)
@@ -130,4 +117,4 @@ def play_kernel(kernel: Callable, grid: tuple[int, ...], *arguments: Any) -> int
             raise
         except Exception as error:
             raise NotYet(describe_error(error, played)) from None
-    return len(programs)
+    return math.prod(grid)

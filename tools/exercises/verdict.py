@@ -55,7 +55,7 @@ def plain_verdict(*types: type) -> Callable[[Callable[..., str]], Callable[..., 
         def checked(answer: Any, *arguments: Any, **options: Any) -> str:
             if sys.flags.optimize:
                 return f"not yet: {WITHOUT_ASSERTIONS}"
-            came = [answer]
+            came, is_class = [answer], isinstance(answer, type)
 
             def watched(*given: Any, **named: Any) -> Any:
                 try:
@@ -65,18 +65,13 @@ def plain_verdict(*types: type) -> Callable[[Callable[..., str]], Callable[..., 
                 return expect(came[-1])
 
             try:
-                if callable(answer) and not isinstance(answer, type):
-                    return check(watched, *arguments, **options)
-                return check(answer if isinstance(answer, type) else expect(answer), *arguments, **options)
+                given = answer if is_class else watched if callable(answer) else expect(answer)
+                return check(given, *arguments, **options)
             except NotYet as wrong:
                 return f"not yet: {wrong}"
-            except (
-                Exception
-            ) as error:  # of a class's own code, or of the check, at a value that it did not expect
-                if isinstance(answer, type):
-                    return f"not yet: {describe_error(error, answer)}"
-                what = " ".join(repr(came[-1]).split())[:80]
-                return f"not yet: the check cannot use {what} ({first_line(error)})"
+            except Exception as error:  # of a class's code, or of the check, at what it did not expect
+                what = f"the check cannot use {' '.join(repr(came[-1]).split())[:80]} ({first_line(error)})"
+                return f"not yet: {describe_error(error, answer) if is_class else what}"
 
         return checked
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import importlib.machinery
-import json
 import multiprocessing
 import os
 import signal
@@ -23,7 +22,7 @@ from typing import Any
 
 from tools.ranks.failures import LaunchError, clean_message
 from tools.ranks.flags import check_flags
-from tools.ranks.processes import end_with_parent
+from tools.ranks.processes import end_with_parent, write_whole
 
 Forked = multiprocessing.get_context("fork").Process
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # Linux, prctl
@@ -46,7 +45,7 @@ def prctl(option: int, value: Any) -> None:
 
 
 def check_arguments(arguments: list[str]) -> dict[str, Any]:
-    """What a run's parent has to know of its flags: {"values", "num_gpus"}, or {"error": lines}. A plugin runs here."""
+    """{"values": of the launcher's flags, "num_gpus"}, or {"error": lines}. A plugin runs here."""
     import torch
 
     try:
@@ -55,27 +54,30 @@ def check_arguments(arguments: list[str]) -> dict[str, Any]:
         return {"error": error.lines}
     except BaseException as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        said = f"the plugin failed: {clean_message(f'{type(error).__name__}: {error}')}"
+        said = f"the flags cannot be checked: {clean_message(f'{type(error).__name__}: {error}')}"
         return {"error": [said, f"  {frame.filename}, line {frame.lineno}: {frame.line}"]}
 
 
-def check_in_child(arguments: list[str], path: Path) -> None:
-    """Writes what check_arguments finds to path, from a process of its own: a plugin may touch a GPU, or end it."""
-    aside = path.with_suffix(".part")
+def check_in_child(arguments: list[str]) -> dict[str, Any]:
+    """check_arguments in a process of its own: a plugin may touch a GPU, or end it."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
 
     def check() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for number in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        aside.write_text(json.dumps(check_arguments(arguments)))
+        theirs.send(check_arguments(arguments))
 
     child = Forked(target=check)
     child.start()
-    child.join()
-    if not aside.exists():
-        said = f"the plugin ended its process while it was read ({child.exitcode})"
-        aside.write_text(json.dumps({"error": [said]}))
-    aside.replace(path)
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        child.join()
+        return {
+            "error": [f"the flags cannot be checked: the plugin has ended that process ({child.exitcode})"]
+        }
 
 
 # ------------------------------------------------------------------------------------------- ranks
@@ -126,9 +128,8 @@ class ForkedRank(Forked):
 
 def run_script(script: str, *arguments: str) -> None:
     """`python script argument...` in this process."""
-    loader = importlib.machinery.SourceFileLoader(
-        "__main__", script
-    )  # keeps compiled code, as an import does
+    # A loader keeps the compiled code, as an import does.
+    loader = importlib.machinery.SourceFileLoader("__main__", script)
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__dict__.update(__file__=script, __loader__=loader, __spec__=None)
     sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
@@ -144,10 +145,11 @@ def run_script(script: str, *arguments: str) -> None:
 # ------------------------------------------------------------------------------------------- torchrun
 
 
-def run_torchrun(parent: int, report: str, checked: list[str]) -> None:
-    """torchrun, in this process, once it is told what to do; what it records of failures goes to the file `report`.
+def run_torchrun(parent: int, report: str, *arguments: str) -> None:
+    """torchrun with these arguments, in this process; what it records of failures goes to the file `report`.
 
-    checked: "--check" and flags of the launcher to check ahead (`report` with the ending .flags); or nothing.
+    "--check" before them: the script is a launcher. Its flags are checked first, and what comes of it stands in
+    `report` with the ending .flags; torchrun's --nproc_per_node=auto is one rank a GPU, or two.
     """
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -156,12 +158,15 @@ def run_torchrun(parent: int, report: str, checked: list[str]) -> None:
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
-    if checked:
-        check_in_child(checked[1:], Path(report).with_suffix(".flags"))
-    if not (told := sys.stdin.read()):  # the flags were refused, or the parent is gone
-        return
-    arguments, environment = json.loads(told)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the ranks inherit
+    checks = arguments[0] == "--check"
+    options = parse_args(list(arguments[checks:]))
+    if checks:
+        found = check_in_child(options.training_script_args)
+        if options.nproc_per_node == "auto":
+            options.nproc_per_node = str(max(2, found.get("num_gpus", 0)))
+        write_whole(Path(report).with_suffix(".flags"), found | {"nproc": options.nproc_per_node})
+        if "error" in found:
+            return
 
     # torch's public way to fork ranks, a function in the place of a script, records one failed rank alone, and waits
     # for ever for a rank that leaves by os._exit(0). A command of another program (numactl) is started as it is.
@@ -175,19 +180,20 @@ def run_torchrun(parent: int, report: str, checked: list[str]) -> None:
     SubprocessHandler._popen = start_rank
     failures, error = [], ""
     try:
-        replace_environment(environment | NO_GPU)
-        config, program, words = config_from_args(parse_args(arguments))
-        replace_environment(environment)
+        usual = dict(os.environ)
+        os.environ.update(NO_GPU)
+        config, program, words = config_from_args(options)
+        replace_environment(usual)
         elastic_launch(config, program)(*words)
         return
     except ChildFailedError as failed:
-        failures = [
-            {"rank": rank, "exitcode": failure.exitcode, "time": failure.timestamp}
-            for rank, failure in failed.failures.items()
-        ]
+        for rank, one in failed.failures.items():
+            failures.append({"rank": rank, "exitcode": one.exitcode, "time": one.timestamp})
     except SignalException as stopped:
         error = f"ended by {signal.Signals(stopped.sigval).name}"
     except Exception as failed:
         error = clean_message(f"{type(failed).__name__}: {failed}")
-    Path(report).write_text(json.dumps({"failures": failures, "error": error}))
+    write_whole(Path(report), {"failures": failures, "error": error})
+    for rank in multiprocessing.active_children():  # or the end of this process would wait for them
+        rank.kill()
     sys.exit(1)

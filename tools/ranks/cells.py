@@ -3,18 +3,21 @@
     %%ranks 4 --collect rows --with SeedAllToAll --timeout 20
     rows = ...        in scope: the launcher's names, rank, world_size, device, ep_group, comm
 
-Every call starts fresh processes (worker.py), and none is left when it returns.
+Every call runs on fresh processes, and none of them is left when it returns. They are forked from one that has imported
+torch (worker.py), and which waits for the next cell.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import json
 import os
 import pickle
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +27,7 @@ from types import FunctionType
 from typing import Any
 
 from tools.ranks.failures import HERE, Interrupted, OneMessage
+from tools.ranks.flags import LAUNCHER
 from tools.ranks.output import kernel
 from tools.ranks.processes import ROOT, start_worker
 from tools.stitch.fresh import assert_fresh, check_kernel_definitions
@@ -134,25 +138,49 @@ def why_not_sent(name: str, namespace: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------- the call
 
 
-def run_worker(folder: Path, limit_s: float) -> list[str]:
-    """Runs the worker process until it has reported -> the problems. An interrupt ends it, and its ranks with it."""
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"}
-    with open(folder / "worker.log", "wb") as log:
-        family = start_worker("ranks", folder, output=log, environment=environment)
-    deadline = time.monotonic() + STARTUP_S + limit_s
-    try:
-        while family.process.poll() is None and time.monotonic() < deadline:
-            family.note(every_s=1.0)
-            time.sleep(0.01)
-    except KeyboardInterrupt:
-        raise Interrupted(["every rank has ended"]) from None
-    finally:
-        family.end(patience_s=1.0)
-    if (report := folder / "problems.json").exists():
-        return json.loads(report.read_text())
-    said = (folder / "worker.log").read_text(errors="replace").strip().splitlines()
-    last = said[-1].replace(*HERE) if said else "it was ended before it could say why"
-    return [f"%%ranks: the ranks could not start: {last}"]
+class Server:
+    """The process that has imported torch and the launcher, and forks every cell's ranks (worker.py); one a kernel.
+
+    It ends with the kernel. Where the environment or the launcher has changed, or a cell was interrupted, the next cell
+    starts another one.
+    """
+
+    running: Server | None = None
+
+    def __init__(self, like: Any) -> None:
+        self.like, self.log = like, tempfile.TemporaryFile()
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"}
+        self.family = start_worker("ranks", output=self.log, environment=environment, stdin=subprocess.PIPE)
+
+    @classmethod
+    def get(cls) -> Server:
+        like = dict(os.environ), LAUNCHER.stat().st_mtime_ns
+        if cls.running and (cls.running.like != like or cls.running.family.process.poll() is not None):
+            cls.running.family.end()
+            cls.running = None
+        cls.running = cls.running or Server(like)
+        return cls.running
+
+    def run(self, folder: Path, limit_s: float) -> list[str]:
+        """Runs a cell, described in folder -> the problems. An interrupt ends this process, and the ranks with it."""
+        report, deadline = folder / "problems.json", time.monotonic() + STARTUP_S + limit_s
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended, and its log says why
+                self.family.process.stdin.write(f"{folder}\n".encode())
+                self.family.process.stdin.flush()
+            while not report.exists() and self.family.process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.005)
+        except KeyboardInterrupt:
+            raise Interrupted(["every rank has ended"]) from None
+        finally:
+            if not report.exists():
+                self.family.end(patience_s=1.0)
+        if report.exists():
+            return json.loads(report.read_text())
+        self.log.seek(0)
+        said = self.log.read().decode(errors="replace").strip().splitlines()
+        last = said[-1].replace(*HERE) if said else "it was ended before it could say why"
+        return [f"%%ranks: the ranks could not start: {last}"]
 
 
 def run_cell_on_ranks(
@@ -168,7 +196,7 @@ def run_cell_on_ranks(
     """Runs Python source on nproc fresh ranks; what `%%ranks` does. namespace: the kernel's, for `sent`.
 
     Prints each rank's output, grouped by rank. Returns {name: list by rank}. RanksError where a rank fails, or one
-    is still inside after timeout_s; a collective gives up after half of that. Costs about 4 s to start.
+    is still inside after timeout_s; a collective gives up after half of that. The first call waits for an import.
     """
     if nproc < 1 or not timeout_s > 0:
         raise RanksError([f"%%ranks: {nproc} ranks for {timeout_s:g} s cannot run; take 1 or more of each"])
@@ -186,7 +214,7 @@ def run_cell_on_ranks(
     folder = Path(tempfile.mkdtemp(prefix="ep-cell-"))
     try:
         (folder / "spec.json").write_text(json.dumps(spec))
-        problems = run_worker(folder, timeout_s)
+        problems = Server.get().run(folder, timeout_s)
         for rank in range(nproc):
             path = folder / f"rank{rank}.out"
             for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():

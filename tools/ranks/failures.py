@@ -104,9 +104,9 @@ def describe_failure(
         named = re.match(r"rank (\d+)\b", said)
         lines = errors[speaker]
         if "Traceback (most recent call last):" in lines:
-            frames = cells_of_traceback(lines)[-8:]
-            to_do = "to do: mend the last of these cells, save, `make launcher`, and launch again"
-            if not frames:
+            if frames := cells_of_traceback(lines)[-8:]:
+                to_do = "to do: mend the last of these cells, save, `make launcher`, and launch again"
+            else:
                 frames, to_do = (
                     [f"  {text}" for text in lines[:-1][-8:]],
                     "to do: mend what the last lines name",

@@ -38,15 +38,15 @@ def check_flags(arguments: list[str]) -> dict[str, Any]:
 
 
 def torchrun_flags(
-    nproc: int, nnodes: int = 1, rdzv_endpoint: str | None = None, max_restarts: int = 0
+    nproc: int | None, nnodes: int = 1, rdzv_endpoint: str | None = None, max_restarts: int = 0
 ) -> list[str]:
-    """torchrun's own flags. LaunchError where they do not fit together."""
-    if nproc < 1 or nnodes < 1 or max_restarts < 0:
+    """torchrun's own flags; nproc None: auto. LaunchError where they do not fit together."""
+    if (nproc is not None and nproc < 1) or nnodes < 1 or max_restarts < 0:
         message = f"{nproc} processes on {nnodes} hosts, {max_restarts} restarts: take 1 or more, 1 or more, 0 or more"
         raise LaunchError(message, returncode=2)
-    restarts = [f"--max-restarts={max_restarts}"] * bool(max_restarts)
+    flags = [f"--nproc_per_node={nproc or 'auto'}"] + [f"--max-restarts={max_restarts}"] * bool(max_restarts)
     if nnodes == 1:
-        return [f"--nproc_per_node={nproc}", *restarts]
+        return flags
     if not rdzv_endpoint:
         message = f"{nnodes} hosts must find one another; give each the same --rdzv-endpoint HOST:PORT"
         raise LaunchError(message, returncode=2)
@@ -57,23 +57,18 @@ def torchrun_flags(
         message = f"no address is known for {host}; give an --rdzv-endpoint that every host can reach"
         raise LaunchError(message, returncode=2) from None
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={rdzv_endpoint}", "--rdzv-id=ep"]
-    return [f"--nnodes={nnodes}", f"--nproc_per_node={nproc}", *meeting, *restarts]
-
-
-def start_environment() -> dict[str, str]:
-    """The environment for torchrun's own process; PET_ variables, which change its flags unseen, are left out."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
-    environment.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
-    return environment | {"PYTHONUNBUFFERED": "1"}
+    return [f"--nnodes={nnodes}", *flags, *meeting]
 
 
 def torchrun_environment(flags: list[str]) -> dict[str, str]:
-    """The environment for torchrun with these flags.
+    """The environment for torchrun with these flags; PET_ variables, which change them unseen, are left out.
 
     On one host the ranks meet on the loopback, at a free port, in a static rendezvous: it asks no name server, waits
     for nobody, and reads no pickles, as the c10d rendezvous of several hosts (and of --standalone) does.
     """
-    environment = start_environment()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
+    environment.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+    environment["PYTHONUNBUFFERED"] = "1"
     if not any(flag.startswith("--nnodes") for flag in flags):
         if sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -84,8 +84,9 @@ class RankOutput:
     errors: {rank: its lines on stderr}, the first to report an error first; attempt: torchrun's count of restarts.
     """
 
-    def __init__(self, folder: Path, bar: Bar, quiet: bool) -> None:
-        self.folder, self.bar, self.quiet = folder, bar, quiet
+    def __init__(self, folder: Path, quiet: bool) -> None:
+        folder.mkdir()
+        self.folder, self.quiet, self.bar = folder, quiet, Bar(None, quiet)
         # file -> (open, so that it can be read when its folder is gone; the line that has not ended yet)
         self.files: dict[Path, tuple[Any, bytes]] = {}
         self.seen: set[str] = set()

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,13 @@ class Family:
     def __init__(self, process: subprocess.Popen) -> None:
         self.process, self.members, self.checked = process, set(), 0.0
 
-    def tell(self, arguments: list[str], environment: dict[str, str]) -> None:
-        """What a torchrun that was started ahead is to do. One that is gone already has reported why."""
-        with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
-            pipe.write(json.dumps([arguments, environment]).encode())
-
-    def checked_flags(self, report: Path) -> dict[str, Any]:
-        """What was found of the flags that the process was started with (agent.py): {"values", "num_gpus"} or
-        {"error": lines}. Waits for it.
-        """
-        found = report.with_suffix(".flags")
-        while not found.exists():
-            if self.process.poll() is not None:
+    def wait_for(self, report: Path) -> dict[str, Any]:
+        """What the process writes to this file; {"error": lines} where it ends before."""
+        while not report.exists():
+            if self.process.poll() is not None and not report.exists():
                 return {"error": [f"torchrun ended with exit code {self.process.returncode} at its start"]}
             time.sleep(0.005)
-        return json.loads(found.read_text())
+        return json.loads(report.read_text())
 
     def note(self, every_s: float = 0.5) -> None:
         """Remembers the descendants; looking through all processes is dear, so not at each call."""
@@ -63,14 +55,21 @@ class Family:
                     found.append(member)
         return found
 
-    def stopped_ranks(self) -> list[int]:
-        """The ranks that SIGSTOP holds."""
-        found = []
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The ranks that live, which are called that (agent.py)."""
+        self.note(every_s=0)
+        found = {}
         for member in self.alive():
             with contextlib.suppress(psutil.Error):
-                if member.status() == psutil.STATUS_STOPPED and member.name().startswith("rank "):
-                    found.append(int(member.name().removeprefix("rank ")))
-        return sorted(found)
+                if member.name().startswith("rank "):
+                    found[int(member.name().removeprefix("rank "))] = member
+        return found
+
+    def stopped_ranks(self) -> list[int]:
+        """Those that SIGSTOP holds."""
+        with contextlib.suppress(psutil.Error):
+            return sorted(rank for rank, one in self.ranks().items() if one.status() == psutil.STATUS_STOPPED)
+        return []
 
     def end(self, patience_s: float = STOP_S) -> None:
         """SIGTERM to the process, which ends its ranks; after patience_s SIGKILL to all that is left."""
@@ -105,23 +104,24 @@ def interrupt(*_: Any) -> None:
 
 
 def start_worker(
-    *arguments: Any, output: Any, environment: dict[str, str], before: tuple[str, ...] = ()
+    *arguments: Any,
+    output: Any,
+    environment: dict[str, str],
+    before: Sequence[str] = (),
+    stdin: int = subprocess.DEVNULL,
 ) -> Family:
-    """tools/ranks/worker.py in a session of its own; it ends when this process does. before: `ip netns exec NAME`.
-
-    torchrun reads its modules, checks flags where it is given some, and waits for Family.tell.
-    """
+    """tools/ranks/worker.py in a session of its own; it ends when this process does. before: `nsenter --net=...`."""
     mode, *rest = map(str, arguments)
-    return Family(
-        subprocess.Popen(
-            [*before, sys.executable, str(WORKER), mode, str(os.getpid()), *rest],
-            env=environment,
-            stdin=subprocess.PIPE if mode == "torchrun" else subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )  # fmt: skip
-    )
+    command = [*before, sys.executable, str(WORKER), mode, str(os.getpid()), *rest]
+    streams = {"stdin": stdin, "stdout": output, "stderr": output}
+    return Family(subprocess.Popen(command, env=environment, start_new_session=True, **streams))
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """JSON, which is there as a whole or not at all."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(content))
+    aside.replace(path)
 
 
 def end_with_parent(parent: int) -> None:

@@ -1,17 +1,16 @@
 """The process behind a run or a %%ranks cell; nobody starts this file by hand.
 
-    python tools/ranks/worker.py torchrun PARENT REPORT [--check FLAG...]   torchrun, which ends when PARENT does
-    python tools/ranks/worker.py ranks PARENT FOLDER                       the ranks of one %%ranks cell (FOLDER)
+    python tools/ranks/worker.py torchrun PARENT REPORT ARGUMENT...   torchrun, which ends when PARENT does: agent.py
+    python tools/ranks/worker.py ranks PARENT                         the ranks of all %%ranks cells of a kernel
 
 Both import torch once and fork the ranks from there, before any GPU is in use; that takes the time of one import, not
-of one per rank. torchrun's arguments and environment come on stdin.
+of one per rank.
 """
 
 from __future__ import annotations
 
 import ast
 import asyncio
-import ctypes
 import faulthandler
 import inspect
 import io
@@ -37,8 +36,9 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # in the place of tools/ranks/
 
-from tools.ranks.agent import run_torchrun  # noqa: E402
+from tools.ranks.agent import PR_SET_PDEATHSIG, Forked, prctl, run_torchrun  # noqa: E402
 from tools.ranks.failures import clean_message, signal_name  # noqa: E402
+from tools.ranks.processes import write_whole  # noqa: E402
 
 CELL_FILE = "%%ranks cell"  # the file name in tracebacks of a cell's body
 CELL_MODULE = "ranks_cell"  # where a cell's classes live
@@ -51,8 +51,9 @@ GRACE_S = 1.0  # what the other ranks get, to fail or end by themselves, once on
 COLLECTIVES = ("Communicator.", "Pending.", "as_collective_error")  # whose frames are a collective's own
 
 
-def describe_error(error: BaseException, launcher_file: str, sent: dict[str, Any]) -> dict[str, Any]:
+def describe_error(error: BaseException, sent: dict[str, Any]) -> dict[str, Any]:
     """{"line": of the cell or None, "what": type and message, "where": innermost cell of the launcher or ""}."""
+    from ep_launcher import launcher
     from tools.extract import cell_of
 
     if isinstance(error, SyntaxError) and error.filename == CELL_FILE:
@@ -64,7 +65,7 @@ def describe_error(error: BaseException, launcher_file: str, sent: dict[str, Any
             line = number
         elif name in sent:
             where = f"{name}, line {number}, in {function}"
-        elif name == launcher_file and not function.startswith(COLLECTIVES):
+        elif name == launcher.__file__ and not function.startswith(COLLECTIVES):
             where = f"{cell_of(name, number) or 'launcher.py'}, in {function}"
     message = clean_message(str(error))
     return {"line": line, "what": type(error).__name__ + (f": {message}" if message else ""), "where": where}
@@ -91,10 +92,12 @@ def redirect_output(folder: Path, rank: int) -> None:
     warnings.showwarning = lambda message, category, *_, **__: print(f"{category.__name__}: {message}")
 
 
-def start_group(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) -> tuple[Any, Any]:
+def start_group(spec: dict[str, Any], rank: int, folder: Path) -> tuple[Any, Any]:
     """(this rank's device, the process group or None at world size 1)."""
     import torch
     import torch.distributed as dist
+
+    from ep_launcher import launcher
 
     device = launcher.choose_device(spec["device"])
     if device.type == "cuda":
@@ -104,13 +107,8 @@ def start_group(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) ->
     if device.type == "cpu":
         launcher.schedule_in_batches()
     store = dist.FileStore(str(folder / "store"), spec["nproc"])
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=spec["nproc"],
-        timeout=timedelta(seconds=spec["timeout_s"] / 2),
-    )
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=spec["timeout_s"] / 2)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=spec["nproc"], timeout=timeout)
     # A rank is through when its own connections stand. One that then dies at once, as a cell may want, would break
     # what its peers still do: nobody starts the cell before everybody is through.
     store.set(f"connected/{rank}", "")
@@ -134,11 +132,13 @@ def run_source(source: str, filename: str, scope: dict[str, Any], only: Sequence
         exec(code, scope)
 
 
-def execute_cell(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) -> None:
+def execute_cell(spec: dict[str, Any], rank: int, folder: Path) -> None:
     """Runs the definitions sent along, then the body; saves CPU copies of the names to collect."""
     import torch
 
-    device, group = start_group(spec, rank, folder, launcher)
+    from ep_launcher import launcher
+
+    device, group = start_group(spec, rank, folder)
     torch.manual_seed(0)
     module = sys.modules[CELL_MODULE] = types.ModuleType(CELL_MODULE)  # dataclasses and pickle look there
     scope = vars(module)
@@ -162,10 +162,9 @@ def execute_cell(spec: dict[str, Any], rank: int, folder: Path, launcher: Any) -
         ) from None
 
 
-def run_rank(spec: dict[str, Any], rank: int, folder: Path, launcher: Any, ended: Connection) -> None:
+def run_rank(spec: dict[str, Any], rank: int, folder: Path, ended: Connection) -> None:
     """One rank, from the fork on. Stays alive, its connections open, until the worker ends it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the worker
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives the worker
     if os.getppid() != multiprocessing.parent_process().pid:
         return
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -176,10 +175,11 @@ def run_rank(spec: dict[str, Any], rank: int, folder: Path, launcher: Any, ended
     faulthandler.register(signal.SIGUSR1, file=open(folder / f"rank{rank}.where", "w"), all_threads=True)
     failure = None
     try:
-        execute_cell(spec, rank, folder, launcher)
+        execute_cell(spec, rank, folder)
     except BaseException as error:
-        if not (isinstance(error, SystemExit) and error.code in (None, 0)):
-            failure = describe_error(error, launcher.__file__, spec["sent"])
+        is_over = isinstance(error, SystemExit) and error.code in (None, 0) and not spec["collect"]
+        if not is_over:
+            failure = describe_error(error, spec["sent"])
     ended.send(failure)
     while True:
         signal.pause()
@@ -191,14 +191,13 @@ def run_rank(spec: dict[str, Any], rank: int, folder: Path, launcher: Any, ended
 class Ranks:
     """The worker's view of its ranks. ended: {rank: failure or None}, of those that have left the cell."""
 
-    def __init__(self, spec: dict[str, Any], folder: Path, launcher: Any) -> None:
+    def __init__(self, spec: dict[str, Any], folder: Path) -> None:
         self.folder, self.processes, self.pipes, self.ended = folder, [], [], {}
-        context = multiprocessing.get_context("fork")
         for rank in range(spec["nproc"]):
-            ours, theirs = context.Pipe(duplex=False)
-            arguments = spec, rank, folder, launcher, theirs
+            ours, theirs = multiprocessing.Pipe(duplex=False)
+            arguments = spec, rank, folder, theirs
             self.pipes.append(ours)
-            self.processes.append(context.Process(target=run_rank, args=arguments))
+            self.processes.append(Forked(target=run_rank, args=arguments))
             self.processes[-1].start()
             theirs.close()
 
@@ -250,12 +249,11 @@ class Ranks:
             has_waited = re.search(r"CollectiveError|[Tt]imed? ?out|DistBackendError|DistNetworkError", what)
             lines.append(f"{who}{place}: {what}" + f" ({where})" * bool(where))
             lines[-1] += f"; {others}" * bool(has_waited and others)
-        lines.sort(
-            key=lambda line: ": CollectiveError" in line
-        )  # a rank that waited in vain is not the cause
-        return lines or [
-            f"the time limit of {timeout_s:g} s is over: {others}; raise --timeout, or mend the wait"
-        ]
+        if not lines:
+            return [f"the time limit of {timeout_s:g} s is over: {others}; raise --timeout, or mend the wait"]
+        return sorted(
+            lines, key=lambda line: ": CollectiveError" in line
+        )  # who waited in vain is not the cause
 
     def end(self) -> None:
         for process in self.processes:
@@ -264,30 +262,40 @@ class Ranks:
 
 
 def run_ranks(parent: int, folder: Path) -> None:
-    """The worker of one %%ranks cell: forks, waits, reports. Ends all ranks when it, or the kernel, is ended."""
+    """One %%ranks cell: forks, waits, ends all ranks, and then reports."""
     spec = json.loads((folder / "spec.json").read_text())
     os.chdir(spec["cwd"])
-    warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # as Python 3.12 puts it
-    from ep_launcher import launcher
-
-    stopped: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: stopped.append(n))
-    ranks = Ranks(spec, folder, launcher)
+    ranks = Ranks(spec, folder)
     try:
-        ranks.wait(time.monotonic() + spec["timeout_s"], lambda: bool(stopped) or os.getppid() != parent)
-        problems = json.dumps(ranks.problems(spec["timeout_s"]))
-        (folder / "problems.part").write_text(problems)
-        (folder / "problems.part").replace(folder / "problems.json")
+        ranks.wait(time.monotonic() + spec["timeout_s"], lambda: os.getppid() != parent)
+        problems = ranks.problems(spec["timeout_s"])
     finally:
         ranks.end()
+    write_whole(folder / "problems.json", problems)
     if os.getppid() != parent:
         shutil.rmtree(folder, ignore_errors=True)  # the kernel that made it is gone
 
 
+def leave(*_: Any) -> None:
+    for rank in multiprocessing.active_children():
+        rank.kill()
+    os._exit(1)
+
+
+def serve_cells(parent: int) -> None:
+    """Runs one cell after the other, whose folders come on stdin; ends when the kernel does, which closes that."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+    warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # as Python 3.12 puts it
+    import ep_launcher.launcher  # noqa: F401  # which the ranks then have
+
+    for line in sys.stdin:
+        run_ranks(parent, Path(line.rstrip("\n")))
+
+
 if __name__ == "__main__":
-    mode, parent, first, *checked = sys.argv[1:]
+    mode, parent, *arguments = sys.argv[1:]
     if mode == "torchrun":
-        run_torchrun(int(parent), first, checked)
+        run_torchrun(int(parent), *arguments)
     else:
-        run_ranks(int(parent), Path(first))
+        serve_cells(int(parent))
