@@ -98,11 +98,6 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def interrupt(*_: Any) -> None:
-    """Signal handler: SIGTERM ends this process as Ctrl-C does."""
-    raise KeyboardInterrupt
-
-
 def start_worker(
     *arguments: Any,
     output: Any,
