@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "c54c4869ae848402972ea995506fdf8f255401f3b06d10ebd987ef7768c73cdc"
+SOURCES_SHA256 = "5c84b2c4952941f0cdf9001581efc065f4cc6afa9a08c2fdd5cf44d6fd3974fd"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -926,11 +926,9 @@ class Experts(Choosable, nn.Module):
         self.fan_in = {"w1": d, "b1": d, "w2": f, "b2": f, "w3": d, "b3": d}
         shapes = {"w1": (d, f), "b1": bias and (f,), "w2": (f, d), "b2": bias and (d,)}
         shapes |= {"w3": gated and (d, f), "b3": gated and bias and (f,)}
+        stacked = functools.partial(torch.empty, dtype=DTYPES[config.dtype], device=device)
         for name, shape in shapes.items():
-            stacked = None
-            if shape:
-                stacked = torch.empty(self.num_local, *shape, dtype=DTYPES[config.dtype], device=device)
-            self.register_parameter(name, None if stacked is None else nn.Parameter(stacked))
+            self.register_parameter(name, nn.Parameter(stacked(self.num_local, *shape)) if shape else None)
         self.own = slice(self.first_expert, self.first_expert + self.num_local)  # of all experts
         self.own_range = f"{self.own.start}-{self.own.stop - 1}"
         if comm.size > 1:
@@ -1598,10 +1596,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
         return torch.zeros(())
     total = mesh.ep.all_reduce(here.clone()) if here is not None else 0
     norm = (total + (0 if everywhere is None else everywhere)).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
-    for p in model.parameters():
-        if p.grad is not None:
-            p.grad.mul_(scale.to(p.grad.dtype))
+    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm
 
 
@@ -1717,11 +1712,11 @@ class RunLog:
         with self.going_on(), (self.log_dir / "train.log").open("a", encoding="utf-8") as text:
             text.write(line + "\n")
 
-    def show(self, kind: str, step: int, **values: Any) -> None:
-        """For TensorBoard, on rank 0: kind is scalar, histogram or image; `loss__task=0.1` is its `loss/task`."""
+    def show(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """For TensorBoard, on rank 0: {name: value}; kind is scalar, histogram or image."""
         for name, value in values.items() if self.writer else ():
             with self.going_on():
-                getattr(self.writer, f"add_{kind}")(name.replace("__", "/"), value, step)
+                getattr(self.writer, f"add_{kind}")(name, value, step)
 
     def close(self, limit_s: float | None = None) -> None:
         """Everything to disk, in so long at most: an interrupt may have left TensorBoard's queue locked."""
@@ -1772,9 +1767,9 @@ class LoadHistory:
         everything before it, and the files would grow with the square of the intervals."""
         if log.writer:
             load = self.rows[-1][:, :-1].double()
-            log.show("histogram", step, load__per_expert=load / load.mean(1, keepdim=True).clamp(min=1))
+            log.show("histogram", step, {"load/per_expert": load / load.mean(1, keepdim=True).clamp(min=1)})
             if len(self.rows).bit_count() == 1:
-                log.show("image", step, load__over_time=self.image())
+                log.show("image", step, {"load/over_time": self.image()})
 
 
 # %% notebooks/04_training.ipynb #step-bytes
@@ -1900,7 +1895,8 @@ class Record:
         self.interval_start = now
         line = f"task={task:.6f} aux={aux:.6f} total={total:.6f} interval_s={seconds:.2f}"
         log.write(f"[step {step:05d}] {line}")
-        log.show("scalar", step, loss__task=task, loss__aux=aux, loss__total=total, time__interval_s=seconds)
+        scalars = {"loss/task": task, "loss/aux": aux, "loss/total": total, "time/interval_s": seconds}
+        log.show("scalar", step, scalars)
         self.history.end_interval(self.run.mesh.batch)
         self.history.show(log, step)
         for show in self.run.config.hooks("show"):
@@ -1918,7 +1914,7 @@ def measured_summary(record: Record) -> dict[str, Any]:
     sent, metadata = batch.all_reduce(torch.tensor([sent, metadata], device=run.device)).tolist()
     record.history.end_interval(batch)
     if run.log.writer:
-        run.log.show("image", run.options.steps, load__over_time=record.history.image())
+        run.log.show("image", run.options.steps, {"load/over_time": record.history.image()})
     tail = torch.stack(record.tail)
     check_finite(tail.sum(0), run.options.steps - 1)
     max_load_over_mean, dropped_fraction = record.history.newest()
@@ -4495,9 +4491,9 @@ def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
 
 def show_routing(log: RunLog, step: int, layer: EPMoE) -> None:
     """TensorBoard's routing/entropy and, where there is one, the bias as histogram routing/bias. Collective."""
-    log.show("scalar", step, routing__entropy=float(mean_entropy(layer.probs, layer.mesh.batch)))
+    log.show("scalar", step, {"routing/entropy": float(mean_entropy(layer.probs, layer.mesh.batch))})
     if layer.balance.choice_bias is not None:
-        log.show("histogram", step, routing__bias=layer.balance.choice_bias)
+        log.show("histogram", step, {"routing/bias": layer.balance.choice_bias})
 
 
 # ==========================================================================================================
@@ -7341,6 +7337,47 @@ def in_groups(program, num_tiles, num_blocks, GROUP: constexpr):
     return first + within % height, within // height
 
 
+# %% notebooks/14_kernels.ipynb #fused-table-kernel
+@kernel
+def tile_table_kernel(counts, table, num_experts, EXPERTS: constexpr, ROWS: constexpr):
+    """Program t: table[t] = the expert of tile t, its first row, and where the expert's rows end; three int32."""
+    expert, row, end = own_tile(tl.program_id(0), counts, num_experts, EXPERTS, ROWS)
+    place = table + tl.program_id(0) * 3
+    tl.store(place, expert)
+    tl.store(place + 1, row)
+    tl.store(place + 2, end)
+
+
+# %% notebooks/14_kernels.ipynb #fused-rows-product
+@kernel
+def rows_product_kernel(
+    rows, weights, table, counts, out, num_experts, num_blocks, num_in, num_out, IS_TURNED: constexpr,
+    EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr, DEEP: constexpr, GROUP: constexpr,
+):  # fmt: skip
+    """out [R, o] = rows [R, i] times their expert's weights, stored [i, o], or [o, i] where IS_TURNED; persistent."""
+    expert = tl.arange(0, EXPERTS)
+    number = tl.load(counts + expert, mask=expert < num_experts, other=0).to(tl.int32)
+    num_tiles = tl.sum((number + ROWS - 1) // ROWS, axis=0)
+    for program in tl.range(tl.program_id(0), num_tiles * num_blocks, tl.num_programs(0), flatten=True):
+        tile, block = in_groups(program, num_tiles, num_blocks, GROUP)
+        e, first, end = (
+            tl.load(table + tile * 3),
+            tl.load(table + tile * 3 + 1),
+            tl.load(table + tile * 3 + 2),
+        )
+        total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        for start in range(0, num_in, DEEP):
+            left = rows.load([first, start])
+            if IS_TURNED:
+                total = tl.dot(left, weights.load([e * num_out + block * COLUMNS, start]).T, total)
+            else:
+                total = tl.dot(left, weights.load([e * num_in + start, block * COLUMNS]), total)
+        row, column = first + tl.arange(0, ROWS), block * COLUMNS + tl.arange(0, COLUMNS)
+        is_own = (row < end)[:, None] & (column < num_out)[None, :]
+        at = row.to(tl.int64)[:, None] * num_out + column[None, :]
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=is_own)
+
+
 # %% notebooks/14_kernels.ipynb #fused-gate-up
 @kernel
 def gate_up_kernel(
@@ -7395,34 +7432,70 @@ def x_gradient_kernel(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=is_own)
 
 
-# %% notebooks/14_kernels.ipynb #fused-products
+# %% notebooks/14_kernels.ipynb #fused-launch
+TILES = {  # rows, columns, depth, tiles in a group
+    "product": (128, 256, 64, 16),
+    "gated": (128, 128, 64, 8),
+    "x_gradient": (128, 256, 64, 16),
+}
+WIDEST_GATED = 1024  # columns of an expert; for wider ones a copy and two products are faster
+
+
 def is_hopper(device: torch.device) -> bool:
     """Whether this GPU is a Hopper or newer."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-TILES = {
-    "gated": (128, 128, 64, 8),
-    "x_gradient": (128, 256, 64, 16),
-}  # rows, columns, depth, tiles in a group
-WIDEST_GATED = 4096  # columns of an expert; wider ones are left to grouped's products
+def num_cores(device: torch.device) -> int:
+    """Multiprocessors of a GPU; four under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def tiles_of(weights: Tensor, rows: int, columns: int) -> Any:
-    """weights [L, i, o] as one matrix [L * i, o], which the copy engine reads in tiles."""
+def tiles_of(matrices: Tensor, rows: int, columns: int) -> Any:
+    """[n, i], or [L, n, i] as one matrix [L * n, i], as a descriptor that reads it in tiles."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(weights.contiguous().flatten(0, 1), [rows, columns])
+    return TensorDescriptor.from_tensor(matrices.contiguous().flatten(0, -2), [rows, columns])
 
 
+# %% notebooks/14_kernels.ipynb #fused-products
 class FusedProducts(GroupedProducts):
-    """GroupedProducts of which two methods are one kernel each, for SwiGLU in bfloat16."""
+    """GroupedProducts with this chapter's kernels, in bfloat16: all but the weights' gradients."""
 
-    def started(self, way: str, num_rows: int, num_columns: int) -> tuple[int, int, int, int]:
-        """-> (programs, tiles of rows at the most, L, L as a power of two)."""
+    def fits(self, rows: Tensor, *sizes: int) -> bool:
+        """Whether the kernels run here: a tile of depth 64 must not reach into the next expert. A compiled model takes
+        grouped's products: nobody has tried torch.compile on descriptors."""
+        can_run = uses_kernels(rows) and len(rows) > 0 and not torch.compiler.is_compiling()
+        return can_run and all(n % 64 == 0 for n in sizes)
+
+    def started(self, way: str, num_columns: int) -> tuple[int, int, int, int]:
+        """-> (programs of one tile each, tiles of rows at the most, L, L as a power of two)."""
         (rows, columns, *_), num_local = TILES[way], len(self.counts)
-        num_tiles = -(-num_rows // rows) + num_local
+        num_tiles = -(-self.num_rows // rows) + num_local
         return num_tiles * -(-num_columns // columns), num_tiles, num_local, 1 << (num_local - 1).bit_length()
+
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """int32 [tiles, 3]: see tile_table_kernel."""
+        _, num_tiles, *experts = self.started("product", 1)
+        table = self.counts.new_empty(num_tiles, 3, dtype=torch.int32)
+        tile_table_kernel[(num_tiles,)](self.counts, table, *experts, TILES["product"][0])
+        return table
+
+    def times(self, rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See BlockProducts. weights may be the transposed view of what is stored."""
+        (_, i, o), (height, columns, depth, group) = weights.shape, TILES["product"]
+        if bias is not None or not self.fits(rows, i, o):
+            return super().times(rows, weights, bias)
+        is_turned = not weights.is_contiguous()
+        stored = tiles_of(weights.mT, columns, depth) if is_turned else tiles_of(weights, depth, columns)
+        out, blocks = rows.new_empty(len(rows), o), -(-o // columns)
+        _, num_tiles, *experts = self.started("product", o)
+        rows_product_kernel[(min(num_cores(rows.device), num_tiles * blocks),)](
+            tiles_of(rows, height, depth), stored, self.table, self.counts, out, experts[0], blocks, i, o,
+            is_turned, experts[1], height, columns, depth, group, num_warps=8, num_stages=3,
+        )  # fmt: skip
+        return out
 
     def gated(
         self, x: Tensor, order: RowOrder, w1: Tensor, b1: Any, w3: Tensor, b3: Any, weights: Tensor,
@@ -7430,11 +7503,11 @@ class FusedProducts(GroupedProducts):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """See BlockProducts."""
         (_, d, f), (rows, columns, depth, group) = w1.shape, TILES["gated"]
-        if not (activation is SwiGLU and uses_kernels(x) and len(x) and f <= WIDEST_GATED):
+        if activation is not SwiGLU or f > WIDEST_GATED or not self.fits(x, d, f):
             return super().gated(x, order, w1, b1, w3, b3, weights, num_rows, activation)
         token = (order.choice_of_row.clamp(min=0) // order.row_of_choice.shape[1]).int()
         gate, up, hidden = (x.new_empty(len(token), f) for _ in range(3))
-        programs, num_tiles, *experts = self.started("gated", len(token), f)
+        programs, num_tiles, *experts = self.started("gated", f)
         gate_up_kernel[(programs,)](
             x.contiguous(), token, tiles_of(w1, depth, columns), tiles_of(w3, depth, columns), weights,
             self.counts, gate, up, hidden, num_tiles, experts[0], d, f, experts[1], rows, columns, depth,
@@ -7445,10 +7518,10 @@ class FusedProducts(GroupedProducts):
     def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
         """See BlockProducts: both products, and nothing left to add."""
         (_, d, f), (rows, columns, depth, group) = w1.shape, TILES["x_gradient"]
-        if not (uses_kernels(gate) and len(gate)):
+        if not self.fits(gate, d, f):
             return super().x_gradient(gate, up, w1, w3)
         out = gate.new_empty(len(gate), d)
-        programs, num_tiles, *experts = self.started("x_gradient", len(gate), d)
+        programs, num_tiles, *experts = self.started("x_gradient", d)
         x_gradient_kernel[(programs,)](
             gate, up, tiles_of(w1, columns, depth), tiles_of(w3, columns, depth), self.counts, out, num_tiles,
             experts[0], d, f, experts[1], rows, columns, depth, group, num_warps=8, num_stages=3,
@@ -7459,18 +7532,18 @@ class FusedProducts(GroupedProducts):
 # %% notebooks/14_kernels.ipynb #fused-experts-kind
 @register("experts", "fused")
 class TiledExperts(GroupedExperts):
-    """grouped, with the activation in the product that makes its factors, and x's gradient in one product."""
+    """grouped, with this chapter's products: persistent; x's gradient in one; narrow experts' activation in theirs."""
 
     products = FusedProducts
     needs = "Triton, a Hopper GPU or newer, bfloat16, swiglu, and dimensions of multiples of 64"
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """By name alone: no layer has been timed with it yet."""
+        """Before grouped: whole layers are faster with it at all three sizes (results/h100_parts.json)."""
         fits = config.activation == "swiglu" and config.hidden_dim % 64 == config.ffn_dim % 64 == 0
         if not (fits and triton is not None and device.type == "cuda" and is_hopper(device)):
             return 0
-        return 45 if GroupedExperts.preference(config, device, ep_size) else 0
+        return 55 if GroupedExperts.preference(config, device, ep_size) else 0
 
 
 # %% notebooks/14_kernels.ipynb #fp8-kernels
@@ -7550,7 +7623,7 @@ def scale_columns(w: Tensor) -> Scaled:
     values = w.new_empty(num_local, num_columns, depth, dtype=FLOAT8)
     scales = w.new_empty(num_local, num_columns, dtype=torch.float32)
     grid = num_local, -(-num_columns // 64)
-    scale_columns_kernel[grid](w.contiguous(), values, scales, depth, num_columns, 128, 64, num_warps=8)
+    scale_columns_kernel[grid](w.contiguous(), values, scales, depth, num_columns, 512, 64, num_warps=16)
     return Scaled(values, scales)
 
 
@@ -7558,7 +7631,7 @@ def scale_columns(w: Tensor) -> Scaled:
 class Float8Products(GroupedProducts):
     """GroupedProducts whose forward products take eight-bit factors, one scale a row and a column (e4m3)."""
 
-    in_backward = GroupedProducts
+    in_backward = FusedProducts
 
     @staticmethod
     def rows(x: Tensor, order: RowOrder) -> Scaled:
@@ -7612,8 +7685,10 @@ class IndexedRows:
         return len(self.token)
 
 
-class QuackProducts(GroupedProducts):
+class QuackProducts(FusedProducts):
     """The methods of GroupedProducts by quack-kernels' products, which read rows by their index. bfloat16, no bias."""
+
+    tuned = False  # True: the package tries its tiles for each new shape, which takes minutes
 
     @staticmethod
     def rows(x: Tensor, order: RowOrder) -> IndexedRows:
@@ -7632,7 +7707,7 @@ class QuackProducts(GroupedProducts):
         x, token = (rows.x, rows.token) if isinstance(rows, IndexedRows) else (rows, None)
         if not len(rows):
             return x.new_empty(0, weights.shape[2])
-        return gemm(x, weights, cu_seqlens_m=self.starts, A_idx=token, tuned=False)
+        return gemm(x, weights, cu_seqlens_m=self.starts, A_idx=token, tuned=self.tuned)
 
     def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, None]:
         """See BlockProducts: the second product adds the first in its own launch."""
@@ -7640,7 +7715,7 @@ class QuackProducts(GroupedProducts):
 
         out = self.times(gate, w1.transpose(1, 2))
         if len(up):
-            gemm_add(up, w3.transpose(1, 2), C=out, out=out, cu_seqlens_m=self.starts, tuned=False)
+            gemm_add(up, w3.transpose(1, 2), C=out, out=out, cu_seqlens_m=self.starts, tuned=self.tuned)
         return out, None
 
     def weight_gradient(self, rows: IndexedRows | Tensor, grad: IndexedRows | Tensor) -> Tensor:
@@ -7654,7 +7729,7 @@ class QuackProducts(GroupedProducts):
         out = (x.new_empty if len(first) else x.new_zeros)(len(self.counts), *sizes)
         into = out.transpose(1, 2) if is_turned else out
         if len(first):
-            gemm(x.t(), second, out=into, cu_seqlens_k=self.starts, A_idx=token, tuned=False)
+            gemm(x.t(), second, out=into, cu_seqlens_k=self.starts, A_idx=token, tuned=self.tuned)
         return out
 
 
@@ -8154,7 +8229,7 @@ class Checkpoints:
             publish(aside, manifest_body(self.run, done, files), self.options.keep_checkpoints)
             num_bytes, seconds = sum(size for size, _ in files.values()), time.perf_counter() - began
             self.run.log.write(f"[{aside.stem}] checkpoint of {num_bytes / 1e6:.1f} MB in {seconds:.2f} s")
-            self.run.log.show("scalar", done, checkpoint__seconds=seconds)
+            self.run.log.show("scalar", done, {"checkpoint/seconds": seconds})
         except OSError as error:
             free = shutil.disk_usage(self.folder).free // 10**6
             told = f"{reason(error)}, {free} MB free"
@@ -8581,7 +8656,7 @@ class TextOptions(Options):
         ):
             loss = held_out_loss(training.model, training.task, self.eval_tokens)
             training.run.log.write(f"[step {training.run.step:05d}] held_out={loss:.6f}")
-            training.run.log.show("scalar", training.run.step, loss__held_out=loss)
+            training.run.log.show("scalar", training.run.step, {"loss/held_out": loss})
             training.notes["summary"] = {"held_out_loss": loss}
 
 

@@ -1,13 +1,13 @@
-"""Chapter 14's own products: how a tile's shape changes their rate, and two kernels that were tried and lose. One GPU.
+"""Chapter 14's own products, tile by tile, beside grouped_mm's; and two kernels that were tried and lose. On one GPU.
 
-    python measure/fused.py                      all sizes, into results/<device>_fused.json; half a minute
+    python measure/fused.py                      all sizes, into results/<device>_fused.json; a minute
+    python measure/fused.py --device cpu --small whether it runs, without the kernels
 
-gated, x_gradient: the launcher's two, tile by tile, beside what `grouped` does for the same. Tried: the activation's
-gradient in the epilogue of the product that makes its factor, and weight gradients that read one factor by index.
-Every kernel is held against the other way first. Rates in TFLOP/s; all tile settings of a row take turns.
+Sizes, parts and clocks are those of measure/parts.py: each way is recorded as a graph and they take turns. Tried: the
+activation's gradient in the epilogue of the product that makes its factor, and weight gradients that read one factor
+by index. Every kernel is held against the other way first. Rates are in TFLOP/s of the products alone.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +17,17 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ep_launcher import launcher as ep  # noqa: E402
 from measure import layer as layers  # noqa: E402
-from measure import record  # noqa: E402
+from measure import parts, record  # noqa: E402
 
-own_tile, in_groups = ep.own_tile, ep.in_groups  # as the kernels name them
-TILES = {  # rows, columns, depth, tiles in a group
-    "gated": [(128, 128, 64, 8), (128, 128, 64, 1), (64, 128, 64, 8), (128, 64, 64, 8)],
-    "x_gradient": [(128, 256, 64, 16), (128, 256, 64, 1), (128, 128, 64, 16), (128, 256, 32, 16)],
+own_tile, in_groups, tl = ep.own_tile, ep.in_groups, ep.tl  # as the kernels name them
+TILES = {  # rows, columns, depth, tiles in a group; the launcher's first
+    "product": [(128, 256, 64, 16), (128, 256, 64, 1), (128, 128, 64, 16), (256, 128, 64, 8)],
+    "gated": [(128, 128, 64, 8), (128, 128, 64, 1), (128, 64, 64, 8)],
+    "x_gradient": [(128, 256, 64, 16), (128, 256, 64, 1), (128, 128, 64, 16)],
 }
 
 
@@ -141,104 +141,123 @@ def with_tiles(way: str, tiles: tuple, run: Callable) -> Callable:
     return call
 
 
+def ended(run: Callable) -> Callable:
+    """run with a program for every tile, which ends with it, instead of a program for every multiprocessor."""
+
+    def call() -> Any:
+        with mock.patch.object(ep, "num_cores", lambda device: 1 << 30):
+            return run()
+
+    return call
+
+
+def all_of(tensors: tuple) -> Tensor:
+    """All numbers of several tensors, so that one error speaks of all."""
+    return torch.cat([t.float().flatten() / t.float().norm() for t in tensors])
+
+
 def far(ours: Tensor, theirs: Tensor) -> float:
     """The relative error."""
     return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
 
 
+def ways(recorder: record.Recorder, layer: ep.EPMoE, x: Tensor, grad: Tensor, order: ep.RowOrder) -> dict:
+    """{work: (operations, {way: what runs it}, what of its result is compared)}; the first way is grouped_mm's."""
+    w1, w2, w3 = (getattr(layer.experts, name).detach() for name in ("w1", "w2", "w3"))
+    num_rows, sent = len(order.choice_of_row), order.counts.sum()
+    weights, token = torch.rand(num_rows, device=x.device), (order.choice_of_row // layer.config.top_k).int()
+    grouped, fused = (kind(order.counts, num_rows) for kind in (ep.GroupedProducts, ep.FusedProducts))
+    asked = x, order, w1, None, w3, None, weights, sent, ep.SwiGLU
+    gate, up, hidden = grouped.gated(*asked)
+    rows, grad_rows = grouped.rows(x, order), grouped.rows(grad, order)
+    one = 2 * num_rows * w1.shape[1] * w1.shape[2]
+
+    def two_products() -> tuple:
+        with mock.patch.object(ep, "WIDEST_GATED", 0):
+            return fused.gated(*asked)
+
+    products = {
+        "x w1": lambda plan: plan.times(rows, w1),
+        "hidden w2": lambda plan: plan.times(hidden, w2),
+        "grad w2^T": lambda plan: plan.times(grad_rows, w2.mT),
+    }
+    found = {}
+    for name, run in products.items():
+        found[name] = one, {"grouped": lambda run=run: run(grouped)}, lambda out: out
+        for tiles in TILES["product"] if name == "x w1" else TILES["product"][:1]:
+            plan = ep.FusedProducts(order.counts, num_rows)  # its table is of these tiles
+            found[name][1][str(tiles)] = with_tiles("product", tiles, lambda run=run, plan=plan: run(plan))
+        found[name][1]["a program a tile"] = ended(lambda run=run: run(fused))
+    found["gated"] = 2 * one, {"grouped": lambda: grouped.gated(*asked)}, lambda out: out[2]
+    found["gated"][1]["two products"] = two_products
+    found["gated"][1].update(
+        {str(t): with_tiles("gated", t, lambda: fused.gated(*asked)) for t in TILES["gated"]}
+    )
+
+    def gradient_of_x(plan: Any) -> Tensor:
+        first, rest = plan.x_gradient(gate, up, w1, w3)
+        return ep.sum_rows(first, order, rest)
+
+    found["x_gradient"] = 2 * one, {"grouped": lambda: gradient_of_x(grouped)}, lambda out: out
+    found["x_gradient"][1].update(
+        {str(t): with_tiles("x_gradient", t, lambda: gradient_of_x(fused)) for t in TILES["x_gradient"]}
+    )
+    overwritten = [(gate.clone(), up.clone()) for _ in range(2)]  # gradients in place
+
+    def activation_backward() -> tuple:
+        into = grouped.times(grouped.rows(grad, order), w2.mT)
+        return ep.weighted_activation_backward_(ep.SwiGLU, into, *overwritten[0], weights, sent)
+
+    def one_kernel() -> tuple:
+        hidden, sums = hidden_gradient(grad, token, grouped, w2, weights, *overwritten[1])
+        return hidden, *overwritten[1], sums
+
+    found["hidden gradient"] = one, {"grouped": activation_backward, "one kernel": one_kernel}, all_of
+    found["weight gradient"] = (
+        one,
+        {
+            "grouped": lambda: grouped.weight_gradient(grouped.rows(x, order), gate),
+            "by index": lambda: weight_gradient(x, gate, token, grouped),
+        },
+        lambda out: out,
+    )
+    return found
+
+
 def one_size(recorder: record.Recorder, size: str) -> dict:
-    """{"median_us", "samples_us", "tflop_per_s", "errors"} of every variant."""
+    """{"parts", "tflop_per_s", "errors"} of every way."""
     layer = layers.make_layer(recorder, size)
     x, grad = layers.tokens(layer, layer.config.max_num_tokens)
-    x = x.detach()
-    w1, w2, w3 = (getattr(layer.experts, name).detach() for name in ("w1", "w2", "w3"))
+    x, errors, runs, operations = x.detach(), {}, {}, {}
     with torch.no_grad():
         order = ep.order_rows(layer.router(x).topk_ids, layer.config.num_experts)
-        num_rows = len(order.choice_of_row)
-        weights, token = (
-            torch.rand(num_rows, device=x.device),
-            (order.choice_of_row // layer.config.top_k).int(),
-        )
-        grouped, fused = (kind(order.counts, num_rows) for kind in (ep.GroupedProducts, ep.FusedProducts))
-        asked = x, order, w1, None, w3, None, weights, order.counts.sum(), ep.SwiGLU
-        gate, up, hidden = grouped.gated(*asked)
-        rows = grouped.rows(x, order)
-        overwritten = [(gate.clone(), up.clone()) for _ in range(2)]  # gradients in place
-
-        def activation_backward() -> tuple:
-            into = grouped.times(grouped.rows(grad, order), w2.transpose(1, 2))
-            return ep.weighted_activation_backward_(
-                ep.SwiGLU, into, *overwritten[0], weights, order.counts.sum()
-            )
-
-        runs = {"gated: grouped": lambda: grouped.gated(*asked)}
-        runs["x_gradient: grouped"] = lambda: ep.sum_rows(
-            (two := grouped.x_gradient(gate, up, w1, w3))[0], order, two[1]
-        )
-        for tiles in TILES["gated"]:
-            runs[f"gated: {tiles}"] = with_tiles("gated", tiles, lambda: fused.gated(*asked))
-        for tiles in TILES["x_gradient"]:
-            run = with_tiles(
-                "x_gradient", tiles, lambda: ep.sum_rows(fused.x_gradient(gate, up, w1, w3)[0], order)
-            )
-            runs[f"x_gradient: {tiles}"] = run
-        runs["hidden gradient: grouped"] = activation_backward
-        runs["hidden gradient: one kernel"] = lambda: hidden_gradient(
-            grad, token, grouped, w2, weights, *overwritten[1]
-        )
-        runs["weight gradient: grouped"] = lambda: grouped.weight_gradient(grouped.rows(x, order), gate)
-        runs["weight gradient: by index"] = lambda: weight_gradient(x, gate, token, grouped)
-        errors = {}
-        for name in runs:
-            if name.startswith(("gated: (", "x_gradient: (")):
-                other = runs[f"{name.partition(':')[0]}: grouped"]()
-                ours, other = (
-                    found if isinstance(found, Tensor) else found[2] for found in (runs[name](), other)
-                )
-                errors[name] = far(ours, other)
-        errors["weight gradient: by index"] = far(
-            weight_gradient(x, gate, token, grouped), grouped.weight_gradient(rows, gate)
-        )
-        theirs, (hidden, sums) = (
-            activation_backward(),
-            hidden_gradient(grad, token, grouped, w2, weights, *overwritten[1]),
-        )
-        mine = hidden, *overwritten[1], sums
-        for name, ours, other in zip(("hidden", "gate", "up", "weights"), mine, theirs, strict=True):
-            errors[f"hidden gradient: {name}"] = far(ours, other)
+        for work, (count, of_work, compared) in ways(recorder, layer, x, grad, order).items():
+            expected = None
+            for way, run in of_work.items():
+                name = f"{work}: {way}"
+                if not recorder.on_gpu and work.endswith("gradient") and way in ("one kernel", "by index"):
+                    continue
+                result = compared(run())
+                if expected is None:
+                    expected = result.clone()
+                else:
+                    errors[name] = far(result, expected)
+                runs[name], operations[name] = (run, 0), count
+            del expected, result
         recorder.failures += [f"{size} {n}: {e:.1e}" for n, e in errors.items() if not e < 2e-2]
-        samples = recorder.alternate(runs, 6, recorder.event_ms, warm_up=2)
-    one = 2 * num_rows * w1.shape[1] * w1.shape[2]
-    work = {"gated": 2 * one, "x_gradient": 2 * one, "hidden gradient": one, "weight gradient": one}
-    ms = record.medians(samples)
-    rates = {name: work[name.partition(":")[0]] / value / 1e9 for name, value in ms.items()}
-    for name, value in ms.items():
-        recorder.say(f"  {size:9} {name:34} {value:8.3f} ms {rates[name]:7.0f} TFLOP/s")
-    return {"median_ms": ms, "tflop_per_s": rates, "errors": errors, "samples_ms": samples}
+        found = parts.timed_parts(recorder, size, runs, passes=3)
+    rates = {name: operations[name] / part["median_us"] / 1e6 for name, part in found.items()}
+    for name, rate in rates.items():
+        recorder.say(f"  {size:9} {name:34} {rate:6.0f} TFLOP/s")
+    return {"parts": found, "tflop_per_s": rates, "errors": errors}
 
 
 def measure(recorder: record.Recorder) -> None:
-    """Every size."""
-    a = torch.randn(8192, 8192, device=recorder.device).bfloat16()
-    ms = record.medians(recorder.alternate({"product": lambda: a @ a}, 10, recorder.event_ms, warm_up=3))[
-        "product"
-    ]
-    result: dict = {"ceiling_tflop_per_s": 2 * 8192**3 / ms / 1e9, "sizes": {}}
-    recorder.say(f"  8192-cubed product: {result['ceiling_tflop_per_s']:.0f} TFLOP/s")
-    for size in recorder.args.sizes:
-        result["sizes"][size] = one_size(recorder, size)
-        recorder.free_memory()
-        recorder.write("fused", result)
-    for failure in recorder.failures:
-        recorder.say(f"FAILED: {failure}")
-
-
-def flags() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = record.parser(__doc__, device="cuda", rounds=20, small=False)
-    parser.add_argument("--sizes", nargs="+", choices=list(layers.SIZES), default=list(layers.SIZES))
-    return parser
+    """Every size, into the file one by one."""
+    ceiling = layers.product_tflop_per_s(recorder, *([256] if recorder.args.small else []))
+    recorder.say(f"  8192-cubed product: {ceiling:.0f} TFLOP/s")
+    parts.measure_sizes(recorder, "fused", one_size, {"ceiling_tflop_per_s": ceiling})
 
 
 if __name__ == "__main__":
-    record.main(measure, flags())
+    record.main(measure, parts.flags(__doc__))

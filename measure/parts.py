@@ -10,6 +10,7 @@ the bytes that it must move at the least. Layers are those of measure/layer.py, 
 """
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,26 @@ def product_parts(layer: ep.EPMoE, x: Tensor, order: ep.RowOrder) -> dict[str, P
     return parts
 
 
+def few_configurations() -> None:
+    """Before quack's products are imported: what it tries where it is tuned, four of its seventy and more."""
+    from quack import gemm_config
+
+    tiles = (128, 192, True), (128, 256, False), (256, 128, False), (256, 192, False)
+    gemm_config.get_all_configs = lambda *_, **__: [
+        gemm_config.GemmConfig(
+            tile_m=m, tile_n=n, pingpong=pingpong, cluster_m=2, cluster_n=1, is_dynamic_persistent=False
+        )
+        for m, n, pingpong in tiles
+    ]
+
+
+def tuned_quack(recorder: record.Recorder, layer: ep.EPMoE) -> layers.Variant:
+    """quack, with the fastest of four configurations for each product."""
+    other = recorder.launchers[""].sharing(layer, experts="quack")
+    other.experts.products = type("TunedQuackProducts", (ep.QuackProducts,), {"tuned": True})
+    return layers.Variant(lambda x: recorder.launchers[""].forward(other, x)[0], list(other.parameters()))
+
+
 def layer_makers(recorder: record.Recorder, layer: ep.EPMoE) -> dict[str, Callable[[], layers.Variant]]:
     """{name: what makes it}: every kind on the weights of `layer`, and another commit's grouped."""
 
@@ -113,12 +134,16 @@ def layer_makers(recorder: record.Recorder, layer: ep.EPMoE) -> dict[str, Callab
         return layers.Variant(lambda x: launcher.forward(other, x)[0], list(other.parameters()))
 
     made = {k: lambda k=k: make(recorder.launchers[""], k) for k in kinds(layer)}
+    if "quack" in made:
+        made["quack, tuned"] = lambda: tuned_quack(recorder, layer)
     if recorder.before:
         made["before, grouped"] = lambda: make(recorder.launchers["before, "], "grouped")
     return made
 
 
-def timed_parts(recorder: record.Recorder, size: str, parts: dict[str, Part]) -> dict[str, dict]:
+def timed_parts(
+    recorder: record.Recorder, size: str, parts: dict[str, Part], passes: int = 4
+) -> dict[str, dict]:
     """{part: its samples in us, and bytes}; one that cannot run is left out, with a line."""
     runs, found = {}, {}
     for name, (run, _) in parts.items():
@@ -128,12 +153,13 @@ def timed_parts(recorder: record.Recorder, size: str, parts: dict[str, Part]) ->
                 runs[name] = record.captured(run) if recorder.on_gpu else run
         except Exception as error:
             recorder.say(f"  {size}: {name} left out: {type(error).__name__}: {str(error)[:400]}")
-    samples = recorder.alternate(runs, 10, recorder.event_ms, warm_up=2)
+    samples = recorder.alternate(runs, passes, recorder.event_ms, warm_up=2)
     for name, values in samples.items():
         micros = [round(1e3 * ms, 2) for ms in values]
         median = record.medians({name: micros})[name]
         found[name] = {"samples_us": micros, "median_us": median, "bytes": parts[name][1]}
-        recorder.say(f"  {size:9} {name:32} {median:9.1f} us {parts[name][1] / median / 1e3:8.1f} GB/s")
+        rate = f" {parts[name][1] / median / 1e3:8.1f} GB/s" if parts[name][1] else ""
+        recorder.say(f"  {size:9} {name:32} {median:9.1f} us{rate}")
     return found
 
 
@@ -155,31 +181,38 @@ def one_size(recorder: record.Recorder, size: str) -> dict:
     timed = dict(passes)
     if recorder.on_gpu:
         timed |= {f"{name}, recorded": record.captured(run) for name, run in passes.items()}
-    samples = recorder.alternate(timed, 4, recorder.event_ms, warm_up=2)
+    samples = recorder.alternate(timed, 2, recorder.event_ms, warm_up=2)
     if recorder.on_gpu:
         checked["kernels_ms"] = {name: layers.kernel_times(run) for name, run in passes.items()}
     return found | layers.finish(recorder, size, layer, samples, checked)
 
 
-def measure(recorder: record.Recorder) -> None:
-    """Every size, into the file one by one."""
-    result: dict = {"sizes": {}}
+def measure_sizes(recorder: record.Recorder, what: str, one_size: Callable, result: dict) -> None:
+    """one_size(recorder, size) of every size, into results/<device>_<what>.json one by one; then what is wrong."""
+    result["sizes"] = {}
     for size in recorder.args.sizes:
         if recorder.args.small and size not in layers.SMALL_SIZES:
             continue
         result["sizes"][size] = one_size(recorder, size)
         recorder.free_memory()
-        recorder.write("parts", result)
+        recorder.write(what, result)
     for failure in recorder.failures:
         recorder.say(f"FAILED: {failure}")
 
 
-def flags() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = record.parser(__doc__, device="cuda", rounds=20, small=False, before=None)
+def measure(recorder: record.Recorder) -> None:
+    """Every size."""
+    if recorder.on_gpu and importlib.util.find_spec("quack"):
+        few_configurations()
+    measure_sizes(recorder, "parts", one_size, {})
+
+
+def flags(doc: str, **more: Any) -> argparse.ArgumentParser:
+    """The flags, of measure/fused.py too."""
+    parser = record.parser(doc, device="cuda", rounds=20, small=False, **more)
     parser.add_argument("--sizes", nargs="+", choices=list(layers.SIZES), default=list(layers.SIZES))
     return parser
 
 
 if __name__ == "__main__":
-    record.main(measure, flags())
+    record.main(measure, flags(__doc__, before=None))

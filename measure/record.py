@@ -42,7 +42,7 @@ PLACES = (
     "--output",
     "--torchtitan",
 )  # flags that say where something lies, and nothing about what was measured
-PEERS = ("transformers", "torchtitan")
+PEERS = ("transformers", "torchtitan", "quack")
 
 
 def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
@@ -79,7 +79,8 @@ def sha256(path: str | Path) -> str:
 def version_of(package: str) -> str:
     """A loaded package's version."""
     try:
-        return importlib.metadata.version(package)
+        names = importlib.metadata.packages_distributions().get(package, [package])
+        return importlib.metadata.version(names[0])
     except importlib.metadata.PackageNotFoundError:
         return str(getattr(sys.modules[package], "__version__", "unknown"))
 

@@ -213,6 +213,13 @@ WRONG = {
         ("(counts.cumsum(0) - counts)[expert] + place * rows", "place * rows"),
         ("(tiles.cumsum(0) - tiles)[expert]", "tiles[expert]"),
     ],
+    "solution-epilogue": [
+        ("(row < end)[:, None] &", "(row >= 0)[:, None] &"),  # over the next expert's rows
+        ("& (column < F)[None, :]", "& (column >= 0)[None, :]"),
+        ("tl.load(weights + row,", "tl.load(weights + row % ROWS,"),
+        ("tl.where(g > 0, g, 0.0)", "tl.where(g > 0, g, 0.1 * g)"),
+        ("relu * u * w[:, None]", "relu * u"),
+    ],
     "solution-hurts": [
         ("-(-counts // rows_of_tile)", "-(-counts.sum() // rows_of_tile)"),
         ("-(-columns // columns_of_tile)", "columns // columns_of_tile or 1"),

@@ -16,6 +16,19 @@ with_kernels = pytest.mark.skipif(
     not is_possible or ep.triton is None, reason="wants a GPU or the interpreter"
 )
 
+if (
+    os.environ.get("TRITON_INTERPRET") == "1" and ep.triton
+):  # it counts no loop whose bounds a kernel computes
+    from triton.runtime import interpreter
+
+    patched = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patched(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [(5, 2, 4, 32, 64), (7, 3, 8, 384, 96), (1, 1, 1, 130, 200), (6, 4, 8, 1024, 768), (0, 2, 4, 32, 64)]
 CLOSE = {torch.float32: {"atol": 1e-4, "rtol": 1e-5}, torch.bfloat16: {"atol": 7e-2, "rtol": 2e-2}}
@@ -127,9 +140,42 @@ def test_products_that_do_more(sizes):
     gate, up, hidden = products.gated(*asked)
     for ours, theirs in zip((gate, up, hidden), twin(products.gated, *asked), strict=True):
         torch.testing.assert_close(ours[:sent], theirs[:sent], **CLOSE[dtype])
+    for rows, held in (
+        (hidden, draw(num_experts, f, d, dtype=dtype) / f**0.5),
+        (draw(num_rows, d, dtype=dtype), w1),
+    ):
+        for stored in (held, held.mT.contiguous().mT):  # the second as a product of backward has it
+            torch.use_deterministic_algorithms(True, warn_only=True)  # what nobody writes is NaN
+            ours = products.times(rows, stored)
+            torch.use_deterministic_algorithms(False)
+            torch.testing.assert_close(ours[:sent], twin(products.times, rows, stored)[:sent], **CLOSE[dtype])
+            assert ours[sent:].isnan().all()
     (ours, rest), theirs = products.x_gradient(gate, up, w1, w3), twin(products.x_gradient, gate, up, w1, w3)
     assert rest is None
     torch.testing.assert_close(ours[:sent], sum(theirs)[:sent], **CLOSE[dtype])
+
+
+def test_what_auto_prefers_on_a_hopper(monkeypatch):
+    """By results/h100_parts.json: fused before grouped, and quack for narrow experts where it is installed."""
+    monkeypatch.setattr(ep, "is_hopper", lambda device: True)
+    monkeypatch.setattr(ep, "triton", ep.triton or object())
+    installed = {"quack": None}
+    monkeypatch.setattr(ep.importlib.util, "find_spec", installed.get)
+
+    def order(**changes) -> list[str]:
+        sizes = {"hidden_dim": 2048, "ffn_dim": 768, "dtype": "bfloat16", "activation": "swiglu"} | changes
+        config, device = ep.MoEConfig(experts="auto", **sizes), torch.device("cuda")
+        worth = {
+            k: ep.REGISTRIES["experts"][k].preference(config, device, 1)
+            for k in ("grouped", "fused", "quack")
+        }
+        return [k for k in sorted(worth, key=worth.get, reverse=True) if worth[k]]
+
+    assert order() == ["fused", "grouped"]
+    installed["quack"] = True
+    assert order() == ["quack", "fused", "grouped"]
+    assert order(ffn_dim=2048) == ["fused", "grouped", "quack"]
+    assert order(ffn_dim=1000)[-1] == "grouped" and order(activation="gelu") == ["grouped"]
 
 
 def draw(*shape, dtype):

@@ -17,7 +17,7 @@ def write_much(log: ep.RunLog, before_line_50=lambda: None) -> None:
         if step == 50:
             before_line_50()
         log.write(f"[step {step:05d}]")
-        log.show("histogram", step, load=torch.arange(100.0))
+        log.show("histogram", step, {"load": torch.arange(100.0)})
         if log.writer:
             log.writer.file_writer.event_writer._async_writer._byte_queue.join()  # its thread has tried to write
 
@@ -65,7 +65,7 @@ def test_a_disk_that_is_full_at_the_start_is_refused(tmp_path, capfd):
 
 def test_the_picture_of_loads_comes_a_dozen_times_in_3000_lines():
     shown, history = [], ep.LoadHistory(1, 4)
-    log = SimpleNamespace(writer=True, show=lambda kind, step, **values: shown.append((kind, step)))
+    log = SimpleNamespace(writer=True, show=lambda kind, step, values: shown.append((kind, step)))
     for step in range(3000):
         history.add(0, torch.tensor([[0, 1]]))
         history.end_interval(ep.Communicator.alone())
