@@ -139,8 +139,8 @@ def why_not_sent(name: str, namespace: dict[str, Any]) -> str:
 
 
 class Server:
-    """The process that has imported torch and the launcher, and forks every cell's ranks (worker.py); one a kernel, with
-    which it ends. like: what it was started with; where that has changed, the next cell starts another one."""
+    """The process that has imported torch and the launcher, and forks every cell's ranks (worker.py); it ends with the
+    kernel. like: what it was started with; where that has changed, the next cell starts another one."""
 
     running: Server | None = None
 
