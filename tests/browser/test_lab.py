@@ -67,11 +67,10 @@ def text_of(cell: dict) -> str:
 
 
 def ranks_of(book: Path) -> list[psutil.Process]:
-    """The processes that run the copy's launcher: torchrun and its ranks."""
-    script = str(book / "ep_launcher" / "launcher.py")
-    found = []
+    """The processes of the copy's runs: torchrun, and the ranks forked from it, which keep its command line."""
+    found, ours = [], {str(book / "tools" / "ranks" / "worker.py"), "torchrun"}
     for process in psutil.process_iter(["cmdline", "status"]):
-        if script in (process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE:
+        if ours <= set(process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
 
@@ -178,7 +177,7 @@ def test_output_streams_and_an_interrupt_leaves_nothing(page, lab, book):
         wait_until(lambda: len(text_of(cells(page)[1])) > len(first), 30, "another line of the log")
         assert page.evaluate("window.ended") is None and cells(page)[1]["execution_count"] is None
         page.get_by_text("[step", exact=False).first.wait_for()  # on the screen, not only in the model
-        assert len(ranks_of(book)) >= 2
+        assert len(ranks_of(book)) >= 3
         page.evaluate("() => window.jupyterapp.commands.execute('notebook:interrupt-kernel')")
         took = wait_until(lambda: not ranks_of(book), 20, "every rank has ended")
         assert took <= 5, f"the ranks ended {took:.1f} s after the interrupt"
