@@ -112,13 +112,6 @@ def start_worker(
     return Family(subprocess.Popen(command, env=environment, start_new_session=True, **streams))
 
 
-def write_whole(path: Path, content: Any) -> None:
-    """JSON, which is there as a whole or not at all."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(content))
-    aside.replace(path)
-
-
 def end_with_parent(parent: int) -> None:
     """A thread's work: once the process `parent` is gone, ends this process and all below it within 3 s."""
     while os.getppid() == parent:
