@@ -37,7 +37,7 @@ from tools.extract import assert_fresh, check_kernel_definitions  # noqa: E402
 from tools.ranks.failures import HERE, Interrupted, LaunchError, describe_failure, without_root  # noqa: E402
 from tools.ranks.flags import LAUNCHER, flag_arguments, torchrun_environment, torchrun_flags  # noqa: E402
 from tools.ranks.output import Bar, RankOutput, is_live_notebook, kernel, new_folder  # noqa: E402
-from tools.ranks.processes import Family, interrupt, start_worker  # noqa: E402
+from tools.ranks.processes import Family, start_worker  # noqa: E402
 
 __all__ = ["LaunchError", "is_live_notebook", "launch", "load_ipython_extension"]
 
@@ -220,8 +220,8 @@ def command_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line -> exit code: 0, 2 for a refusal, 130 for an interrupt, else torchrun's."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)
-        signal.signal(signal.SIGINT, interrupt)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.default_int_handler)
     try:
         options, rest = command_parser().parse_known_args(argv)
         of_torchrun = vars(options)

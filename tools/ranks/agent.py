@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import importlib.machinery
+import json
 import multiprocessing
 import os
 import signal
@@ -20,9 +21,10 @@ import types
 from pathlib import Path
 from typing import Any
 
+from tools.commands import replace_file
 from tools.ranks.failures import LaunchError, clean_message
 from tools.ranks.flags import check_flags
-from tools.ranks.processes import end_with_parent, write_whole
+from tools.ranks.processes import end_with_parent
 
 Forked = multiprocessing.get_context("fork").Process
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # Linux, prctl
@@ -164,7 +166,8 @@ def run_torchrun(parent: int, report: str, *arguments: str) -> None:
         found = check_in_child(options.training_script_args)
         if options.nproc_per_node == "auto":
             options.nproc_per_node = str(max(2, found.get("num_gpus", 0)))
-        write_whole(Path(report).with_suffix(".flags"), found | {"nproc": options.nproc_per_node})
+        told = json.dumps(found | {"nproc": options.nproc_per_node})
+        replace_file(Path(report).with_suffix(".flags"), told.encode())
         if "error" in found:
             return
 
@@ -193,7 +196,7 @@ def run_torchrun(parent: int, report: str, *arguments: str) -> None:
         error = f"ended by {signal.Signals(stopped.sigval).name}"
     except Exception as failed:
         error = clean_message(f"{type(failed).__name__}: {failed}")
-    write_whole(Path(report), {"failures": failures, "error": error})
+    replace_file(Path(report), json.dumps({"failures": failures, "error": error}).encode())
     for rank in multiprocessing.active_children():  # or the end of this process would wait for them
         rank.kill()
     sys.exit(1)

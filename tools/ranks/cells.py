@@ -139,11 +139,8 @@ def why_not_sent(name: str, namespace: dict[str, Any]) -> str:
 
 
 class Server:
-    """The process that has imported torch and the launcher, and forks every cell's ranks (worker.py); one a kernel.
-
-    It ends with the kernel. Where the environment or the launcher has changed, or a cell was interrupted, the next cell
-    starts another one.
-    """
+    """The process that has imported torch and the launcher, and forks every cell's ranks (worker.py); it ends with the
+    kernel. like: what it was started with; where that has changed, the next cell starts another one."""
 
     running: Server | None = None
 
@@ -151,15 +148,7 @@ class Server:
         self.like, self.log = like, tempfile.TemporaryFile()
         environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"}
         self.family = start_worker("ranks", output=self.log, environment=environment, stdin=subprocess.PIPE)
-
-    @classmethod
-    def get(cls) -> Server:
-        like = dict(os.environ), LAUNCHER.stat().st_mtime_ns
-        if cls.running and (cls.running.like != like or cls.running.family.process.poll() is not None):
-            cls.running.family.end()
-            cls.running = None
-        cls.running = cls.running or Server(like)
-        return cls.running
+        Server.running = self
 
     def run(self, folder: Path, limit_s: float) -> list[str]:
         """Runs a cell, described in folder -> the problems. An interrupt ends this process, and the ranks with it."""
@@ -181,6 +170,16 @@ class Server:
         said = self.log.read().decode(errors="replace").strip().splitlines()
         last = said[-1].replace(*HERE) if said else "it was ended before it could say why"
         return [f"%%ranks: the ranks could not start: {last}"]
+
+
+def server() -> Server:
+    """The one that runs, or a new one."""
+    like, running = (dict(os.environ), LAUNCHER.stat().st_mtime_ns), Server.running
+    if running and running.like == like and running.family.process.poll() is None:
+        return running
+    if running:
+        running.family.end()
+    return Server(like)
 
 
 def run_cell_on_ranks(
@@ -214,7 +213,7 @@ def run_cell_on_ranks(
     folder = Path(tempfile.mkdtemp(prefix="ep-cell-"))
     try:
         (folder / "spec.json").write_text(json.dumps(spec))
-        problems = Server.get().run(folder, timeout_s)
+        problems = server().run(folder, timeout_s)
         for rank in range(nproc):
             path = folder / f"rank{rank}.out"
             for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():

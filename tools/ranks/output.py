@@ -87,8 +87,7 @@ class RankOutput:
     def __init__(self, folder: Path, quiet: bool) -> None:
         folder.mkdir()
         self.folder, self.quiet, self.bar = folder, quiet, Bar(None, quiet)
-        # file -> (open, so that it can be read when its folder is gone; the line that has not ended yet)
-        self.files: dict[Path, tuple[Any, bytes]] = {}
+        self.done: dict[Path, int] = {}  # file -> how far it has been read
         self.seen: set[str] = set()
         self.begin_attempt(0)
 
@@ -100,39 +99,28 @@ class RankOutput:
 
     def poll(self, *, is_last: bool = False) -> None:
         """Reads what is new, and shows it; at the end also a line that no newline closes."""
-        self.read(is_last)  # the ranks of an attempt have ended before the next one starts
-        for path in sorted(self.folder.glob("*/attempt_*/*/std*.log")):
-            if path not in self.files:
-                if attempt_of(path) > self.attempt:
-                    said = [
-                        line for lines in self.errors.values() for line in lines if line.startswith("error: ")
-                    ]
-                    why = said[0].removeprefix("error: ") if said else "a rank has ended"
-                    self.show(f"restart {attempt_of(path)}, after this: {why}", sys.stderr)
-                    self.begin_attempt(attempt_of(path))
-                with contextlib.suppress(OSError):
-                    self.files[path] = open(path, "rb"), b""
-        self.read(is_last)
+        files = self.folder.glob("*/attempt_*/*/std*.log")
+        for path in sorted(files, key=lambda path: (attempt_of(path), path)):
+            if attempt_of(path) > self.attempt:  # the ranks of the one before have ended
+                lines = [line for of_rank in self.errors.values() for line in of_rank]
+                said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+                why = said[0] if said else "a rank has ended"
+                self.show(f"restart {attempt_of(path)}, after this: {why}", sys.stderr)
+                self.begin_attempt(attempt_of(path))
+            with path.open("rb") as file:
+                file.seek(self.done.setdefault(path, 0))
+                new = file.read()
+            if new := new if is_last else new[: new.rfind(b"\n") + 1]:
+                self.done[path] += len(new)
+                for line in new.decode("utf-8", "replace").removesuffix("\n").split("\n"):
+                    self.take(path, RANK_PREFIX.sub("", line.rstrip("\r")))
 
-    def read(self, is_last: bool) -> None:
-        for path, (file, rest) in sorted(self.files.items()):
-            *lines, rest = (rest + file.read()).split(b"\n")
-            if is_last and rest:
-                lines, rest = [*lines, rest], b""
-            self.files[path] = file, rest
-            for line in lines:
-                text = RANK_PREFIX.sub("", line.decode("utf-8", "replace").rstrip("\r"))
-                rank = int(path.parent.name)
-                if path.stem == "stderr":
-                    self.take_error(rank, text)
-                else:
-                    self.show(text if rank == 0 else f"rank {rank}: {text}", sys.stdout)
-
-    def show(self, line: str, stream: Any) -> None:
-        if not self.quiet:
-            self.bar.print(line, stream)
-
-    def take_error(self, rank: int, line: str) -> None:
+    def take(self, path: Path, line: str) -> None:
+        """A line of a rank's file."""
+        rank = int(path.parent.name)
+        if path.stem == "stdout":
+            self.show(line if rank == 0 else f"rank {rank}: {line}", sys.stdout)
+            return
         if line.startswith("error: ") and not self.has_error:
             self.has_error, self.errors = True, {rank: self.errors.get(rank, [])} | self.errors
         self.errors.setdefault(rank, []).append(line)
@@ -143,16 +131,22 @@ class RankOutput:
         if is_shown and rank not in self.in_report:
             self.show(line.replace(*HERE), sys.stderr)
 
+    def show(self, line: str, stream: Any) -> None:
+        if not self.quiet:
+            self.bar.print(line, stream)
+
     def keep(self, log_dir: Path) -> Path:
         """Copies all output to a new folder, ranks of log_dir, or a temporary one where nothing can be written there:
         rank0.out, rank0-restart1.err, torchrun.log; empty files go."""
         whole = self.folder / "whole"
         whole.mkdir()
-        for path in [self.folder / "torchrun.log", *self.files]:
-            if path.stat().st_size:
-                again = f"-restart{attempt_of(path)}" if path in self.files and attempt_of(path) else ""
-                name = f"rank{path.parent.name}{again}.{path.stem[3:]}" if path in self.files else path.name
-                path.rename(whole / name)
+        for path in self.done:
+            again = f"-restart{attempt_of(path)}" if attempt_of(path) else ""
+            path.rename(whole / f"rank{path.parent.name}{again}.{path.stem[3:]}")
+        (self.folder / "torchrun.log").rename(whole / "torchrun.log")
+        for path in list(whole.iterdir()):
+            if not path.stat().st_size:
+                path.unlink()
         try:
             kept = new_folder(log_dir / "ranks")
             shutil.copytree(whole, kept, dirs_exist_ok=True)
@@ -169,4 +163,3 @@ def new_folder(path: Path) -> Path:
             folder = path.with_name(f"{path.name}-{number}") if number > 1 else path
             folder.mkdir(parents=True)
             return folder
-    raise AssertionError

@@ -98,11 +98,6 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def interrupt(*_: Any) -> None:
-    """Signal handler: SIGTERM ends this process as Ctrl-C does."""
-    raise KeyboardInterrupt
-
-
 def start_worker(
     *arguments: Any,
     output: Any,
@@ -115,13 +110,6 @@ def start_worker(
     command = [*before, sys.executable, str(WORKER), mode, str(os.getpid()), *rest]
     streams = {"stdin": stdin, "stdout": output, "stderr": output}
     return Family(subprocess.Popen(command, env=environment, start_new_session=True, **streams))
-
-
-def write_whole(path: Path, content: Any) -> None:
-    """JSON, which is there as a whole or not at all."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(content))
-    aside.replace(path)
 
 
 def end_with_parent(parent: int) -> None:

@@ -36,9 +36,9 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # in the place of tools/ranks/
 
+from tools.commands import replace_file  # noqa: E402
 from tools.ranks.agent import PR_SET_PDEATHSIG, Forked, prctl, run_torchrun  # noqa: E402
 from tools.ranks.failures import clean_message, signal_name  # noqa: E402
-from tools.ranks.processes import write_whole  # noqa: E402
 
 CELL_FILE = "%%ranks cell"  # the file name in tracebacks of a cell's body
 CELL_MODULE = "ranks_cell"  # where a cell's classes live
@@ -271,7 +271,7 @@ def run_ranks(parent: int, folder: Path) -> None:
         problems = ranks.problems(spec["timeout_s"])
     finally:
         ranks.end()
-    write_whole(folder / "problems.json", problems)
+    replace_file(folder / "problems.json", json.dumps(problems).encode())
     if os.getppid() != parent:
         shutil.rmtree(folder, ignore_errors=True)  # the kernel that made it is gone
 
