@@ -80,11 +80,11 @@ def fuzz(folder: Path, times: float) -> Iterator[str]:
 
 
 def ctrl_c(folder: Path, times: float) -> Iterator[str]:
-    """Ctrl-C at any moment from 0.1 to 8 s, 20 times each: `make train`, the launcher alone, torchrun, notebooks.py.
+    """Ctrl-C at any moment from 0.3 to 8 s, 20 times each: `make train`, the launcher alone, torchrun, notebooks.py.
 
-    Every second run saves at every fifth step; every third Ctrl-C is followed by another. Right: within 5 s one line,
-    and a run that has saved goes on with --resume. Torchrun adds a traceback of its own (through torch/), and the
-    ranks nothing.
+    Before 0.3 s Python itself is starting. Every second run saves at every fifth step; every third Ctrl-C is followed
+    by another. Right: within 5 s one line, and a run that has saved goes on with --resume. Torchrun adds a traceback
+    of its own (through torch/), and the ranks nothing.
     """
     flags = ["--steps", "1000000", *SMALL, "--log-dir", str(folder / "log")]
     saving = ["--checkpoint-dir", str(folder / "saved"), "--checkpoint-interval", "5"]
@@ -98,7 +98,7 @@ def ctrl_c(folder: Path, times: float) -> Iterator[str]:
     for name, number in itertools.product(commands, range(max(1, round(20 * times)))):
         for place in ("log", "saved"):
             shutil.rmtree(folder / place, ignore_errors=True)
-        moment, saves = draw.uniform(0.1, 8), name != "notebooks" and number % 2 == 1
+        moment, saves = draw.uniform(0.3, 8), name != "notebooks" and number % 2 == 1
         process = start(folder, *commands[name], *saving * saves)
         time.sleep(moment)
         process.send_signal(signal.SIGINT)

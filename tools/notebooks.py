@@ -307,4 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == 130:  # nbclient's exit function would ask for a kernel that is gone
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
