@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "5c84b2c4952941f0cdf9001581efc065f4cc6afa9a08c2fdd5cf44d6fd3974fd"
+SOURCES_SHA256 = "cdf6bb65edaba68dd1cf9bd4185ccb7ad39ce64a98c3ee0643132a85002ee2c0"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -3369,6 +3369,14 @@ def watch_over(
     threading.Thread(target=look, daemon=True).start()
 
 
+@kernel
+def count_replay_kernel(count, ended):
+    """One program: counts a replay on the device, and tells the host. ended: int64 [1], the host's, page-locked."""
+    number = tl.load(count) + 1
+    tl.store(count, number)
+    tl.store(ended, number)
+
+
 class Replays:
     """Replays of a recorded step, begun and ended: who waits for a rank that never comes finds out in limit_s.
 
@@ -3382,9 +3390,12 @@ class Replays:
         watch_over(self.check, fail)
 
     def record_end(self, count: Tensor) -> None:
-        """The last thing in a recording. count: int64 [1] on its device, 0."""
-        count.add_(1)
-        self.ended.copy_(count, non_blocking=True)
+        """The last thing in a recording. count: int64 [1] on its device, 0; kept, since replays write to it."""
+        self.count = count
+        if uses_kernels(count):
+            count_replay_kernel[(1,)](count, self.ended)
+        else:
+            self.ended.copy_(count.add_(1), non_blocking=True)
 
     def check(self) -> None:
         """CollectiveError where one has been under way for limit_s, and no other has ended meanwhile."""
@@ -5633,6 +5644,13 @@ class ArrivalOptions(Options):
         if self.arrival_factor is not None:
             training.advance = StepAgain(training)
 
+    def leave(self, training: Training) -> None:
+        """A line in the log, where steps were taken again."""
+        if times := training.notes.get("summary", {}).get("steps_taken_again"):
+            training.run.log.write(
+                f"steps taken again: {times}; more came than --arrival-factor {self.arrival_factor:g} has room for"
+            )
+
 
 def arrival_room(num_slots: int, size: int, top_k: int, num_local: int, factor: float | None) -> int:
     """(row, expert) pairs for which a rank's experts have room: factor * S * K, or all that can come."""
@@ -5662,7 +5680,8 @@ class StepAgain:
     """Takes a step; where more came than there was room for, on any rank, takes it again with room for all.
 
     So losses and parameters are those of a run with room for all. The step may be recorded: the device skips the update
-    and the host reads one number behind it. Bytes of both tries are counted. notes["summary"]["steps_taken_again"].
+    and the host reads one number behind it. The meter counts the bytes of both tries, the summary's bytes a step those
+    of the second. The log says when it happens first; notes["summary"]["steps_taken_again"], how often.
     """
 
     def __init__(self, training: Training) -> None:
@@ -5690,6 +5709,9 @@ class StepAgain:
         before = generator.get_state(), [buffer.clone() for buffer in buffers]
         losses = self.advance()
         if self.is_crowded.item():
+            if not self.times:
+                where = f"step {self.training.run.step}: more came than --arrival-factor has room for; "
+                self.training.run.log.write(f"{where}it is taken again, with room for all")
             self.times += 1
             losses = self.take_again(*before)
         self.training.notes.setdefault("summary", {})["steps_taken_again"] = self.times
@@ -5704,6 +5726,7 @@ class StepAgain:
         factors = [layer.dispatcher.arrival_factor for layer in self.layers]
         for layer in self.layers:
             layer.dispatcher.arrival_factor = None
+        self.training.record.bytes_before = self.training.run.mesh.meter.total(*PASSES)
         losses = self.again()
         for layer, (ids, probs), factor in zip(self.layers, seen, factors, strict=True):
             layer.dispatcher.arrival_factor = (
@@ -5711,6 +5734,78 @@ class StepAgain:
             )
             layer.topk_ids, layer.probs = ids.copy_(layer.topk_ids), probs.copy_(layer.probs)
         return losses
+
+
+# %% notebooks/11_peer_memory.ipynb #sum-small-kernel
+@kernel
+def sum_small_kernel(
+    x, table, state, missing, looks, num, slot_bytes,
+    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """One program: x [num] into every other rank's memory; the sum over the ranks, in their order, takes its place."""
+    epoch, i = tl.load(state), tl.arange(0, BLOCK)
+    own = tl.load(x + i, mask=i < num, other=0)
+    for p in tl.static_range(NUM_RANKS):
+        if p != RANK:
+            there = slot_of(table, p, epoch, slot_bytes).to(tl.pointer_type(x.dtype.element_ty))
+            tl.store(tl.multiple_of(there, 16) + RANK * BLOCK + i, own, mask=i < num)
+    signal_peers(table, state, epoch, RANK, NUM_RANKS, PLACES)
+    await_peers(table, epoch + 1, missing, looks, RANK, NUM_RANKS, PLACES)
+    here = slot_of(table, RANK, epoch, slot_bytes).to(tl.pointer_type(x.dtype.element_ty))
+    total = tl.zeros([BLOCK], dtype=x.dtype.element_ty)
+    for p in tl.static_range(NUM_RANKS):
+        if p == RANK:
+            total += own
+        else:
+            total += tl.load(tl.multiple_of(here, 16) + p * BLOCK + i, mask=i < num, other=0)
+    tl.store(x + i, total, mask=i < num)
+
+
+# %% notebooks/11_peer_memory.ipynb #small-sums
+SMALL_SUM = 8192  # numbers; the gradients of a router of 16 experts and 256 columns are half as many
+
+
+def sum_small_twin(x: Tensor, comm: Communicator, memory: PeerMemory) -> None:
+    """sum_small_kernel in PyTorch, through the same memory."""
+    shape = comm.size, x.numel(), 0
+    for p in range(comm.size):
+        memory.slot(p, shape, x.dtype)[0][comm.rank] = x.flatten()
+    dist.barrier(comm.group)
+    parts = memory.slot(comm.rank, shape, x.dtype)[0]
+    x.copy_(functools.reduce(torch.add, parts).view_as(x))
+    memory.turn = (memory.turn + 1) % memory.turns
+
+
+class SmallSums:
+    """A communicator's all_reduce: small tensors through memory of their own, all others as before. Collective."""
+
+    def __init__(self, comm: Communicator, x: Tensor) -> None:
+        self.comm, self.library = comm, comm.all_reduce
+        self.memory = memory_of(comm, comm.size * SMALL_SUM * 8, x, "sums")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sum of x over the ranks, added up in their order, in place. Not metered. No host synchronisation."""
+        is_small = (
+            x.dtype in (torch.float32, torch.int64) and 0 < x.numel() <= SMALL_SUM and x.is_contiguous()
+        )
+        if not is_small or x.device != self.memory.state.device:
+            return self.library(x)
+        size, block, memory = self.comm.size, max(16, 1 << (x.numel() - 1).bit_length()), self.memory
+        with self.comm.entering():
+            if not uses_kernels(x):
+                sum_small_twin(x, self.comm, memory)
+                return x
+            sum_small_kernel[(1,)](
+                x, memory.table, memory.state, memory.missing, memory.looks, x.numel(), memory.slot_bytes,
+                self.comm.rank, size, 1 << (size - 1).bit_length(), block, num_warps=min(16, max(1, block // 256)),
+            )  # fmt: skip
+        return x
+
+
+def sum_in_memory(comm: Communicator, x: Tensor) -> None:
+    """From now on comm's small sums go through memory, where x is on a GPU. Collective, the first time."""
+    if uses_kernels(x) and comm.size > 1 and "all_reduce" not in vars(comm):
+        comm.all_reduce = SmallSums(comm, x)
 
 
 # %% notebooks/11_peer_memory.ipynb #agreed-slots
@@ -5783,6 +5878,7 @@ class PeerDispatcher(GatherTokensDispatcher):
         num_rows, rider_bytes = size * num_slots, 2 * top_k * topk_weights.element_size()
         num_bytes = rider_start(num_rows, x.shape[1], x.dtype) + num_rows * rider_bytes
         plan = PeerPlan(self.comm, memory_of(self.comm, num_bytes, x), num_slots, self.num_local_experts)
+        sum_in_memory(self.comm, x)
         rows, weights, ids = ToExperts.apply(x, topk_weights, topk_ids, plan)
         room = arrival_room(num_slots, size, top_k, self.num_local_experts, self.arrival_factor)
         fitting = keep_to_room(ids, room, plan, self.raises)

@@ -80,6 +80,14 @@ def alone_with_half(recorder: Recorder, ours: ep.EPMoE, num_shared: int) -> ep.E
     return traffic.alone().layer(config, recorder.device, layer.fill)
 
 
+def least_of_ranks(recorder: Recorder, times: dict[str, float]) -> dict[str, float]:
+    """{kernel: ms}, of the rank where it took least: the others waited in it. "all" is their sum."""
+    by_rank = recorder.gather(times)
+    names = [name for name in times if name != "all" and all(name in own for own in by_rank)]
+    least = {name: min(own[name] for own in by_rank) for name in names}
+    return {"all": sum(least.values())} | least
+
+
 def one_size(recorder: Recorder, size: str) -> dict:
     """Errors, times, exposed exchange and kernels of every case at one size."""
     ours = layer.make_layer(recorder, size)
@@ -105,37 +113,21 @@ def one_size(recorder: Recorder, size: str) -> dict:
     for name, run in list(passes.items()):
         found = [run().detach(), x.grad, made[name].experts.w1.grad, made[name].router.gate.weight.grad]
         if "alone" not in name:
-            first = plain.setdefault("shared" in name, [t.clone() for t in found])
-            off = max(
-                float((a.float() - b.float()).norm() / b.float().norm())
-                for a, b in zip(found, first, strict=True)
-            )
-            errors[name] = max(recorder.gather(off))
-            if not errors[name] <= 2e-2:
-                recorder.failures.append(f"{size}: {name} is {errors[name]:.1e} off the plain order")
+            errors[name] = overlap.off_plain(recorder, size, name, found, plain)
         if name in ("all_to_all, none", "peer, none", f"peer, room for {FACTOR}"):
             variant = layer.Variant(made[name], list(made[name].parameters()))
             memory[name] = layer.memory_gb(variant, run, x)
         if recorder.on_gpu and made[name].dispatcher.records:
             if name in ("peer, none", "one rank alone"):
-                kernels[name] = layer.kernel_times(run)
+                kernels[name] = least_of_ranks(recorder, layer.kernel_times(run))
             with mock.patch.object(torch.cuda, "graph", partial(torch.cuda.graph, pool=pool)):
                 passes[name] = record.captured(run)
     words = (*overlap.EXCHANGE_KERNELS, "memcpy ptop", "meet_kernel")
-    samples = recorder.alternate(passes, 2, recorder.event_ms, warm_up=2)
-    ms, exchange = record.medians(samples), {}
-    with mock.patch.object(overlap, "EXCHANGE_KERNELS", words):
-        for name in made if recorder.on_gpu else ():
-            by_rank = recorder.gather(overlap.exchange_of(passes[name]))
-            exchange[name] = max(by_rank, key=lambda found: found["exposed_ms"])
-    for name in ms:
-        parts = ", ".join(f"{what} {value:.2f}" for what, value in exchange.get(name, {}).items())
-        recorder.say(f"  {size:9} {name:34} {ms[name]:8.3f} ms  {parts}  off {errors.get(name, 0):.1e}")
+    result = overlap.compare(recorder, size, passes, errors, words)
     recorder.say(f"  {size} memory: {memory}")
     for name, times in kernels.items():
         recorder.say(f"  {size} {name}: " + "; ".join(f"{k[:48]} {v:.3f}" for k, v in times.items()))
-    return {"tokens": len(x), "errors": errors, "median_ms": ms, "samples_ms": samples, "exchange": exchange,
-            "kernels": kernels, "memory": memory}  # fmt: skip
+    return {"tokens": len(x)} | result | {"kernels": kernels, "memory": memory}
 
 
 def measure(recorder: Recorder) -> None:

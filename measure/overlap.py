@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -237,9 +237,9 @@ def covered_ms(spans: list[tuple[float, float]]) -> tuple[float, list[tuple[floa
     return sum(end - start for start, end in merged) / 1e3, merged
 
 
-def exchange_of(run: Callable[[], object], passes: int = 3) -> dict[str, float]:
-    """Per pass, in ms, by torch.profiler: exchange_ms, in which a kernel of the exchange runs; exposed_ms, of that, in
-    which no other kernel does; idle_ms, in which none does."""
+def exchange_of(run: Callable[[], object], kernels: Sequence[str], passes: int = 3) -> dict[str, float]:
+    """Per pass, in ms, by torch.profiler: exchange_ms, in which a kernel of the exchange runs (its name holds a word of
+    `kernels`); exposed_ms, of that, in which no other kernel does; idle_ms, in which none does."""
     run()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for _ in range(passes):
@@ -251,7 +251,7 @@ def exchange_of(run: Callable[[], object], passes: int = 3) -> dict[str, float]:
         for e in events
         if e.time_range.end > e.time_range.start
     ]
-    is_exchange = [any(word in name.lower() for word in EXCHANGE_KERNELS) for name, _, _ in spans]
+    is_exchange = [any(word in name.lower() for word in kernels) for name, _, _ in spans]
     own = [span[1:] for span, own in zip(spans, is_exchange, strict=True) if own]
     others = [span[1:] for span, own in zip(spans, is_exchange, strict=True) if not own]
     all_ms, merged = covered_ms(own + others)
@@ -287,6 +287,35 @@ def orders_of(recorder: Recorder, ours: ep.EPMoE) -> dict[str, ep.EPMoE]:
     return made
 
 
+def off_plain(recorder: Recorder, size: str, name: str, found: list, plain: dict[bool, list]) -> float:
+    """How far the tensors that a pass found are from the plain order's, on the worst rank; a failure above 2e-2.
+
+    plain: filled by the first case without, and the first with, a shared expert: the plain orders."""
+    first = plain.setdefault("shared" in name, [t.clone() for t in found])
+    pairs = zip(found, first, strict=True)
+    off = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
+    off = max(recorder.gather(off))
+    if not off <= 2e-2:
+        recorder.failures.append(f"{size}: {name} is {off:.1e} off the plain order")
+    return off
+
+
+def compare(
+    recorder: Recorder, size: str, passes: dict[str, Callable[[], object]], errors: dict[str, float],
+    kernels: Sequence[str] = EXCHANGE_KERNELS,
+) -> dict:  # fmt: skip
+    """The passes' times, in turns, and how much of each exchange is exposed, of the slowest rank."""
+    samples = recorder.alternate(passes, 2, recorder.event_ms, warm_up=2)
+    ms, exchange = record.medians(samples), {}
+    for name in passes if recorder.on_gpu else ():
+        by_rank = recorder.gather(exchange_of(passes[name], kernels))
+        exchange[name] = max(by_rank, key=lambda found: found["exposed_ms"])
+    for name in ms:
+        parts = ", ".join(f"{what} {value:.2f}" for what, value in exchange.get(name, {}).items())
+        recorder.say(f"  {size:9} {name:34} {ms[name]:8.3f} ms  {parts}  off {errors.get(name, 0):.1e}")
+    return {"errors": errors, "median_ms": ms, "samples_ms": samples, "exchange": exchange}
+
+
 def one_size(recorder: Recorder, size: str) -> dict:
     """Every dispatcher and order at one size: how far from the plain order, times, exchanges."""
     ours = layer.make_layer(recorder, size)
@@ -296,26 +325,11 @@ def one_size(recorder: Recorder, size: str) -> dict:
     errors, plain = {}, {}
     for name, run in list(passes.items()):
         found = [run().detach(), x.grad, made[name].experts.w1.grad]
-        first = plain.setdefault("shared" in name, [t.clone() for t in found])
         if name != "one rank alone":
-            off = max(
-                float((a.float() - b.float()).norm() / b.float().norm())
-                for a, b in zip(found, first, strict=True)
-            )
-            errors[name] = max(recorder.gather(off))
-            if not errors[name] <= 2e-2:
-                recorder.failures.append(f"{size}: {name} is {errors[name]:.1e} off the plain order")
-        if recorder.on_gpu and made[name].dispatcher.records and name != "one rank alone":
-            passes[name] = record.captured(run)
-    samples = recorder.alternate(passes, 2, recorder.event_ms, warm_up=2)
-    ms, exchange = record.medians(samples), {}
-    for name in made if recorder.on_gpu else ():
-        by_rank = recorder.gather(exchange_of(passes[name]))
-        exchange[name] = max(by_rank, key=lambda found: found["exposed_ms"])
-    for name in ms:
-        kernels = ", ".join(f"{what} {value:.2f}" for what, value in exchange.get(name, {}).items())
-        recorder.say(f"  {size:9} {name:34} {ms[name]:8.3f} ms  {kernels}  off {errors.get(name, 0):.1e}")
-    return {"tokens": len(x), "errors": errors, "median_ms": ms, "samples_ms": samples, "exchange": exchange}
+            errors[name] = off_plain(recorder, size, name, found, plain)
+            if recorder.on_gpu and made[name].dispatcher.records:
+                passes[name] = record.captured(run)
+    return {"tokens": len(x)} | compare(recorder, size, passes, errors)
 
 
 def beside(recorder: Recorder) -> dict:

@@ -6,7 +6,8 @@
 
 Exchange: dispatch and combine, forward, of 4,096 tokens a rank, hidden 7,168, top-8 of 256 experts, bfloat16, beside
 the all-to-all of as many bytes and nothing else. Small: the same with 128 tokens. Kernels: those of chapter 11 by
-their number of programs, and the copy engine. Step: the launcher's, with its defaults. Layers: forward and backward at
+their number of programs, and the copy engine. Step: the launcher's, with its defaults, and what its kernels take; sums
+of a few numbers. Layers: forward and backward at
 the sizes of measure/layer.py, each held against its reference first. What records is timed recorded too.
 """
 
@@ -27,6 +28,7 @@ from measure import before, layer, record  # noqa: E402
 from measure.record import Recorder  # noqa: E402
 
 NAMES = ("all_to_all", "dedup", "gather_tokens", "peer")
+LIBRARY = "peer, recorded, the library's sums"
 PROGRAMS = (8, 16, 32, 64, 132, 264, 528, 1056, 2112)
 
 
@@ -221,16 +223,56 @@ def layers(recorder: Recorder) -> dict:
     return found
 
 
+def sums(recorder: Recorder) -> dict[str, float]:
+    """us of a sum over the ranks, one behind another in a graph: chapter 11's way and the library's; beside them what
+    fills the numbers, which is in both."""
+    if not recorder.on_gpu or recorder.comm.size == 1:
+        return {}
+    add_up, count, runs = ep.SmallSums(recorder.comm, torch.zeros(1, device=recorder.device)), 20, {}
+    for numbers in (1, 4130):
+        x = torch.zeros(numbers, device=recorder.device)
+        ways = {"own": add_up, "library": add_up.library, "filling alone": lambda x: x}
+        for name, way in ways.items():
+            run = record.captured(lambda way=way, x=x: [way(x.zero_()) for _ in range(count)])
+            runs[f"{name}, {numbers}"] = run
+    samples = recorder.alternate(runs, 5, recorder.event_ms, warm_up=3)
+    return {name: 1e3 * ms / count for name, ms in record.medians(samples).items()}
+
+
+def one_replay(run: Callable[[], object], passes: int = 4) -> list[list]:
+    """The kernels of one call of run, the third of some: [name, start, length] in us, from the first one's start."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(passes):
+            run()
+        torch.cuda.synchronize()
+    events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events)
+    count = len(spans) // passes
+    spans = spans[2 * count : 3 * count]
+    first = spans[0][0]
+    return [[name[:100], round(start - first, 2), round(end - start, 2)] for start, end, name in spans]
+
+
 def step(recorder: Recorder) -> dict:
     """The launcher's training step with its defaults, with what `auto` takes, and as many tokens on one rank alone.
 
     recorded_equals_eager: whether 100 recorded steps of `peer` have the losses of 100 eager ones, to the last bit.
+    kernels: those of one recorded step, {variant: one_replay of rank 0}. sums_us: see sums.
     """
     flags = {name: ["--dispatcher", name, "--step", "eager"] for name in NAMES} | {"auto": []}
     if recorder.on_gpu:
         flags |= {f"{n}, recorded": ["--dispatcher", n, "--step", "graph"] for n in ("gather_tokens", "peer")}
     make = recorder.launchers[""].step
-    variants = {name: make(own, recorder.device) for name, own in flags.items()}
+    others = before.Launcher().step  # whose sums are the library's: peer changes those of its own group
+    variants = {
+        name: (make if name.startswith(("peer", "auto")) else others)(own, recorder.device)
+        for name, own in flags.items()
+    }
+    if recorder.on_gpu:
+        with mock.patch.object(ep, "SMALL_SUM", 0):  # nothing is small
+            variants[LIBRARY] = make(flags["peer, recorded"], recorder.device)
+            variants[LIBRARY]()
     one = alone()
     tokens = str(32 * recorder.comm.size)
     variants["one rank alone"] = one.step(["--tokens", tokens, "--max-num-tokens", tokens], recorder.device)
@@ -244,8 +286,16 @@ def step(recorder: Recorder) -> dict:
     samples = recorder.alternate(variants, 2 if recorder.args.small else 8)
     ms = record.medians(samples)
     recorder.say_speeds(ms, "all_to_all")
+    seen = ("peer, recorded", LIBRARY, "gather_tokens, recorded", "one rank alone") if recorder.on_gpu else ()
+    kernels = {name: one_replay(variants[name]) for name in seen}
+    for name, own in kernels.items():
+        busy = sum(length for _, _, length in own)
+        recorder.say(f"  {name:40} {len(own)} kernels, busy {busy:.0f} us of {own[-1][1] + own[-1][2]:.0f}")
+    sums_us = sums(recorder)
+    recorder.say(f"  a sum, us: {sums_us}")
     taken = ep.pick("dispatcher", ep.parse_flags([])[0], recorder.device, recorder.comm.size)
-    return {"auto": taken, "recorded_equals_eager": is_equal, "median_ms": ms, "samples_ms": samples}
+    return {"auto": taken, "recorded_equals_eager": is_equal, "median_ms": ms, "samples_ms": samples,
+            "kernels": kernels, "sums_us": sums_us}  # fmt: skip
 
 
 PARTS = {"exchange": exchange, "small": small, "kernels": kernels, "step": step, "layers": layers}

@@ -58,19 +58,23 @@ def token_color(rank: int, token: int, num_tokens: int = 4) -> tuple[float, floa
     return red, green, blue
 
 
+def ink_on(color: str | Sequence[float]) -> str:
+    """White or dark, whichever reads better on the colour."""
+    red, green, blue = to_rgb(color)
+    return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else INK
+
+
 def draw_box(
     ax: Axes, x: float, y: float, color: str | Sequence[float], text: str = "", *, width: float = 0.9,
     height: float = 0.8, edge: str = INK, hatch: str | None = None, fontsize: float = 12, linewidth: float = 1,
 ) -> None:  # fmt: skip
-    """A box with its lower left corner at (x, y); its text black or white, whichever reads better on color."""
+    """A box with its lower left corner at (x, y)."""
     ax.add_patch(FancyBboxPatch(
         (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08", facecolor=color, edgecolor=edge,
         linewidth=linewidth, hatch=hatch,
     ))  # fmt: skip
-    red, green, blue = to_rgb(color)
-    is_dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-    ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=fontsize,
-            color="white" if is_dark else INK)  # fmt: skip
+    middle = x + width / 2, y + height / 2
+    ax.text(*middle, text, ha="center", va="center", fontsize=fontsize, color=ink_on(color))
 
 
 def has_other_parameters() -> bool:

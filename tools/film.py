@@ -11,11 +11,14 @@ A token wears its home rank's colour: token 0 filled, token 1 outlined, so that 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path as FilePath
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML
+from jinja2 import Template
 from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
@@ -23,14 +26,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
-from tools.figures import INK, draw_box, rank_color, show_animation
+from tools.figures import INK, draw_box, ink_on, rank_color, show_animation
 
 EXPERT, SOURCE_RANK = 0, 1  # columns of a row's tags
 BY_EXPERT, BY_SOURCE = (EXPERT, 1), (SOURCE_RANK, 1)
 Key = tuple[int, int, int]  # of a row: home rank, token, expert
 Places = dict[Key, tuple[float, float]]
 
-FILM_S, DONE, ADDED = 20, 0.60, 0.88  # seconds; when rows are computed, and when a token adds up its own
 STOPS = (0.10, 0.17, 0.27, 0.40, 0.46, 0.53, 0.68, 0.82)  # leave, arrive, leave, ... as shares of the film
 
 
@@ -52,7 +54,7 @@ class Flight:
         self, by_rank: list[dict[str, Any]], num_experts: int, blocks: Sequence[tuple[int, int]]
     ) -> None:
         self.by_rank, self.num_ranks, self.num_experts = by_rank, len(by_rank), num_experts
-        self.num_local = num_experts // self.num_ranks
+        self.num_local, self.top_k = num_experts // self.num_ranks, by_rank[0]["ids"].shape[1]
         stages = [[held["stages"][n] for held in by_rank] for n in range(len(blocks))]
         self.stages = stages
         self.width = max(len(rows) for rows, *_ in stages[1]) + 2
@@ -91,8 +93,7 @@ class Flight:
 
     def one_of_each(self, places: Places) -> Places:
         """The first choice's place of every token, which is its box's."""
-        top_k = self.by_rank[0]["ids"].shape[1]
-        return dict(list(places.items())[::top_k])
+        return dict(list(places.items())[:: self.top_k])
 
 
 def draw_line(ax: Axes, start: tuple[float, float], end: tuple[float, float], key: Key) -> None:
@@ -120,7 +121,7 @@ def draw_flight(flight: Flight, names: Sequence[str]) -> Figure:
     """All stages under one another, joined by lines. It knows no routing: colours are read from the rows."""
     fig, ax = plt.subplots(figsize=(1.4 + 2.6 * flight.num_ranks, 8.4))
     draw_strips(ax, flight)
-    for upper, lower in zip(flight.places[:-1], flight.places[1:], strict=True):
+    for upper, lower in pairwise(flight.places):
         for key in upper:
             draw_line(ax, upper[key], lower[key], key)
     for stage, places in zip(flight.stages, flight.places[1:4], strict=True):
@@ -144,126 +145,42 @@ def draw_flight(flight: Flight, names: Sequence[str]) -> Figure:
     return fig
 
 
-def svg_step(name: str, before: float, after: float, at: float, length: float = 0.03) -> str:
-    """An SVG attribute that changes from `before` to `after` at a time of the film, and stays."""
-    times, values = f"0; {at:.3f}; {at + length:.3f}; 1", f"{before}; {before}; {after}; {after}"
-    return (
-        f'<animate attributeName="{name}" dur="{FILM_S}s" repeatCount="indefinite" '
-        f'keyTimes="{times}" values="{values}"/>'
-    )
-
-
 def to_pixels(x: float, y: float) -> tuple[float, float]:
     """A place in the picture -> SVG coordinates."""
     return 150 + 19 * x, 26 * (20.6 - y)
 
 
-def ink_on(fill: str) -> str:
-    """White or dark, whichever reads better on the colour."""
-    red, green, blue = (int(fill[i : i + 2], 16) for i in (1, 3, 5))
-    return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 128 else INK
-
-
-def flying_row(flight: Flight, key: Key, turn: int) -> str:
-    """A row as an SVG group that flies through its stops and rests at each; a bar shows which rank computed it.
-
-    turn: the row's number on its rank; rows leave one after the other. Without animation it rests at its expert.
-    """
-    stops = [to_pixels(*places[key]) for places in flight.places]
-    (fill, edge, width), late = token_style(*key[:2]), 0.005 * turn
-    times = [0, *(stop + late for stop in STOPS), 1]
-    values = "; ".join(f"{x:.1f} {y:.1f}" for stop in stops for x, y in (stop, stop))
-    splines = "; ".join(["0 0 1 1", ".4 0 .4 1"] * 4 + ["0 0 1 1"])  # rest, and fly with a soft start and end
-    worker = rank_color(key[2] // flight.num_local)
-    bar = f'<rect y="23" width="17" height="6" fill="{worker}" stroke="{INK}" opacity="1">'
-    return (
-        f'<g transform="translate({stops[3][0]:.1f} {stops[3][1]:.1f})">'
-        f"{bar}{svg_step('opacity', 0, 1, DONE)}</rect>"
-        f'<rect width="17" height="22" rx="3" fill="{fill}" stroke="{edge}" stroke-width="{width}"/>'
-        f'<text x="8.5" y="17" text-anchor="middle" font-size="16" fill="{ink_on(fill)}">{key[2]}</text>'
-        f'<animateTransform attributeName="transform" type="translate" dur="{FILM_S}s" repeatCount="indefinite" '
-        f'calcMode="spline" keyTimes="{"; ".join(f"{t:.3f}" for t in times)}" keySplines="{splines}" '
-        f'values="{values}"/></g>'
-    )
-
-
-def trail(flight: Flight, key: Key) -> str:
-    """A row's whole way as a pale line through its stops."""
-    stops = [to_pixels(*places[key]) for places in flight.places]
-    (x, y), way = stops[0], ""
-    for new_x, new_y in stops:
-        way += (
-            f"C{x:.0f} {(y + new_y) / 2:.0f} {new_x:.0f} {(y + new_y) / 2:.0f} {new_x:.0f} {new_y:.0f}"
-            if way
-            else ""
-        )
-        way = way or f"M{x:.0f} {y:.0f}"
-        x, y = new_x, new_y
-    fill, edge, _ = token_style(*key[:2])
-    color = fill if key[1] == 0 else edge
-    dash = "" if key[1] == 0 else ' stroke-dasharray="5 4"'
-    return (
-        f'<path transform="translate(8.5 11)" d="{way}" fill="none" stroke="{color}" stroke-width="1.6" '
-        f'opacity="0.45"{dash}/>'
-    )
-
-
-def wide_token(key: Key, x: float, y: float, opacity: int, change: str) -> str:
-    """A token's box at home: it opens at the start (opacity 1 to 0), or closes at the end (0 to 1)."""
-    fill, edge, width = token_style(*key[:2])
-    return (
-        f'<g opacity="{opacity}"><rect x="{x - 4:.1f}" y="{y - 5:.1f}" width="100" height="36" rx="5" '
-        f'fill="{fill}" stroke="{edge}" stroke-width="{width}"/><text x="{x + 46:.1f}" y="{y + 19:.1f}" '
-        f'text-anchor="middle" fill="{ink_on(fill)}">token {key[1]}</text>{change}</g>'
-    )
+def way_through(stops: Sequence[tuple[float, float]]) -> str:
+    """A smooth SVG path through the stops."""
+    way = f"M{stops[0][0]:.0f} {stops[0][1]:.0f}"
+    for (x, y), (new_x, new_y) in pairwise(stops):
+        middle = f"{(y + new_y) / 2:.0f}"
+        way += f"C{x:.0f} {middle} {new_x:.0f} {middle} {new_x:.0f} {new_y:.0f}"
+    return way
 
 
 def film(flight: Flight, names: Sequence[str]) -> str:
-    """An SVG film of a few kB: strips, names of stages, rows that fly, and tokens that open and close."""
-    parts, step = [], 19 * (flight.width + 1)
-    for r in range(flight.num_ranks):
-        left = 150 + r * step - 3.8
-        parts.append(f'<rect x="{left:.1f}" y="44" width="{step - 13.3:.1f}" height="540" fill="#f1f1f4"/>')
-        middle = f'x="{left + 9.5 * flight.width:.1f}" text-anchor="middle" fill="{INK}"'
-        parts.append(f'<text {middle} y="18" font-weight="bold">rank {r}</text>')
-        parts.append(f'<text {middle} y="37" font-size="16">experts {flight.owned(r)}</text>')
+    """An SVG film of a few kB, as film.svg.j2 has it: strips, names of stages, rows that fly, and tokens that open and
+    close. A rank's rows leave one after the other."""
+    rows, per_rank, lines = [], len(flight.places[0]) // flight.num_ranks, []
+    for number, key in enumerate(flight.places[0]):
+        stops = [to_pixels(*places[key]) for places in flight.places]
+        times = [0, *(stop + 0.005 * (number % per_rank) for stop in STOPS), 1]
+        fill, edge, width = token_style(*key[:2])
+        rows.append({
+            "key": key, "stops": stops, "fill": fill, "edge": edge, "width": width, "ink": ink_on(fill),
+            "way": way_through(stops), "worker": rank_color(key[2] // flight.num_local),
+            "times": "; ".join(f"{time:.3f}" for time in times),
+            "flies": "; ".join(f"{x:.1f} {y:.1f}" for stop in stops for x, y in (stop, stop)),
+        })  # fmt: skip
     for name, y in zip(names, flight.heights, strict=True):
-        lines = name.split("\n")
-        for n, line in enumerate(lines):
-            at = to_pixels(0, y)[1] + 18 + 22 * n - 11 * (len(lines) - 1)
-            parts.append(f'<text x="135" y="{at:.1f}" text-anchor="end" fill="{INK}">{line}</text>')
-    parts += [trail(flight, key) for key in flight.places[0]]
-    for places in flight.places[1:4]:  # where rows rest, so that the film does not open on empty strips
-        for key, place in places.items():
-            x, y = to_pixels(*place)
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="17" height="22" rx="3" fill="#f1f1f4" stroke="#8d8d97"/>'
-                f'<text x="{x + 8.5:.1f}" y="{y + 16:.1f}" text-anchor="middle" font-size="13" fill="#6f6f78">'
-                f"{key[2]}</text>"
-            )
-    for x, y in (to_pixels(*place) for place in flight.one_of_each(flight.places[4]).values()):
-        frame = f'<rect x="{x - 4:.1f}" y="{y - 5:.1f}" width="100" height="36" rx="5" fill="none" stroke="#8d8d97"/>'
-        parts.append(frame)
-    rows_per_rank = len(flight.places[0]) // flight.num_ranks
-    parts += [flying_row(flight, key, number % rows_per_rank) for number, key in enumerate(flight.places[0])]
-    for places, opacity, change in (
-        (flight.places[0], 1, svg_step("opacity", 1, 0, 0.04)),
-        (flight.places[4], 0, svg_step("opacity", 0, 1, ADDED)),
-    ):
-        boxes = flight.one_of_each(places).items()
-        parts += [wide_token(key, *to_pixels(*place), opacity, change) for key, place in boxes]
-    size = f'viewBox="0 0 {150 + flight.num_ranks * step:.0f} 594" font-family="sans-serif" font-size="18"'
-    title = (
-        f"<title>A film of {flight.num_ranks} ranks with two tokens each: every token opens into a row for each of "
-        "its experts, the rows fly to the ranks of these experts, rest there, and fly home again.</title>"
-    )
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{title}{"".join(parts)}</svg>'
-
-
-def between(start: tuple[float, float], end: tuple[float, float], share: float) -> tuple[float, ...]:
-    """The point at a share of the way from start to end, with a soft start and end."""
-    soft = share * share * (3 - 2 * share)
-    return tuple(a + (b - a) * soft for a, b in zip(start, end, strict=True))
+        parts = name.split("\n")
+        lines += [(to_pixels(0, y)[1] + 29 + 22 * n - 11 * len(parts), part) for n, part in enumerate(parts)]
+    resting = [(*to_pixels(*at), key[2]) for places in flight.places[1:4] for key, at in places.items()]
+    template = Template((FilePath(__file__).parent / "film.svg.j2").read_text("utf-8"))
+    strips = [flight.owned(rank) for rank in range(flight.num_ranks)]
+    values = {"rows": rows, "resting": resting, "lines": lines, "strips": strips, "top_k": flight.top_k}
+    return template.render(values, ink=INK, step=19 * (flight.width + 1)).replace("\n", "")
 
 
 def moment_title(flight: Flight, moment: int, home: int, token: int) -> str:
@@ -297,10 +214,12 @@ def player(flight: Flight, names: Sequence[str], home: int = 0, token: int = 0) 
             for passed in range(n):  # the way so far
                 draw_line(ax, flight.places[passed][key], flight.places[passed + 1][key], key)
         for key in sorted(flight.places[0], key=lambda key: key in followed):
-            x, y = between(flight.places[n][key], flight.places[min(n + 1, 4)][key], share)
+            (x0, y0), (x1, y1) = flight.places[n][key], flight.places[min(n + 1, 4)][key]
             fill, edge, width = token_style(*key[:2]) if key in followed else ("#e2e2e6", "#c4c4ca", 1.0)
             text = str(key[2]) if key in followed else ""
-            draw_box(ax, x, y, fill, text, edge=edge, height=0.9, fontsize=14, linewidth=width)
+            soft = share * share * (3 - 2 * share)  # a soft start and end
+            place = x0 + (x1 - x0) * soft, y0 + (y1 - y0) * soft
+            draw_box(ax, *place, fill, text, edge=edge, height=0.9, fontsize=14, linewidth=width)
         ax.set_title(moment_title(flight, n, home, token), fontsize=16)
 
     moments = [(n, share / 6) for n in range(4) for share in range(6)] + [(4, 0.0)] * 2

@@ -10,7 +10,6 @@ something from elsewhere, or shows a figure that is not there: then the old page
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import re
@@ -18,6 +17,7 @@ import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
@@ -29,8 +29,14 @@ from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = Path(__file__).resolve().parent / "site_files"
-EXPORTED = ("theory", "all_to_all", "experts", "training", "performance", "routing")
+if str(ROOT) not in sys.path:  # works uninstalled, from any folder
+    sys.path.insert(0, str(ROOT))
+
+from tools import commands  # noqa: E402
+from tools.commands import Refused  # noqa: E402
+from tools.stitch.reading import EXPORTED_TAGS  # noqa: E402
+
+FILES = ROOT / "tools/site_files"
 HEADINGS = ("h1", "h2", "h3")
 FETCHED = {
     "src",
@@ -39,19 +45,11 @@ FETCHED = {
     "poster",
     "background",
     "xlink:href",
-}  # attributes, and href where it is no link
+    "style",
+}  # and href where it is no link
 ELSEWHERE = re.compile(
     r"""(?:https?:)?//[\w-]+\.[^\s"')]+|\b(?:fetch|import)\(|XMLHttpRequest|WebSocket|EventSource"""
 )
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading of a page: its id, its text, and the text up to the next."""
-
-    id: str
-    title: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -60,25 +58,24 @@ class Page:
 
     file: str
     body: str
-    sections: list[Section]
+    sections: list[dict[str, str]]
 
     @property
     def title(self) -> str:
-        return self.sections[0].title if self.sections else self.file
+        return self.sections[0]["title"] if self.sections else self.file
 
 
-def find_sections(body: str) -> list[Section]:
-    """Cuts a page's body at its headings, for the contents and the search."""
-    found: list[tuple[Tag, list[str]]] = []
-    for node in BeautifulSoup(body, "html.parser").descendants:
+def find_sections(body: str) -> list[dict[str, str]]:
+    """Cuts a page's body at its headings, for the contents and the search: each one's id, title, and text up to the
+    next."""
+    soup, found = BeautifulSoup(body, "html.parser"), []
+    apart = {id(node) for tag in soup([*HEADINGS, "svg"]) for node in tag.descendants}
+    for node in soup.descendants:
         if isinstance(node, Tag) and node.name in HEADINGS:
-            found.append((node, []))
-        elif found and type(node) is NavigableString and not node.find_parent([*HEADINGS, "svg"]):
-            found[-1][1].append(node)
-    return [
-        Section(tag.get("id", ""), tag.get_text().strip(), " ".join("".join(text).split()))
-        for tag, text in found
-    ]
+            found.append({"id": node.get("id", ""), "title": node.get_text().strip(), "text": ""})
+        elif found and type(node) is NavigableString and id(node) not in apart:
+            found[-1]["text"] += node
+    return [section | {"text": " ".join(section["text"].split())} for section in found]
 
 
 def make_page(file: str, notebook: NotebookNode, is_ours: bool = True) -> Page:
@@ -89,38 +86,52 @@ def make_page(file: str, notebook: NotebookNode, is_ours: bool = True) -> Page:
     exporter.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
     if not is_ours:
         exporter.register_preprocessor(SanitizeHTML, enabled=True)
-    body, _ = exporter.from_notebook_node(notebook, resources={"exported": EXPORTED})
+    body, _ = exporter.from_notebook_node(notebook, resources={"exported": EXPORTED_TAGS})
     body = re.sub(r'href="(?:\./|notebooks/)?(\w+)\.ipynb(#[^"]*)?"', r'href="\1.html\2"', body)
     body = re.sub(r'<a class="anchor-link"[^>]*>.*?</a>', "", body).replace('src="../images/', 'src="images/')
     return Page(file, body, find_sections(body))
 
 
+class Fetched(HTMLParser):
+    """Finds what a page would load from elsewhere: by attributes, style sheets, scripts. Links to follow are fine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found, self.tag = [], ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tag = tag
+        for name, value in attrs:
+            is_fetched = name in FETCHED or (name == "href" and tag not in ("a", "area"))
+            if is_fetched and value and not value.startswith("data:"):
+                self.found += ELSEWHERE.findall(value)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.tag = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.tag in ("script", "style"):
+            self.found += ELSEWHERE.findall(data)
+
+
 def foreign_addresses(page: str) -> list[str]:
-    """What a page would load from elsewhere: by attributes, style sheets, scripts. Links to follow are fine."""
-    soup, found = BeautifulSoup(page, "html.parser"), []
-    for tag in soup.find_all(True):
-        for name, value in tag.attrs.items():
-            is_fetched = (
-                name in FETCHED or name == "style" or (name == "href" and tag.name not in ("a", "area"))
-            )
-            if is_fetched and not str(value).startswith("data:"):
-                found += ELSEWHERE.findall(str(value))
-        if tag.name in ("script", "style"):
-            found += ELSEWHERE.findall(tag.get_text())
-    return found
+    fetched = Fetched()
+    fetched.feed(page)
+    return fetched.found
 
 
 def check_page(name: str, page: str, folder: Path) -> None:
-    """ValueError where a page needs the network, or shows a figure that is not there."""
+    """Refused where a page needs the network, or shows a figure that is not there."""
     if foreign := foreign_addresses(page):
-        raise ValueError(f"{name} would fetch {foreign[0]}; the book's pages work without a network")
+        why = "the book's pages work without a network"
+        raise Refused(f"error: {name} would fetch {foreign[0]}; {why}", code=1)
     for target in re.findall(r'<img[^>]*\bsrc="(?!data:)([^"]+)"', page):
         if not (folder / target).is_file():
-            raise ValueError(f"{name} shows {target}, which is not there")
+            raise Refused(f"error: {name} shows {target}, which is not there", code=1)
 
 
 def build(folder: Path) -> int:
-    """Writes the site into an empty folder -> the number of its pages. ValueError where check_page refuses one."""
+    """Writes the site into an empty folder -> the number of its pages. Refused where check_page refuses one."""
     readme = nbformat.v4.new_markdown_cell((ROOT / "README.md").read_text("utf-8"))
     pages = [make_page("index.html", nbformat.v4.new_notebook(cells=[readme]))]
     for path in sorted((ROOT / "notebooks").glob("[!.]*.ipynb")):
@@ -132,15 +143,7 @@ def build(folder: Path) -> int:
     colors = HtmlFormatter(style="default").get_style_defs(".highlight")
     (folder / "book.css").write_text((FILES / "book.css").read_text("utf-8") + colors, "utf-8")
     index = [
-        {
-            "page": page.file,
-            "id": section.id,
-            "title": section.title,
-            "chapter": page.title,
-            "text": section.text,
-        }
-        for page in pages
-        for section in page.sections
+        {"page": page.file, "chapter": page.title} | section for page in pages for section in page.sections
     ]
     (folder / "index.js").write_text(f"const BOOK = {json.dumps(index, ensure_ascii=False)};\n", "utf-8")
     template = Environment(loader=FileSystemLoader(FILES), autoescape=True).get_template("page.html.j2")
@@ -151,14 +154,12 @@ def build(folder: Path) -> int:
     return len(pages)
 
 
-def main() -> int:
-    """The command line -> exit code."""
-    parser = argparse.ArgumentParser(prog="site.py", description="Build the book as static pages.")
-    parser.add_argument("--output", metavar="DIR", default=str(ROOT / "build" / "site"))
-    folder = Path(parser.parse_args().output).resolve()
-    if folder == ROOT or folder in ROOT.parents or (folder.exists() and not (folder / "book.css").exists()):
-        print(f"error: {folder} holds something else; name a new folder", file=sys.stderr)
-        return 2
+def make_site() -> int:
+    parser = commands.Parser(prog="site.py", description="Build the book as static pages.")
+    parser.add_argument("--output", metavar="DIR", default=ROOT / "build" / "site", type=Path)
+    folder = parser.parse_args().output.resolve()
+    if folder in (ROOT, *ROOT.parents) or (folder.exists() and not (folder / "book.css").exists()):
+        raise Refused(f"error: {folder} holds something else; name a new folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".site-", dir=folder.parent) as aside:
@@ -169,14 +170,15 @@ def main() -> int:
             made.rename(folder)
     except OSError as error:  # of copytree: a list of (from, to, why)
         why = error.strerror or str(error.args[0][0][2]).partition(": ")[0]
-        print(f"error: cannot write to --output {folder}: {why}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise Refused(f"error: cannot write to --output {folder}: {why}", code=1) from None
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{count} pages, {size / 1e6:.1f} MB: open {folder / 'index.html'}")
     return 0
+
+
+def main() -> int:
+    """The command line -> exit code."""
+    return commands.run(make_site)
 
 
 if __name__ == "__main__":

@@ -266,10 +266,3 @@ def merge_streams(notebook: nbformat.NotebookNode) -> None:
             else:
                 merged.append(output)
         cell.outputs = merged
-
-
-def test_no_cell_may_raise():
-    """papermill does not heed the tag raises-exception, so nothing in the book leans on it."""
-    for path in NOTEBOOKS:
-        for cell in nbformat.read(path, as_version=4).cells:
-            assert "raises-exception" not in cell.metadata.get("tags", []), f"{path.name} #{cell.id}"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from exchange_trials import nothing_arrives
 from parity_trials import run_broken
 from traffic_trials import choices, places
-from trials import copied_code, leave_group, trial
+from trials import DEVICE, copied_code, leave_group, trial
 
 from ep_launcher import launcher as ep
 
@@ -34,23 +34,24 @@ AGAIN = {  # the same, of a step that is taken again
     "buffers that go on": ("buffer.copy_(kept)\n        seen", "pass\n        seen"),
 }  # fmt: skip
 CROWDED = (
-    "--dispatcher peer --num-experts 16 --top-k 4 --hidden-dim 16 --ffn-dim 16 --dtype float64 --steps 12 "
-    "--log-interval 1 --balance bias --bias-speed 0.01 --max-grad-norm 1 --lr 1e-2 --device cpu"
-)
+    "--dispatcher peer --num-experts 16 --top-k 4 --hidden-dim 16 --ffn-dim 16 --steps 12 --log-interval 1 "
+    "--balance bias --bias-speed 0.01 --max-grad-norm 1 --lr 1e-2 --dtype "
+) + ("float64" if DEVICE == "cpu" else "float32 --step graph")
 
 
 def curve(launcher: ModuleType, *flags: str) -> dict[str, Any]:
-    """What a launcher, or a copy of it, measures."""
-    config, options = launcher.parse_flags([*CROWDED.split(), *flags])
-    log = launcher.RunLog(Path("."), options.steps, 1)
-    return launcher.train(launcher.Run(config, options, launcher.init_ep(), torch.device("cpu"), log))
+    """What a launcher, or a copy of it, measures, and "log", its lines."""
+    config, options = launcher.parse_flags([*CROWDED.split(), *flags, "--device", DEVICE])
+    log, lines = launcher.RunLog(Path("."), options.steps, 1), []
+    log.write = lines.append
+    run = launcher.Run(config, options, launcher.init_ep(), launcher.choose_device(DEVICE), log)
+    return launcher.train(run) | {"log": lines}
 
 
 @trial(2, 4)
 def crowded(mesh: ep.Mesh, folder: Path) -> list:
-    """[losses with room for all, losses with too little room, steps taken again]."""
-    roomy, tight = curve(ep), curve(ep, "--arrival-factor", "1.02")
-    return [roomy["task_loss"], tight["task_loss"], tight["steps_taken_again"]]
+    """[what is measured with room for all, with too little room], of an eager step; of a recorded one on GPUs."""
+    return [curve(ep), curve(ep, "--arrival-factor", "1.02")]
 
 
 def add_broken_again(number: int) -> None:
@@ -168,6 +169,33 @@ def turns(mesh: ep.Mesh, folder: Path) -> dict[int, list[float]]:
         ]
         found[slots] = rows[0][:4, 0].tolist()
     return found
+
+
+@trial(2, 4)
+def small_sums(mesh: ep.Mesh, folder: Path) -> str:
+    """Sums through memory, of which slots come again: everyone's are the same bits, and the library's to rounding.
+
+    -> the bits of all, "kernel" or "twin"; what is large or of another kind is summed too.
+    """
+    comm, generator = mesh.batch, torch.Generator().manual_seed(mesh.batch.rank)
+    add_up = ep.SmallSums(comm, torch.zeros(1))
+    for number in range(3):
+        for count, dtype in ((1, torch.float32), (17, torch.int64), (4130, torch.float32), (9000, torch.float32),
+                             (5, torch.float64)):  # fmt: skip
+            x = torch.randint(-99, 99, (count,), generator=generator) / 7
+            x = (x * 7).round().to(dtype) if dtype == torch.int64 else x.to(dtype)
+            right, uses = add_up.library(x.clone()), add_up.memory.state[0].item() + add_up.memory.turn
+            assert add_up(x) is x
+            torch.testing.assert_close(x, right, rtol=1e-5, atol=1e-5)
+            is_small = count <= ep.SMALL_SUM and dtype != torch.float64
+            assert (add_up.memory.state[0].item() + add_up.memory.turn != uses) == is_small, (
+                number,
+                count,
+                dtype,
+            )
+            assert all(torch.equal(x, other) for other in comm.all_gather(x, "metadata"))
+    ep.check_ended(mesh.meter)
+    return "kernel" if add_up.memory.state[0] else "twin"
 
 
 @trial(2)

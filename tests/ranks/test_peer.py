@@ -7,10 +7,12 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from peer_trials import AGAIN, BROKEN
 from support import ROOT, copy_of_the_code, outcome, play, torchrun
 
@@ -53,6 +55,11 @@ def test_memory_grows_and_leaves_nothing_behind(played):
     outcome(played, "grows", 2)
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_small_sums(played, world_size):
+    assert outcome(played, "small_sums", world_size) == ["twin"] * world_size
+
+
 def test_a_rank_that_never_comes_is_an_error(played):
     said, _ = outcome(played, "never_comes", 2)
     assert said.startswith("rank 0, collective"), said
@@ -69,10 +76,25 @@ def test_kernels_on_real_ranks(monkeypatch, world_size):
     assert done.returncode == 0 and "within limits" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
+@pytest.mark.skipif(not (TRITON / "triton").is_dir(), reason="wants build/triton: make test-kernels")
+def test_kernel_of_small_sums_on_real_ranks(build, monkeypatch):
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
+    monkeypatch.setitem(os.environ, "PYTHONPATH", str(TRITON))
+    played = play(build / "peer_sums", "peer_trials", 2, "small_sums")
+    assert outcome(played, "small_sums", 2) == ["kernel"] * 2
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_step_without_room_is_taken_again(played, world_size):
-    for roomy, tight, times in outcome(played, "crowded", world_size):
-        assert tight == roomy and 0 < times <= 12
+    for roomy, tight in outcome(played, "crowded", world_size):
+        assert tight["task_loss"] == roomy["task_loss"]
+        assert 0 < (times := tight["steps_taken_again"]) <= 12
+        sent = tight["bytes_sent_per_step"]
+        assert sent == roomy["bytes_sent_per_step"] and sent["predicted"] == sent["counted"] > 0
+        said = [line for line in tight["log"] if "--arrival-factor" in line]
+        assert said[0].endswith("it is taken again, with room for all"), said
+        assert said[1:] == [f"steps taken again: {times}; more came than --arrival-factor 1.02 has room for"]
+        assert not any("--arrival-factor" in line for line in roomy["log"])
 
 
 @pytest.mark.parametrize("number", range(len(AGAIN)), ids=list(AGAIN))
@@ -112,6 +134,15 @@ def test_a_kernel_that_has_given_up_ends_a_process_that_waits():
     )
     said = "error: rank 0 gave up on rank 1, which did not write to it within about 7 s\n"
     assert says(code) == (1, said)
+
+
+def test_a_recorded_step_keeps_what_its_replays_write_to():
+    """The number in which replays are counted, once freed, was another tensor's memory: replays changed that."""
+    replays, count = ep.Replays(60), torch.zeros(1, dtype=torch.int64)
+    replays.record_end(count)
+    kept = weakref.ref(count)
+    del count
+    assert kept() is not None and int(replays.ended) == 1
 
 
 def test_a_replay_that_does_not_end_ends_the_process():

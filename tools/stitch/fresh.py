@@ -1,22 +1,20 @@
 """For a running kernel: are launcher.py, the saved notebooks and the kernel's definitions the same?"""
 
-from __future__ import annotations
-
 import ast
 import os
 import re
 import sys
 from pathlib import Path
 
+from tools.commands import Refused
 from tools.stitch import reading
-from tools.stitch.program import BANNER_RULE, assemble, sources_sha256
-from tools.stitch.reading import EXPORTED_TAGS, LAUNCHER, LAUNCHER_MODULE, NOT_PYTHON, ROOT, Refused
+from tools.stitch.program import assemble, sources_sha256
+from tools.stitch.reading import EXPORTED_TAGS, LAUNCHER, LAUNCHER_MODULE, ROOT
 
 
 def _cells_in(text: str) -> dict[str, str]:
     """{cell's label: its text in a stitched file}."""
-    cells = re.findall(r"^# %% ([^\n]+ #[\w-]+)\n(.*?)(?=^# %% |\Z)", text, re.M | re.S)
-    return {label: source.split(f"\n{BANNER_RULE}\n")[0].rstrip("\n") for label, source in cells}
+    return dict(re.findall(r"^# %% ([^\n]+ #[\w-]+)\n(.*?)\n*(?=^# %% |^# =====|\Z)", text, re.M | re.S))
 
 
 def assert_fresh(root: str | os.PathLike[str] | None = None) -> None:
@@ -31,62 +29,49 @@ def assert_fresh(root: str | os.PathLike[str] | None = None) -> None:
         text = path.read_text("utf-8")
         chosen = reading.select(reading.read_book(root), EXPORTED_TAGS)
         wanted = assemble(chosen, is_launcher=True)
-    except FileNotFoundError:
-        raise RuntimeError(f"{LAUNCHER} does not exist: {mend}") from None
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"{LAUNCHER} cannot be read ({error}): {mend}") from None
     except Refused as refused:
         raise RuntimeError(refused.lines[0]) from None
-    digest = sources_sha256(chosen)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RuntimeError(f"{LAUNCHER} cannot be read ({why}): {mend}") from None
     if text != wanted:
-        is_old = f'"{digest}"' not in text
         stored, new = _cells_in(text), _cells_in(wanted)
         names = [label for label in {**new, **stored} if stored.get(label) != new.get(label)]
-        names = names or ["the order or the tags of the notebooks' cells" if is_old else "tools/extract.py's"]
+        names = names or ["the order or the tags of the notebooks' cells"]
         more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
-        what = "is older than" if is_old else "was edited by hand; it differs from"
-        raise RuntimeError(f"{LAUNCHER} {what} {', '.join(names[:3])}{more}: save, {mend}")
+        raise RuntimeError(f"{LAUNCHER} differs from {', '.join(names[:3])}{more}: save, {mend}")
     module = sys.modules.get(LAUNCHER_MODULE)
     if module and Path(getattr(module, "__file__", None) or "").resolve() == path.resolve():
-        if getattr(module, "SOURCES_SHA256", digest) != digest:
+        if module.SOURCES_SHA256 != sources_sha256(chosen):
             raise RuntimeError(f"this kernel imported an older {LAUNCHER}: restart the kernel")
 
 
-def _definitions(tree: ast.Module) -> dict[str, str | None]:
-    """{name: content} for what a module's top level binds; no content where it is no def or class."""
-    return {
-        b.name: ast.dump(b.node) if hasattr(b.node, "body") else None for b in reading.find_bindings(tree)
-    }
+def _definitions(text: str) -> dict[str, str | None]:
+    """{name: content} for what a text's top level binds; no content where it is no def or class."""
+    bindings = reading.find_bindings(reading.parse_leniently(text))
+    return {b.name: ast.dump(b.node) if hasattr(b.node, "body") else None for b in bindings}
 
 
 def check_kernel_definitions(namespace: dict, root: str | os.PathLike[str] | None = None) -> None:
     """Check that functions and classes defined in a kernel are those that launcher.py would run.
 
-    namespace: the kernel's variables (`globals()` in a notebook); its `In` holds the sources executed so far, and
-    without it nothing is compared. Of every name that launcher.py defines, the definition executed last counts;
-    an import from the launcher ends its claim. Spaces and comments do not matter, docstrings do. Raises
-    RuntimeError, one line, with the names that differ.
-
-    Limits: a cell that failed halfway counts as executed; constants are not compared, nor is what came in by a
-    cell magic, `%run`, `exec` or assignment to an attribute. Cost: parses launcher.py and the history once.
+    namespace: the kernel's variables; its `In` holds the sources executed so far, of which the last definition of a
+    name counts, and without which nothing is compared. Spaces and comments do not matter, docstrings do. Raises
+    RuntimeError, one line, with the names that differ. Not compared: constants, and what a magic or `exec` defines.
     """
     history = namespace.get("In")
-    path = (Path(root).resolve() if root else ROOT) / LAUNCHER
     if not isinstance(history, (list, tuple)):
         return
     try:
-        in_file = _definitions(ast.parse(path.read_text("utf-8")))
-    except FileNotFoundError:
-        raise RuntimeError(f"{LAUNCHER} does not exist: run `make launcher`") from None
-    except (OSError, *NOT_PYTHON) as error:
-        why = reading.one_line(str(error))
+        in_file = _definitions(((Path(root) if root else ROOT) / LAUNCHER).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
         raise RuntimeError(f"{LAUNCHER} cannot be read ({why}): run `make launcher`") from None
     in_kernel: dict[str, str | None] = {}
     for source in history:
         # A cell magic may run its body in this kernel, or, as `%%ranks` does, anywhere else.
-        is_plain = isinstance(source, str) and not source.lstrip().startswith("%%")
-        tree = reading.parse_leniently(source) if is_plain else None
-        in_kernel |= _definitions(tree) if tree else {}
+        if isinstance(source, str) and not source.lstrip().startswith("%%"):
+            in_kernel |= _definitions(source)
     names = [n for n, content in in_file.items() if content and n in namespace and in_kernel.get(n)]
     listed = ", ".join(f"`{name}`" for name in names if in_kernel[name] != in_file[name])
     if listed:

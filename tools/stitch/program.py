@@ -1,7 +1,5 @@
 """Cells -> the text of one program."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import inspect
@@ -9,17 +7,8 @@ import json
 import re
 from collections.abc import Sequence
 
-from tools.stitch.reading import (
-    LAUNCHER_MODULE,
-    MARKER,
-    NOT_PYTHON,
-    Cell,
-    Refused,
-    compiled,
-    launcher_imports,
-    one_line,
-    why_not_python,
-)
+from tools.commands import Refused, one_line
+from tools.stitch.reading import LAUNCHER_MODULE, MARKER, NOT_PYTHON, Cell, compiled, launcher_imports, why
 from tools.stitch.trace import HOOK_FUNCTIONS, locate_cell
 
 RESERVED_NAMES = frozenset({"SOURCES_SHA256", *(function.__name__ for function in HOOK_FUNCTIONS)})
@@ -88,18 +77,15 @@ def _futures(cell: Cell) -> list[ast.ImportFrom]:
 
 
 def _rendered(cell: Cell, is_launcher: bool) -> str:
-    """The cell's text, line for line, without `from __future__`; in the launcher, without imports from itself."""
+    """The cell's text, line for line; `from __future__`, and in the launcher imports from itself, are blanked."""
     lines = [line.encode() for line in cell.text.split("\n")]
     has_imports = is_launcher and LAUNCHER_MODULE in cell.text
-    needless = [*_futures(cell), *(launcher_imports(cell.tree) if has_imports else ())]
-    # From the end backwards, so that a change on a line leaves the columns before it as they were.
-    for node in sorted(needless, key=lambda node: (node.lineno, node.col_offset), reverse=True):
-        first, last = node.lineno - 1, node.end_lineno - 1
-        before, after = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
-        alone = not after.strip() or after.strip()[:1] in (b"#", b"\\")
-        # Inside a block, or beside another statement, something has to stand there.
-        lines[first] = b"" if alone and not before else before + b"pass" + (b"" if alone else after)
-        lines[first + 1 : last + 1] = [b""] * (last - first)
+    for node in [*_futures(cell), *(launcher_imports(cell.tree) if has_imports else ())]:
+        first, last = node.lineno - 1, node.end_lineno
+        beside = lines[first][: node.col_offset].strip() + lines[last - 1][node.end_col_offset :].strip()
+        if beside and not beside.startswith(b"#"):
+            raise Refused(cell.refusal(node.lineno, "an import shares its line; give it one of its own"))
+        lines[first:last] = [b""] * (last - first)
     return b"\n".join(lines).decode().rstrip("\n")
 
 
@@ -150,4 +136,4 @@ def check_compiles(text: str) -> None:
         compiled(text)
     except NOT_PYTHON as error:
         place = locate_cell(markers_in(text), getattr(error, "lineno", None) or len(text)) or "extract.py"
-        raise Refused([f"{place}: stitched, a syntax error: {why_not_python(error)}; mend it"]) from None
+        raise Refused(f"{place}: stitched, a syntax error: {why(error)}; mend it") from None
