@@ -1,6 +1,7 @@
 """JupyterLab in a browser: every notebook from top to bottom, output while it runs, an interrupt, the sliders."""
 
 import json
+import os
 import subprocess
 import time
 import urllib.error
@@ -70,7 +71,8 @@ def ranks_of(book: Path) -> list[psutil.Process]:
     """The processes of the copy's runs: torchrun, and the ranks forked from it, which keep its command line."""
     found, ours = [], {str(book / "tools" / "ranks" / "worker.py"), "torchrun"}
     for process in psutil.process_iter(["cmdline", "status"]):
-        if ours <= set(process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE:
+        words = {os.path.normpath(word) for word in process.info["cmdline"] or ()}
+        if ours <= words and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
 
