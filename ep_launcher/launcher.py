@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "5304d55f0831f11617dbeaaf47dccecf5936c5538c8279573b794a41c209e44a"
+SOURCES_SHA256 = "5a9ae7fc4176506659b6d4d99f74e330a1f2a693826de0f4cede0e86670b1433"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1027,7 +1027,7 @@ def count_choices(topk_ids: Tensor, num_experts: int) -> Tensor:
 # %% notebooks/03_experts.ipynb #no-balance
 @register("balance", "none")
 class Balance(KeepsPrecision):
-    """What keeps the experts' load even; this one lets it fall as it will, and the others inherit from it.
+    """What keeps the experts' load even. This one does nothing about the load; the others inherit from it.
 
     batch: the ranks that share the batch, over which losses and loads are counted. choice_bias [E], where there is
     one, is added to the scores for the choice alone (chapter 09).
