@@ -182,9 +182,12 @@ def test_no_rank_starts_the_cell_before_all_are_connected(tmp_path):
         ("2", "x = = 1", r"ranks 0, 1, line 2 of the cell: SyntaxError: invalid syntax"),
         ("2 --collect y", "if rank == 0:\n    y = 1", r"rank 1: NameError: the cell does not define `y`.*"),
         ("2", "import os, signal\nif rank:\n    os.kill(os.getpid(), signal.SIGKILL)", r"rank 1: ended by SIGKILL"),
+        ("2", "import os, multiprocessing, time\nmultiprocessing.Process(target=time.sleep, args=(60,)).start()\n"
+         "os._exit(3)", r"ranks 0, 1: exited with code 3"),
         ("2 --timeout 4", "if rank:\n    comm.all_reduce(torch.ones(1))",
          r"rank 1, line 3 of the cell: CollectiveError: rank 1, collective 1: Timed out waiting 2000ms.*; "
          r"rank 0 ended the cell"),
+        ("2 --timeout 1e-9", "pass", r"the time limit of 1e-09 s is over: rank 0 was outside the cell; rank 1 was .*"),
         ("2 --timeout 1", "import time\nwhile rank:\n    time.sleep(0.01)",
          r"the time limit of 1 s is over: rank 0 ended the cell; rank 1 was at line [34]; raise --timeout.*"),
     ],
@@ -195,6 +198,15 @@ def test_ranks_names_what_failed(shell, line, body, says, capsys):
     assert len(caught.value.lines) == 1 and re.fullmatch(says, caught.value.lines[0])
     assert "Traceback" not in capsys.readouterr().out
     assert not ranks_left()
+
+
+def test_nothing_that_a_rank_started_outlives_its_cell(shell):
+    start = "import os, subprocess\npid = subprocess.Popen(['sleep', '600']).pid\n"
+    run_cell(shell, "%%ranks 2 --collect pid\n" + start)
+    assert not any(psutil.pid_exists(pid) for pid in shell.user_ns["pid"])
+    orphan = "os.system('sleep 600 & echo $! > pid')\npid = int(Path('pid').read_text())\n"
+    run_cell(shell, f"%%ranks 1 --collect pid\nimport os, tempfile\nos.chdir(tempfile.mkdtemp())\n{orphan}")
+    assert not psutil.pid_exists(shell.user_ns["pid"][0])
 
 
 def test_ranks_refuses_and_expects(shell, capsys):

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,6 +79,26 @@ def test_a_plugin_that_cannot_be_read_is_named(source, says, tmp_path):
     with pytest.raises(LaunchError) as caught:
         launch(1, plugin=path, **SMALL)
     assert str(caught.value) == f"the flags cannot be checked: {says.format(path=path)}"
+
+
+def test_a_plugin_may_start_a_thread(tmp_path):
+    (path := tmp_path / "mine.py").write_text(
+        "import os, threading, time\n"
+        "if 'RANK' not in os.environ:  # a rank may wait for it\n"
+        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+    )
+    launch(1, plugin=path, log_dir=tmp_path / "run", limit_s=40, steps=2, **SMALL)
+
+
+def test_an_option_that_no_summary_can_hold_is_refused(tmp_path):
+    (path := tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom pathlib import Path\n"
+        "from ep_launcher.launcher import Options, option_group\n"
+        "@option_group\n@dataclass(frozen=True)\nclass Mine(Options):\n"
+        '    """Mine.\n\n    place: where.\n    """\n\n    place: Path = Path("/x")\n'
+    )
+    with pytest.raises(LaunchError, match="the option place is a PosixPath; make it an int"):
+        launch(1, plugin=path, **SMALL)
 
 
 def test_keywords_become_flags(nothing_starts):
@@ -359,6 +380,18 @@ def test_signals(tmp_path):
             run.process.kill()
         for process in processes(str(tmp_path)):
             process.kill()
+
+
+def test_no_rank_outlives_a_killed_torchrun(tmp_path):
+    (plugin := tmp_path / "locked.py").write_text(LOCKED)
+    run = Shell(tmp_path / "killed", "--plugin", str(plugin), "--task", "locked")
+    run.wait_for_steps()
+    time.sleep(1)  # rank 1 holds the interpreter's lock, and can notice nothing
+    torchrun = psutil.Process(run.process.pid).children()[0]
+    run.process.kill()
+    torchrun.kill()
+    wait_until(lambda: not processes(str(run.log_dir)))
+    run.process.wait()
 
 
 @pytest.mark.parametrize("moment", ["modules", "steps"])
