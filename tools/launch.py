@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -44,6 +45,7 @@ __all__ = ["LaunchError", "is_live_notebook", "launch", "load_ipython_extension"
 RUNS = LAUNCHER.parent / "runs"
 FAILED_S = 6.0  # what ranks get once one has failed; torchrun would wait 30 s for one that is stuck
 WARNING_BYTES = 512  # of EP_STEPS, before the steps (launcher.py, StepNotes)
+CHECK_S = 120.0  # what checking the flags may take: importing torch, and what a plugin does then
 SILENT_S = 20.0  # so long without a first step, and a line says what is waited for
 
 
@@ -135,7 +137,13 @@ def run_command(
         except OSError as error:
             message = f"cannot write {error.filename} ({error.strerror}); set TMPDIR, or --log-dir"
             raise LaunchError(message, returncode=2) from None
-        checked = run.wait_for(report.with_suffix(".flags"))
+        check_s = CHECK_S if limit_s is None else limit_s
+        try:
+            checked = run.wait_for(report.with_suffix(".flags"), check_s)
+        except TimeoutError:
+            plugin = re.search(r"--plugin[= ](.+?)(?= --|$)", " ".join(map(str, arguments)))
+            why = f": the plugin {plugin[1]} has not been read to its end" if plugin else ""
+            raise LaunchError(f"the flags were not checked within {check_s:g} s{why}", returncode=2) from None
         if "error" in checked:
             raise LaunchError(*checked["error"], returncode=2)
         shown = shlex.join(["torchrun", *flags, str(script), *arguments]).replace(*HERE)
@@ -179,8 +187,8 @@ def launch(
     nproc: processes on this host; None is one a GPU where there are two or more, else two, on the CPU.
     nnodes, rdzv_endpoint: for several hosts; every host makes the same call. max_restarts: how often all ranks start
     again once one has ended, from the last checkpoint where there is one (chapter 15). quiet: prints nothing.
-    limit_s: ends the run after so long. script: another stitched launcher. flags: launcher.py's, `top_k=2` for
-    `--top-k 2`, True and False for `--x` and `--no-x`, None for leaving it out.
+    limit_s: ends the run after so long, or what checks the flags before it. script: another stitched launcher.
+    flags: launcher.py's, `top_k=2` for `--top-k 2`, True and False for `--x` and `--no-x`, None for leaving it out.
 
     Raises LaunchError, before anything starts, for a stale launcher, definitions that differ from the kernel's,
     flags that the launcher refuses; and where the run fails, with the rank, its cells and its last lines. An

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from support import ROOT, processes, torchrun, wait_until
 
 from tools.launch import LaunchError
-from tools.ranks import ByRank, RanksError
+from tools.ranks import ByRank, RanksError, cells
 
 WORKER = str(ROOT / "tools" / "ranks" / "worker.py")  # of this checkout: others may run beside it
 
@@ -145,6 +146,21 @@ def test_cells_share_an_import_until_something_changes(shell, monkeypatch):
     wait_until(lambda: not ranks_left() and cell()[0] != second[0])
 
 
+def test_a_changed_umask_limit_or_affinity_starts_another_process():
+    start, cores = cells.inherited(), os.sched_getaffinity(0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    changes = [
+        (os.umask, 0o027, start[1]),
+        (lambda most: resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard)), soft - 1, soft),
+        (lambda some: os.sched_setaffinity(0, some), {min(cores)}, cores),
+    ]
+    for change, value, back in changes[: 3 if len(cores) > 1 else 2]:
+        change(value)
+        noticed = cells.inherited() != start
+        change(back)
+        assert noticed and cells.inherited() == start
+
+
 MEETING = """
 import os, sys, time
 from pathlib import Path
@@ -182,9 +198,12 @@ def test_no_rank_starts_the_cell_before_all_are_connected(tmp_path):
         ("2", "x = = 1", r"ranks 0, 1, line 2 of the cell: SyntaxError: invalid syntax"),
         ("2 --collect y", "if rank == 0:\n    y = 1", r"rank 1: NameError: the cell does not define `y`.*"),
         ("2", "import os, signal\nif rank:\n    os.kill(os.getpid(), signal.SIGKILL)", r"rank 1: ended by SIGKILL"),
+        ("2", "import os, multiprocessing, time\nmultiprocessing.Process(target=time.sleep, args=(60,)).start()\n"
+         "os._exit(3)", r"ranks 0, 1: exited with code 3"),
         ("2 --timeout 4", "if rank:\n    comm.all_reduce(torch.ones(1))",
          r"rank 1, line 3 of the cell: CollectiveError: rank 1, collective 1: Timed out waiting 2000ms.*; "
          r"rank 0 ended the cell"),
+        ("2 --timeout 1e-9", "pass", r"the time limit of 1e-09 s is over: rank 0 was outside the cell; rank 1 was .*"),
         ("2 --timeout 1", "import time\nwhile rank:\n    time.sleep(0.01)",
          r"the time limit of 1 s is over: rank 0 ended the cell; rank 1 was at line [34]; raise --timeout.*"),
     ],
@@ -197,11 +216,51 @@ def test_ranks_names_what_failed(shell, line, body, says, capsys):
     assert not ranks_left()
 
 
+def test_nothing_that_a_rank_started_outlives_its_cell(shell):
+    start = "import os, subprocess\npid = subprocess.Popen(['sleep', '600']).pid\n"
+    run_cell(shell, "%%ranks 2 --collect pid\n" + start)
+    assert not any(psutil.pid_exists(pid) for pid in shell.user_ns["pid"])
+    orphan = "os.system('sleep 600 & echo $! > pid')\npid = int(Path('pid').read_text())\n"
+    run_cell(shell, f"%%ranks 1 --collect pid\nimport os, tempfile\nos.chdir(tempfile.mkdtemp())\n{orphan}")
+    assert not psutil.pid_exists(shell.user_ns["pid"][0])
+
+
+def test_a_killed_worker_is_told_from_one_that_could_not_start(shell):
+    with pytest.raises(RanksError) as caught:
+        run_cell(shell, "%%ranks 2\nimport os, time\nos.kill(os.getppid(), 9)\ntime.sleep(60)")
+    said = "%%ranks: while the ranks ran, the process that started them was ended by SIGKILL"
+    assert caught.value.lines == [said]
+    wait_until(lambda: not ranks_left())
+
+
+def test_a_kernel_whose_folder_is_gone_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(RanksError) as caught:
+        cells.run_cell_on_ranks("pass", 1)
+    assert caught.value.lines == ["%%ranks: the kernel's folder is gone; os.chdir to one that exists"]
+
+
+def test_what_holds_itself_is_shown_once():
+    (loop := [1]).append(loop)
+    named = {}
+    named["me"] = (named, 2)
+    deep = 0
+    for _ in range(400):
+        deep = [deep]
+    assert [cells.brief(loop), cells.brief(named)] == ["[1, ...]", "{'me': [..., 2]}"]
+    assert cells.brief(deep).startswith("[[[[") and len(cells.brief(deep)) <= 90
+
+
 def test_ranks_refuses_and_expects(shell, capsys):
     with pytest.raises(RanksError, match="unrecognized arguments: --colect"):
         run_cell(shell, "%%ranks 2 --colect rows\nrows = 1")
     with pytest.raises(RanksError, match="take 1 or more"):
         run_cell(shell, "%%ranks 0\npass")
+    for time_limit in ("nan", "inf", "1e20"):
+        with pytest.raises(RanksError, match="at most 604800 s, a week"):
+            run_cell(shell, f"%%ranks 1 --timeout {time_limit}\npass")
     with pytest.raises(RanksError, match="every rank ended well, and --expect-failure"):
         run_cell(shell, "%%ranks 1 --expect-failure\npass")
     capsys.readouterr()

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +38,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*command: object, **_: object) -> SimpleNamespace:
         arguments = [str(word) for word in command]
         checked = check_arguments(arguments[arguments.index(str(LAUNCHER)) + 1 :]) | {"nproc": 2}
-        return SimpleNamespace(end=lambda **_: None, wait_for=lambda _: checked)
+        return SimpleNamespace(end=lambda **_: None, wait_for=lambda *_: checked)
 
     monkeypatch.setattr(launching, "start_worker", start)
     monkeypatch.setattr(launching, "watch", lambda *_, **__: pytest.fail("started"))
@@ -78,6 +79,35 @@ def test_a_plugin_that_cannot_be_read_is_named(source, says, tmp_path):
     with pytest.raises(LaunchError) as caught:
         launch(1, plugin=path, **SMALL)
     assert str(caught.value) == f"the flags cannot be checked: {says.format(path=path)}"
+
+
+def test_a_plugin_may_start_a_thread(tmp_path):
+    (path := tmp_path / "mine.py").write_text(
+        "import os, threading, time\n"
+        "if 'RANK' not in os.environ:  # a rank may wait for it\n"
+        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+    )
+    launch(1, plugin=path, log_dir=tmp_path / "run", limit_s=40, steps=2, **SMALL)
+
+
+def test_a_plugin_that_never_ends_is_named(tmp_path):
+    (path := tmp_path / "end less.py").write_text("while True:\n    pass\n")
+    with pytest.raises(LaunchError) as caught:
+        launch(1, plugin=path, limit_s=4, log_dir=tmp_path / "run", **SMALL)
+    said = f"the flags were not checked within 4 s: the plugin {path} has not been read to its end"
+    assert caught.value.lines == [said] and not processes(str(tmp_path))
+
+
+def test_an_option_that_no_summary_can_hold_is_refused(nothing_starts, tmp_path):
+    (path := tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom pathlib import Path\n"
+        "from ep_launcher.launcher import Options, option_group\n"
+        "@option_group\n@dataclass(frozen=True)\nclass Mine(Options):\n"
+        '    """Mine.\n\n    place: where.\n    """\n\n    place: Path = Path("/x")\n'
+    )
+    with pytest.raises(LaunchError) as caught:
+        launch(1, plugin=path, **SMALL)
+    assert caught.value.lines == ["Mine.place: a flag needs a default that is a number, bool, str or None"]
 
 
 def test_keywords_become_flags(nothing_starts):
@@ -359,6 +389,18 @@ def test_signals(tmp_path):
             run.process.kill()
         for process in processes(str(tmp_path)):
             process.kill()
+
+
+def test_no_rank_outlives_a_killed_torchrun(tmp_path):
+    (plugin := tmp_path / "locked.py").write_text(LOCKED)
+    run = Shell(tmp_path / "killed", "--plugin", str(plugin), "--task", "locked")
+    run.wait_for_steps()
+    time.sleep(1)  # rank 1 holds the interpreter's lock, and can notice nothing
+    torchrun = psutil.Process(run.process.pid).children()[0]
+    run.process.kill()
+    torchrun.kill()
+    wait_until(lambda: not processes(str(run.log_dir)))
+    run.process.wait()
 
 
 @pytest.mark.parametrize("moment", ["modules", "steps"])

@@ -27,7 +27,7 @@ from tools.ranks.flags import check_flags
 from tools.ranks.processes import end_with_parent
 
 Forked = multiprocessing.get_context("fork").Process
-PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # Linux, prctl
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36  # Linux, prctl
 
 # torchrun's own settings depend on the GPUs it sees, but no fork can use what a process has opened of a GPU.
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -80,6 +80,8 @@ def check_in_child(arguments: list[str]) -> dict[str, Any]:
         return {
             "error": [f"the flags cannot be checked: the plugin has ended that process ({child.exitcode})"]
         }
+    finally:
+        child.kill()  # a plugin's thread would keep it, and torchrun would wait for it at its end
 
 
 # ------------------------------------------------------------------------------------------- ranks
@@ -109,6 +111,9 @@ class ForkedRank(Forked):
         atexit._clear()  # temporary folders, say, are torchrun's to remove
         replace_environment(self.environment)
         prctl(PR_SET_NAME, f"rank {os.environ['RANK']}".encode())
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # where torchrun is killed, nobody else would end it
+        if os.getppid() != multiprocessing.parent_process().pid:
+            return
         try:
             run_script(*self.command)
         finally:

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import pickle
+import resource
 import shlex
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from tools.ranks.failures import HERE, Interrupted, OneMessage
+from tools.ranks.failures import HERE, Interrupted, OneMessage, signal_name
 from tools.ranks.flags import LAUNCHER
 from tools.ranks.output import kernel
 from tools.ranks.processes import ROOT, start_worker
@@ -34,6 +35,7 @@ from tools.stitch.fresh import assert_fresh, check_kernel_definitions
 from tools.stitch.reading import book_notebooks, read_notebook
 
 STARTUP_S = 120.0  # importing torch, on a busy machine
+LONGEST_S = 604_800.0
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -41,16 +43,19 @@ class RanksError(OneMessage, RuntimeError):
     """A %%ranks cell that could not start, failed on some rank, or did not end in time; a line per problem."""
 
 
-def brief(value: Any, width: int = 90) -> str:
-    """A value on one line: a small tensor's numbers, a large one's type and shape."""
+def brief(value: Any, width: int = 90, inside: tuple[Any, ...] = ()) -> str:
+    """A value on one line: a small tensor's numbers, a large one's type and shape. inside: what it is part of."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         kind = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         return f"{kind} {value.tolist()}" if value.numel() <= 8 and len(str(value.tolist())) <= 60 else kind
+    if len(inside) > 20 or any(value is one for one in inside):  # 20 brackets fill the line
+        return "..."
+    inside += (value,)
     if isinstance(value, dict):
-        text = "{" + ", ".join(f"{key!r}: {brief(item, 40)}" for key, item in value.items()) + "}"
+        text = "{" + ", ".join(f"{key!r}: {brief(item, 40, inside)}" for key, item in value.items()) + "}"
     elif type(value) in (list, tuple):
-        text = "[" + ", ".join(brief(item, 40) for item in value) + "]"
+        text = "[" + ", ".join(brief(item, 40, inside) for item in value) + "]"
     else:
         text = " ".join(repr(value).split())
     return text if len(text) <= width else text[: width - 4] + " ..."
@@ -168,13 +173,26 @@ class Server:
             return json.loads(report.read_text())
         self.log.seek(0)
         said = self.log.read().decode(errors="replace").strip().splitlines()
-        last = said[-1].replace(*HERE) if said else "it was ended before it could say why"
-        return [f"%%ranks: the ranks could not start: {last}"]
+        last = said[-1].replace(*HERE) if said else ""
+        if (folder / "rank0.out").exists():
+            code = self.family.process.returncode
+            how = f"was ended by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+            how += f": {last}" * bool(last)
+            return [f"%%ranks: while the ranks ran, the process that started them {how}"]
+        return [f"%%ranks: the ranks could not start: {last or 'it was ended before it could say why'}"]
+
+
+def inherited() -> tuple[Any, ...]:
+    """What a process takes over from the one that starts it, but for the folder it is in, which every cell sends."""
+    os.umask(umask := os.umask(0o77))
+    kinds = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
+    limits = [resource.getrlimit(kind) for kind in kinds]
+    return dict(os.environ), umask, limits, getattr(os, "sched_getaffinity", lambda _: None)(0)
 
 
 def server() -> Server:
     """The one that runs, or a new one."""
-    like, running = (dict(os.environ), LAUNCHER.stat().st_mtime_ns), Server.running
+    like, running = (inherited(), LAUNCHER.stat().st_mtime_ns), Server.running
     if running and running.like == like and running.family.process.poll() is None:
         return running
     if running:
@@ -197,8 +215,13 @@ def run_cell_on_ranks(
     Prints each rank's output, grouped by rank. Returns {name: list by rank}. RanksError where a rank fails, or one
     is still inside after timeout_s; a collective gives up after half of that. The first call waits for an import.
     """
-    if nproc < 1 or not timeout_s > 0:
-        raise RanksError([f"%%ranks: {nproc} ranks for {timeout_s:g} s cannot run; take 1 or more of each"])
+    if nproc < 1 or not 0 < timeout_s <= LONGEST_S:
+        most = f"take 1 or more of each, at most {LONGEST_S:g} s, a week"
+        raise RanksError([f"%%ranks: {nproc} ranks for {timeout_s:g} s cannot run; {most}"])
+    try:
+        cwd = os.getcwd()
+    except FileNotFoundError:
+        raise RanksError(["%%ranks: the kernel's folder is gone; os.chdir to one that exists"]) from None
     namespace = namespace or {}
     try:
         assert_fresh()
@@ -209,7 +232,7 @@ def run_cell_on_ranks(
 
     provided = {name for name in vars(launcher) if not name.startswith("_")}
     spec = {"body": body, "nproc": nproc, "collect": list(collect), "timeout_s": timeout_s, "device": device,
-            "cwd": os.getcwd(), "sent": find_definitions(sent, namespace, provided) if sent else {}}  # fmt: skip
+            "cwd": cwd, "sent": find_definitions(sent, namespace, provided) if sent else {}}  # fmt: skip
     folder = Path(tempfile.mkdtemp(prefix="ep-cell-"))
     try:
         (folder / "spec.json").write_text(json.dumps(spec))

@@ -31,9 +31,12 @@ class Family:
     def __init__(self, process: subprocess.Popen) -> None:
         self.process, self.members, self.checked = process, set(), 0.0
 
-    def wait_for(self, report: Path) -> dict[str, Any]:
-        """What the process writes to this file; {"error": lines} where it ends before."""
+    def wait_for(self, report: Path, limit_s: float) -> dict[str, Any]:
+        """What the process writes to this file; {"error": lines} where it ends before. TimeoutError after limit_s."""
+        deadline = time.monotonic() + limit_s
         while not report.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError
             if self.process.poll() is not None and not report.exists():
                 return {"error": [f"torchrun ended with exit code {self.process.returncode} at its start"]}
             time.sleep(0.005)

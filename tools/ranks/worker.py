@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import faulthandler
 import inspect
 import io
@@ -33,11 +34,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # in the place of tools/ranks/
 
 from tools.commands import replace_file  # noqa: E402
-from tools.ranks.agent import PR_SET_PDEATHSIG, Forked, prctl, run_torchrun  # noqa: E402
+from tools.ranks.agent import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, Forked, prctl, run_torchrun  # noqa: E402
 from tools.ranks.failures import clean_message, signal_name  # noqa: E402
 
 CELL_FILE = "%%ranks cell"  # the file name in tracebacks of a cell's body
@@ -203,15 +206,17 @@ class Ranks:
 
     def inside(self) -> list[int]:
         """The ranks that are still in the cell. Notes how the others left."""
-        for rank, pipe in enumerate(self.pipes):
-            if rank not in self.ended and pipe.poll():
-                try:
+        for rank, (pipe, process) in enumerate(zip(self.pipes, self.processes, strict=True)):
+            if rank in self.ended:
+                continue
+            code = process.exitcode  # before the pipe, which a process that the rank started may keep open
+            with contextlib.suppress(EOFError):
+                if pipe.poll():
                     self.ended[rank] = pipe.recv()
-                except EOFError:  # the process is gone
-                    self.processes[rank].join()
-                    code = self.processes[rank].exitcode
-                    how = f"ended by {signal_name(-code)}" if code < 0 else f"exited with code {code}"
-                    self.ended[rank] = {"line": None, "what": how, "where": ""}
+                    continue
+            if code is not None:
+                how = f"ended by {signal_name(-code)}" if code < 0 else f"exited with code {code}"
+                self.ended[rank] = {"line": None, "what": how, "where": ""}
         return [rank for rank in range(len(self.pipes)) if rank not in self.ended]
 
     def wait(self, deadline: float, is_over: Callable[[], bool]) -> None:
@@ -228,7 +233,8 @@ class Ranks:
         time.sleep(0.2 if inside else 0)
         said = [(rank, "ended the cell") for rank, failure in self.ended.items() if failure is None]
         for rank in inside:
-            text = (self.folder / f"rank{rank}.where").read_text(errors="replace")
+            where = self.folder / f"rank{rank}.where"
+            text = where.read_text(errors="replace") if where.exists() else ""
             match = re.search(rf'File "{re.escape(CELL_FILE)}", line (\d+)', text)
             said.append((rank, f"was at line {match[1]}" if match else "was outside the cell"))
         return "; ".join(f"rank {rank} {what}" for rank, what in sorted(said))
@@ -256,9 +262,14 @@ class Ranks:
         )  # who waited in vain is not the cause
 
     def end(self) -> None:
+        """Ends all ranks, and what they have started."""
+        family = psutil.Process().children(recursive=True)
+        for member in family:
+            with contextlib.suppress(psutil.Error):
+                member.kill()
         for process in self.processes:
-            process.kill()
             process.join()
+        psutil.wait_procs(family, timeout=1)
 
 
 def run_ranks(parent: int, folder: Path) -> None:
@@ -287,6 +298,7 @@ def serve_cells(parent: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)
     warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # as Python 3.12 puts it
+    prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a rank started stays below this process when the rank ends
     import ep_launcher.launcher  # noqa: F401  # which the ranks then have
 
     for line in sys.stdin:
