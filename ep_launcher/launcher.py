@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "5a9ae7fc4176506659b6d4d99f74e330a1f2a693826de0f4cede0e86670b1433"
+SOURCES_SHA256 = "2a89c539c5586217c4c6c38c92196f0fdedae75b1f6673cb78e5e2d3e2e47df4"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -482,7 +482,16 @@ class Choosable:
 
 
 def option_group(group: type[G]) -> type[G]:
-    """Decorator: every field of this frozen dataclass becomes a flag; its docstring's `field: text` is the help."""
+    """Decorator: every field of this frozen dataclass becomes a flag; its docstring's `field: text` is the help.
+
+    ValueError where a flag's default is none that a command line, and JSON, can give: int, float, bool, str or None.
+    """
+    for f in fields(group):
+        default = f.metadata.get("default", f.default)
+        if f.metadata.get("flag", True) and not isinstance(default, (int, float, str, type(None))):
+            raise ValueError(
+                f"{group.__qualname__}.{f.name}: a flag needs a default that is a number, bool, str or None"
+            )
     kept = [other for other in OPTION_GROUPS if other.__qualname__ != group.__qualname__]
     OPTION_GROUPS[:] = [*kept, group]
     return group
