@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "2a89c539c5586217c4c6c38c92196f0fdedae75b1f6673cb78e5e2d3e2e47df4"
+SOURCES_SHA256 = "9eed07c024b464d3193306813403798202b6c125e84e63fb851427fc2a0c96f4"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -121,7 +121,7 @@ class LayerSizes:
         if self.num_experts % ep_size:
             raise ValueError(
                 f"{self.num_experts} experts cannot be shared evenly by {ep_size} ranks; "
-                f"take a multiple of {ep_size} for --num-experts"
+                f"take a multiple of {ep_size} for num_experts"
             )
         return self.num_experts // ep_size
 
@@ -444,6 +444,13 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "cache_policy": {},
     "overlap": {},
 }
+BASES = {  # of the kinds that are asked for a preference: from what an implementation inherits
+    "choice": "TopK",
+    "dispatcher": "Dispatcher",
+    "experts": "Experts",
+    "overlap": "InOrder",
+    "step": "EagerStep",
+}
 OPTION_GROUPS: list[type] = []
 G = TypeVar("G")
 
@@ -452,7 +459,7 @@ def register(kind: str, name: str) -> Callable[[G], G]:
     """Decorator: makes an implementation choosable by name, in the config and as the flag `--KIND NAME`.
 
     One that is defined again under the same qualified name replaces the old one: cells are there to be run again.
-    ValueError where kind is no key of REGISTRIES, or another implementation has the name.
+    ValueError where kind is no key of REGISTRIES, another implementation has the name, or this one lacks a method.
     """
     if kind not in REGISTRIES:
         raise ValueError(f"there is no kind {kind!r}; take one of {', '.join(REGISTRIES)}")
@@ -462,6 +469,14 @@ def register(kind: str, name: str) -> Callable[[G], G]:
         if kept.__qualname__ != implementation.__qualname__:
             raise ValueError(
                 f"{kind} {name!r} is registered already, as {kept.__qualname__}; choose another name"
+            )
+        lacks = sorted(getattr(implementation, "__abstractmethods__", ()))
+        if kind in BASES and not hasattr(implementation, "preference"):
+            lacks = ["preference", *lacks]
+        if lacks:
+            base = f"; inherit from {BASES[kind]}" * ("preference" in lacks)
+            raise ValueError(
+                f"{kind} {name!r}: {implementation.__qualname__} has no {', '.join(lacks)}{base}"
             )
         REGISTRIES[kind][name] = implementation
         return implementation
@@ -2044,12 +2059,22 @@ def train(run: Run) -> dict[str, Any]:
 
 # %% notebooks/05_launch.ipynb #flags
 class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are ValueErrors, with the flag that was meant where one is near."""
+    """An ArgumentParser whose complaints are ValueErrors, with what was meant where a flag or choice is near."""
+
+    flags_beside: tuple[str, ...] = ()  # of a program that passes the rest on to this one
 
     def error(self, message: str) -> None:
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        unknown = re.match(r"unrecognized arguments: (--\w[\w-]*)", message)
+        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.+)\)", message)
+        given, known = unknown[1] if unknown else "", [*self._option_string_actions, *self.flags_beside]
+        if wrong:
+            given, known = wrong[1], re.findall(r"[^\s',]+", wrong[2])
+        known = {name.removeprefix("--"): name for name in known}  # the dashes would make all flags alike
+        given = given.removeprefix("--")
+        # --stepz may be --step or --steps; one that is further off stands alone.
+        near = difflib.get_close_matches(given, known, 2, 0.8) or difflib.get_close_matches(given, known, 1)
+        near = [known[name] for name in near]
+        hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the flags"
         raise ValueError(f"{message}; {hint}")
 
 
@@ -2100,7 +2125,7 @@ def load_plugin(argv: list[str] | None) -> None:
     """Runs the file that --plugin names, before the flags are read: it may register what they name.
 
     It imports this program as `ep_launcher.launcher`, whose registries are the running ones. ValueError where the
-    file cannot be read.
+    file cannot be read, or is no Python.
     """
     parser = FlagParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plugin")
@@ -2120,7 +2145,11 @@ def load_plugin(argv: list[str] | None) -> None:
     sys.path.append(str(LAUNCHER_DIR.parent))  # for `from ep_launcher import ...`
     plugin = sys.modules["plugin"] = type(sys)("plugin")  # where dataclasses look their module up
     plugin.__file__ = str(path)
-    exec(compile(source, str(path), "exec", dont_inherit=True), vars(plugin))
+    try:
+        code = compile(source, str(path), "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"the plugin is no Python: {error}") from None
+    exec(code, vars(plugin))
 
 
 def parse_flags(argv: list[str] | None = None) -> tuple[MoEConfig, TrainingOptions]:
@@ -9039,16 +9068,21 @@ def locate_cell(markers: list[tuple[int, str]], line: int) -> str:
 def describe_frames(exception: BaseException, path: str, markers: list[tuple[int, str]]) -> tuple[str, str]:
     """Python's traceback with the cell beside each frame of the file `path`, and a one-line summary.
 
-    The summary names the innermost cell: of the exception, else of what it was raised from.
+    The summary names the innermost cell or line of the plugin: of the exception, else of what it was raised from.
     """
     import os
     import re
+    import sys
     import traceback
 
     own = {path, os.path.abspath(path)}
+    plugin = getattr(sys.modules.get("plugin"), "__file__", None)
+
+    def place(file: str, line: int) -> str:
+        return f"{file}, line {line}" if file == plugin else locate_cell(markers, line) if file in own else ""
 
     def add_cell(match: re.Match[str]) -> str:
-        cell = locate_cell(markers, int(match[2])) if match[1] in own else ""
+        cell = place(match[1], int(match[2]))
         return f"{match[0]} ({cell})" if cell else match[0]
 
     frame_line = re.compile(r'^[ |+]*File "(.+)", line (\d+), in .+$', re.MULTILINE)
@@ -9059,7 +9093,7 @@ def describe_frames(exception: BaseException, path: str, markers: list[tuple[int
     while link is not None and id(link) not in seen and not where:
         seen.add(id(link))
         for frame, line in traceback.walk_tb(link.__traceback__):
-            cell = locate_cell(markers, line) if frame.f_code.co_filename in own else ""
+            cell = place(frame.f_code.co_filename, line)
             where = f" ({cell}, in {frame.f_code.co_qualname})" if cell else where
         link = link.__cause__ or link.__context__
     try:
@@ -9088,7 +9122,7 @@ def install_traceback_hook() -> None:
 
     def locate(exception: BaseException) -> str:
         report = describe_frames(exception, path, markers)[0]
-        cells = re.findall(r"in (\w+) \((notebooks/[^)]+)\)", report)
+        cells = re.findall(r"in (\w+) \((notebooks/[^)]+|[^)]+, line \d+)\)", report)
         # A collective's own frames say nothing that its message does not.
         collective = (
             "as_collective_error entering all_gather begin_all_to_all all_to_all all_reduce wait".split()

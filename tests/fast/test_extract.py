@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -651,6 +652,31 @@ def test_traceback_of_chained_and_foreign_errors(failing):
     last = err.rstrip("\n").split("\n")[-1]
     assert status == 1 and last.startswith("error: rank 0: JSONDecodeError: Expecting property name")
     assert last.endswith("(notebooks/03_experts.ipynb #entry:10, in main)")
+
+
+def test_a_plugins_line_is_named(failing, monkeypatch):
+    """Where it fails itself, and where it waits in vain; below it, the innermost cell."""
+    launcher, plugin = types.ModuleType("stitched"), types.ModuleType("plugin")
+    exec(compile(failing.read_text(), str(failing), "exec"), vars(launcher))
+    monkeypatch.setitem(sys.modules, "plugin", plugin)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    launcher.install_traceback_hook()
+    plugin.__file__, plugin.chained = "my plugin.py", launcher.chained
+    source = "def own():\n    return 1 / 0\n\n\ndef call():\n    chained()"
+    exec(compile(source, plugin.__file__, "exec"), vars(plugin))
+    markers = launcher.read_cell_markers(str(failing))
+    for function, ends in (
+        ("own", "(my plugin.py, line 2, in own)"),
+        ("call", "(notebooks/03_experts.ipynb #chained:5, in chained)"),
+    ):
+        with pytest.raises(Exception) as caught:
+            getattr(plugin, function)()
+        report, summary = launcher.describe_frames(caught.value, str(failing), markers)
+        assert summary.endswith(ends)
+        line = 2 if function == "own" else 6
+        assert f", in {function} (my plugin.py, line {line})\n" in report
+        if function == "own":
+            assert launcher.install_traceback_hook.locate(caught.value) == " (my plugin.py, line 2)"
 
 
 def test_a_failed_collective_is_told_at_the_cell_that_called_it(monkeypatch):

@@ -98,6 +98,14 @@ def test_what_would_fail_late_or_do_nothing_is_refused(flags, says):
     assert says in said and "\n" not in said, said
 
 
+@pytest.mark.parametrize("flags, says", [
+    ("--stepz 3", "did you mean --step or --steps?"), ("--topk 3", "did you mean --top-k?"),
+    ("--dispatcher dedupe", "did you mean dedup?"), ("--dtype x --colour 3", "--help lists the flags"),
+])  # fmt: skip
+def test_what_was_meant_is_named(flags, says):
+    assert check(flags.split()).endswith(f"; {says}")
+
+
 @pytest.mark.parametrize("flags", [
     "", "--zipf 1e20 --task clusters --num-clusters 3 --sort-tokens", f"--seed {2**63 - 1}", "--timeout-s 604800",
     "--capacity-factor 1e6 --dispatcher capacity", "--capacity-factor 1e-9", "--bias-speed 0.1 --balance bias",

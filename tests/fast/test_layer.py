@@ -72,6 +72,26 @@ def test_a_name_belongs_to_one_implementation():
         ep.register("dispatcher", "all_gather")(object)
 
 
+def test_a_class_that_would_stop_every_run_is_refused():
+    """`auto` asks all that are registered, also in a run that names another one."""
+    with pytest.raises(ValueError, match=r"experts 'bare': \S*Bare has no preference; inherit from Experts"):
+
+        @ep.register("experts", "bare")
+        class Bare: ...
+
+    with pytest.raises(
+        ValueError, match=r"'half': \S*Half has no begin_combine, begin_dispatch, predict_bytes$"
+    ):
+
+        @ep.register("dispatcher", "half")
+        class Half(ep.Dispatcher): ...
+
+    assert "bare" not in ep.REGISTRIES["experts"] and "half" not in ep.REGISTRIES["dispatcher"]
+    for kind, base in ep.BASES.items():
+        for implementation in (getattr(ep, base), *ep.REGISTRIES[kind].values()):
+            assert implementation.preference
+
+
 def test_a_cell_with_register_may_be_run_again(monkeypatch):
     for kind in ep.REGISTRIES:
         monkeypatch.setitem(ep.REGISTRIES, kind, dict(ep.REGISTRIES[kind]))

@@ -83,8 +83,10 @@ def test_ranks_sends_definitions_along(shell, capsys):
     body = "out = double(rank + 4), SeedEPMoE.__mro__[1].__name__, 'secret' in globals(), Pair().both(), await late()"
     run_cell(shell, f"%%ranks 1 --with double SeedEPMoE Pair late --collect out\n{body}")
     assert shell.user_ns["out"][0] == (8, "Module", False, 6, 5)
-    with pytest.raises(RanksError, match="--with nowhere: no executed cell and no seed cell defines it"):
+    with pytest.raises(RanksError, match="--with nowhere: no cell that you have executed defines it"):
         run_cell(shell, "%%ranks 1 --with nowhere\npass")
+    with pytest.raises(RanksError, match="--with Pair,late: .*; names are separated by spaces"):
+        run_cell(shell, "%%ranks 1 --with Pair,late\npass")
     with pytest.raises(
         RanksError, match="--with x_kernel: it is a variable, of type builtin_function"
     ) as caught:
@@ -202,7 +204,7 @@ def test_no_rank_starts_the_cell_before_all_are_connected(tmp_path):
          "os._exit(3)", r"ranks 0, 1: exited with code 3"),
         ("2 --timeout 4", "if rank:\n    comm.all_reduce(torch.ones(1))",
          r"rank 1, line 3 of the cell: CollectiveError: rank 1, collective 1: Timed out waiting 2000ms.*; "
-         r"rank 0 ended the cell"),
+         r"rank 0 ended the cell; a collective waits for half of --timeout, 2 s"),
         ("2 --timeout 1e-9", "pass", r"the time limit of 1e-09 s is over: rank 0 was outside the cell; rank 1 was .*"),
         ("2 --timeout 1", "import time\nwhile rank:\n    time.sleep(0.01)",
          r"the time limit of 1 s is over: rank 0 ended the cell; rank 1 was at line [34]; raise --timeout.*"),

@@ -52,8 +52,9 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--steps", "many"], "--steps: invalid int value: 'many'"),
         (["--dispatcher", "pigeon"], "invalid choice: 'pigeon'"),
         (["--plugin", "nowhere.py"], "cannot read the plugin"),
-        (["--nproc", "0"], "0 processes"),
-        (["--max-restarts", "-1"], "-1 restarts"),
+        (["--nproc", "0"], "nproc is 0; take a whole number, 1 or more"),
+        (["--max-restarts", "-1"], "max_restarts is -1; take a whole number, 0 or more"),
+        (["--nprocs", "3"], "did you mean --nproc?"),
         (["--nproc", "x"], "invalid int value: 'x'"),
         (["--nnodes", "2"], "--rdzv-endpoint"),
         (["--master-port", "1"], "unrecognized arguments: --master-port"),
@@ -110,11 +111,19 @@ def test_an_option_that_no_summary_can_hold_is_refused(nothing_starts, tmp_path)
     assert caught.value.lines == ["Mine.place: a flag needs a default that is a number, bool, str or None"]
 
 
+def test_a_plugin_that_is_no_python_is_one_line(nothing_starts, tmp_path):
+    (path := tmp_path / "mine.py").write_text("x = 1\ndef f(:")
+    with pytest.raises(LaunchError, match=r"the plugin is no Python: .*\(mine.py, line 2\)$"):
+        launch(1, plugin=path, **SMALL)
+
+
 def test_keywords_become_flags(nothing_starts):
     given = {"top_k": 2, "normalize": True, "fuse": False, "log_dir": None, "lr": -0.5}
     assert flag_arguments(given) == ["--top-k", "2", "--normalize", "--no-fuse", "--lr=-0.5"]
     with pytest.raises(LaunchError, match="--top-q 3; did you mean --top-k"):
         launch(top_q=3)
+    with pytest.raises(LaunchError, match="nproc is 'two'; take a whole number, 1 or more"):
+        launch("two")
 
 
 def test_a_stale_launcher_is_refused(nothing_starts, monkeypatch, capfd):
@@ -189,6 +198,32 @@ def test_the_culprit_stands_first(failures, errors, stopped, rank, first):
     assert found == rank and lines[0].startswith(first)
     assert (len(lines) == 1) == (first == "no good")  # a refusal is one line, all else says what to do
     assert ("  notebooks/01_a.ipynb #b:2, in f: 1/0" in lines) == (rank == 3)
+
+
+@pytest.mark.parametrize(
+    ("through", "to_do"),
+    [
+        (["cell", "plugin"], "to do: mend mine.py, line 7, and launch again"),
+        (
+            ["plugin", "cell"],
+            "to do: look at mine.py, line 7, first, from where the cells below it were called",
+        ),
+        (["cell"], "to do: mend the last of these cells"),
+        (
+            ["plugin", *["cell"] * 10],
+            "to do: look at mine.py, line 7, first",
+        ),  # also where its frame is cut off
+    ],
+)
+def test_what_to_mend_is_the_readers_own(through, to_do):
+    frames = {
+        "cell": TRACEBACK[1:],
+        "plugin": ['  File "mine.py", line 7, in g (mine.py, line 7)', "    h()"],
+    }
+    lines = [TRACEBACK[0], *(line for kind in through for line in frames[kind]), "error: rank 3: E (x)"]
+    report = {"failures": [{"rank": 3, "exitcode": 1, "time": 0}], "error": ""}
+    found = describe_failure(report, {3: lines}, [])[1]
+    assert found[-1].startswith(to_do) and len(found) <= 10
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -287,6 +322,45 @@ def test_an_error_in_a_rank_names_its_cell(tmp_path, capfd, monkeypatch):
     assert error.rank == 1 and "Traceback" in (error.log_dir / "rank1.err").read_text()
     assert re.fullmatch(r"after 0 s no first step yet: \d ranks have started\n", capfd.readouterr().err)
     assert error._render_traceback_()[0] == f"LaunchError: {error.lines[0]}"
+
+
+# On rank 1, a dispatcher that fails, and a task that does not come back.
+MISTAKES = """
+from ep_launcher.launcher import REGISTRIES, TokenStream, register
+@register("dispatcher", "fails")
+class Fails(REGISTRIES["dispatcher"]["all_to_all"]):
+    def end_dispatch(self, pending):
+        return 1 / (1 - self.comm.rank) and super().end_dispatch(pending)
+@register("task", "stuck")
+class Stuck(TokenStream):
+    num_batches = 0
+    def next(self):
+        self.num_batches += 1
+        while self.num_batches == 4 and self.batch.rank == 1: pass
+        return super().next()
+"""
+
+
+def test_a_plugins_mistake_is_shown_where_it_is(tmp_path, capfd):
+    (plugin := tmp_path / "mine.py").write_text(MISTAKES)
+    flags = {"plugin": plugin, "steps": 50, "timeout_s": 4, **SMALL}
+    with pytest.raises(LaunchError) as caught:
+        launch(2, dispatcher="fails", log_dir=tmp_path / "fails", **flags)
+    lines = caught.value.lines
+    assert (
+        lines[0] == f"rank 1: ZeroDivisionError: division by zero ({plugin}, line 6, in Fails.end_dispatch)"
+    )
+    assert lines[-3].startswith(f"  {plugin}, line 6, in end_dispatch: return 1 / ")
+    assert lines[-2] == f"to do: mend {plugin}, line 6, and launch again"
+    with pytest.raises(LaunchError) as caught:
+        launch(2, task="stuck", log_dir=tmp_path / "stuck", **flags)
+    lines = caught.value.lines
+    assert caught.value.rank == 1 and lines[0].startswith("rank 1 stayed behind at step 3")
+    assert lines[1:3] == ["rank 1 was here, the innermost line first:", f"  {plugin}, line 12, in next"]
+    assert re.fullmatch(r"  notebooks/04_training.ipynb #eager-step:\d+, in __call__", lines[3])
+    assert "rank1.err has its whole stack" in lines[-2]
+    assert "most recent call first" in (tmp_path / "stuck" / "ranks" / "rank1.err").read_text()
+    assert "most recent call first" not in capfd.readouterr().err
 
 
 # A rank that keeps Python's lock for ever, as native code may; it sleeps in C, through a library that does not let go.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import faulthandler
 import importlib.machinery
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import types
 from pathlib import Path
@@ -107,6 +109,7 @@ class ForkedRank(Forked):
         for number, file in enumerate(self.outputs, 1):
             if file:
                 os.dup2(file.fileno(), number)
+        faulthandler.register(signal.SIGUSR1, all_threads=False)  # writes where it is; also while C code runs
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
         atexit._clear()  # temporary folders, say, are torchrun's to remove
         replace_environment(self.environment)
@@ -185,7 +188,15 @@ def run_torchrun(parent: int, report: str, *arguments: str) -> None:
             return ForkedRank(list(command[2:]), env, [handler._stdout, handler._stderr])
         return start(handler, command, env)
 
-    SubprocessHandler._popen = start_rank
+    end = SubprocessHandler.close
+
+    def end_rank(handler: SubprocessHandler, death_sig: signal.Signals | None = None) -> None:
+        if isinstance(handler.proc, ForkedRank) and death_sig != signal.SIGKILL:
+            os.kill(handler.proc.pid, signal.SIGUSR1)
+            time.sleep(0.02)  # it writes where it is, before it ends
+        end(handler, death_sig)
+
+    SubprocessHandler._popen, SubprocessHandler.close = start_rank, end_rank
     failures, error = [], ""
     try:
         usual = dict(os.environ)

@@ -136,7 +136,8 @@ def find_definitions(
 def why_not_sent(name: str, namespace: dict[str, Any]) -> str:
     value = namespace.get(name)
     if name not in namespace or isinstance(value, (type, FunctionType)):
-        return "no executed cell and no seed cell defines it"
+        spaces = "; names are separated by spaces" * ("," in name)
+        return f"no cell that you have executed defines it, and none of the original tutorial's{spaces}"
     return f"it is a variable, of type {type(value).__name__}; functions and classes are sent: make it in the cell"
 
 

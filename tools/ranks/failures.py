@@ -70,11 +70,40 @@ def signal_name(number: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
-def cells_of_traceback(lines: list[str]) -> list[str]:
-    """The frames of a rank's traceback that come from cells: "notebooks/x.ipynb #id:12, in f: code"."""
-    frame = re.compile(r'^\s*File ".+", line \d+, in (\S+) \((\S+ #[A-Za-z0-9_-]+:\d+)\)$')
+def frames_of_traceback(lines: list[str]) -> list[tuple[str, str]]:
+    """The frames of a rank's traceback that come from cells, and from a plugin (stitch/trace.py marks both):
+    [(place, what a reader sees)], "notebooks/x.ipynb #id:12, in f: code" or "mine.py, line 12, in f: code"."""
+    frame = re.compile(r'^\s*File ".+", line \d+, in (\S+) \((\S+ #[A-Za-z0-9_-]+:\d+|.+, line \d+)\)$')
     pairs = zip(map(frame.match, lines), [*lines[1:], ""], strict=True)
-    return [f"  {match[2]}, in {match[1]}: {code.strip()}" for match, code in pairs if match]
+    return [(match[2], f"  {match[2]}, in {match[1]}: {code.strip()}") for match, code in pairs if match]
+
+
+def to_mend(places: list[str]) -> str:
+    """What to do about a traceback through these places, the innermost last. Code of yours is looked at first."""
+    yours = [place for place in places if not re.search(r" #[A-Za-z0-9_-]+:\d+$", place)]
+    if not yours:
+        return "to do: mend the last of these cells, save, `make launcher`, and launch again"
+    if yours[-1] == places[-1]:
+        return f"to do: mend {yours[-1]}, and launch again"
+    return f"to do: look at {yours[-1]}, first, from where the cells below it were called; then launch again"
+
+
+def stack_of(lines: list[str]) -> list[str]:
+    """Where a rank was when it was ended (agent.py), of what it wrote: the innermost frame, and up to 3 outer ones that
+    are no installed library's."""
+    from tools.extract import cell_of
+
+    starts = [number for number, line in enumerate(lines) if line == "Stack (most recent call first):"]
+    found = [
+        re.match(r'  File "(.+)", line (\d+) in (\S+)', line)
+        for line in lines[starts[-1] if starts else len(lines) :]
+    ]
+    frames = [(match[1], int(match[2]), match[3]) for match in found if match]
+    frames = frames[:1] + [frame for frame in frames[1:] if "-packages" not in frame[0]][:3]
+    return [
+        f"  {cell_of(file, number) or f'{file}, line {number}'.replace(*HERE)}, in {function}"
+        for file, number, function in frames
+    ]
 
 
 def describe_failure(
@@ -104,14 +133,20 @@ def describe_failure(
         named = re.match(r"rank (\d+)\b", said)
         lines = errors[speaker]
         if "Traceback (most recent call last):" in lines:
-            if frames := cells_of_traceback(lines)[-8:]:
-                to_do = "to do: mend the last of these cells, save, `make launcher`, and launch again"
+            if found := frames_of_traceback(lines):
+                frames, to_do = [text for _, text in found[-8:]], to_mend([place for place, _ in found])
             else:
                 frames, to_do = (
                     [f"  {text}" for text in lines[:-1][-8:]],
                     "to do: mend what the last lines name",
                 )
             return int(named[1]) if named else speaker, [said, *frames, to_do]
+        late = int(named[1]) if named and "stayed behind" in said or "stands still" in said else None
+        if stack := stack_of(errors.get(late, [])):
+            to_do = (
+                f"to do: see why rank {late} does not go on from there; rank{late}.err has its whole stack"
+            )
+            return late, [said, f"rank {late} was here, the innermost line first:", *stack, to_do]
         to_do = ["to do: see what the ranks said last, in rank*.err and rank*.out there"]
         return int(named[1]) if named else speaker, [said, *to_do * (code != 2)]
     if failures:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from numbers import Integral
 from typing import Any
 
 from tools.ranks.failures import LaunchError
 from tools.ranks.processes import ROOT
 
 LAUNCHER = ROOT / "ep_launcher" / "launcher.py"
+OF_TORCHRUN = ("--nproc", "--nnodes", "--rdzv-endpoint", "--max-restarts")  # which launch.py takes besides
 
 
 def flag_arguments(flags: dict[str, Any]) -> list[str]:
@@ -30,6 +32,7 @@ def check_flags(arguments: list[str]) -> dict[str, Any]:
     """{flag's field: value} as the launcher itself reads them. LaunchError, one line, where it refuses them."""
     from ep_launcher import launcher
 
+    launcher.FlagParser.flags_beside = OF_TORCHRUN
     try:
         launcher.parse_flags(arguments)
         return vars(launcher.make_parser().parse_args(arguments))
@@ -41,9 +44,9 @@ def torchrun_flags(
     nproc: int | None, nnodes: int = 1, rdzv_endpoint: str | None = None, max_restarts: int = 0
 ) -> list[str]:
     """torchrun's own flags; nproc None: auto. LaunchError where they do not fit together."""
-    if (nproc is not None and nproc < 1) or nnodes < 1 or max_restarts < 0:
-        message = f"{nproc} processes on {nnodes} hosts, {max_restarts} restarts: take 1 or more, 1 or more, 0 or more"
-        raise LaunchError(message, returncode=2)
+    for name, value, least in (("nproc", nproc, 1), ("nnodes", nnodes, 1), ("max_restarts", max_restarts, 0)):
+        if value is not None and not (isinstance(value, Integral) and value >= least):
+            raise LaunchError(f"{name} is {value!r}; take a whole number, {least} or more", returncode=2)
     flags = [f"--nproc_per_node={nproc or 'auto'}"] + [f"--max-restarts={max_restarts}"] * bool(max_restarts)
     if nnodes == 1:
         return flags

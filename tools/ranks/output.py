@@ -124,7 +124,9 @@ class RankOutput:
         if line.startswith("error: ") and not self.has_error:
             self.has_error, self.errors = True, {rank: self.errors.get(rank, [])} | self.errors
         self.errors.setdefault(rank, []).append(line)
-        if line.startswith(("error: ", "Traceback (most recent call last)")):
+        if line.startswith(
+            ("error: ", "Traceback (most recent call last)", "Stack (most recent call first)")
+        ):
             self.in_report.add(rank)
         is_shown = line.strip() and line not in self.seen and not LIBRARY_LOG.match(line)
         self.seen.add(line)  # what every rank says is shown once

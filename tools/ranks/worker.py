@@ -255,6 +255,8 @@ class Ranks:
             has_waited = re.search(r"CollectiveError|[Tt]imed? ?out|DistBackendError|DistNetworkError", what)
             lines.append(f"{who}{place}: {what}" + f" ({where})" * bool(where))
             lines[-1] += f"; {others}" * bool(has_waited and others)
+            half = f"; a collective waits for half of --timeout, {timeout_s / 2:g} s"
+            lines[-1] += half * ("Timed out waiting" in what)
         if not lines:
             return [f"the time limit of {timeout_s:g} s is over: {others}; raise --timeout, or mend the wait"]
         return sorted(

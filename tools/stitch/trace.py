@@ -31,16 +31,21 @@ def locate_cell(markers: list[tuple[int, str]], line: int) -> str:
 def describe_frames(exception: BaseException, path: str, markers: list[tuple[int, str]]) -> tuple[str, str]:
     """Python's traceback with the cell beside each frame of the file `path`, and a one-line summary.
 
-    The summary names the innermost cell: of the exception, else of what it was raised from.
+    The summary names the innermost cell or line of the plugin: of the exception, else of what it was raised from.
     """
     import os
     import re
+    import sys
     import traceback
 
     own = {path, os.path.abspath(path)}
+    plugin = getattr(sys.modules.get("plugin"), "__file__", None)
+
+    def place(file: str, line: int) -> str:
+        return f"{file}, line {line}" if file == plugin else locate_cell(markers, line) if file in own else ""
 
     def add_cell(match: re.Match[str]) -> str:
-        cell = locate_cell(markers, int(match[2])) if match[1] in own else ""
+        cell = place(match[1], int(match[2]))
         return f"{match[0]} ({cell})" if cell else match[0]
 
     frame_line = re.compile(r'^[ |+]*File "(.+)", line (\d+), in .+$', re.MULTILINE)
@@ -51,7 +56,7 @@ def describe_frames(exception: BaseException, path: str, markers: list[tuple[int
     while link is not None and id(link) not in seen and not where:
         seen.add(id(link))
         for frame, line in traceback.walk_tb(link.__traceback__):
-            cell = locate_cell(markers, line) if frame.f_code.co_filename in own else ""
+            cell = place(frame.f_code.co_filename, line)
             where = f" ({cell}, in {frame.f_code.co_qualname})" if cell else where
         link = link.__cause__ or link.__context__
     try:
@@ -80,7 +85,7 @@ def install_traceback_hook() -> None:
 
     def locate(exception: BaseException) -> str:
         report = describe_frames(exception, path, markers)[0]
-        cells = re.findall(r"in (\w+) \((notebooks/[^)]+)\)", report)
+        cells = re.findall(r"in (\w+) \((notebooks/[^)]+|[^)]+, line \d+)\)", report)
         # A collective's own frames say nothing that its message does not.
         collective = (
             "as_collective_error entering all_gather begin_all_to_all all_to_all all_reduce wait".split()
