@@ -187,6 +187,7 @@ LATE = "rank 1 stayed behind at step 2"
         ([(0, 1)], {0: ["error: rank 0: DistStoreError"]}, [1], 1, "rank 1 was stopped by SIGSTOP"),
         ([(3, 1)], {3: [*TRACEBACK, "error: rank 3: E (x)"]}, [], 3, "rank 3: E (x)"),
         ([(0, 2)], {0: ["error: no good"]}, [], 0, "no good"),
+        ([(0, 1)], {0: ["error: the world stands still"]}, [], 0, "the world stands still"),  # no rank named
         ([(2, 7)], {2: ["bye"]}, [], 2, "rank 2 ended with exit code 7"),
         ([], {}, [], None, "torchrun failed"),
     ],

@@ -141,7 +141,8 @@ def describe_failure(
                     "to do: mend what the last lines name",
                 )
             return int(named[1]) if named else speaker, [said, *frames, to_do]
-        late = int(named[1]) if named and "stayed behind" in said or "stands still" in said else None
+        is_late = "stayed behind" in said or "stands still" in said
+        late = int(named[1]) if named and is_late else None
         if stack := stack_of(errors.get(late, [])):
             to_do = (
                 f"to do: see why rank {late} does not go on from there; rank{late}.err has its whole stack"
