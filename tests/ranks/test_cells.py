@@ -81,7 +81,7 @@ def test_ranks_sends_definitions_along(shell, capsys):
         "    def both(self):\n        return double(self.a)\n\nasync def late():\n    return 5",
     )
     body = "out = double(rank + 4), SeedEPMoE.__mro__[1].__name__, 'secret' in globals(), Pair().both(), await late()"
-    run_cell(shell, f"%%ranks 1 --with double SeedEPMoE Pair late --collect out\n{body}")
+    run_cell(shell, f"%%ranks 1 --with double SeedEPMoE --with Pair late --collect out\n{body}")
     assert shell.user_ns["out"][0] == (8, "Module", False, 6, 5)
     with pytest.raises(RanksError, match="--with nowhere: no cell that you have executed defines it"):
         run_cell(shell, "%%ranks 1 --with nowhere\npass")

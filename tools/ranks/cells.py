@@ -265,8 +265,8 @@ def ranks_magic(line: str, cell: str) -> Any:
     """
     parser = _RanksParser(prog="%%ranks", add_help=False, allow_abbrev=False)
     parser.add_argument("nproc", nargs="?", type=int, default=2, metavar="N")
-    parser.add_argument("--collect", nargs="+", default=[], metavar="NAME")
-    parser.add_argument("--with", nargs="+", default=[], metavar="NAME", dest="sent")
+    parser.add_argument("--collect", nargs="+", action="extend", default=[], metavar="NAME")
+    parser.add_argument("--with", nargs="+", action="extend", default=[], metavar="NAME", dest="sent")
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", dest="timeout_s")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--expect-failure", action="store_true")
