@@ -93,7 +93,7 @@ def variants(device: torch.device, ep_size: int, dtypes: list[str], only: str | 
     tests/ranks/capacity_parity.py); only: this dispatcher."""
 
     def can_run(dispatcher: str, experts: str, activation: str, dtype: str) -> bool:
-        config = ep.MoEConfig(**BASE, dtype=dtype)
+        config = ep.MoEConfig(**BASE, dtype=dtype, activation=activation)
         kinds = ep.REGISTRIES["dispatcher"][dispatcher], ep.REGISTRIES["experts"][experts]
         return not kinds[0].needs_capacity and all(k.preference(config, device, ep_size) > 0 for k in kinds)
 
