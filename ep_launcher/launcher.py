@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "9eed07c024b464d3193306813403798202b6c125e84e63fb851427fc2a0c96f4"
+SOURCES_SHA256 = "47c88fdbe24ba8aae2d2c51e5343031b49b6a5bde6b572b314d7edf091eb8dff"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -858,13 +858,6 @@ class TopK(Choosable):
 
 
 # %% notebooks/03_experts.ipynb #router
-class Gate(nn.Linear):
-    """A linear layer that draws nothing when it is made: its router does, from the seed."""
-
-    def reset_parameters(self) -> None:
-        """Leaves the parameters as they are."""
-
-
 @register("router", "softmax")
 class Router(KeepsPrecision):
     """Scores every expert for every token and picks the top_k best: softmax of one linear layer, the gate.
@@ -877,12 +870,16 @@ class Router(KeepsPrecision):
         super().__init__()
         self.config, self.seed = config, seed
         dtype = torch.promote_types(DTYPES[config.dtype], torch.float32)
+        empty = functools.partial(torch.empty, config.num_experts, dtype=dtype, device=device)
         self.choice = REGISTRIES["choice"][pick("choice", config, device)]
-        self.gate = Gate(config.hidden_dim, config.num_experts, config.router_bias, device, dtype)
+        # No nn.Linear, which would draw its own numbers, from no seed of ours.
+        self.gate = nn.ParameterDict(
+            {"weight": empty(config.hidden_dim), "bias": empty() if config.router_bias else None}
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws gate.weight and gate.bias anew, in place, from the seed."""
+        """Draws gate.weight [E, D] and gate.bias [E] anew, in place, from the seed."""
         for name, parameter in self.gate.named_parameters():
             seeded_uniform_(parameter, self.config.hidden_dim, self.seed, f"gate.{name}")
 
@@ -936,9 +933,8 @@ class Experts(Choosable, nn.Module):
     Subclasses write forward: Arrived -> y [R, D], for every row the weighted sum over its local experts.
     """
 
-    largest_fixed: float = (
-        0  # rows times local experts up to which forward needs no counts on the host (chapter 06)
-    )
+    # Rows times local experts up to which forward needs no counts on the host (chapter 06); None: it always needs some.
+    largest_fixed: float | None = 0
 
     def __init__(
         self, config: MoEConfig, comm: Communicator, seed: int, device: torch.device | str | None = None
@@ -976,6 +972,8 @@ class Experts(Choosable, nn.Module):
     def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
         """Whether forward, with at most num_rows rows, waits for a number from the device. rows_per_expert: where
         every expert gets equally many."""
+        if self.largest_fixed is None:
+            return True
         return rows_per_expert is None and num_rows * self.num_local > self.largest_fixed
 
 
@@ -984,9 +982,7 @@ class Experts(Choosable, nn.Module):
 class LoopExperts(Experts):
     """One expert after the other: two matrix products each, 4 * R * D * F operations per forward pass in all."""
 
-    def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
-        """See Experts: always, for which rows are an expert's."""
-        return True
+    largest_fixed = None  # which rows are an expert's, it asks for every expert
 
     def forward(self, arrived: Arrived) -> Tensor:
         """See Experts. A host synchronisation per expert, for the numbers of its rows.
@@ -1008,31 +1004,26 @@ class LoopExperts(Experts):
 
 
 # %% notebooks/03_experts.ipynb #shared-experts
-class SharedExperts(nn.Module):
+class SharedExperts(Experts):
     """Experts that every token visits, with weight 1, a copy on every rank (DeepSeekMoE, section 3.2).
 
-    N of them side by side are one expert N times as wide: w1 [D, N * F], w2 [N * F, D], and as in Experts.
+    N of them side by side are one expert N times as wide: w1 [1, D, N * F], w2 [1, N * F, D], and as in Experts.
     """
 
     def __init__(self, config: MoEConfig, seed: int, device: torch.device | str | None = None) -> None:
-        super().__init__()
         width = config.num_shared_experts * config.ffn_dim
         wide = replace(config, num_experts=1, top_k=1, ffn_dim=width, extras=())
-        self.expert = Experts(wide, Communicator.alone(), seed=f"{seed} shared", device=device)
-
-    def reset_parameters(self) -> None:
-        """Draws the numbers anew, in place, from the seed."""
-        self.expert.reset_parameters()
+        super().__init__(wide, Communicator.alone(), f"{seed} shared", device)
 
     def hidden(self, x: Tensor) -> Tensor:
         """The first half of forward: x [T, D] -> [T, N * F]."""
-        w1, b1, _, _, w3, b3 = (None if p is None else p[0] for p in self.expert.in_dtype(x.dtype))
+        w1, b1, _, _, w3, b3 = (None if p is None else p[0] for p in self.in_dtype(x.dtype))
         up = None if w3 is None else F.linear(x, w3.t(), b3)
-        return self.expert.activation.apply(F.linear(x, w1.t(), b1), up)
+        return self.activation.apply(F.linear(x, w1.t(), b1), up)
 
     def output(self, hidden: Tensor) -> Tensor:
         """The second half: [T, N * F] -> [T, D]."""
-        _, _, w2, b2, _, _ = (None if p is None else p[0] for p in self.expert.in_dtype(hidden.dtype))
+        _, _, w2, b2, _, _ = (None if p is None else p[0] for p in self.in_dtype(hidden.dtype))
         return F.linear(hidden, w2.t(), b2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1149,10 +1140,6 @@ class InOrder(Choosable):
     num_parts = 1  # into which the tokens are cut, each with an exchange of its own
 
     @staticmethod
-    def check(layer: Any) -> None:
-        """CannotRun where it does not fit the layer."""
-
-    @staticmethod
     def forward(layer: Any, x: Tensor, routing: Routing) -> Tensor:
         """x [T, D] of this rank and where they go -> y [T, D]."""
         arrived = layer.dispatcher.dispatch(x, routing.topk_ids, routing.topk_weights)
@@ -1192,7 +1179,6 @@ class EPMoE(nn.Module):
         self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
         self.aux_shares, self.recorded_aux = [], True
         self.overlap = REGISTRIES["overlap"][pick("overlap", config, device, self.mesh.ep.size)]
-        self.overlap.check(self)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, in place, from the seed: after `to_empty` has moved them off the meta device."""
@@ -1210,7 +1196,12 @@ class EPMoE(nn.Module):
         dtype, and the router in float32 as ever. ValueError where x does not fit the config.
         """
         check_tokens(x, self.config)
-        refuse_wrappers(self)
+        # What DDP itself uses to know that a forward is its own; there is no public way to ask.
+        if self.mesh.ep.size > 1 and nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
+            raise RuntimeError(
+                "DistributedDataParallel has overwritten the experts with rank 0's; use the model as it is, "
+                "and call sync_gradients(model, mesh) after backward"
+            )
         # On several ranks torch.compile leaves it alone, since ranks must enter collectives alike. disable() imports
         # the compiler: not before somebody compiles.
         if self.mesh.ep.size > 1 and torch.compiler.is_compiling():
@@ -1309,17 +1300,6 @@ def share_of_mean(mean: Tensor, num_tokens: int, mesh: Mesh) -> Tensor:
 
 
 # %% notebooks/03_experts.ipynb #refuse-wrappers
-def refuse_wrappers(layer: EPMoE) -> None:
-    """RuntimeError where DistributedDataParallel is at work: it has made all ranks' experts rank 0's."""
-    wrapper = nn.parallel.DistributedDataParallel
-    # What DDP itself uses to know that a forward is its own; there is no public way to ask.
-    if layer.mesh.ep.size > 1 and wrapper._get_active_ddp_module() is not None:
-        raise RuntimeError(
-            "DistributedDataParallel has overwritten the experts with rank 0's; use the model as it is, "
-            "and call sync_gradients(model, mesh) after backward"
-        )
-
-
 def owners(model: nn.Module) -> dict[int, Experts]:
     """{id of a parameter that mesh.ep shares out: the Experts that hold it}. TypeError where FSDP has sharded a
     model's parameters, RuntimeError where the model is in DistributedDataParallel."""
@@ -5828,19 +5808,12 @@ class SharedBeside(InOrder):
     Same sums in the same order as the plain order: equal bit by bit, forward and backward.
     """
 
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Never auto's: what is asked for is what runs."""
-        return 0.5
+    needs = "shared experts to compute while rows travel (set --num-shared-experts)"
 
     @staticmethod
-    def check(layer: EPMoE) -> None:
-        """CannotRun where there is nothing to compute meanwhile."""
-        if layer.shared is None:
-            raise CannotRun(
-                "overlap shared computes the shared experts while rows travel, and there are none; "
-                "set --num-shared-experts"
-            )
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Never auto's: what is asked for is what runs. Not where there is nothing to compute meanwhile."""
+        return 0.5 if config.num_shared_experts else 0
 
     @staticmethod
     def forward(layer: EPMoE, x: Tensor, routing: Routing) -> Tensor:
@@ -5864,20 +5837,13 @@ class TwoBatches(InOrder):
     """
 
     num_parts = 2
+    needs = "a dispatcher whose buffers half the tokens do not fill (any but capacity)"
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Never auto's."""
-        return 0.5
-
-    @staticmethod
-    def check(layer: EPMoE) -> None:
-        """CannotRun where half the tokens would send as much as all of them."""
-        if layer.dispatcher.needs_capacity:
-            raise CannotRun(
-                f"overlap tbo sends two halves, and each would fill all of the buffers of dispatcher "
-                f"{layer.took['dispatcher']}; take another dispatcher, or overlap shared"
-            )
+        """Never auto's. Not where half the tokens would send as much as all of them."""
+        dispatcher = REGISTRIES["dispatcher"][pick("dispatcher", config, device, ep_size)]
+        return 0 if dispatcher.needs_capacity else 0.5
 
     @staticmethod
     def forward(layer: EPMoE, x: Tensor, routing: Routing) -> Tensor:
@@ -8907,7 +8873,7 @@ def layer_from_hf(block: dict[str, Tensor]) -> dict[str, Tensor]:
         if name in HF_ROUTERS:
             state[HF_ROUTERS[name]] = tensor
         elif parts[0] == "shared_experts":
-            state[f"shared.expert.{HF_PROJECTIONS[parts[1]]}"] = tensor.t()[None]
+            state[f"shared.{HF_PROJECTIONS[parts[1]]}"] = tensor.t()[None]
         elif parts[0] == "experts" and len(parts) == 4 and parts[2] in HF_PROJECTIONS:
             each.setdefault(HF_PROJECTIONS[parts[2]], {})[int(parts[1])] = tensor.t()
         elif name in ("experts.gate_up_proj", "experts.gate_up_proj_bias"):
@@ -8941,7 +8907,7 @@ def state_from_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if inside := re.match(HF_INSIDE, name):
             blocks.setdefault(inside[1], {})[inside[2]] = tensor
         elif dense := re.match(r"(layers\.\d+\.mlp)\.(gate_proj|up_proj|down_proj)\.weight", name):
-            found[f"{dense[1]}.expert.{HF_PROJECTIONS[dense[2]]}"] = tensor.t()[None].contiguous()
+            found[f"{dense[1]}.{HF_PROJECTIONS[dense[2]]}"] = tensor.t()[None].contiguous()
         else:
             found[name] = tensor
     for prefix, block in blocks.items():
@@ -8956,8 +8922,8 @@ def state_to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
         prefix, _, last = name.rpartition(".")
         if name.endswith("mlp.router.gate.weight"):
             found[f"model.{name.replace('router.', '')}"] = tensor
-        elif prefix.endswith("mlp.expert"):
-            found[f"model.{prefix.removesuffix('expert')}{dense[last]}.weight"] = tensor[0].t().contiguous()
+        elif prefix.endswith(".mlp"):
+            found[f"model.{prefix}.{dense[last]}.weight"] = tensor[0].t().contiguous()
         elif prefix.endswith("mlp.experts") and last == "w1":
             joined = torch.cat([tensor, state[f"{prefix}.w3"]], dim=-1)
             found[f"model.{prefix}.gate_up_proj"] = joined.transpose(1, 2).contiguous()

@@ -171,7 +171,7 @@ def dense_reference(layer: ep.EPMoE, x: Tensor, parameters: dict[str, Tensor]) -
     given = gather_uneven(layer.topk_ids, layer.mesh.batch) if config.dtype == "bfloat16" else None
     y, aux = ep.dense_moe(x, parameters, config.top_k, given, config.activation)
     if config.num_shared_experts:  # as a layer with one expert, which everybody visits
-        names = {name: name.replace("shared.expert", "experts") for name in parameters if "shared" in name}
+        names = {name: name.replace("shared.", "experts.") for name in parameters if "shared" in name}
         only = {new: parameters[name] for name, new in names.items()}
         only["router.gate.weight"] = x.new_zeros(1, x.shape[1])
         y = y + ep.dense_moe(x, only, 1, None, config.activation)[0]
