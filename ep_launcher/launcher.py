@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "47c88fdbe24ba8aae2d2c51e5343031b49b6a5bde6b572b314d7edf091eb8dff"
+SOURCES_SHA256 = "96f92cef2426887947c7455d9a32d671dc34f82c44c12fd9b360cac7dded4697"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -83,47 +83,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-# %% notebooks/01_parallelism.ipynb #config
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class LayerSizes:
-    """The sizes of one mixture-of-experts layer; the same on every rank. ValueError where they do not fit together.
-
-    num_experts: experts E in the whole layer, over all ranks
-    top_k: experts K that each token visits
-    hidden_dim: width D of a token
-    ffn_dim: width F inside an expert
-    max_num_tokens: most tokens that one rank may bring to a forward pass; None sets no limit
-    dtype: of the experts: float32, float64 or bfloat16; the router is kept in float32 or wider
-    """
-
-    num_experts: int = 16
-    top_k: int = 2
-    hidden_dim: int = 256
-    ffn_dim: int = 1024
-    max_num_tokens: int | None = field(default=None, metadata={"default": 128})  # 128 in the launcher
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        for name in ("num_experts", "top_k", "hidden_dim", "ffn_dim", "max_num_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, and must be at least 1")
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k is {self.top_k}, above the {self.num_experts} experts; lower --top-k")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; take one of {', '.join(DTYPES)}")
-
-    def num_local_experts(self, ep_size: int) -> int:
-        """Experts L that each of ep_size ranks owns. ValueError where they cannot be shared out evenly."""
-        if self.num_experts % ep_size:
-            raise ValueError(
-                f"{self.num_experts} experts cannot be shared evenly by {ep_size} ranks; "
-                f"take a multiple of {ep_size} for num_experts"
-            )
-        return self.num_experts // ep_size
+# %% notebooks/01_parallelism.ipynb #collective-error
+class CollectiveError(RuntimeError):
+    """A collective failed on this rank: another rank died, stayed away too long, or sent another size."""
 
 
 # %% notebooks/01_parallelism.ipynb #traffic-meter
@@ -155,6 +117,18 @@ class TrafficMeter:
             if destination != self.rank:
                 totals[destination] += num_bytes
 
+    @contextlib.contextmanager
+    def entering(self, number: int | None = None) -> Iterator[None]:
+        """Counts a collective, or goes on with the one of this number, which was counted when it began. A library's
+        failure inside becomes a CollectiveError that names rank and number."""
+        if number is None:
+            self.num_collectives = number = self.num_collectives + 1
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CollectiveError(f"rank {self.rank}, collective {number}: {reason}") from error
+
     def fetch(self) -> dict[str, list[int]]:
         """sent, with what the readers add: a host synchronisation where there are any."""
         for read in [*self.readers, *self.checks]:
@@ -165,21 +139,6 @@ class TrafficMeter:
         """Bytes sent for these purposes so far, to all other ranks together."""
         sent = self.fetch()
         return sum(sum(sent.get(purpose, ())) for purpose in purposes)
-
-
-# %% notebooks/01_parallelism.ipynb #collective-error
-class CollectiveError(RuntimeError):
-    """A collective failed on this rank: another rank died, stayed away too long, or sent another size."""
-
-
-@contextlib.contextmanager
-def as_collective_error(rank: int, number: int) -> Iterator[None]:
-    """A library's failure inside becomes a CollectiveError that names rank and collective."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CollectiveError(f"rank {rank}, collective {number}: {reason}") from error
 
 
 # %% notebooks/01_parallelism.ipynb #communicator
@@ -219,11 +178,6 @@ class Communicator:
             )
         return Communicator.alone, ()
 
-    def entering(self) -> contextlib.AbstractContextManager:
-        """Counts a collective; a failure inside becomes a CollectiveError that names rank and number."""
-        self.meter.num_collectives += 1
-        return as_collective_error(self.meter.rank, self.meter.num_collectives)
-
     def all_gather(self, x: Tensor, purpose: str) -> Tensor:
         """x [n, ...], the same shape on all ranks -> [W, n, ...]. Sends x to each of W - 1 ranks. No gradient."""
         if self.size == 1:
@@ -232,7 +186,7 @@ class Communicator:
         out = x.new_empty(self.size, *x.shape)
         # Into one tensor, which NCCL fills without a copy; torch before 2.13 has another name for it.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        with self.entering():
+        with self.meter.entering():
             gather(out.flatten(0, 1), x.contiguous(), group=self.group)
         return out
 
@@ -248,7 +202,7 @@ class Communicator:
         row_bytes = x.element_size() * math.prod(x.shape[1:])
         self.meter.record(purpose, [rows * row_bytes for rows in input_splits], self.ranks)
         out, splits = x.new_empty(sum(output_splits), *x.shape[1:]), (output_splits, input_splits)
-        with self.entering():
+        with self.meter.entering():
             work = dist.all_to_all_single(out, x.contiguous(), *splits, group=self.group, async_op=not wait)
         return Pending(out, self.meter, work, purpose)
 
@@ -261,7 +215,7 @@ class Communicator:
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in place. Not metered: its route is the library's own choice."""
         if self.size > 1:
-            with self.entering():
+            with self.meter.entering():
                 dist.all_reduce(x, group=self.group)
         return x
 
@@ -327,24 +281,6 @@ def init_ep(ep_size: int | None = None, device: str = "auto", timeout_s: float =
     return Mesh(ep, batch, replicas)
 
 
-# %% notebooks/01_parallelism.ipynb #byte-formulas
-def ep_bytes(num_tokens: int, hidden_dim: int, top_k: int, ep_size: int, itemsize: int = 2) -> float:
-    """Bytes that one rank sends in a forward pass of an EP layer: dispatch and combine, one copy per choice.
-
-    num_tokens: on this rank. The expectation under even routing: a choice lives elsewhere with (P - 1) / P.
-    """
-    return 2 * itemsize * num_tokens * hidden_dim * top_k * (ep_size - 1) / ep_size
-
-
-def tp_bytes(num_tokens: int, hidden_dim: int, tp_size: int, itemsize: int = 2) -> float:
-    """Bytes that one rank sends in a forward pass of a TP layer: one all-reduce of [num_tokens, hidden_dim].
-
-    num_tokens: of the whole TP group. A reduce-scatter, then an all-gather, each (P - 1) / P of the tensor; exact
-    where the P = tp_size ranks divide the tokens evenly.
-    """
-    return 2 * itemsize * num_tokens * hidden_dim * (tp_size - 1) / tp_size
-
-
 # %% notebooks/01_parallelism.ipynb #distinct-ranks
 def expected_distinct_ranks(num_experts: int, top_k: int, ep_size: int) -> float:
     """How many different ranks own a token's top_k experts, on average, if every choice is equally likely."""
@@ -375,7 +311,7 @@ class Pending:
         if self.work is not None:
             del self.meter.under_way[self.number]
             work, self.work = self.work, None
-            with as_collective_error(self.meter.rank, self.number):
+            with self.meter.entering(self.number):
                 work.wait()
         return self.rows
 
@@ -513,11 +449,20 @@ def option_group(group: type[G]) -> type[G]:
 
 
 # %% notebooks/02_all_to_all.ipynb #moe-config
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
 @option_group
 @dataclass(frozen=True)
-class MoEConfig(LayerSizes):
+class MoEConfig:
     """One mixture-of-experts layer: its sizes, and the names of its parts. ValueError where they do not fit together.
 
+    num_experts: experts E in the whole layer, over all ranks
+    top_k: experts K that each token visits
+    hidden_dim: width D of a token
+    ffn_dim: width F inside an expert
+    max_num_tokens: most tokens that one rank may bring to a forward pass; None sets no limit
+    dtype: of the experts: float32, float64 or bfloat16; the router is kept in float32 or wider
     num_shared_experts: experts that every token visits besides, a copy on every rank
     router: how a token chooses its experts
     dispatcher: how rows travel to their experts and back; auto takes the fastest for the device
@@ -528,6 +473,12 @@ class MoEConfig(LayerSizes):
     overlap: what is computed while rows travel
     """
 
+    num_experts: int = 16
+    top_k: int = 2
+    hidden_dim: int = 256
+    ffn_dim: int = 1024
+    max_num_tokens: int | None = field(default=None, metadata={"default": 128})  # 128 in the launcher
+    dtype: str = "float32"
     num_shared_experts: int = 0
     router: str = "softmax"
     dispatcher: str = "auto"
@@ -540,9 +491,14 @@ class MoEConfig(LayerSizes):
     extras: tuple = field(default=(), metadata={"flag": False})  # option groups of later chapters
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_shared_experts < 0:
-            raise ValueError(f"num_shared_experts is {self.num_shared_experts}, and must be at least 0")
+        for name in ("num_experts", "top_k", "hidden_dim", "ffn_dim", "max_num_tokens", "num_shared_experts"):
+            value, least = getattr(self, name), int(name != "num_shared_experts")
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}, and must be at least {least}")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k is {self.top_k}, above the {self.num_experts} experts; lower --top-k")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; take one of {', '.join(DTYPES)}")
         for extra in self.extras:
             if "Options" not in (base.__qualname__ for base in type(extra).__mro__):
                 raise ValueError(
@@ -559,6 +515,15 @@ class MoEConfig(LayerSizes):
     def hooks(self, name: str) -> list[Callable]:
         """The methods of this name, of the option groups that have one (chapter 03)."""
         return [getattr(extra, name) for extra in self.extras if hasattr(extra, name)]
+
+    def num_local_experts(self, ep_size: int) -> int:
+        """Experts L that each of ep_size ranks owns. ValueError where they cannot be shared out evenly."""
+        if self.num_experts % ep_size:
+            raise ValueError(
+                f"{self.num_experts} experts cannot be shared evenly by {ep_size} ranks; "
+                f"take a multiple of {ep_size} for num_experts"
+            )
+        return self.num_experts // ep_size
 
 
 # %% notebooks/02_all_to_all.ipynb #pick
@@ -5686,7 +5651,7 @@ class SmallSums:
         if not is_small or x.device != self.memory.state.device:
             return self.library(x)
         size, block, memory = self.comm.size, max(16, 1 << (x.numel() - 1).bit_length()), self.memory
-        with self.comm.entering():
+        with self.comm.meter.entering():
             if not uses_kernels(x):
                 sum_small_twin(x, self.comm, memory)
                 return x
@@ -7870,7 +7835,7 @@ def load_tensors(folder: Path, training: Training, comm: Communicator) -> None:
             wanted[name] = as_whole(made, mesh) if is_alike and whole.shape != p.shape else made
         elif name not in wanted:
             wanted[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
-    with comm.entering():
+    with comm.meter.entering():
         dcp.load(wanted, storage_reader=reader, process_group=comm.group)
     training.task.generator.set_state(wanted["generator"])
     restore_record(training.record, wanted)
@@ -8046,7 +8011,7 @@ def gather_objects(value: Any, comm: Communicator) -> list[Any]:
     """Every rank's value, by rank. Collective."""
     values = [value] * comm.size
     if comm.size > 1:
-        with comm.entering():
+        with comm.meter.entering():
             dist.all_gather_object(values, value, group=comm.group)
     return values
 
@@ -8103,7 +8068,7 @@ def write_aside(
         saved = getattr(answer, "upload_completion", answer)
     else:
         try:
-            with comm.entering():
+            with comm.meter.entering():
                 saved.set_result(dcp.save(tensors, checkpoint_id=aside, process_group=comm.group))
         except dcp.CheckpointException as error:
             saved.set_exception(error)
@@ -9090,9 +9055,7 @@ def install_traceback_hook() -> None:
         report = describe_frames(exception, path, markers)[0]
         cells = re.findall(r"in (\w+) \((notebooks/[^)]+|[^)]+, line \d+)\)", report)
         # A collective's own frames say nothing that its message does not.
-        collective = (
-            "as_collective_error entering all_gather begin_all_to_all all_to_all all_reduce wait".split()
-        )
+        collective = "entering all_gather begin_all_to_all all_to_all all_reduce wait".split()
         inner = [cell for name, cell in cells if name not in collective]
         return f" ({inner[-1]})" if inner else ""
 

@@ -22,14 +22,6 @@ EXPERTS = [
 ]
 
 
-def test_byte_formulas_are_the_seeds():
-    # 128 tokens on 32 ranks: TP=8 leaves 32 tokens a group, EP=8 with attention DP=32 leaves 4 tokens a rank
-    h, top_k = 256, 2
-    assert ep.tp_bytes(32, h, 8) == 128 * h * 7 / 8
-    assert ep.ep_bytes(4, h, top_k, 8) == 16 * h * top_k * 7 / 8
-    assert ep.ep_bytes(7, h, top_k, 1) == ep.tp_bytes(7, h, 1) == 0
-
-
 @pytest.mark.parametrize("experts, top_k, ranks", [(8, 3, 4), (6, 2, 3), (8, 8, 2), (4, 1, 4)])
 def test_expected_distinct_ranks_counts_every_choice(experts, top_k, ranks):
     per_rank = experts // ranks
