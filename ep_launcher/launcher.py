@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "96f92cef2426887947c7455d9a32d671dc34f82c44c12fd9b360cac7dded4697"
+SOURCES_SHA256 = "f6d7f726d6480a414b9f6481246028a6d2e1c0ff967f1adccc34490ea321c598"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -129,16 +129,12 @@ class TrafficMeter:
             reason = str(error).strip().splitlines()[0]
             raise CollectiveError(f"rank {self.rank}, collective {number}: {reason}") from error
 
-    def fetch(self) -> dict[str, list[int]]:
-        """sent, with what the readers add: a host synchronisation where there are any."""
+    def total(self, *purposes: str) -> int:
+        """Bytes sent for these purposes so far, to all other ranks together, after what the readers add to `sent`: a
+        host synchronisation where there are any."""
         for read in [*self.readers, *self.checks]:
             read()
-        return self.sent
-
-    def total(self, *purposes: str) -> int:
-        """Bytes sent for these purposes so far, to all other ranks together."""
-        sent = self.fetch()
-        return sum(sum(sent.get(purpose, ())) for purpose in purposes)
+        return sum(sum(self.sent.get(purpose, ())) for purpose in purposes)
 
 
 # %% notebooks/01_parallelism.ipynb #communicator
@@ -391,7 +387,7 @@ OPTION_GROUPS: list[type] = []
 G = TypeVar("G")
 
 
-def register(kind: str, name: str) -> Callable[[G], G]:
+def register(kind: str, name: str, implementation: Any = None) -> Any:
     """Decorator: makes an implementation choosable by name, in the config and as the flag `--KIND NAME`.
 
     One that is defined again under the same qualified name replaces the old one: cells are there to be run again.
@@ -400,24 +396,21 @@ def register(kind: str, name: str) -> Callable[[G], G]:
     if kind not in REGISTRIES:
         raise ValueError(f"there is no kind {kind!r}; take one of {', '.join(REGISTRIES)}")
 
-    def add(implementation: G) -> G:
-        kept = REGISTRIES[kind].get(name, implementation)
-        if kept.__qualname__ != implementation.__qualname__:
-            raise ValueError(
-                f"{kind} {name!r} is registered already, as {kept.__qualname__}; choose another name"
-            )
-        lacks = sorted(getattr(implementation, "__abstractmethods__", ()))
-        if kind in BASES and not hasattr(implementation, "preference"):
-            lacks = ["preference", *lacks]
-        if lacks:
-            base = f"; inherit from {BASES[kind]}" * ("preference" in lacks)
-            raise ValueError(
-                f"{kind} {name!r}: {implementation.__qualname__} has no {', '.join(lacks)}{base}"
-            )
-        REGISTRIES[kind][name] = implementation
-        return implementation
-
-    return add
+    if implementation is None:  # the decorator's first half: what stands below it comes in the second
+        return functools.partial(register, kind, name)
+    kept = REGISTRIES[kind].get(name, implementation)
+    if kept.__qualname__ != implementation.__qualname__:
+        raise ValueError(
+            f"{kind} {name!r} is registered already, as {kept.__qualname__}; choose another name"
+        )
+    lacks = sorted(getattr(implementation, "__abstractmethods__", ()))
+    if kind in BASES and not hasattr(implementation, "preference"):
+        lacks = ["preference", *lacks]
+    if lacks:
+        base = f"; inherit from {BASES[kind]}" * ("preference" in lacks)
+        raise ValueError(f"{kind} {name!r}: {implementation.__qualname__} has no {', '.join(lacks)}{base}")
+    REGISTRIES[kind][name] = implementation
+    return implementation
 
 
 class Choosable:
@@ -679,7 +672,7 @@ def gather_padded(rows: Tensor, metadata: Tensor, comm: Communicator, purpose: s
     return all_rows.flatten(0, 1), all_metadata.flatten(0, 1)
 
 
-# %% notebooks/02_all_to_all.ipynb #dispatch-all-gather
+# %% notebooks/02_all_to_all.ipynb #all-gather-dispatcher
 @dataclass(frozen=True)
 class AllGatherHandle:
     """What combine needs to know: metadata int64 [R, 4] of the kept rows, and this rank's number of tokens T."""
@@ -688,48 +681,34 @@ class AllGatherHandle:
     num_tokens: int
 
 
-def dispatch_all_gather(
-    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_local_experts: int, comm: Communicator
-) -> Arrived:
-    """x [T, D], topk_ids, topk_weights [T, K] -> Arrived: the rows for this rank's experts, one choice per row.
-
-    Gathers everything, the weights in a message of their own, and keeps what is for this rank: W times the bytes
-    that are needed.
-    """
-    metadata = make_metadata(topk_ids, comm.rank)
-    rows = x.repeat_interleave(topk_ids.shape[1], dim=0)
-    rows, everyones = gather_padded(rows, metadata, comm, "dispatch")
-    weights, _ = gather_padded(topk_weights.reshape(-1, 1), metadata, comm, "dispatch")
-    local_expert = everyones[:, EXPERT] - comm.rank * num_local_experts
-    is_mine = (local_expert >= 0) & (local_expert < num_local_experts) & (everyones[:, IS_PADDING] == 0)
-    mine = is_mine.nonzero().squeeze(1)
-    handle = AllGatherHandle(everyones[mine], len(x))
-    return Arrived(rows[mine], local_expert[mine, None], weights[mine], handle)
-
-
-# %% notebooks/02_all_to_all.ipynb #combine-all-gather
-def combine_all_gather(y: Tensor, handle: AllGatherHandle, comm: Communicator) -> Tensor:
-    """Experts' weighted results [R, D] -> [T, D]: the sum of each token's rows, in float32 or wider."""
-    rows, metadata = gather_padded(y, handle.metadata, comm, "combine")
-    is_mine = (metadata[:, SOURCE_RANK] == comm.rank) & (metadata[:, IS_PADDING] == 0)
-    mine = is_mine.nonzero().squeeze(1)
-    wide = rows[mine].to(torch.promote_types(y.dtype, torch.float32))
-    total = wide.new_zeros(handle.num_tokens, y.shape[1])
-    return total.index_add(0, metadata[mine, SOURCE_TOKEN], wide).to(y.dtype)
-
-
-# %% notebooks/02_all_to_all.ipynb #all-gather-dispatcher
 @register("dispatcher", "all_gather")
 class AllGatherDispatcher(Dispatcher):
-    """The readable dispatcher: every rank gathers every row and keeps its own (chapter 02)."""
+    """The readable dispatcher: every rank gathers every row and keeps its own, one choice a row (chapter 02).
+
+    W times the bytes that are needed. Weights travel in a message of their own; results are added up in float32.
+    """
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
         """See Dispatcher. Sends (W - 1) * max over ranks of T * K rows and weights; three host synchronisations."""
-        return dispatch_all_gather(x, topk_ids, topk_weights, self.num_local_experts, self.comm)
+        metadata = make_metadata(topk_ids, self.comm.rank)
+        rows = x.repeat_interleave(topk_ids.shape[1], dim=0)
+        rows, everyones = gather_padded(rows, metadata, self.comm, "dispatch")
+        weights, _ = gather_padded(topk_weights.reshape(-1, 1), metadata, self.comm, "dispatch")
+        expert = everyones[:, EXPERT] - self.comm.rank * self.num_local_experts
+        is_mine = (expert >= 0) & (expert < self.num_local_experts) & (everyones[:, IS_PADDING] == 0)
+        mine = is_mine.nonzero().squeeze(1)
+        return Arrived(
+            rows[mine], expert[mine, None], weights[mine], AllGatherHandle(everyones[mine], len(x))
+        )
 
     def begin_combine(self, y: Tensor, handle: AllGatherHandle) -> Tensor:
         """See Dispatcher. Sends (W - 1) * max over ranks of R rows; two host synchronisations."""
-        return combine_all_gather(y, handle, self.comm)
+        rows, metadata = gather_padded(y, handle.metadata, self.comm, "combine")
+        is_mine = (metadata[:, SOURCE_RANK] == self.comm.rank) & (metadata[:, IS_PADDING] == 0)
+        mine = is_mine.nonzero().squeeze(1)
+        wide = rows[mine].to(torch.promote_types(y.dtype, torch.float32))
+        total = wide.new_zeros(handle.num_tokens, y.shape[1])
+        return total.index_add(0, metadata[mine, SOURCE_TOKEN], wide).to(y.dtype)
 
     def predict_bytes(
         self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
