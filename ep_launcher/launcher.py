@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "f6d7f726d6480a414b9f6481246028a6d2e1c0ff967f1adccc34490ea321c598"
+SOURCES_SHA256 = "b2bcb4bb36c4d5b752a1de4d8692692e9ed76397ceecd25fc5e7b60ba9f95ed0"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1348,52 +1348,6 @@ def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> No
                 f"this rank holds experts {experts.own_range}, and the state others; take a full_state_dict, and "
                 "load_full_state_dict(model, state, mesh)"
             )
-
-
-# %% notebooks/03_experts.ipynb #full-state
-def full_state_dict(model: nn.Module, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """What world size 1 holds, whatever this one is: {name: tensor}, copies, the same on every rank. Collective.
-
-    With an optimizer also {"optimizer": {parameter's name: its state}}. Sends each rank's experts to all of mesh.ep.
-    """
-    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
-
-    def gather(p: Tensor | None, tensor: Tensor) -> Tensor:
-        is_stacked = id(p) in owner and tensor.shape == p.shape
-        tensor = tensor.detach()
-        return (mesh.ep.all_gather(tensor, "state").flatten(0, 1) if is_stacked else tensor).clone()
-
-    state = {}
-    for long, tensor in model.state_dict().items():
-        name = re.sub(r"(\.[wb]\d)\.\d+-\d+$", r"\1", long)
-        state[name] = gather(named.get(name), tensor)
-    if optimizer is not None:
-        kept = {name: optimizer.state[p] for name, p in named.items() if p in optimizer.state}
-        state["optimizer"] = {
-            name: {key: gather(named[name], value) for key, value in values.items()}
-            for name, values in kept.items()
-        }
-    return state
-
-
-# %% notebooks/03_experts.ipynb #load-full-state
-def load_full_state_dict(
-    model: nn.Module, state: dict, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None
-) -> None:
-    """Loads what full_state_dict gave, at any world size: every rank takes its own experts' part.
-
-    RuntimeError where names, shapes or the number of experts differ from the model's, as load_state_dict has it.
-    """
-    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
-    state = dict(state)
-    moments = state.pop("optimizer", {})
-    model.load_state_dict(state)
-    for name, kept in moments.items() if optimizer is not None else ():
-        p = named[name]
-        if id(p) in owner:
-            own = owner[id(p)].own
-            kept = {key: v[own] if v.shape[1:] == p.shape[1:] else v for key, v in kept.items()}
-        optimizer.state[p] = {key: value.clone() for key, value in kept.items()}
 
 
 # ==========================================================================================================
@@ -7169,7 +7123,7 @@ def plan_copies(
 def with_copies(layer: EPMoE, placement: Tensor) -> tuple[Experts, Tensor]:
     """This rank's physical experts, with the weights of what they copy, and the table of copies [E, C]. Collective.
 
-    For a moment every rank holds all experts. ValueError where placement misses an expert or does not fit the ranks.
+    For a moment every rank holds one matrix of all experts. ValueError where placement does not fit experts and ranks.
     """
     mesh, config, device = layer.mesh, layer.config, layer.experts.w1.device
     check_plan(config.num_experts, len(placement), mesh.ep.size, 1, 1)
@@ -7181,10 +7135,9 @@ def with_copies(layer: EPMoE, placement: Tensor) -> tuple[Experts, Tensor]:
     of_experts = replace(config, num_experts=len(placement), extras=())
     with torch.device("meta"):
         experts = type(layer.experts)(of_experts, mesh.ep, seed=0)
-    experts, state = experts.to_empty(device=device).requires_grad_(False), full_state_dict(layer, mesh)
-    own = placement[experts.first_expert : experts.first_expert + experts.num_local]
-    for name, parameter in experts.named_parameters():
-        parameter.copy_(state[f"experts.{name}"].to(device)[own.to(device)])
+    experts, own = experts.to_empty(device=device).requires_grad_(False), placement[experts.own].to(device)
+    for parameter, source in zip(experts.parameters(), layer.experts.parameters(), strict=True):
+        parameter.copy_(mesh.ep.all_gather(source.detach(), "state").flatten(0, 1)[own])
     return experts, copies
 
 
@@ -8264,6 +8217,45 @@ class CheckpointOptions(Options):
         """The launcher's hook at the end."""
         if kept := training.notes.get("checkpoints"):
             kept.leave()
+
+
+# %% notebooks/15_mesh.ipynb #full-state
+def full_state_dict(model: nn.Module, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """What world size 1 holds, whatever this one is: {name: tensor}, copies, the same on every rank. Collective.
+
+    With an optimizer also {"optimizer": {parameter's name: its state}}. Sends each rank's experts to all of mesh.ep.
+    """
+    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
+    state = {re.sub(r"(\.[wb]\d)\.\d+-\d+$", r"\1", name): t for name, t in model.state_dict().items()}
+    known = {} if optimizer is None else optimizer.state
+    moments = {name: dict(known[p]) for name, p in named.items() if p in known}
+    places = [(state, name, named.get(name)) for name in state]
+    places += [(held, key, named[name]) for name, held in moments.items() for key in held]
+    for held, key, p in places:  # all ranks in the same order
+        tensor = held[key].detach()
+        is_stacked = id(p) in owner and tensor.shape == p.shape
+        held[key] = (mesh.ep.all_gather(tensor, "state").flatten(0, 1) if is_stacked else tensor).clone()
+    return state if optimizer is None else state | {"optimizer": moments}
+
+
+# %% notebooks/15_mesh.ipynb #load-full-state
+def load_full_state_dict(
+    model: nn.Module, state: dict, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Loads what full_state_dict gave, at any world size: every rank takes its own experts' part.
+
+    RuntimeError where names, shapes or the number of experts differ from the model's, as load_state_dict has it.
+    """
+    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
+    state = dict(state)
+    moments = state.pop("optimizer", {})
+    model.load_state_dict(state)
+    for name, kept in moments.items() if optimizer is not None else ():
+        p = named[name]
+        if id(p) in owner:
+            own = owner[id(p)].own
+            kept = {key: v[own] if v.shape[1:] == p.shape[1:] else v for key, v in kept.items()}
+        optimizer.state[p] = {key: value.clone() for key, value in kept.items()}
 
 
 # ==========================================================================================================
