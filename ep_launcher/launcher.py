@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "b2bcb4bb36c4d5b752a1de4d8692692e9ed76397ceecd25fc5e7b60ba9f95ed0"
+SOURCES_SHA256 = "30075baa75be91b7d89c5c44740424d66a5a658a83b118ba878910925571bb78"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1038,8 +1038,9 @@ class SwitchAuxLoss(Balance):
 # %% notebooks/03_experts.ipynb #check-tokens
 def check_tokens(x: Tensor, config: MoEConfig) -> None:
     """ValueError where x [..., D] is not what the layer was made for."""
-    if x.dim() < 2 or x.shape[-1] != config.hidden_dim:
-        raise ValueError(f"tokens have shape {list(x.shape)}; the layer wants [..., {config.hidden_dim}]")
+    if x.dim() < 2 or x.shape[-1] != config.hidden_dim or not x.is_floating_point():
+        wanted = f"[..., {config.hidden_dim}], of floating-point numbers"
+        raise ValueError(f"tokens have shape {list(x.shape)}, dtype {x.dtype}; the layer wants {wanted}")
     num_tokens, limit = math.prod(x.shape[:-1]), config.max_num_tokens
     if limit is not None and num_tokens > limit:
         raise ValueError(f"{num_tokens} tokens on one rank, above max_num_tokens {limit}")

@@ -160,11 +160,12 @@ def test_layer_refuses_what_it_was_not_made_for():
         layer(torch.randn(5, 16))
     with pytest.raises(ValueError, match="8 tokens on one rank, above max_num_tokens 4"):
         layer(torch.randn(2, 4, 16))  # a batch and a sequence are tokens too
-    for shape in ([4, 8], [16]):
+    for x in (torch.randn(4, 8), torch.randn(16), torch.ones(4, 16, dtype=torch.int64)):
         with pytest.raises(
-            ValueError, match=rf"shape {re.escape(str(shape))}; the layer wants \[\.\.\., 16\]"
+            ValueError,
+            match=rf"shape {re.escape(str(list(x.shape)))}, dtype {x.dtype}; the layer wants \[\.\.\., 16\]",
         ):
-            layer(torch.randn(shape))
+            layer(x)
 
 
 def test_the_dense_reference_is_a_sum_over_chosen_experts():
