@@ -21,30 +21,25 @@ def watch(layer: EPMoE, x: Tensor) -> list[Event]:
     Parts are named in the order in which they are dispatched. Only dispatchers made of Flights can be watched.
     """
     events: list[Event] = []
-    flights: dict[str, list[Flight]] = {}
-    passes: dict[int, str] = {}
+    parts = {name: iter("abcdefgh") for name in ("dispatch", "combine", "experts")}
     send, land, compute = Flight.send, Flight.land, layer.experts.forward
 
-    def note(what: str, name: str, part: int) -> None:
-        events.append((what, name, chr(ord("a") + part)))
-
     def watched_send(flight: Flight, *messages: Tensor | None, is_backward: bool = False) -> None:
-        own = flights.setdefault(flight.purpose, [])
-        if flight not in own:
-            own.append(flight)
-        passes[id(flight)] = flight.purpose + " backward" * is_backward
-        note("begin", passes[id(flight)], own.index(flight))
+        if not is_backward:
+            flight.part = next(parts[flight.purpose])
+        flight.way = flight.purpose + " backward" * is_backward
+        events.append(("begin", flight.way, flight.part))
         send(flight, *messages, is_backward=is_backward)
 
     def watched_land(flight: Flight) -> list[Tensor | None]:
-        note("end", passes[id(flight)], flights[flight.purpose].index(flight))
+        events.append(("end", flight.way, flight.part))
         return land(flight)
 
     def watched_compute(arrived: Any) -> Tensor:
-        part = sum(what == "experts" for what, _, _ in events)
-        note("experts", "forward", part)
+        part = next(parts["experts"])
+        events.append(("experts", "forward", part))
         y = compute(arrived)
-        y.register_hook(lambda grad: note("experts", "backward", part))
+        y.register_hook(lambda grad: events.append(("experts", "backward", part)))
         return y
 
     with (

@@ -50,6 +50,8 @@ def plain_verdict(*types: type) -> Callable[[Callable[..., str]], Callable[..., 
             def watched(*given: Any, **named: Any) -> Any:
                 try:
                     came.append(answer(*given, **named))
+                except NotYet:
+                    raise
                 except (Exception, SystemExit) as error:
                     raise NotYet(describe_error(error, answer)) from None
                 return expect(came[-1])
