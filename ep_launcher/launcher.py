@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "87066e9fec4fe645bdee6b94e01c55f859e5e92226a2828bb9ec0f9a7dc09709"
+SOURCES_SHA256 = "0cc683933139d38fac7ed296c5088a3bd938799f7fe49c14cd31b74d463ccd5f"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -7687,7 +7687,7 @@ class QuackExperts(GroupedExperts):
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Before fused, where the package is installed: faster at all three sizes (results/h100_parts.json)."""
+        """Before fused, where the package is installed: faster at two sizes (results/h100_hot_parts*.json)."""
         is_possible = TiledExperts.preference(config, device, ep_size) and importlib.util.find_spec("quack")
         return 60 if is_possible else 0
 

@@ -8,7 +8,8 @@ Each part is recorded as a CUDA graph, so that its kernels are timed and not the
 the bytes that it must move at the least. Layers are those of measure/layer.py, forward and backward, recorded too; the
 profiler watches the same replays, back to back, and nvidia-smi the clock and the power meanwhile. `quack` takes part
 where quack-kernels is installed, SonicMoE where it is: `pip install --no-deps --target build/site-packages
-sonic-moe==0.1.2.post1` (the folder's name matters to quack-kernels, which takes what lies elsewhere for code of ours).
+sonic-moe==0.1.2.post1` and PYTHONPATH=build/site-packages. (The folder's name matters: quack-kernels searches code that
+lies elsewhere for what may change, and refuses what it finds in cutlass's.)
 """
 
 import argparse
