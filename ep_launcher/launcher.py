@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "30075baa75be91b7d89c5c44740424d66a5a658a83b118ba878910925571bb78"
+SOURCES_SHA256 = "ad7ae12d1fa68bacf5ee4c80b875b90deb2a1de55560e37ffc4e6249b5023c95"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -818,7 +818,7 @@ class Router(KeepsPrecision):
         self.choice = REGISTRIES["choice"][pick("choice", config, device)]
         # No nn.Linear, which would draw its own numbers, from no seed of ours.
         self.gate = nn.ParameterDict(
-            {"weight": empty(config.hidden_dim), "bias": empty() if config.router_bias else None}
+            [("weight", empty(config.hidden_dim)), ("bias", empty() if config.router_bias else None)]
         )
         self.reset_parameters()
 
