@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "ad7ae12d1fa68bacf5ee4c80b875b90deb2a1de55560e37ffc4e6249b5023c95"
+SOURCES_SHA256 = "3f5f54a1825b5f31ef1ef38f6452085fa55a8b81f0dd44b4fbb2067938899956"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -89,6 +89,7 @@ class CollectiveError(RuntimeError):
 
 
 # %% notebooks/01_parallelism.ipynb #traffic-meter
+@dataclass(eq=False)
 class TrafficMeter:
     """Counts what one process hands to `torch.distributed` for other ranks.
 
@@ -99,13 +100,13 @@ class TrafficMeter:
     summed and before a recorded step is played; each raises where a kernel has left a note of a failure.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-        self.sent: dict[str, list[int]] = {}
-        self.num_collectives = 0
-        self.under_way: dict[int, Any] = {}
-        self.readers: list[Callable[[], None]] = []
-        self.checks: list[Callable[[], None]] = []
+    rank: int
+    size: int
+    sent: dict[str, list[int]] = field(default_factory=dict)
+    num_collectives: int = 0
+    under_way: dict[int, Any] = field(default_factory=dict)
+    readers: list[Callable[[], None]] = field(default_factory=list)
+    checks: list[Callable[[], None]] = field(default_factory=list)
 
     def record(self, purpose: str, bytes_by_destination: list[int], ranks: list[int] | None = None) -> None:
         """Adds one collective's bytes to each destination, the rank's own share left out.
@@ -810,6 +811,9 @@ class Router(KeepsPrecision):
     chosen experts.
     """
 
+    # The gate's results [T, E] -> [T, E]: how much a token likes an expert.
+    scores = staticmethod(functools.partial(torch.softmax, dim=-1))
+
     def __init__(self, config: MoEConfig, seed: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config, self.seed = config, seed
@@ -826,10 +830,6 @@ class Router(KeepsPrecision):
         """Draws gate.weight [E, D] and gate.bias [E] anew, in place, from the seed."""
         for name, parameter in self.gate.named_parameters():
             seeded_uniform_(parameter, self.config.hidden_dim, self.seed, f"gate.{name}")
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """The gate's results [T, E] -> [T, E]: how much a token likes an expert."""
-        return logits.softmax(dim=-1)
 
     def forward(self, x: Tensor, choice_bias: Tensor | None = None) -> Routing:
         """x [T, D] -> Routing. choice_bias [E] is added for the choice alone; weights are scores as they are.
