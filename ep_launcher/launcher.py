@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "3f5f54a1825b5f31ef1ef38f6452085fa55a8b81f0dd44b4fbb2067938899956"
+SOURCES_SHA256 = "18ff69a2be0bd20c1e0f0627ab7194a79a28d6d6ea5874805bc22b3b2018dc88"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -754,11 +754,9 @@ class KeepsPrecision(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         # Every way to convert a module comes through here, and there is no public place that all do.
-        def widen_only(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return t.to(moved.device) if moved.dtype.itemsize < t.dtype.itemsize else moved
-
-        return super()._apply(widen_only, recurse)
+        return super()._apply(
+            lambda t: fn(t) if fn(t).dtype.itemsize >= t.dtype.itemsize else t.to(fn(t).device), recurse
+        )
 
 
 # %% notebooks/03_experts.ipynb #gate-logits
