@@ -26,33 +26,17 @@ if str(ROOT) not in sys.path:  # works uninstalled, from any folder
 
 from tools import commands  # noqa: E402
 from tools.commands import Refused, one_line  # noqa: E402
-from tools.stitch import program, reading, rules, trace  # noqa: E402
+from tools.stitch import reading, rules  # noqa: E402
 from tools.stitch.fresh import assert_fresh, check_kernel_definitions  # noqa: E402, F401
 from tools.stitch.reading import EXPORTED_TAGS, LAUNCHER, Notebook  # noqa: E402
-
-
-def cell_of(filename: str | os.PathLike[str], lineno: int) -> str | None:
-    """The cell that a line of a stitched file came from: "notebooks/x.ipynb #id:line".
-
-    None where the line belongs to no cell, and for every file that is not stitched or cannot be read.
-    """
-    try:
-        with open(filename, encoding="utf-8", errors="replace") as file:
-            is_stitched = file.readline().startswith(program.GENERATED_LINE)
-        return is_stitched and trace.locate_cell(trace.read_cell_markers(os.fspath(filename)), lineno) or None
-    except (OSError, ValueError):
-        return None
+from tools.stitch.trace import cell_of  # noqa: E402, F401
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = commands.Parser(
-        prog="extract.py", description="Stitch tagged notebook cells into one Python file."
-    )
-    add, tags = parser.add_argument, " ".join(EXPORTED_TAGS)
-    add(
-        "notebooks", nargs="*", metavar="NB", help="what to read (default: the chapters, their rules checked)"
-    )
-    add("--tags", nargs="+", metavar="TAG", help=f"tags to export (default: {tags})")
+    parser = commands.Parser("extract.py", description="Stitch tagged notebook cells into one Python file.")
+    add = parser.add_argument
+    add("notebooks", nargs="*", metavar="NB", help="what to read (default: the chapters, rules checked)")
+    add("--tags", nargs="+", metavar="TAG", help=f"tags to export (default: {' '.join(EXPORTED_TAGS)})")
     add("--output", metavar="F", help=f"file to write (default, without NB and TAG: {LAUNCHER})")
     add("--check", action="store_true", help="write nothing; exit 1 and show a diff where F is stale")
     return parser.parse_intermixed_args(argv)
@@ -114,9 +98,8 @@ def _run(argv: Sequence[str] | None, root: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         commands.replace_file(path, text.encode())
     except OSError as error:
-        raise Refused(
-            f"{shown}: cannot be written ({error.strerror}); check it, or name another file"
-        ) from None
+        what = f"cannot be written ({error.strerror}); check it, or name another file"
+        raise Refused(f"{shown}: {what}") from None
     print(f"wrote {shown}: {count}")
     return 0
 

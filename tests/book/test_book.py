@@ -163,9 +163,7 @@ def small_site(tmp_path, monkeypatch):
         "1", outputs=[nbformat.v4.new_output("display_data", {"text/html": script})]
     )
     for name in ("01_one", "Untitled"):
-        notebook = nbformat.v4.new_notebook(
-            cells=[nbformat.v4.new_markdown_cell(f"# {name}\n\n{script}"), cell]
-        )
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {name}"), cell])
         nbformat.write(notebook, tmp_path / "notebooks" / f"{name}.ipynb")
     monkeypatch.setattr(site, "ROOT", tmp_path)
     monkeypatch.setattr(site.sys, "argv", ["site.py", "--output", str(tmp_path / "site")])
@@ -177,11 +175,11 @@ def small_site(tmp_path, monkeypatch):
     return build
 
 
-def test_a_notebook_that_is_no_chapter_loses_its_scripts(small_site):
+def test_a_chapter_is_a_page_with_its_players_scripts_and_other_notebooks_are_none(small_site):
     code, pages = small_site()
-    assert code == 0 and 'href="01_one.html"' in pages["index.html"]
-    assert pages["01_one.html"].count("<script>window.mine") == 2  # a chapter's own: its players
-    assert "<script>" not in pages["Untitled.html"]
+    assert code == 0 and sorted(pages) == ["01_one.html", "index.html"]
+    assert 'href="01_one.html"' in pages["index.html"]
+    assert "<script>window.mine = 1</script>" in pages["01_one.html"]
 
 
 def test_a_refused_build_keeps_the_old_pages(small_site, tmp_path, capsys):
