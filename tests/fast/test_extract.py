@@ -327,15 +327,12 @@ BAD_CELLS = {
     for number, (source, says) in enumerate(BAD_SOURCES)
 }
 BROKEN = code("culprit", "theory", "def f(:"), code("user", "theory", "def g():\n    return f()")
-IMPORT = "from ep_launcher.launcher import"
 X = code("culprit", "theory", "X = 1")
 R = {"kernelspec": {"language": "R"}}
 NO_NOTEBOOK = ": is not a notebook of format 4"
 BAD_CELLS |= {
     "broken, and one that needs it": (chapter(*BROKEN), "#culprit:1: syntax error: "),
     "seed takes a name": (one("def area(): ...", "seed"), "#culprit:1: `area` is defined a second time, first in"),
-    "imports nothing": (one(f"{IMPORT} nothing", "setup"), "#culprit:1: imports `nothing` from the launcher, but no"),
-    "imports all": (one(f"!ls\n{IMPORT} *", "demo"), "#culprit:2: `*` hides which names it imports"),
     "no tag": (one("X = 1", ["hide-input"]), "#culprit:1: no role tag; give it exactly one of theory, all_to_all,"),
     "unknown tag": (one("X = 1", ["theory", "thoery"]), "#culprit:1: unknown tag `thoery`; the tags are theory,"),
     "a tag that hides errors": (one("1 / 0", ["demo", "raises-exception"]), "#culprit:1: unknown tag `raises-"),
@@ -405,7 +402,10 @@ def test_failed_write_leaves_nothing_behind(book, launcher, run, monkeypatch):
 
 
 def test_no_notebook_and_no_cell(tmp_path, run):
-    assert run(root=tmp_path / "none")[::2] == (2, "notebooks: holds no chapter (NN_name.ipynb); add one\n")
+    assert run(root=tmp_path / "none")[::2] == (
+        2,
+        f"the notebooks (NN_name.ipynb): no code cell is tagged {' or '.join(extract.EXPORTED_TAGS)}; check the tags\n",
+    )
     root = write_book(tmp_path / "empty", **{"01_a": notebook(prose("p"))})
     status, _, err = run(root=root)
     assert status == 2 and err.startswith("notebooks/01_a.ipynb: no code cell is tagged theory or all_to_all")

@@ -75,13 +75,6 @@ class Cell:
         raise Refused(self.refusal(number, what))
 
 
-class Notebook(NamedTuple):
-    """A notebook of format 4."""
-
-    name: str
-    cells: tuple[Cell, ...]
-
-
 def _dig(data: object, *keys: str) -> Any:
     """data[key][key]..., None where something on the way is missing, or is no object."""
     for key in keys:
@@ -99,8 +92,8 @@ def _read_cell(notebook: str, language: str, data: object) -> Cell:
     return Cell(notebook, str(name), _dig(data, "cell_type"), tags, language, text)
 
 
-def read_notebook(path: Path, name: str) -> Notebook:
-    """Read one notebook of format 4. Raises Refused, with one line, for anything else."""
+def read_notebook(path: Path, name: str) -> list[Cell]:
+    """The cells of one notebook of format 4. Raises Refused, with one line, for anything else."""
     try:
         data = json.loads(path.read_bytes().decode("utf-8-sig"))
         language = _dig(data, "metadata", "kernelspec", "language")
@@ -108,7 +101,7 @@ def read_notebook(path: Path, name: str) -> Notebook:
         language = language.lower() if isinstance(language, str) else ""
         if _dig(data, "nbformat") != 4:
             raise TypeError
-        return Notebook(name, tuple(_read_cell(name, language, cell) for cell in data["cells"]))
+        return [_read_cell(name, language, cell) for cell in data["cells"]]
     except OSError as error:
         what = f"cannot be read ({error.strerror or type(error).__name__}); check the path"
     except UnicodeDecodeError as error:
@@ -125,14 +118,15 @@ def book_notebooks(root: Path) -> list[Path]:
     return sorted((root / "notebooks").glob("[0-9]*.ipynb"))
 
 
-def read_book(root: Path) -> list[Notebook]:
-    return [read_notebook(path, f"notebooks/{one_line(path.name)}") for path in book_notebooks(root)]
+def read_book(root: Path) -> list[Cell]:
+    paths = book_notebooks(root)
+    return [cell for path in paths for cell in read_notebook(path, f"notebooks/{one_line(path.name)}")]
 
 
-def select(notebooks: Sequence[Notebook], tags: Sequence[str]) -> list[tuple[Cell, str]]:
+def select(cells: Sequence[Cell], tags: Sequence[str]) -> list[tuple[Cell, str]]:
     """The code cells that carry one of the tags, in order, each with its first such tag (in the tags' order)."""
-    cells = (cell for notebook in notebooks for cell in notebook.cells if cell.kind == "code")
-    return [(cell, next(tag for tag in tags if tag in cell.tags)) for cell in cells if {*tags} & {*cell.tags}]
+    found = (cell for cell in cells if cell.kind == "code" and {*tags} & {*cell.tags})
+    return [(cell, next(tag for tag in tags if tag in cell.tags)) for cell in found]
 
 
 def why(error: BaseException) -> str:

@@ -7,11 +7,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from tools.commands import Refused
 from tools.stitch import reading
 from tools.stitch.program import RESERVED_NAMES, assemble, check_compiles
-from tools.stitch.reading import EXPORTED_TAGS, LAUNCHER_MODULE, ROLE_TAGS, Binding, Cell, Notebook
+from tools.stitch.reading import EXPORTED_TAGS, LAUNCHER_MODULE, ROLE_TAGS, Binding, Cell
 from tools.stitch.trace import find_cell_markers, locate_cell
 
 MAX_CODE_LINES, MAX_CLASS_LINES = 40, 60  # of a cell, and of a cell with a class
@@ -30,15 +31,12 @@ PURE_CALLS = set(
 )
 
 
-def check_structure(notebooks: Sequence[Notebook]) -> Iterator[str]:
+def check_structure(cells: Sequence[Cell]) -> Iterator[str]:
     """Ids, tags and prose of every cell, exported or not."""
     owners: dict[str, str] = {}
-    for notebook in notebooks:
-        before = None
-        for cell in notebook.cells:
-            yield from (cell.refusal(1, what) for what in _problems(cell, before, owners))
-            owners.setdefault(cell.name, notebook.name)
-            before = cell
+    for before, cell in pairwise([None, *cells]):
+        yield from (cell.refusal(1, what) for what in _problems(cell, before, owners))
+        owners.setdefault(cell.name, cell.notebook)
 
 
 def _problems(cell: Cell, before: Cell | None, owners: dict[str, str]) -> Iterator[str]:
@@ -57,7 +55,8 @@ def _problems(cell: Cell, before: Cell | None, owners: dict[str, str]) -> Iterat
     if len(roles) != 1:
         listed = f"two role tags, `{roles[0]}` and `{roles[1]}`" if roles else "no role tag"
         yield f"{listed}; give it exactly one of {', '.join(ROLE_TAGS)}"
-    if not (before and before.kind == "markdown" and before.text.strip()):
+    is_prose = before and before.notebook == cell.notebook and before.kind == "markdown"
+    if not (is_prose and before.text.strip()):
         yield "no prose stands before this code cell; put a markdown cell there"
 
 
@@ -118,12 +117,13 @@ def check_cell(cell: Cell, tag: str, classes: set[str]) -> Iterator[str]:
 
 def check_registrations(cells: Sequence[Cell]) -> Iterator[str]:
     """Refuses `@register("KIND", ...)` where KIND is no key of the book's literal REGISTRIES."""
-    known: set[str] = set()
-    for node in (node for cell in cells for node in cell.tree.body):
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "REGISTRIES":
-            known = {str(getattr(key, "value", None)) for key in getattr(node.value, "keys", ())}
-    for cell in cells if known else ():
-        for call in (call for node in cell.tree.body for call in getattr(node, "decorator_list", ())):
+    bindings = [(cell, b) for cell in cells for b in cell.bindings]
+    literals = [ast.walk(b.statement) for _, b in bindings if b.name == "REGISTRIES"]
+    known = {
+        getattr(node, "value", "") for nodes in literals for node in nodes if isinstance(node, ast.Constant)
+    }
+    for cell, b in bindings if known else ():
+        for call in getattr(b.node, "decorator_list", ()):
             match call:
                 case ast.Call(ast.Name("register"), [ast.Constant(kind), *_]) if kind not in known:
                     what = f"there is no kind {kind!r} to register; take one of {', '.join(sorted(known))}"
@@ -150,27 +150,20 @@ def check_duplicates(cells: Sequence[Cell]) -> Iterator[str]:
         yield cell.refusal(b.node.lineno, what)
 
 
-def check_launcher_imports(notebooks: Sequence[Notebook], book: Sequence[Cell]) -> Iterator[str]:
-    """A chapter may import from the launcher what it or an earlier chapter defines; an exported cell only so."""
+def check_launcher_imports(cells: Sequence[Cell], book: Sequence[Cell]) -> Iterator[str]:
+    """A chapter imports from the launcher what it or an earlier chapter defines; an exported cell only so."""
     owners = {b.name: cell.notebook for cell, b in reversed(_own_bindings(book))}
-    owners |= dict.fromkeys(RESERVED_NAMES, notebooks[0].name)
-    cells = (cell for notebook in notebooks for cell in notebook.cells if cell.kind == "code")
-    for cell in (cell for cell in cells if "ep_launcher" in cell.text):
-        for node in ast.walk(reading.parse_leniently(cell.text)):
-            if not isinstance(node, (ast.Import, ast.ImportFrom)):
-                continue
-            what, is_by_name = "", getattr(node, "module", "") == LAUNCHER_MODULE
+    for cell in (cell for cell in cells if cell.kind == "code" and "ep_launcher" in cell.text):
+        nodes = ast.walk(reading.parse_leniently(cell.text))
+        for node in (node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))):
+            is_by_name = getattr(node, "module", "") == LAUNCHER_MODULE
             for name in (alias.name for alias in node.names if is_by_name):
-                if name == "*":
-                    what = "`*` hides which names it imports; import them by name"
-                elif name not in owners:
-                    what = f"imports `{name}` from the launcher, but no exported cell defines it; check it"
-                elif owners[name] > cell.notebook:  # chapters are in the order of their names
+                if owners.get(name, "") > cell.notebook:  # chapters come in the order of their names
                     what = f"imports `{name}`, which only a later chapter defines ({owners[name]}); move one"
-            is_renamed = any(alias.asname for alias in node.names)
-            if cell in book and "ep_launcher" in ast.unparse(node) and (is_renamed or not is_by_name):
+                    yield cell.refusal(node.lineno, what)
+            is_plain = is_by_name and not any(alias.asname for alias in node.names)
+            if cell in book and "ep_launcher" in ast.unparse(node) and not is_plain:
                 what = f"the launcher cannot import itself so; write `from {LAUNCHER_MODULE} import` names"
-            if what:
                 yield cell.refusal(node.lineno, what)
 
 
@@ -203,16 +196,16 @@ def check_names(text: str, cells: Sequence[Cell]) -> Iterator[str]:
         yield f"{locate_cell(markers, finding['location']['row'])}: {what}"
 
 
-def stitch(notebooks: Sequence[Notebook], tags: Sequence[str], is_book: bool) -> tuple[str, list[Cell]]:
+def stitch(all_cells: Sequence[Cell], tags: Sequence[str], is_book: bool) -> tuple[str, list[Cell]]:
     """The stitched text and its cells. Raises Refused with a line for all that is wrong.
 
     Any notebooks' tagged cells are Python, and one program together; the book's keep all rules of this file.
     """
-    chosen = reading.select(notebooks, tags)
+    chosen = reading.select(all_cells, tags)
     cells = [cell for cell, _ in chosen]
-    book = [cell for cell, _ in reading.select(notebooks, EXPORTED_TAGS)] if is_book else []
-    ruled = reading.select(notebooks, [*EXPORTED_TAGS, "seed", *tags] if is_book else tags)
-    problems = [*check_structure(notebooks)] if is_book else []
+    book = [cell for cell, _ in reading.select(all_cells, EXPORTED_TAGS)] if is_book else []
+    ruled = reading.select(all_cells, [*EXPORTED_TAGS, "seed", *tags] if is_book else tags)
+    problems = [*check_structure(all_cells)] if is_book else []
     names, are_read = [], True
     for cell, _ in ruled:
         try:
@@ -230,7 +223,7 @@ def stitch(notebooks: Sequence[Notebook], tags: Sequence[str], is_book: bool) ->
         for cell, tag in chosen:
             problems += check_cell(cell, tag, classes)
         problems += [*check_duplicates([cell for cell, _ in ruled]), *check_registrations(book)]
-        problems += [*check_launcher_imports(notebooks, book), *check_names(text, cells)]
+        problems += [*check_launcher_imports(all_cells, book), *check_names(text, cells)]
     if problems:
         raise Refused(*problems)
     check_compiles(text)
