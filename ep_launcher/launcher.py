@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "9eed07c024b464d3193306813403798202b6c125e84e63fb851427fc2a0c96f4"
+SOURCES_SHA256 = "b0b8d607155b7e52ebab9d524dec6ea10032067d0aa8344d899c5d964f7abd07"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1251,7 +1251,6 @@ class Options:
         "added_loss": "(routing, config, batch) -> this rank's share of a further loss, 0-dim, while it trains",
         "after_routing": "(routing, config, batch) -> routing, between router and dispatcher",
         # In the launcher: chapters 04 to 15. Those marked * are collective.
-        "share_experts": "(world_size) -> ep_size, by how many of the ranks the experts are shared out",
         "check_training": "(config, training), at first: ValueError where these options would do nothing in the run",
         "for_run": "(run) -> these options, fitted to the run",
         "syncs_host": "() -> which option makes the host wait for the device in every step, and what would not, in"
@@ -1486,13 +1485,6 @@ def make_teacher(config: MoEConfig, seed: int) -> Tensor:
 
 
 # %% notebooks/04_training.ipynb #token-stream
-def mean_squared_error(y: Tensor, target: Tensor, num_global_tokens: int) -> Tensor:
-    """y, target [T, D] -> this rank's share of the mean over the global batch, float32 or wider; 0 without tokens."""
-    wide = torch.promote_types(y.dtype, torch.float32)
-    squared_error = F.mse_loss(y.to(wide), target.to(wide), reduction="sum")
-    return squared_error / max(1, num_global_tokens * y.shape[1])
-
-
 @register("task", "linear")
 class TokenStream:
     """Endless batches x ~ N(0, 1) with their targets x teacher^T: the global batch, drawn alike on every rank.
@@ -1521,9 +1513,13 @@ class TokenStream:
         return x, F.linear(x, self.teacher)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The mean squared error over the global batch, as a share: the ranks' shares add up to it."""
+        """The mean squared error over the global batch, as a share: the ranks' shares add up to it. Float32 or
+        wider."""
         x, target = batch
-        return mean_squared_error(model(x), target, self.num_tokens)
+        y = model(x)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        squared_error = F.mse_loss(y.to(wide), target.to(wide), reduction="sum")
+        return squared_error / (self.num_tokens * y.shape[1])
 
 
 # %% notebooks/04_training.ipynb #layer-model
@@ -1546,6 +1542,7 @@ class TrainingOptions:
     log_interval: steps between two log lines
     seed: of parameters, teacher and tokens
     tokens: tokens per step over all ranks, shared out as evenly as possible (default: 32 per rank)
+    ep_size: ranks that share out the experts, a divisor of all; the others hold copies (default: all of them)
     device: auto (cuda if there are at least as many GPUs as local ranks, else cpu), cpu or cuda
     log_dir: for TensorBoard and the text log (default: a new folder in ep_launcher/runs; TB_LOGDIR overrides)
     summary: write the run's summary to this JSON file
@@ -1563,6 +1560,7 @@ class TrainingOptions:
     log_interval: int = 100
     seed: int = 0
     tokens: int | None = None
+    ep_size: int | None = None
     device: str = "auto"
     log_dir: str | None = None
     summary: str | None = None
@@ -1573,7 +1571,7 @@ class TrainingOptions:
     plugin: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in {"steps": 1, "log_interval": 1, "tokens": 1, "seed": 0}.items():
+        for name, least in {"steps": 1, "log_interval": 1, "tokens": 1, "ep_size": 1, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, and must be at least {least}")
@@ -1640,13 +1638,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
 # %% notebooks/04_training.ipynb #step-timer
 import itertools
 from collections import deque
-
-
-def within(limit_s: float | None, work: Callable[[], object]) -> None:
-    """Does the work in a thread of its own, and goes on when it is done or the time is over; None sets no limit."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(limit_s)
+from concurrent import futures
 
 
 class StepTimer:
@@ -1724,18 +1716,19 @@ class RunLog:
     def warn(self, error: OSError, path: Path) -> None:
         """Names the disk, the first time that something cannot be written."""
         if not self.has_warned:
-            self.has_warned, disk = True, path.absolute()
-            while not disk.is_mount():
-                disk = disk.parent
+            self.has_warned, place = True, path.absolute()
+            disk = next(folder for folder in (place, *place.parents) if folder.is_mount())
             line = f"warning: cannot write to {path}, on the disk of {disk} ({error.strerror}); the training goes on"
-            if not (self.notes and self.notes.warn(line)):
+            if self.notes and self.notes.path:
+                self.notes.warning[:] = line.encode()[:512].ljust(512, b"\0")
+            else:
                 with contextlib.suppress(OSError):
                     print(line, file=sys.stderr, flush=True)
 
     def advance(self, step: int) -> None:
         """This step is done."""
         if self.notes:
-            self.notes.note(self.rank, step + 1)
+            self.notes.steps[self.rank] = step + 1
         if self.bar:
             self.bar.update()
 
@@ -1759,7 +1752,7 @@ class RunLog:
         """Everything to disk, in so long at most: an interrupt may have left TensorBoard's queue locked."""
         if self.bar:
             self.bar.close()
-            within(limit_s, self.going_on()(self.writer.close))
+            futures.wait([futures.ThreadPoolExecutor(1).submit(self.going_on()(self.writer.close))], limit_s)
             threading.excepthook = self.usual_hook
 
 
@@ -1880,18 +1873,6 @@ class Run:
 
 
 # %% notebooks/04_training.ipynb #record
-def begin_log(log: RunLog, step: int) -> None:
-    """The run begins at this step: so does the bar, and TensorBoard drops what the folder has from there on."""
-    if log.writer:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        log.bar.update(step)
-        with log.going_on():
-            log.writer.file_writer.add_event(
-                Event(step=step, session_log=SessionLog(status=SessionLog.START))
-            )
-
-
 class Record:
     """Watches a run: losses, time, load, bytes. Reads the device only at log intervals, on a GPU."""
 
@@ -1902,17 +1883,15 @@ class Record:
         self.tail: list[Tensor] = []  # losses of the last 5% of steps
         self.logged: list[tuple[float, float]] = []  # (task, aux) at every log interval
         self.interval_start = time.perf_counter()
-        self.bytes_before = 0
-
-    def begin_step(self) -> None:
-        """Reads the meter before the last step, whose bytes are the difference to the end."""
+        self.bytes_before = run.mesh.meter.total(*PASSES)  # the last step's are the difference to the end
         self.timer.mark()
-        if self.run.step == self.run.options.steps - 1:
-            self.bytes_before = self.run.mesh.meter.total(*PASSES)
 
     def end_step(self, step: int, losses: Tensor) -> None:
         """Takes the global losses [2] of this step, logs them where it is time, stops at NaN."""
         options = self.run.options
+        self.timer.mark()
+        if step == options.steps - 2:
+            self.bytes_before = self.run.mesh.meter.total(*PASSES)
         is_logged = step % options.log_interval == 0
         if is_logged or self.run.device.type == "cpu":
             check_finite(losses, step)
@@ -1945,7 +1924,6 @@ class Record:
 def measured_summary(record: Record) -> dict[str, Any]:
     """The measured part of the summary. Collective: every rank enters."""
     run, batch, meter = record.run, record.run.mesh.batch, record.run.mesh.meter
-    record.timer.mark()
     sent = meter.total(*PASSES) - record.bytes_before
     metadata = meter.total("metadata") // (record.timer.num_marks - 1)  # a step of this process
     sent, metadata = batch.all_reduce(torch.tensor([sent, metadata], device=run.device)).tolist()
@@ -2039,10 +2017,8 @@ def train(run: Run) -> dict[str, Any]:
     try:
         for begin in run.config.hooks("begin"):
             begin(training)
-        begin_log(run.log, run.step)
         for step in range(run.step, options.steps):
             run.step = step
-            record.begin_step()
             record.end_step(step, training.advance())
             for after_update in run.config.hooks("after_update"):
                 after_update(training)
@@ -2079,17 +2055,6 @@ class FlagParser(argparse.ArgumentParser):
 
 
 # %% notebooks/05_launch.ipynb #make-parser
-def whole_number(text: str) -> int:
-    """An int of 64 bits: a larger one would overflow somewhere, later."""
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
-    if abs(number) >= 2**63:
-        raise argparse.ArgumentTypeError("must be below 2**63")
-    return number
-
-
 def flag_settings(group: type, f: Field) -> dict[str, Any]:
     """argparse's settings for one field: default, help, type, and the choices where it names what is registered."""
     lines = [line.strip() for kind in group.__mro__ for line in (kind.__doc__ or "").splitlines()]
@@ -2103,8 +2068,11 @@ def flag_settings(group: type, f: Field) -> dict[str, Any]:
     if choices and f.default == "auto":
         choices = ["auto", *choices]
     kind = next((t for t in (int, float) if f.type in (t, t | None)), str)
-    metavar, convert = None if choices else kind.__name__.upper(), whole_number if kind is int else kind
-    return settings | {"type": convert, "choices": choices, "metavar": metavar}
+    return settings | {
+        "type": kind,
+        "choices": choices,
+        "metavar": None if choices else kind.__name__.upper(),
+    }
 
 
 def make_parser() -> FlagParser:
@@ -2156,8 +2124,11 @@ def parse_flags(argv: list[str] | None = None) -> tuple[MoEConfig, TrainingOptio
     """Command line -> config, with later chapters' groups as extras, and training options. ValueError if bad."""
     load_plugin(argv)
     values = vars(make_parser().parse_args(argv))
-    for name, value in values.items():  # a shell leaves the ~ in --log-dir=~/runs to us
-        values[name] = os.path.expanduser(value) if isinstance(value, str) else value
+    for name, value in values.items():
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{name} must be below 2**63: a larger number would overflow somewhere, later")
+        if isinstance(value, str):  # a shell leaves the ~ in --log-dir=~/runs to us
+            values[name] = os.path.expanduser(value)
     for name in ("log_dir", "summary"):
         values[name] = values[name] or None
     groups = {}
@@ -2169,17 +2140,10 @@ def parse_flags(argv: list[str] | None = None) -> tuple[MoEConfig, TrainingOptio
 
 
 # %% notebooks/05_launch.ipynb #count-memory
-def ep_size_of(config: MoEConfig, world_size: int) -> int:
-    """By how many of a run's ranks its experts are shared out: all, where no option group says otherwise."""
-    for share_experts in config.hooks("share_experts"):
-        world_size = share_experts(world_size)
-    return world_size
-
-
-def bytes_a_rank(config: MoEConfig, num_tokens: int, world_size: int) -> dict[str, int]:
+def bytes_a_rank(config: MoEConfig, num_tokens: int, world_size: int, ep_size: int) -> dict[str, int]:
     """{part: bytes that a rank of a training run holds of it, at least}; each part names the flags that lower it."""
     d, f, size = config.hidden_dim, config.ffn_dim, DTYPES[config.dtype].itemsize
-    num_experts = config.num_local_experts(ep_size_of(config, world_size)) + config.num_shared_experts
+    num_experts = config.num_local_experts(ep_size) + config.num_shared_experts
     matrices = 3 if REGISTRIES["activation"][config.activation].is_gated else 2
     wide, share = max(4, size), -(-num_tokens // world_size)
     return {
@@ -2234,7 +2198,9 @@ def replace_file(path: str | Path, text: str | None) -> None:
 def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     """This rank's device. ValueError, before anything starts, where config, world and machine do not fit."""
     rank, world_size, _, _ = world_from_env()
-    ep_size = ep_size_of(config, world_size)
+    ep_size = options.ep_size or world_size
+    if world_size % ep_size:
+        raise ValueError(f"ep_size is {ep_size}, and must divide the {world_size} rank(s)")
     config.num_local_experts(ep_size)
     num_tokens = options.tokens or 32 * world_size
     share = -(-num_tokens // world_size)
@@ -2246,7 +2212,7 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     if options.summary and rank == 0:
         replace_file(options.summary, None)
     device = choose_device(options.device)
-    check_memory(bytes_a_rank(config, num_tokens, world_size), device)
+    check_memory(bytes_a_rank(config, num_tokens, world_size, ep_size), device)
     for check_training in config.hooks("check_training"):
         check_training(config, options)
     for kind in ("dispatcher", "experts", "choice", "overlap"):
@@ -2285,11 +2251,6 @@ def make_log_dir() -> Path:
             return folder
 
 
-def relative_to_root(path: str | Path) -> str:
-    """A path as seen from the repository's root."""
-    return os.path.relpath(path, LAUNCHER_DIR.parent)
-
-
 def device_model(device: torch.device) -> str:
     """The hardware's model name, never a machine's name."""
     if device.type == "cuda":
@@ -2310,7 +2271,11 @@ def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> int:
     flags = asdict(run.config) | asdict(options)
     for extra in flags.pop("extras"):
         flags |= extra
-    flags |= {"log_dir": relative_to_root(log_dir), "summary": relative_to_root(options.summary)}
+    for name, path in (
+        ("log_dir", log_dir),
+        ("summary", options.summary),
+    ):  # as seen from the repository's root
+        flags[name] = os.path.relpath(path, LAUNCHER_DIR.parent)
     made_by = {
         "config": flags,
         "device": device_model(run.device),
@@ -2348,19 +2313,19 @@ def describe_positions(positions: list[tuple[int, int]], silent: tuple[int, ...]
 # %% notebooks/05_launch.ipynb #run-training
 def run_training(config: MoEConfig, options: TrainingOptions, device: torch.device) -> int:
     """One rank's whole run -> exit code: 0, 1 where a rank or the loss failed, 130 where it was stopped."""
-    rank = world_from_env()[0]
+    rank, world_size, _, _ = world_from_env()
     try:
         log_dir = Path(options.log_dir or (make_log_dir() if rank == 0 else ""))
-        log = RunLog(log_dir, options.steps, rank, StepNotes())
+        log = RunLog(log_dir, options.steps, rank, StepNotes(world_size))
     except (ValueError, OSError) as error:
         return refuse(str(error))
     if device.type == "cpu":
         schedule_in_batches()
     store = init_distributed(device, options.timeout_s)
-    run = Run(config, options, init_ep(ep_size_of(config, world_from_env()[1])), device, log)
+    run = Run(config, options, init_ep(options.ep_size), device, log)
     heartbeat = Heartbeat(store, run)
     run.fail = functools.partial(report_failure, heartbeat)
-    usual = signal.getsignal(signal.SIGINT)
+    usual, logs = signal.getsignal(signal.SIGINT), f"logs in {os.path.relpath(log_dir, LAUNCHER_DIR.parent)}"
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, interrupt)
@@ -2370,7 +2335,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
             f"task loss {measured['final_task_loss']:.6f} after {options.steps} steps on {run.mesh.batch.size} "
             f"{device.type} rank(s), {measured['ms_per_step']:.2f} ms per step"
         )
-        log.write(f"logs in {relative_to_root(log_dir)}; to look at them: make tensorboard")
+        log.write(f"{logs}; to look at them: make tensorboard")
         return code
     except CannotRun as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # refuse waits for torchrun's
@@ -2378,7 +2343,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     except (CollectiveError, NonFiniteLoss) as error:
         return report_failure(heartbeat, error)
     except KeyboardInterrupt:
-        log.write(f"stopped at step {run.step}; logs in {relative_to_root(log_dir)}")
+        log.write(f"stopped at step {run.step}; {logs}")
         return 130
     except Exception:
         heartbeat.first_to_report()  # the traceback below says it; the ranks that lose this one are silent
@@ -2419,50 +2384,33 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-# %% notebooks/05_launch.ipynb #silent-machines
-def silent_machines(silent: tuple[int, ...], size: int, ranks_per_machine: int) -> str:
-    """One line on the machines of which no rank is heard; empty where there is none, or one machine alone."""
-    lines = []
-    for machine, first in enumerate(range(0, size, ranks_per_machine), 1):
-        ranks = range(first, first + ranks_per_machine)
-        if size > ranks_per_machine and set(ranks) <= set(silent):
-            names = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {first}"
-            lines.append(f"machine {machine} of {size // ranks_per_machine} ({names}) is not heard any more")
-    return "; ".join(lines)
-
-
 # %% notebooks/05_launch.ipynb #step-notes
-class StepNotes:
-    """The file that `launch` names in EP_STEPS: room for one warning, then 8 bytes per rank, the steps it has done.
+import mmap
 
-    It has its full size from the beginning, so a full disk takes nothing from it. Without EP_STEPS nothing is noted.
+
+class StepNotes:
+    """The memory of the file that `launch` names in EP_STEPS. Without EP_STEPS, memory that nobody reads.
+
+    warning: room for one line, 512 bytes. steps: int64 by rank, the steps that it has done. The file has its full size
+    from the beginning, so a full disk takes nothing from it.
     """
 
     WARNING_BYTES = 512
 
-    def __init__(self) -> None:
-        path = os.environ.get("EP_STEPS")
-        self.file = os.open(path, os.O_RDWR) if path else None
-
-    def note(self, rank: int, steps: int) -> None:
-        """This rank has done so many steps. Costs about 1 us."""
-        if self.file is not None:
-            os.pwrite(self.file, steps.to_bytes(8, "little"), self.WARNING_BYTES + 8 * rank)
-
-    def steps(self, rank: int) -> int:
-        """The steps that a rank of this machine has done; 0 where nobody noted them."""
-        if self.file is None:
-            return 0
-        return int.from_bytes(os.pread(self.file, 8, self.WARNING_BYTES + 8 * rank), "little")
-
-    def warn(self, line: str) -> bool:
-        """One line to whoever started the run -> whether there is such a file to write it to."""
-        if self.file is not None:
-            os.pwrite(self.file, line.encode()[: self.WARNING_BYTES], 0)
-        return self.file is not None
+    def __init__(self, num_ranks: int) -> None:
+        self.path, num_bytes = os.environ.get("EP_STEPS"), self.WARNING_BYTES + 8 * num_ranks
+        room = memoryview(bytearray(num_bytes))
+        if self.path:
+            with open(self.path, "r+b") as file:
+                file.truncate(max(num_bytes, os.path.getsize(self.path)))
+                room = memoryview(mmap.mmap(file.fileno(), 0))
+        self.warning, self.steps = room[: self.WARNING_BYTES], room[self.WARNING_BYTES :].cast("q")
 
 
 # %% notebooks/05_launch.ipynb #heartbeat
+from concurrent import futures
+
+
 class Heartbeat:
     """Tells the other ranks, twice a second, how far this run has come; finds the straggler when it hangs.
 
@@ -2509,22 +2457,25 @@ class Heartbeat:
         if not after:
             return "not every rank has started"
         silent = tuple(rank for rank, note in enumerate(after) if before and note[2] == before[rank][2])
-        if gone := silent_machines(silent, self.meter.size, ranks_per_machine):
-            return gone
+        machines = torch.arange(self.meter.size).split(ranks_per_machine)
+        gone = [
+            f"machine {n} of {len(machines)} (rank {', '.join(map(str, own))}) is not heard any more"
+            for n, own in enumerate(map(Tensor.tolist, machines), 1)
+            if set(own) <= set(silent)
+        ]
+        if gone and len(machines) > 1:
+            return "; ".join(gone)
         noted = self.run.log.notes.steps
-        return describe_positions([(max(n[0], noted(rank)), n[1]) for rank, n in enumerate(after)], silent)
+        return describe_positions([(max(n[0], noted[rank]), n[1]) for rank, n in enumerate(after)], silent)
 
     def first_to_report(self) -> bool | None:
         """True on the first rank that asks: the one that prints what went wrong. None where the store does not answer
         in 5 s: it is lost, with the machine that it is on."""
-        answers = []
-
-        def ask() -> None:
-            with contextlib.suppress(RuntimeError):
-                answers.append(self.store is None or self.store.add("reported", 1) == 1)
-
-        within(5, ask)
-        return answers[0] if answers else None
+        if self.store is None:
+            return True
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            return futures.ThreadPoolExecutor(1).submit(self.store.add, "reported", 1).result(5) == 1
+        return None
 
 
 # %% notebooks/05_launch.ipynb #end-torchrun
@@ -7778,25 +7729,6 @@ import warnings
 from concurrent.futures import Future
 
 
-@option_group
-@dataclass(frozen=True)
-class MeshOptions(Options):
-    """How the ranks are arranged. ValueError, before anything starts, where the number does not fit them.
-
-    ep_size: ranks that share out the experts, a divisor of all; the others hold copies (default: all of them)
-    """
-
-    ep_size: int | None = None
-
-    def share_experts(self, world_size: int) -> int:
-        """The launcher's hook: the ep_size of a run on so many ranks."""
-        if self.ep_size is None:
-            return world_size
-        if self.ep_size < 1 or world_size % self.ep_size:
-            raise ValueError(f"ep_size is {self.ep_size}, and must divide the {world_size} rank(s)")
-        return self.ep_size
-
-
 # %% notebooks/15_mesh.ipynb #whole-layer
 @functools.cache
 def device_mesh(mesh: Mesh, device_type: str) -> Any:
@@ -8297,6 +8229,19 @@ def take_up(kept: Checkpoints, checkpoint: Path, body: dict[str, Any]) -> None:
     run.log.write(f"resumed at step {run.step} from {checkpoint.name}, {by}" + f"; {changed}" * bool(changed))
 
 
+# %% notebooks/15_mesh.ipynb #begin-log
+def begin_log(log: RunLog, step: int) -> None:
+    """The run begins at this step: so does the bar, and TensorBoard drops what the folder has from there on."""
+    if log.writer:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        log.bar.update(step)
+        with log.going_on():
+            log.writer.file_writer.add_event(
+                Event(step=step, session_log=SessionLog(status=SessionLog.START))
+            )
+
+
 # %% notebooks/15_mesh.ipynb #checkpoint-options
 @option_group
 @dataclass(frozen=True)
@@ -8343,6 +8288,7 @@ class CheckpointOptions(Options):
         if self.checkpoint_dir:
             kept = training.notes["checkpoints"] = Checkpoints(self, training)
             resume(kept)
+            begin_log(training.run.log, training.run.step)
             kept.signals = StopSignals()
 
     def after_update(self, training: Training) -> None:
@@ -8429,13 +8375,11 @@ def widths(options: DecoderOptions, config: MoEConfig) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
-def decoder_bytes(options: DecoderOptions, config: MoEConfig) -> dict[str, int]:
+def decoder_bytes(options: DecoderOptions, config: MoEConfig, ep_size: int) -> dict[str, int]:
     """{part: bytes of parameters, their gradients and AdamW's two numbers that a rank holds}, with the flags for it."""
     (heads, kv_heads, head_dim), d = widths(options, config), config.hidden_dim
     per_number = 4 * max(4, DTYPES[config.dtype].itemsize)
-    num_experts = (
-        config.num_local_experts(ep_size_of(config, world_from_env()[1])) + config.num_shared_experts
-    )
+    num_experts = config.num_local_experts(ep_size) + config.num_shared_experts
     matrices = 3 if REGISTRIES["activation"][config.activation].is_gated else 2
     width = options.dense_ffn_dim or (config.top_k + config.num_shared_experts) * config.ffn_dim
     num_sparse = options.num_layers - options.dense_layers
@@ -8450,7 +8394,10 @@ def decoder_bytes(options: DecoderOptions, config: MoEConfig) -> dict[str, int]:
 def check_decoder(options: DecoderOptions, config: MoEConfig, training: TrainingOptions) -> None:
     """ValueError where the launcher cannot train this decoder, or where these options do nothing."""
     if training.model == "lm":
-        check_memory(decoder_bytes(options, config), choose_device(training.device))
+        check_memory(
+            decoder_bytes(options, config, training.ep_size or world_from_env()[1]),
+            choose_device(training.device),
+        )
         if options.dense_layers == options.num_layers:
             raise ValueError(
                 "no layer has experts; for a dense model take --num-experts 1 --top-k 1 --ep-size 1"

@@ -209,7 +209,7 @@ class SumTask:
         self.num_tokens = num_tokens
 
     def loss(self, model: nn.Module, x: Tensor) -> Tensor:
-        return ep.mean_squared_error(model(x), torch.ones_like(x), self.num_tokens)
+        return (model(x) - 1).square().sum() / (self.num_tokens * x.shape[1])
 
 
 @trial(2, 4)
