@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "b0b8d607155b7e52ebab9d524dec6ea10032067d0aa8344d899c5d964f7abd07"
+SOURCES_SHA256 = "b450cba1dee67072d472517f7e763d16b5e64b16eea1d94f6c7a8e7ac2de1ea8"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2602,11 +2602,7 @@ try:
 except ImportError:  # no GPU, or a torch without it: every kernel below has a PyTorch twin
     triton = tl = None
 constexpr = tl.constexpr if triton else int  # a kernel's argument that is fixed when it is compiled
-
-
-def kernel(function: Callable) -> Any:
-    """Decorator: compiles a Triton kernel where Triton is, and leaves the function as it is elsewhere."""
-    return triton.jit(function) if triton else function
+kernel = triton.jit if triton else lambda function: function  # the decorator of every kernel
 
 
 def uses_kernels(x: Tensor) -> bool:
@@ -3033,10 +3029,6 @@ class BlockProducts:
             torch.mm(block.t(), g, out=into)
         return out
 
-    def bias_gradient(self, grad: Tensor) -> Tensor:
-        """grad [R, o] -> [L, o]: the sum of each expert's rows."""
-        return torch.stack([block.sum(0) for block in self.blocks(grad)])
-
 
 # %% notebooks/06_grouped_experts.ipynb #grouped-products
 class GroupedProducts:
@@ -3074,11 +3066,6 @@ class GroupedProducts:
             return rows.new_zeros(len(self.counts), rows.shape[1], grad.shape[1])
         return F.grouped_mm(rows.t(), grad, offs=self.offsets)
 
-    def bias_gradient(self, grad: Tensor) -> Tensor:
-        """grad [R, o] -> [L, o]: the sum of each expert's rows, as a product with the membership."""
-        kept = torch.where(self.membership.any(1, keepdim=True), grad, 0)
-        return self.membership.to(grad.dtype).t() @ kept
-
 
 # %% notebooks/06_grouped_experts.ipynb #mlp-rows
 class ExpertsOnTokens(torch.autograd.Function):
@@ -3105,8 +3092,7 @@ class ExpertsOnTokens(torch.autograd.Function):
             results = products.times(hidden, w2)
         kept = hidden if up is None and not gate.is_cuda else None
         ctx.kind, ctx.activation = getattr(products, "in_backward", type(products)), activation
-        ctx.on_host = getattr(products, "splits", None)
-        ctx.has_b1, ctx.has_b3, ctx.used = b1 is not None, b3 is not None, False
+        ctx.on_host, ctx.used = getattr(products, "splits", None), False
         ctx.save_for_backward(x, weights, gate, up, kept, w1, w2, w3, *order[:3])
         return sum_rows(results, order)
 
@@ -3139,8 +3125,9 @@ class ExpertsOnTokens(torch.autograd.Function):
         rows = products.rows(x, order)
         grad_w1 = products.weight_gradient(rows, gate)
         grad_w3 = None if up is None else products.weight_gradient(rows, up)
-        grad_b1 = products.bias_gradient(gate) if ctx.has_b1 else None
-        grad_b3 = products.bias_gradient(up) if ctx.has_b3 else None
+        ones = gate.new_ones(len(gate), 16 // gate.element_size())  # a bias is the weight of a column of ones
+        grad_b1 = products.weight_gradient(ones, gate)[:, 0] if ctx.needs_input_grad[3] else None
+        grad_b3 = products.weight_gradient(ones, up)[:, 0] if ctx.needs_input_grad[6] else None
         del rows
         grad_x = None
         if ctx.needs_input_grad[0] and up is None:
@@ -3292,7 +3279,7 @@ class GraphStep:
         self.eager = REGISTRIES["step"]["eager"](run, model, task, optimizer)
         self.graph, self.losses, self.model = torch.cuda.CUDAGraph(), None, model
         self.meter, self.sent = run.mesh.meter, {}
-        self.replays = Replays(run.options.timeout_s, run.fail)
+        self.at_end: list[Callable[[], None]] = []  # what is recorded behind the step (chapter 11)
 
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
@@ -3329,10 +3316,10 @@ class GraphStep:
         generator.set_state(before[1])
         self.graph.register_generator_state(generator)
         self.meter.sent.clear()
-        count = torch.zeros(1, dtype=torch.int64, device=generator.device)
         with torch.cuda.graph(self.graph):
             self.losses = eager()
-            self.replays.record_end(count)
+            for record in self.at_end:
+                record()
         self.sent = {purpose: list(sent) for purpose, sent in self.meter.sent.items()}
         self.meter.sent.clear()
 
@@ -3341,76 +3328,10 @@ class GraphStep:
         if self.losses is None:
             self.record()
         check_ended(self.meter)
-        self.replays.begun += 1
         self.graph.replay()
         for purpose, sent in self.sent.items():
             self.meter.record(purpose, sent)
         return self.losses.clone()
-
-
-# %% notebooks/06_grouped_experts.ipynb #replays
-import weakref
-
-
-def watch_over(
-    check: Callable[[], None], fail: Callable[[Exception], object] | None = None, grace_s: float = 0
-) -> None:
-    """A thread that calls check, a method, twice a second, as long as its object lives. Where it raises
-    CollectiveError, and grace_s later nobody else has ended the process, the thread does: fail(error), exit code 1.
-    """
-    method = weakref.WeakMethod(check)
-
-    def look() -> None:
-        while (still_there := method()) is not None:
-            try:
-                still_there()
-            except CollectiveError as error:
-                time.sleep(grace_s)
-                fail(error) if fail else print(f"error: {error}", file=sys.stderr, flush=True)
-                os._exit(1)
-            del still_there
-            time.sleep(0.5)
-
-    threading.Thread(target=look, daemon=True).start()
-
-
-@kernel
-def count_replay_kernel(count, ended):
-    """One program: counts a replay on the device, and tells the host. ended: int64 [1], the host's, page-locked."""
-    number = tl.load(count) + 1
-    tl.store(count, number)
-    tl.store(ended, number)
-
-
-class Replays:
-    """Replays of a recorded step, begun and ended: who waits for a rank that never comes finds out in limit_s.
-
-    begun counts on the host. The recording itself counts those that have ended, in memory that the host can read while
-    the device works: so nothing waits, and no CUDA call disturbs a stream.
-    """
-
-    def __init__(self, limit_s: float, fail: Callable[[Exception], object] | None = None) -> None:
-        self.begun, self.limit_s, self.seen, self.since = 0, limit_s, 0, time.monotonic()
-        self.ended = torch.zeros(1, dtype=torch.int64, pin_memory=torch.cuda.is_available())
-        watch_over(self.check, fail)
-
-    def record_end(self, count: Tensor) -> None:
-        """The last thing in a recording. count: int64 [1] on its device, 0; kept, since replays write to it."""
-        self.count = count
-        if uses_kernels(count):
-            count_replay_kernel[(1,)](count, self.ended)
-        else:
-            self.ended.copy_(count.add_(1), non_blocking=True)
-
-    def check(self) -> None:
-        """CollectiveError where one has been under way for limit_s, and no other has ended meanwhile."""
-        ended, now = int(self.ended), time.monotonic()
-        if ended == self.begun or ended != self.seen:
-            self.seen, self.since = ended, now
-        elif now - self.since > self.limit_s:
-            raise CollectiveError(
-                f"replay {ended + 1} of the recorded step has not ended in {self.limit_s:g} s"
-            )
 
 
 # %% notebooks/06_grouped_experts.ipynb #compiled-step
@@ -5016,6 +4937,25 @@ def rider_start(num_rows: int, d: int, dtype: torch.dtype) -> int:
     return -(-num_rows * d * dtype.itemsize // 16) * 16
 
 
+# %% notebooks/11_peer_memory.ipynb #watch-over
+import weakref
+
+
+def watch_over(check: weakref.WeakMethod, fail: Callable[[Exception], object] | None, grace_s: float) -> None:
+    """A thread's work: calls check twice a second, as long as its object lives. Where it raises CollectiveError, and
+    grace_s later nobody else has ended the process, this does: fail(error), or a line on the screen; exit code 1.
+    """
+    while (still_there := check()) is not None:
+        try:
+            still_there()
+        except CollectiveError as error:
+            time.sleep(grace_s)
+            fail(error) if fail else print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        del still_there
+        time.sleep(0.5)
+
+
 # %% notebooks/11_peer_memory.ipynb #memory-of
 @functools.cache
 def memories_of(comm: Communicator) -> dict[tuple, list[PeerMemory]]:
@@ -5046,7 +4986,8 @@ def memory_of(comm: Communicator, num_bytes: int, x: Tensor, purpose: str = "") 
         made.append(PeerMemory(comm.rank, blocks, limit_s))
         comm.meter.checks += [made[-1].check, made[-1].check_room]
         if x.is_cuda and comm.size > 1:
-            watch_over(made[-1].check, grace_s=5)
+            watched = weakref.WeakMethod(made[-1].check), None, 5
+            threading.Thread(target=watch_over, args=watched, daemon=True).start()
         for purpose, counted in made[-1].sent.items():
             comm.meter.readers.append(
                 functools.partial(read_counts, comm.meter, comm.ranks, purpose, counted)
@@ -5506,7 +5447,11 @@ class ArrivalOptions(Options):
             )
 
     def begin(self, training: Training) -> None:
-        """The launcher takes a step that found too little room again."""
+        """The launcher watches a recorded step of several GPUs, and takes one that found too little room again."""
+        step, run = training.advance, training.run
+        if isinstance(step, REGISTRIES["step"]["graph"]) and run.mesh.batch.size > 1:
+            training.advance = Replays(step, run.options.timeout_s, run.fail, run.device)
+            step.at_end.append(training.advance.record_end)
         if self.arrival_factor is not None:
             training.advance = StepAgain(training)
 
@@ -5600,6 +5545,60 @@ class StepAgain:
             )
             layer.topk_ids, layer.probs = ids.copy_(layer.topk_ids), probs.copy_(layer.probs)
         return losses
+
+
+# %% notebooks/11_peer_memory.ipynb #replays
+@kernel
+def count_replay_kernel(count, ended):
+    """One program: counts a replay on the device, and tells the host. ended: int64 [1], the host's, page-locked."""
+    number = tl.load(count) + 1
+    tl.store(count, number)
+    tl.store(ended, number)
+
+
+class Replays:
+    """A recorded step whose replays are counted: who waits for a rank that never comes finds out in limit_s.
+
+    begun counts on the host. The recording itself counts those that have ended, in memory that the host can read while
+    the device works: so nothing waits, and no CUDA call disturbs a stream.
+    """
+
+    def __init__(
+        self,
+        advance: Callable[[], Tensor],
+        limit_s: float,
+        fail: Callable[[Exception], object] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.advance, self.limit_s = advance, limit_s
+        self.begun, self.seen, self.since = 0, 0, time.monotonic()
+        self.count = torch.zeros(1, dtype=torch.int64, device=device)  # kept, since replays write to it
+        self.ended = torch.zeros(1, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        watched = weakref.WeakMethod(self.check), fail, 0
+        threading.Thread(target=watch_over, args=watched, daemon=True).start()
+
+    def record_end(self) -> None:
+        """The last thing in a recording."""
+        if uses_kernels(self.count):
+            count_replay_kernel[(1,)](self.count, self.ended)
+        else:
+            self.ended.copy_(self.count.add_(1))
+
+    def __call__(self) -> Tensor:
+        """One step -> the global losses [2] before its update. The first call records it, which may take long."""
+        losses = self.advance()
+        self.begun += 1
+        return losses
+
+    def check(self) -> None:
+        """CollectiveError where one has been under way for limit_s, and no other has ended meanwhile."""
+        ended, now = int(self.ended), time.monotonic()
+        if ended == self.begun or ended != self.seen:
+            self.seen, self.since = ended, now
+        elif now - self.since > self.limit_s:
+            raise CollectiveError(
+                f"replay {ended + 1} of the recorded step has not ended in {self.limit_s:g} s"
+            )
 
 
 # %% notebooks/11_peer_memory.ipynb #sum-small-kernel
