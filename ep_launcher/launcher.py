@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "b450cba1dee67072d472517f7e763d16b5e64b16eea1d94f6c7a8e7ac2de1ea8"
+SOURCES_SHA256 = "7b659a500b28e22e958889ea9efb43fbd0e64e3bc5c7d7d61b6e06a41d152a1d"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -3194,14 +3194,6 @@ class BlockExperts(FusedExperts):
         return 40 if device.type == "cpu" else 30
 
 
-# %% notebooks/06_grouped_experts.ipynb #padded-slots
-def pad_slots(topk_ids: Tensor, order: RowOrder, capacity: int) -> Tensor:
-    """topk_ids int64 [R, J] -> int64 [R, J]: each choice's slot among L * capacity; the one behind the last for -1."""
-    expert, starts = topk_ids.clamp(min=0), order.counts.cumsum(0) - order.counts
-    slot = expert * capacity + order.row_of_choice - starts[expert]
-    return slot.masked_fill(topk_ids < 0, len(starts) * capacity)
-
-
 # %% notebooks/06_grouped_experts.ipynb #bmm-experts
 @register("experts", "bmm")
 class BmmExperts(Experts):
@@ -3235,7 +3227,10 @@ class BmmExperts(Experts):
             return self.every_expert(arrived)
         order = order_rows(arrived.topk_ids, size, arrived.max_pairs)
         capacity = max(1, int(order.counts.max()))
-        slot, row = pad_slots(arrived.topk_ids, order, capacity), torch.arange(len(x), device=x.device)
+        expert, starts = arrived.topk_ids.clamp(min=0), order.counts.cumsum(0) - order.counts
+        slot = expert * capacity + order.row_of_choice - starts[expert]
+        slot = slot.masked_fill(arrived.topk_ids < 0, size * capacity)  # -1: the slot behind the last
+        row = torch.arange(len(x), device=x.device)
         row_of_slot = row.new_full((size * capacity + 1,), len(x))
         row_of_slot = row_of_slot.scatter(0, slot.flatten(), row.repeat_interleave(slot.shape[1]))[:-1]
         padded = weights.new_zeros(size * capacity + 1).scatter(0, slot.flatten(), weights.flatten())[:-1]
@@ -3275,8 +3270,11 @@ class GraphStep:
     do not synchronise. The numbers are those of the eager step, bit for bit. Memory of the recorded step stays taken.
     """
 
+    compiles = False  # whether the compiler works on the model first (CompiledStep)
+
     def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
-        self.eager = REGISTRIES["step"]["eager"](run, model, task, optimizer)
+        body = torch.compile(model) if self.compiles else model
+        self.eager = REGISTRIES["step"]["eager"](run, body, task, optimizer)
         self.graph, self.losses, self.model = torch.cuda.CUDAGraph(), None, model
         self.meter, self.sent = run.mesh.meter, {}
         self.at_end: list[Callable[[], None]] = []  # what is recorded behind the step (chapter 11)
@@ -3342,9 +3340,7 @@ class CompiledStep(GraphStep):
     Costs some ten seconds at the first step, and the last bits: the compiler adds up in another order. Never auto's.
     """
 
-    def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(run, model, task, optimizer)
-        self.eager.model = torch.compile(model)
+    compiles = True
 
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
@@ -3778,8 +3774,32 @@ class CapacityOptions(Options):
         return self if self.capacity_factor is None else replace(self, capacity_share=share)
 
     def after_routing(self, routing: Routing, config: MoEConfig, batch: Communicator) -> Routing:
-        """The layer's hook: the routing with the choices that are left. See limit_load."""
-        return routing if self.capacity_factor is None else limit_load(routing, config, batch)
+        """The layer's hook: the routing with the choices that its experts have room for; the others are -1, or went
+        elsewhere.
+
+        A dropped choice has the weight 0, and so has its gradient; the kept ones' weights stay as they are. Costs
+        nothing on the wire where the scope is local and the share known; see local_capacity and gather_choices.
+        """
+        if self.capacity_factor is None:
+            return routing
+        overflow = REGISTRIES["overflow"][self.overflow]
+        if self.capacity_scope == "global":
+            topk_ids, probs, mine = gather_choices(routing, batch)
+            capacity = expert_capacity(len(topk_ids), config, self.capacity_factor)
+            topk_ids = overflow(topk_ids, probs, capacity, self.drop_order)[mine]
+        else:
+            capacity = local_capacity(len(routing.topk_ids), config, batch, routing.topk_ids.device)
+            if isinstance(capacity, int) and capacity >= len(routing.topk_ids):
+                return routing  # a token comes to an expert once, so none can be full
+            topk_ids = overflow(routing.topk_ids, routing.probs.detach(), capacity, self.drop_order)
+        weights = routing.topk_weights
+        if (
+            self.overflow != "drop"
+        ):  # a moved choice has its expert's score, scaled as the router scaled the token's
+            old, new = (routing.probs.gather(1, ids.clamp(min=0)) for ids in (routing.topk_ids, topk_ids))
+            moved = new * (weights.sum(1, keepdim=True) / old.sum(1, keepdim=True))
+            weights = torch.where(topk_ids == routing.topk_ids, weights, moved)
+        return replace(routing, topk_ids=topk_ids, topk_weights=weights.masked_fill(topk_ids < 0, 0.0))
 
     def syncs_host(self) -> str:
         """In global scope a rank waits for the number of the others' tokens."""
@@ -3822,34 +3842,6 @@ def gather_choices(routing: Routing, comm: Communicator) -> tuple[Tensor, Tensor
     )
     start = sum(lengths[: comm.rank])
     return topk_ids, probs, slice(start, start + num_tokens)
-
-
-# %% notebooks/08_capacity.ipynb #limit-load
-def limit_load(routing: Routing, config: MoEConfig, batch: Communicator) -> Routing:
-    """The routing with the choices that its experts have room for; the others are -1, or went elsewhere.
-
-    A dropped choice has the weight 0, and so has its gradient; the kept ones' weights stay as they are. Costs
-    nothing on the wire where the scope is local and the share known; see local_capacity and gather_choices.
-    """
-    options = config.option(CapacityOptions)
-    overflow, order = REGISTRIES["overflow"][options.overflow], options.drop_order
-    if options.capacity_scope == "global":
-        topk_ids, probs, mine = gather_choices(routing, batch)
-        capacity = expert_capacity(len(topk_ids), config, options.capacity_factor)
-        topk_ids = overflow(topk_ids, probs, capacity, order)[mine]
-    else:
-        capacity = local_capacity(len(routing.topk_ids), config, batch, routing.topk_ids.device)
-        if isinstance(capacity, int) and capacity >= len(routing.topk_ids):
-            return routing  # a token comes to an expert once, so none can be full
-        topk_ids = overflow(routing.topk_ids, routing.probs.detach(), capacity, order)
-    weights = routing.topk_weights
-    if (
-        options.overflow != "drop"
-    ):  # a moved choice has its expert's score, scaled as the router scaled the token's
-        old, new = (routing.probs.gather(1, ids.clamp(min=0)) for ids in (routing.topk_ids, topk_ids))
-        moved = new * (weights.sum(1, keepdim=True) / old.sum(1, keepdim=True))
-        weights = torch.where(topk_ids == routing.topk_ids, weights, moved)
-    return replace(routing, topk_ids=topk_ids, topk_weights=weights.masked_fill(topk_ids < 0, 0.0))
 
 
 # %% notebooks/08_capacity.ipynb #block-capacity
@@ -3982,25 +3974,6 @@ class ClusterOptions(Options):
                 raise ValueError(f"{f.name} {value} does nothing without clusters; take --task clusters")
 
 
-# %% notebooks/09_balance.ipynb #cluster-parts
-def zipf_probabilities(num_clusters: int, exponent: float) -> Tensor:
-    """float64 [num_clusters], in proportion to 1 / (c + 1) ** exponent, with sum 1."""
-    weights = torch.arange(1, num_clusters + 1, dtype=torch.float64) ** -exponent
-    return weights / weights.sum()
-
-
-def make_clusters(config: MoEConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """Every cluster's centre [C, D], of variance 1, and teacher [C, D, D], drawn as chapter 04's; config's dtype."""
-    count, d = config.option(ClusterOptions).num_clusters, config.hidden_dim
-    centres = torch.empty(count, d, dtype=torch.float64)
-    teachers = torch.empty(count, d, d, dtype=torch.float64)
-    for c in range(count):
-        seeded_uniform_(centres[c], 1, seed, "cluster", c, "centre")
-        seeded_uniform_(teachers[c], d, seed, "cluster", c, "teacher")
-    dtype = DTYPES[config.dtype]
-    return (math.sqrt(3) * centres).to(dtype), teachers.to(dtype)
-
-
 # %% notebooks/09_balance.ipynb #cluster-stream
 @register("task", "clusters")
 class ClusterStream(TokenStream):
@@ -4018,10 +3991,16 @@ class ClusterStream(TokenStream):
         batch: Communicator,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.centres, self.teachers = (part.to(device) for part in make_clusters(config, seed))
-        options = config.option(ClusterOptions)
+        options, d, dtype = config.option(ClusterOptions), config.hidden_dim, DTYPES[config.dtype]
+        centres = torch.empty(options.num_clusters, d, dtype=torch.float64)
+        teachers = torch.empty(options.num_clusters, d, d, dtype=torch.float64)
+        for c in range(options.num_clusters):
+            seeded_uniform_(centres[c], 1, seed, "cluster", c, "centre")
+            seeded_uniform_(teachers[c], d, seed, "cluster", c, "teacher")
+        self.centres, self.teachers = (math.sqrt(3) * centres).to(device, dtype), teachers.to(device, dtype)
         self.is_sorted = options.sort_tokens
-        self.limits = zipf_probabilities(options.num_clusters, options.zipf).cumsum(0)[:-1].to(device)
+        frequencies = torch.arange(1, options.num_clusters + 1, dtype=torch.float64) ** -options.zipf
+        self.limits = (frequencies / frequencies.sum()).cumsum(0)[:-1].to(device)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.num_tokens, self.batch = num_tokens, batch
 
@@ -4055,15 +4034,10 @@ class LocalAuxLoss(Balance):
         probs, num_experts = routing.probs, routing.probs.shape[1]
         if num_experts == 1:
             return probs.new_zeros(())
-        own_load = count_choices(routing.topk_ids, num_experts).to(probs.dtype) / max(
-            1, routing.topk_ids.numel()
-        )
-        return num_experts * (own_load * probs.sum(0)).sum() / count_global_tokens(routing, self.batch)
-
-
-def count_global_tokens(routing: Routing, comm: Communicator) -> Tensor:
-    """The tokens of all ranks, at least 1, as a 0-dim tensor like probs. One all-reduce, no host synchronisation."""
-    return comm.all_reduce(routing.probs.new_full((), len(routing.probs))).clamp(min=1)
+        own_load = count_choices(routing.topk_ids, num_experts).to(probs.dtype)
+        own_load /= max(1, routing.topk_ids.numel())
+        global_tokens = self.batch.all_reduce(probs.new_full((), len(probs))).clamp(min=1)
+        return num_experts * (own_load * probs.sum(0)).sum() / global_tokens
 
 
 # %% notebooks/09_balance.ipynb #sigmoid-router
@@ -4082,15 +4056,7 @@ class SigmoidRouter(Router):
     def forward(self, x: Tensor, choice_bias: Tensor | None = None) -> Routing:
         """See Router."""
         routing = super().forward(x, choice_bias)
-        total = routing.probs.sum(dim=-1, keepdim=True)
-        return replace(routing, probs=routing.probs / total.clamp(min=torch.finfo(total.dtype).tiny))
-
-
-# %% notebooks/09_balance.ipynb #normalize
-def normalize_weights(weights: Tensor) -> Tensor:
-    """[T, K] -> [T, K], every row over its sum: 1 in all, where it is above 0."""
-    total = weights.sum(dim=-1, keepdim=True)
-    return weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
+        return replace(routing, probs=F.normalize(routing.probs, p=1, dim=-1, eps=1e-20))
 
 
 # %% notebooks/09_balance.ipynb #bias-balance
@@ -4192,9 +4158,7 @@ class RoutingOptions(Options):
         if kept > groups:
             raise ValueError(f"topk_groups is {kept}, above the {groups} group(s); raise --num-groups")
 
-    def check(self, config: MoEConfig) -> None:
-        """ValueError where config's experts do not fit these options; MoEConfig calls it."""
-        check_routing(self, config)
+    check = check_routing
 
     def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
         """ValueError where a setting would do nothing: a bias's speed without the bias, a weight without a loss or of
@@ -4222,7 +4186,7 @@ class RoutingOptions(Options):
 
     def scale_weights(self, weights: Tensor) -> Tensor:
         """The router's hook after the choice: [T, K] -> [T, K]."""
-        weights = normalize_weights(weights) if self.normalize_topk else weights
+        weights = F.normalize(weights, p=1, dim=-1, eps=1e-20) if self.normalize_topk else weights
         return weights if self.routed_scaling_factor == 1 else weights * self.routed_scaling_factor
 
     def added_loss(self, routing: Routing, config: MoEConfig, batch: Communicator) -> Tensor:
@@ -4236,7 +4200,7 @@ class RoutingOptions(Options):
         if self.sequence_alpha and config.num_experts > 1:
             sequences = sequence_loss_sum(routing, config.top_k, self.sequence_length)
             total = total + self.sequence_alpha * sequences
-        return total / count_global_tokens(routing, batch)
+        return total / batch.all_reduce(total.new_full((), len(routing.probs))).clamp(min=1)
 
     def show(self, log: RunLog, step: int, layer: EPMoE) -> None:
         """The log's hook: the router's entropy and, where there is one, the bias. Collective."""
