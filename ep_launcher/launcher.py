@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "7b659a500b28e22e958889ea9efb43fbd0e64e3bc5c7d7d61b6e06a41d152a1d"
+SOURCES_SHA256 = "7254867ee7df4f2308ec6ab7f984661723537930ec31e9dc80699c87f55a3459"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2815,16 +2815,9 @@ def sum_rows(a: Tensor, order: RowOrder, b: Tensor | None = None) -> Tensor:
 
 
 # %% notebooks/06_grouped_experts.ipynb #weights-of-rows
-def weights_of_rows(topk_weights: Tensor, order: RowOrder) -> Tensor:
-    """topk_weights [T, K] -> [R]: the weight of each row's choice, 0 in a gap."""
-    weights = topk_weights.reshape(-1)
-    weights = F.pad(weights, (0, 1)) if order.has_gaps else weights  # a gap's choice, -1, is the 0 at the end
-    return weights[order.choice_of_row]
-
-
 def weights_of_choices(weights: Tensor, order: RowOrder) -> Tensor:
-    """The way back, [R] -> [T, K]: what each choice's row has, 0 for a choice not sent. Every row has one choice, so
-    it is a look-up too."""
+    """weights [R] -> [T, K]: what each choice's row has, 0 for a choice not sent. Every row has one choice, so it is a
+    look-up, as the way there is."""
     row = order.row_of_choice
     return weights[row].masked_fill_(row < 0, 0) if weights.shape[0] else weights.new_zeros(row.shape)
 
@@ -3081,7 +3074,7 @@ class ExpertsOnTokens(torch.autograd.Function):
         ctx: Any, x: Tensor, topk_weights: Tensor, w1: Tensor, b1: Any, w2: Tensor, w3: Any, b3: Any,
         order: RowOrder, products: Any, activation: Any,
     ) -> Tensor:  # fmt: skip
-        weights = weights_of_rows(topk_weights, order)
+        weights = topk_weights.flatten()[order.choice_of_row]
         if w3 is None:
             gate, up = products.times(products.rows(x, order), w1, b1), None
             hidden = activation.apply(gate)
@@ -3469,7 +3462,11 @@ class SendRows(torch.autograd.Function):
         packed = x.new_zeros if order.has_gaps else x.new_empty
         packed = packed(len(order.choice_of_row), d + rider_columns(d, x.dtype))
         copy_to_rows(x, order, packed[:, :d])
-        set_riders(packed, d, weights_of_rows(topk_weights, order)[:, None])
+        weights = topk_weights.reshape(-1, 1)
+        weights = (
+            F.pad(weights, (0, 0, 0, 1)) if order.has_gaps else weights
+        )  # a gap, of choice -1, has weight 0
+        set_riders(packed, d, weights[order.choice_of_row])
         splits = plan().input_splits, plan().output_splits
         ctx.flight = flight = Flight(comm, splits, "dispatch", x_needs_grad=ctx.needs_input_grad[0])
         flight.send(packed[: sum(splits[0])])  # behind: choices not sent
