@@ -51,7 +51,7 @@ GRACE_S = 1.0  # what the other ranks get, to fail or end by themselves, once on
 # ------------------------------------------------------------------------------------------- one rank of a cell
 
 
-COLLECTIVES = ("Communicator.", "Pending.", "as_collective_error")  # whose frames are a collective's own
+COLLECTIVES = ("Communicator.", "Pending.", "TrafficMeter.")  # whose frames are a collective's own
 
 
 def describe_error(error: BaseException, sent: dict[str, Any]) -> dict[str, Any]:
