@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "e5cbd78c083248d6d60d4d6dd5f3911ce4663f4d345767848937be52a5ab9ddf"
+SOURCES_SHA256 = "d12a37d11e18054c5f6054a10d8d5a459ca6effb9ee67bc941f12c7587bae233"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -988,17 +988,16 @@ def count_choices(topk_ids: Tensor, num_experts: int) -> Tensor:
 class Balance(KeepsPrecision):
     """What keeps the experts' load even. This one does nothing about the load; the others inherit from it.
 
-    batch: the ranks that share the batch, over which losses and loads are counted. choice_bias [E], where there is
-    one, is added to the scores for the choice alone (chapter 09).
+    batch: the ranks that share the batch, over which losses and loads are counted. bias: a buffer [E] or None, which
+    the router adds to the scores for the choice alone (chapter 09).
     """
-
-    choice_bias: Tensor | None = None
 
     def __init__(
         self, config: MoEConfig, batch: Communicator, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
         self.config, self.batch = config, batch
+        self.register_buffer("bias", None)
 
     def forward(self, routing: Routing) -> Tensor:
         """Routing -> this rank's share of a loss, 0-dim; here a zero."""
@@ -1093,6 +1092,7 @@ class InOrder(Choosable):
 
 
 # %% notebooks/03_experts.ipynb #ep-moe
+@register("model", "layer")
 class EPMoE(nn.Module):
     """A mixture-of-experts layer whose experts are shared out over the ranks of mesh.ep.
 
@@ -1160,7 +1160,7 @@ class EPMoE(nn.Module):
 
     def route(self, x: Tensor) -> Routing:
         """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
-        routing = self.router(x, self.balance.choice_bias)
+        routing = self.router(x, self.balance.bias)
         if self.training:
             aux = self.balance(routing)
             for added_loss in self.config.hooks("added_loss"):
@@ -1399,13 +1399,6 @@ class TokenStream:
         wide = torch.promote_types(y.dtype, torch.float32)
         squared_error = F.mse_loss(y.to(wide), target.to(wide), reduction="sum")
         return squared_error / (self.num_tokens * y.shape[1])
-
-
-# %% notebooks/04_training.ipynb #layer-model
-@register("model", "layer")
-def make_layer(config: MoEConfig, mesh: Mesh, seed: int, device: torch.device | str | None = None) -> EPMoE:
-    """The smallest model: one layer. A model is any module with any number of EPMoE layers in it."""
-    return EPMoE(config, mesh, seed=seed, device=device)
 
 
 # %% notebooks/04_training.ipynb #training-options
@@ -1881,7 +1874,7 @@ def train(run: Run) -> dict[str, Any]:
     Every step: draw, forward, backward, one all-reduce, update. NonFiniteLoss where the loss breaks.
     """
     options, mesh, device = run.options, run.mesh, run.device
-    model = REGISTRIES["model"][options.model](run.config, mesh, options.seed, device)
+    model = REGISTRIES["model"][options.model](run.config, mesh, seed=options.seed, device=device)
     make_task = REGISTRIES["task"][options.task]
     task = make_task(run.config, options.seed, run.num_global_tokens, mesh.batch, device)
     took = moe_layers(model)[0].took | {"step": pick_step(run, model)}
@@ -3958,11 +3951,6 @@ class BiasBalance(Balance):
         self.bias.zero_()
         self.load.zero_()
 
-    @property
-    def choice_bias(self) -> Tensor:
-        """What the router adds to its scores for the choice: [E]."""
-        return self.bias
-
     def count(self, routing: Routing) -> None:
         """Adds this rank's choices, of all micro-batches of a step."""
         self.load += count_choices(routing.topk_ids, len(self.load))
@@ -4081,8 +4069,8 @@ class RoutingOptions(Options):
     def show(self, log: RunLog, step: int, layer: EPMoE) -> None:
         """The log's hook: the router's entropy and, where there is one, the bias. Collective."""
         log.show("scalar", step, {"routing/entropy": float(mean_entropy(layer.probs, layer.mesh.batch))})
-        if layer.balance.choice_bias is not None:
-            log.show("histogram", step, {"routing/bias": layer.balance.choice_bias})
+        if layer.balance.bias is not None:
+            log.show("histogram", step, {"routing/bias": layer.balance.bias})
 
 
 # %% notebooks/09_balance.ipynb #z-loss
@@ -6459,8 +6447,8 @@ class ForwardStep:
             lists = None
             if self.stays and takes_few(self.experts, len(x), config.top_k, x):
                 lists = self.decode_kernels(len(x), config.top_k).lists
-            return self.choose(x, num_tokens, layer.router, layer.balance.choice_bias, lists)
-        routing = layer.router(x, layer.balance.choice_bias)
+            return self.choose(x, num_tokens, layer.router, layer.balance.bias, lists)
+        routing = layer.router(x, layer.balance.bias)
         if num_tokens is not None:
             is_padding = torch.arange(len(x), device=x.device)[:, None] >= num_tokens
             return routing.topk_ids.masked_fill(is_padding, -1), routing.topk_weights
@@ -6664,7 +6652,7 @@ def bench_config(args: argparse.Namespace, device: torch.device) -> MoEConfig:
 def bench_line(layer: EPMoE, fast: InferenceMoE, x: Tensor, rounds: int) -> dict[str, float]:
     """Medians and 99th percentiles, in microseconds, of the layer in eval mode and of the inference path, in turn."""
     with torch.no_grad():
-        needed = len(layer.router(x, layer.balance.choice_bias).topk_ids.unique())
+        needed = len(layer.router(x, layer.balance.bias).topk_ids.unique())
         samples: dict[str, list[float]] = {"layer": [], "inference": []}
         for _ in range(5):  # in blocks, so that a slow moment hits both
             samples["layer"] += call_times(lambda: layer(x), -(-rounds // 5), x.device)

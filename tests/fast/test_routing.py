@@ -207,7 +207,7 @@ def test_no_host_synchronisation():
         balance="bias", router="sigmoid",
     )  # fmt: skip
     router, balance = ep.SigmoidRouter(meta, 0, "meta"), ep.BiasBalance(meta, ep.Communicator.alone(), "meta")
-    routing = router(torch.empty(10, 16, device="meta"), balance.choice_bias)
+    routing = router(torch.empty(10, 16, device="meta"), balance.bias)
     loss = balance(routing) + meta.option(ep.RoutingOptions).added_loss(routing, meta, balance.batch)
     loss.backward()
     bias = balance.bias
