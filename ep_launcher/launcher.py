@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "d12a37d11e18054c5f6054a10d8d5a459ca6effb9ee67bc941f12c7587bae233"
+SOURCES_SHA256 = "e94ffa9df120a2ed8d36bcbe5e735dda0e5228b9b41c6d81bb09c825e4157a85"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -71,7 +71,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -1927,36 +1927,31 @@ class FlagParser(argparse.ArgumentParser):
 
 
 # %% notebooks/05_launch.ipynb #make-parser
-def flag_settings(group: type, f: Field) -> dict[str, Any]:
-    """argparse's settings for one field: default, help, type, and the choices where it names what is registered."""
-    lines = [line.strip() for kind in group.__mro__ for line in (kind.__doc__ or "").splitlines()]
-    text = next((line.removeprefix(f"{f.name}: ") for line in lines if line.startswith(f"{f.name}: ")), "")
-    default = f.metadata.get("default", f.default)
-    shown = "" if default is None else f" (default: {default})"
-    settings = {"default": default, "help": (text + shown).replace("%", "%%")}
-    if f.type is bool:
-        return settings | {"action": argparse.BooleanOptionalAction}
-    choices = sorted(REGISTRIES[f.name]) if f.name in REGISTRIES else None
-    if choices and f.default == "auto":
-        choices = ["auto", *choices]
-    kind = next((t for t in (int, float) if f.type in (t, t | None)), str)
-    return settings | {
-        "type": kind,
-        "choices": choices,
-        "metavar": None if choices else kind.__name__.upper(),
-    }
-
-
 def make_parser() -> FlagParser:
-    """One flag per field of every registered option group; names, defaults and help come from there."""
+    """One flag per field of every registered option group; names, defaults and help come from there, and the choices
+    where a field names what is registered."""
     parser = FlagParser(
         prog="launcher.py", description="Trains an expert-parallel MoE layer.", allow_abbrev=False
     )
     for group in OPTION_GROUPS:
         flags = parser.add_argument_group(group.__name__)
+        lines = [line.strip() for kind in group.__mro__ for line in (kind.__doc__ or "").splitlines()]
+        help_of = dict(reversed([line.split(": ", 1) for line in lines if ": " in line]))
         for f in fields(group):
-            if f.metadata.get("flag", True):
-                flags.add_argument("--" + f.name.replace("_", "-"), **flag_settings(group, f))
+            if not f.metadata.get("flag", True):
+                continue
+            flag, default = "--" + f.name.replace("_", "-"), f.metadata.get("default", f.default)
+            shown = "" if default is None else f" (default: {default})"
+            text = (help_of.get(f.name, "") + shown).replace("%", "%%")
+            if f.type is bool:
+                flags.add_argument(flag, default=default, help=text, action=argparse.BooleanOptionalAction)
+                continue
+            kind = next((t for t in (int, float) if f.type in (t, t | None)), str)
+            choices = sorted(REGISTRIES[f.name]) if f.name in REGISTRIES else None
+            if choices and f.default == "auto":
+                choices = ["auto", *choices]
+            metavar = None if choices else kind.__name__.upper()
+            flags.add_argument(flag, default=default, help=text, type=kind, choices=choices, metavar=metavar)
     return parser
 
 
