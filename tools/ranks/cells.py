@@ -32,7 +32,7 @@ from tools.ranks.flags import LAUNCHER
 from tools.ranks.output import kernel
 from tools.ranks.processes import ROOT, start_worker
 from tools.stitch.fresh import assert_fresh, check_kernel_definitions
-from tools.stitch.reading import book_notebooks, read_notebook
+from tools.stitch.reading import read_book
 
 STARTUP_S = 120.0  # importing torch, on a busy machine
 LONGEST_S = 604_800.0
@@ -108,8 +108,7 @@ def find_definitions(
     cell, and definitions from any, unless they are `provided`. RanksError where a name is defined nowhere.
     """
     history = [source for source in namespace.get("In", ()) if isinstance(source, str)]
-    notebooks = [read_notebook(path, f"notebooks/{path.name}") for path in book_notebooks(ROOT)]
-    sources = {cell.label: cell.text for book in notebooks for cell in book.cells if "seed" in cell.tags}
+    sources = {cell.label: cell.text for cell in read_book(ROOT) if "seed" in cell.tags}
     sources |= {f"kernel cell {number}": source for number, source in enumerate(history)}
     parts = {label: statements_of(source) for label, source in sources.items()}
     defined = {  # the newest wins
