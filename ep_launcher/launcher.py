@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "e94ffa9df120a2ed8d36bcbe5e735dda0e5228b9b41c6d81bb09c825e4157a85"
+SOURCES_SHA256 = "22b57a23f1f2e545511d64d7923ff7c8b40c32c18ace9fc0e99b80a0f916d667"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -3913,9 +3913,7 @@ class SigmoidRouter(Router):
     their sum (equation 19).
     """
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """The gate's results [T, E] -> [T, E], each between 0 and 1 whatever the others are."""
-        return logits.sigmoid()
+    scores = staticmethod(torch.sigmoid)
 
     def forward(self, x: Tensor, choice_bias: Tensor | None = None) -> Routing:
         """See Router."""
@@ -8836,19 +8834,19 @@ def from_pretrained(
 
 
 # %% added by tools/extract.py
-def read_cell_markers(path: str) -> list[tuple[int, str]]:
-    """Where the cells of a stitched file start: [(line, "notebooks/x.ipynb #id")], in the file's order.
-
-    An entry with an empty name ends the last cell. Raises OSError where the file cannot be read.
-    """
+def find_cell_markers(text: str) -> list[tuple[int, str]]:
+    """Where the cells of a stitched text start: [(line, "notebooks/x.ipynb #id")], in order; an empty name ends one."""
     import re
 
-    marker = re.compile(r"# %% (?:(.+ #[A-Za-z0-9_-]+)|added by tools/extract\.py)\n?")
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
-        found = [
-            (number, marker.fullmatch(line)) for number, line in enumerate(lines, 1) if line[:5] == "# %% "
-        ]
+    marker = re.compile(r"# %% (?:(.+ #[A-Za-z0-9_-]+)|added by tools/extract\.py)")
+    found = [(number, marker.fullmatch(line)) for number, line in enumerate(text.split("\n"), 1)]
     return [(number, match[1] or "") for number, match in found if match]
+
+
+def read_cell_markers(path: str) -> list[tuple[int, str]]:
+    """The same of a file. Raises OSError where it cannot be read."""
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        return find_cell_markers(file.read())
 
 
 def locate_cell(markers: list[tuple[int, str]], line: int) -> str:
@@ -8878,10 +8876,8 @@ def describe_frames(exception: BaseException, path: str, markers: list[tuple[int
         cell = place(match[1], int(match[2]))
         return f"{match[0]} ({cell})" if cell else match[0]
 
-    frame_line = re.compile(r'^[ |+]*File "(.+)", line (\d+), in .+$', re.MULTILINE)
-    report = frame_line.sub(
-        add_cell, "".join(traceback.TracebackException.from_exception(exception).format())
-    )
+    report = "".join(traceback.TracebackException.from_exception(exception).format())
+    report = re.sub(r'^[ |+]*File "(.+)", line (\d+), in .+$', add_cell, report, flags=re.MULTILINE)
     where, link, seen = "", exception, set()
     while link is not None and id(link) not in seen and not where:
         seen.add(id(link))

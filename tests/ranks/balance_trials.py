@@ -236,9 +236,16 @@ def parity(mesh: ep.Mesh, folder: Path) -> list[dict] | None:
     return found if mesh.batch.rank == 0 else None
 
 
-OWN_TOKENS, WEIGHTS = "routing.probs.new_full((), len(routing.probs))", "probs.gather(1, topk_ids)"
+WEIGHTS = "probs.gather(1, topk_ids)"
 BROKEN = {  # {what: (what stands in the launcher, what stands in its copy)}
-    "own tokens": (f"comm.all_reduce({OWN_TOKENS})", OWN_TOKENS),
+    "own tokens": (
+        "self.batch.all_reduce(probs.new_full((), len(probs)))",
+        "probs.new_full((), len(probs))",
+    ),
+    "own tokens, in added losses": (
+        " batch.all_reduce(total.new_full((), len(routing.probs)))",
+        " total.new_full((), len(routing.probs))",
+    ),
     "biased weights": (
         f"topk_weights = {WEIGHTS}",
         f"topk_weights = keys.gather(1, topk_ids) + 0 * {WEIGHTS}",
