@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -131,6 +132,21 @@ def test_a_kernel_that_has_given_up_ends_a_process_that_waits():
     )
     said = "error: rank 0 gave up on rank 1, which did not write to it within about 7 s\n"
     assert says(code) == (1, said)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_recorded_step_of_several_ranks_is_watched(size):
+    """Its recording ends with the count. One rank waits for nobody."""
+    step = object.__new__(ep.GraphStep)
+    step.at_end = []
+    mesh, options = SimpleNamespace(batch=SimpleNamespace(size=size)), SimpleNamespace(timeout_s=60)
+    run = SimpleNamespace(mesh=mesh, options=options, fail=None, device="cpu")
+    training = SimpleNamespace(advance=step, run=run)
+    ep.ArrivalOptions().begin(training)
+    for record in step.at_end:
+        record()
+    assert (training.advance is step, len(step.at_end)) == (size == 1, size - 1)
+    assert size == 1 or int(training.advance.ended) == 1
 
 
 def test_a_replay_that_does_not_end_ends_the_process():
