@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "22b57a23f1f2e545511d64d7923ff7c8b40c32c18ace9fc0e99b80a0f916d667"
+SOURCES_SHA256 = "57520f499a5f2fe44f2a2dc5592281fde78a8ff0269ca844d01735030eb3785d"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -89,6 +89,7 @@ class CollectiveError(RuntimeError):
 
 
 # %% notebooks/01_parallelism.ipynb #traffic-meter
+@dataclass(eq=False)
 class TrafficMeter:
     """Counts what one process hands to `torch.distributed` for other ranks.
 
@@ -99,13 +100,13 @@ class TrafficMeter:
     summed and before a recorded step is played; each raises where a kernel has left a note of a failure.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-        self.sent: dict[str, list[int]] = {}
-        self.num_collectives = 0
-        self.under_way: dict[int, Any] = {}
-        self.readers: list[Callable[[], None]] = []
-        self.checks: list[Callable[[], None]] = []
+    rank: int
+    size: int
+    sent: dict[str, list[int]] = field(default_factory=dict)
+    num_collectives: int = 0
+    under_way: dict[int, Any] = field(default_factory=dict)
+    readers: list[Callable[[], None]] = field(default_factory=list)
+    checks: list[Callable[[], None]] = field(default_factory=list)
 
     def record(self, purpose: str, bytes_by_destination: list[int], ranks: list[int] | None = None) -> None:
         """Adds one collective's bytes to each destination, the rank's own share left out.
@@ -753,11 +754,9 @@ class KeepsPrecision(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         # Every way to convert a module comes through here, and there is no public place that all do.
-        def widen_only(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return t.to(moved.device) if moved.dtype.itemsize < t.dtype.itemsize else moved
-
-        return super()._apply(widen_only, recurse)
+        return super()._apply(
+            lambda t: fn(t) if fn(t).dtype.itemsize >= t.dtype.itemsize else t.to(fn(t).device), recurse
+        )
 
 
 # %% notebooks/03_experts.ipynb #gate-logits
@@ -810,6 +809,9 @@ class Router(KeepsPrecision):
     chosen experts.
     """
 
+    # The gate's results [T, E] -> [T, E]: how much a token likes an expert.
+    scores = staticmethod(functools.partial(torch.softmax, dim=-1))
+
     def __init__(self, config: MoEConfig, seed: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config, self.seed = config, seed
@@ -818,7 +820,7 @@ class Router(KeepsPrecision):
         self.choice = REGISTRIES["choice"][pick("choice", config, device)]
         # No nn.Linear, which would draw its own numbers, from no seed of ours.
         self.gate = nn.ParameterDict(
-            {"weight": empty(config.hidden_dim), "bias": empty() if config.router_bias else None}
+            [("weight", empty(config.hidden_dim)), ("bias", empty() if config.router_bias else None)]
         )
         self.reset_parameters()
 
@@ -826,10 +828,6 @@ class Router(KeepsPrecision):
         """Draws gate.weight [E, D] and gate.bias [E] anew, in place, from the seed."""
         for name, parameter in self.gate.named_parameters():
             seeded_uniform_(parameter, self.config.hidden_dim, self.seed, f"gate.{name}")
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """The gate's results [T, E] -> [T, E]: how much a token likes an expert."""
-        return logits.softmax(dim=-1)
 
     def forward(self, x: Tensor, choice_bias: Tensor | None = None) -> Routing:
         """x [T, D] -> Routing. choice_bias [E] is added for the choice alone; weights are scores as they are.
