@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "57520f499a5f2fe44f2a2dc5592281fde78a8ff0269ca844d01735030eb3785d"
+SOURCES_SHA256 = "dd146bfd506d9d5115040ca58b7d59ff911ff4ba6ab9d0f5ddce6a78ac0acc00"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -875,8 +875,8 @@ class Experts(Choosable, nn.Module):
     Subclasses write forward: Arrived -> y [R, D], for every row the weighted sum over its local experts.
     """
 
-    # Rows times local experts up to which forward needs no counts on the host (chapter 06); None: it always needs some.
-    largest_fixed: float | None = 0
+    # Rows times local experts up to which forward needs no counts on the host (chapter 06); -1: it always needs some.
+    largest_fixed: float = 0
 
     def __init__(
         self, config: MoEConfig, comm: Communicator, seed: int, device: torch.device | str | None = None
@@ -911,20 +911,13 @@ class Experts(Choosable, nn.Module):
         parameters = (self.w1, self.b1, self.w2, self.b2, self.w3, self.b3)
         return [None if p is None else p.to(dtype) for p in parameters]
 
-    def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
-        """Whether forward, with at most num_rows rows, waits for a number from the device. rows_per_expert: where
-        every expert gets equally many."""
-        if self.largest_fixed is None:
-            return True
-        return rows_per_expert is None and num_rows * self.num_local > self.largest_fixed
-
 
 # %% notebooks/03_experts.ipynb #experts-loop
 @register("experts", "loop")
 class LoopExperts(Experts):
     """One expert after the other: two matrix products each, 4 * R * D * F operations per forward pass in all."""
 
-    largest_fixed = None  # which rows are an expert's, it asks for every expert
+    largest_fixed = -1  # which rows are an expert's, it asks for every expert
 
     def forward(self, arrived: Arrived) -> Tensor:
         """See Experts. A host synchronisation per expert, for the numbers of its rows.
@@ -1392,11 +1385,11 @@ class TokenStream:
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The mean squared error over the global batch, as a share: the ranks' shares add up to it. Float32 or
         wider."""
-        x, target = batch
+        x, target = batch[:2]
         y = model(x)
         wide = torch.promote_types(y.dtype, torch.float32)
         squared_error = F.mse_loss(y.to(wide), target.to(wide), reduction="sum")
-        return squared_error / (self.num_tokens * y.shape[1])
+        return squared_error / max(1, self.num_tokens * y.shape[1])
 
 
 # %% notebooks/04_training.ipynb #training-options
@@ -3141,15 +3134,14 @@ class GraphStep:
     def preference(run: Run, model: nn.Module) -> float:
         """Runs on GPUs where no layer of the model, and no option group, needs a value on the host."""
         num_tokens, rest = divmod(run.num_global_tokens, run.mesh.batch.size)
-        fixed = all(
-            layer.dispatcher.records
-            and not layer.experts.asks_host(
-                num_tokens * layer.mesh.ep.size, getattr(layer.dispatcher, "rows_per_expert", None)
-            )
-            for layer in moe_layers(model)
-        )
+        fixed = not rest
+        for layer in moe_layers(model):
+            counts_known = getattr(layer.dispatcher, "rows_per_expert", None) is not None
+            num_rows = 0 if counts_known else num_tokens * layer.mesh.ep.size
+            fixed &= layer.dispatcher.records
+            fixed &= num_rows * layer.experts.num_local <= layer.experts.largest_fixed
         waits = any(syncs_host() for syncs_host in run.config.hooks("syncs_host"))
-        return 10 if run.device.type == "cuda" and fixed and not rest and not waits else 0
+        return 10 if run.device.type == "cuda" and fixed and not waits else 0
 
     def record(self) -> None:
         """Warms up on a side stream, takes everything back, and records one step, with the bytes that it sends."""
@@ -3866,20 +3858,16 @@ class ClusterStream(TokenStream):
         self.generator = torch.Generator(device).manual_seed(seed)
         self.num_tokens, self.batch = num_tokens, batch
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """This rank's share of the next global batch: clusters int64 [T], x [T, D]. No synchronisation."""
+    def next(self) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's share of the next global batch: x [T, D], target [T, D], clusters int64 [T]. No synchronisation."""
         where = {"generator": self.generator, "device": self.generator.device}
         u = torch.rand(self.num_tokens, dtype=torch.float64, **where)
         noise = torch.randn(self.num_tokens, self.centres.shape[1], **where)
         u = u.sort().values if self.is_sorted else u
         u, noise = (part.tensor_split(self.batch.size)[self.batch.rank] for part in (u, noise))
         clusters = torch.searchsorted(self.limits, u)
-        return clusters, (self.centres[clusters] + noise.to(self.centres.dtype)) / math.sqrt(2)
-
-    def next(self) -> tuple[Tensor, Tensor]:
-        """This rank's share of the next global batch: x [T, D], target [T, D]."""
-        clusters, x = self.draw()
-        return x, torch.bmm(self.teachers[clusters], x.unsqueeze(2)).squeeze(2)
+        x = (self.centres[clusters] + noise.to(self.centres.dtype)) / math.sqrt(2)
+        return x, torch.bmm(self.teachers[clusters], x.unsqueeze(2)).squeeze(2), clusters
 
 
 # %% notebooks/09_balance.ipynb #aux-local
@@ -6527,7 +6515,7 @@ def fixed_problem(step: ForwardStep, num_tokens: int) -> str:
     num_rows = num_tokens * layer.mesh.ep.size
     if (
         on_gpu
-        and step.experts.asks_host(num_rows, None)
+        and num_rows * step.experts.num_local > step.experts.largest_fixed
         and not takes_few(step.experts, num_rows, config.top_k, step.experts.w1)
     ):
         return f"experts {layer.took['experts']} need the host"
