@@ -48,7 +48,7 @@ def _problems(cell: Cell, before: Cell | None, owners: dict[str, str]) -> Iterat
     if cell.kind != "code":
         yield from (f"the tag `{tag}` is for code cells; take it off this one" for tag in roles[:1])
         return
-    for tag in {*cell.tags} - {*ROLE_TAGS, "hide-input"}:
+    for tag in sorted({*cell.tags} - {*ROLE_TAGS, "hide-input"}):
         yield f"unknown tag `{tag:.40}`; the tags are {', '.join(ROLE_TAGS)}, hide-input"
     if len(roles) != 1:
         listed = f"two role tags, `{roles[0]}` and `{roles[1]}`" if roles else "no role tag"
