@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ep_launcher import launcher as ep
 from tools.exercises.verdict import WITHOUT_ASSERTIONS, NotYet, describe_error
-from tools.ranks import RanksError, run_cell_on_ranks
+from tools.ranks.cells import RanksError, run_cell_on_ranks
 
 PATIENCE_S = 8.0  # what a rank waits for the others between two phases, before it says who is missing
 

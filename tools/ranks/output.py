@@ -46,31 +46,13 @@ class NotebookLine:
     def flush(self) -> None: ...
 
 
-class Bar:
-    """Progress over the steps: on a terminal, or as an output of its own in a live notebook. Leaves nothing."""
-
-    def __init__(self, total: int | None, quiet: bool) -> None:
-        self.total, self.meter, self.file = total, None, None
-        if total and not quiet:
-            is_terminal = kernel() is None and sys.stderr is not None and sys.stderr.isatty()
-            self.file = sys.stderr if is_terminal else NotebookLine() if is_live_notebook() else None
-
-    def reach(self, step: int) -> None:
-        """So many steps are done. The first call shows the bar: the time that processes take to start is no step's."""
-        if self.file is not None and self.meter is None:
-            look = {"unit": "step", "leave": False, "ascii": False, "dynamic_ncols": True}
-            self.meter = tqdm(total=self.total, file=self.file, **look)
-        if self.meter is not None:
-            self.meter.update(step - self.meter.n)
-
-    def print(self, line: str, stream: Any) -> None:
-        """A line of output, above the bar."""
-        tqdm.write(line, file=stream)
-        stream.flush()
-
-    def close(self) -> None:
-        if self.meter is not None:
-            self.meter.close()
+def progress_bar(total: int | None, is_shown: bool) -> tqdm:
+    """A bar over the steps: on a terminal, or as an output of its own in a live notebook; else it shows nothing."""
+    is_terminal = kernel() is None and sys.stderr is not None and sys.stderr.isatty()
+    is_shown = is_shown and (is_terminal or is_live_notebook())
+    file = NotebookLine() if is_shown and not is_terminal else sys.stderr
+    look = {"unit": "step", "leave": False, "ascii": False, "dynamic_ncols": True, "disable": not is_shown}
+    return tqdm(total=total, file=file, **look)
 
 
 def attempt_of(path: Path) -> int:
@@ -86,10 +68,13 @@ class RankOutput:
 
     def __init__(self, folder: Path, quiet: bool) -> None:
         folder.mkdir()
-        self.folder, self.quiet, self.bar = folder, quiet, Bar(None, quiet)
+        self.folder, self.quiet, self.bar = folder, quiet, progress_bar(None, is_shown=False)
         self.done: dict[Path, int] = {}  # file -> how far it has been read
         self.seen: set[str] = set()
         self.begin_attempt(0)
+
+    def start_bar(self, total: int | None) -> None:
+        self.bar = progress_bar(total, not self.quiet)
 
     def begin_attempt(self, number: int) -> None:
         """What went wrong before is the failure no more."""
@@ -135,7 +120,8 @@ class RankOutput:
 
     def show(self, line: str, stream: Any) -> None:
         if not self.quiet:
-            self.bar.print(line, stream)
+            tqdm.write(line, file=stream)  # above the bar
+            stream.flush()
 
     def keep(self, log_dir: Path) -> Path:
         """Copies all output to a new folder, ranks of log_dir, or a temporary one where nothing can be written there:
