@@ -120,8 +120,8 @@ class BrokenRun:
 
     def left(self) -> list[str]:
         """Command lines of processes that outlive the run by 2 s; empty if all is well."""
-        _, left = psutil.wait_procs(self.family.alive(), timeout=2)
-        return [" ".join(process.cmdline()[:3]) for process in left]
+        psutil.wait_procs(self.family.alive(), timeout=2)
+        return [" ".join(process.cmdline()[:3]) for process in self.family.alive()]
 
     def log(self) -> list[str]:
         """The lines of train.log, of all attempts."""

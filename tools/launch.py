@@ -36,7 +36,7 @@ from tools import commands  # noqa: E402
 from tools.extract import assert_fresh, check_kernel_definitions  # noqa: E402
 from tools.ranks.failures import HERE, Interrupted, LaunchError, describe_failure, without_root  # noqa: E402
 from tools.ranks.flags import LAUNCHER, flag_arguments, torchrun_environment, torchrun_flags  # noqa: E402
-from tools.ranks.output import RankOutput, is_live_notebook, kernel, new_folder  # noqa: E402
+from tools.ranks.output import RankOutput, is_live_notebook, kernel  # noqa: E402
 from tools.ranks.processes import Family, start_agent  # noqa: E402
 
 __all__ = ["LaunchError", "is_live_notebook", "launch", "load_ipython_extension"]
@@ -72,7 +72,6 @@ def watch(run: Family, output: RankOutput, steps: Path, meeting: str | None, lim
     finally:
         run.end(patience_s=0 if run.process.poll() is not None else 3.0)
         output.poll(is_last=True)
-        output.bar.close()
 
 
 def failure(run: Family, output: RankOutput, report: Path, log_dir: Path) -> LaunchError:
@@ -84,11 +83,6 @@ def failure(run: Family, output: RankOutput, report: Path, log_dir: Path) -> Lau
     logs = output.keep(log_dir)
     lines = [*lines[:14], f"whole output: {without_root(logs)}"]
     return LaunchError(*lines, rank=rank, log_dir=logs, returncode=max(run.process.returncode, 1))
-
-
-def remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def run_command(
@@ -112,11 +106,10 @@ def run_command(
             scratch = Path(at_end.enter_context(folder))
             steps, report, summary = (scratch / name for name in ("steps", "report.json", "summary.json"))
             steps.write_bytes(bytes(2**13))  # for 960 ranks
-            log_dir = asked.log_dir or os.environ.get("TB_LOGDIR")
-            if not log_dir:
-                log_dir = new_folder(RUNS / time.strftime("%Y%m%d-%H%M%S"))
-                at_end.callback(remove_if_empty, log_dir)  # after a refusal
+            own_folder = RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+            log_dir = Path(asked.log_dir or os.environ.get("TB_LOGDIR") or own_folder).expanduser()
             output = RankOutput(scratch / "ranks", quiet)
+            at_end.callback(output.bar.close)
             program = [script, "--summary", summary, *arguments]  # the last --summary counts
             words = [*flags, "--redirects=3", f"--log-dir={output.folder}", *program]
             environment = torchrun_environment(TB_LOGDIR=log_dir, EP_STEPS=steps)
@@ -126,13 +119,13 @@ def run_command(
         except OSError as error:
             message = f"cannot write {error.filename} ({error.strerror}); set TMPDIR, or --log-dir"
             raise LaunchError(message, returncode=2) from None
-        told, log_dir = {"nproc": "auto", "steps": None}, Path(log_dir).expanduser()
+        told = {"nproc": "auto", "steps": None}
         while run.process.poll() is None and not (options := report.with_suffix(".options")).exists():
             time.sleep(0.005)
         told |= json.loads(options.read_text()) if options.exists() else {}
         shown = shlex.join(["torchrun", *flags, str(script), *arguments]).replace(*HERE)
         output.show(shown.replace("=auto", f"={told['nproc']}"), sys.stdout)
-        output.start_bar(int(asked.steps) if (asked.steps or "").isdigit() else told["steps"])
+        output.bar.reset(int(asked.steps) if (asked.steps or "").isdigit() else told["steps"])
         try:
             watch(run, output, steps, of_torchrun["rdzv_endpoint"], limit_s)
         except TimeoutError:

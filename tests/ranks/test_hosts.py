@@ -81,7 +81,7 @@ def test_a_flag_that_two_hosts_choose_is_refused_before_anything_starts(monkeypa
 def test_a_bad_flag_is_one_line():
     with pytest.raises(LaunchError) as caught:
         run_on_two_hosts(stepps=3)
-    assert caught.value.lines == ["unrecognized arguments: --stepps 3; did you mean --step or --steps?"]
+    assert caught.value.lines == ["unrecognized arguments: --stepps 3; did you mean --steps or --step?"]
 
 
 def test_each_lack_is_one_clear_line(monkeypatch, tmp_path):

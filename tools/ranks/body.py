@@ -31,6 +31,7 @@ import torch.distributed as dist  # noqa: E402
 from ep_launcher import launcher  # noqa: E402
 from tools.extract import cell_of  # noqa: E402
 from tools.ranks.failures import CELL_FILE, clean_message  # noqa: E402
+from tools.stitch.reading import parse_leniently  # noqa: E402
 
 CELL_MODULE = "ranks_cell"  # where a cell's classes live
 GRACE_S = 1.0  # what the other ranks get, to fail or end by themselves, once one rank has failed
@@ -88,7 +89,7 @@ def run_source(source: str, filename: str, scope: dict[str, Any], only: Sequence
     only: the first lines of the statements to run; none: all of them.
     """
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    tree = ast.parse(source, filename)
+    tree = parse_leniently(source) if only else ast.parse(source, filename)
     tree.body = [part for part in tree.body if not only or part.lineno in only]
     # dont_inherit: this file's own `from __future__ import annotations` is none of the cell's.
     code = compile(tree, filename, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)

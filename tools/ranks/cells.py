@@ -28,35 +28,33 @@ from typing import Any
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
 from tools.ranks.failures import CELL_FILE, HERE, Interrupted, OneMessage, last_stack, signal_name
-from tools.ranks.flags import LAUNCHER, torchrun_environment
+from tools.ranks.flags import torchrun_environment
 from tools.ranks.output import kernel
 from tools.ranks.processes import ROOT, start_agent
 from tools.stitch.fresh import assert_fresh, check_kernel_definitions
-from tools.stitch.reading import book_notebooks, read_notebook
+from tools.stitch.reading import find_bindings, parse_leniently, read_book
 
 STARTUP_S = 120.0  # importing torch, on a busy machine
 LONGEST_S = 604_800.0
 BODY = Path(__file__).with_name("body.py")
-DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 class RanksError(OneMessage, RuntimeError):
     """A %%ranks cell that could not start, failed on some rank, or did not end in time; a line per problem."""
 
 
-def brief(value: Any, width: int = 90, inside: tuple[Any, ...] = ()) -> str:
-    """A value on one line: a small tensor's numbers, a large one's type and shape. inside: what it is part of."""
-    torch = sys.modules.get("torch")
+def brief(value: Any, width: int = 90) -> str:
+    """A value on one line: a small tensor's numbers, a large one's type and shape; what lies too deep is `...`."""
+    torch, inner = sys.modules.get("torch"), min(40, width - 2)
     if torch is not None and isinstance(value, torch.Tensor):
         kind = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         return f"{kind} {value.tolist()}" if value.numel() <= 8 and len(str(value.tolist())) <= 60 else kind
-    if len(inside) > 20 or any(value is one for one in inside):  # 20 brackets fill the line
+    if width < 10:
         return "..."
-    inside += (value,)
     if isinstance(value, dict):
-        text = "{" + ", ".join(f"{key!r}: {brief(item, 40, inside)}" for key, item in value.items()) + "}"
+        text = "{" + ", ".join(f"{key!r}: {brief(item, inner)}" for key, item in value.items()) + "}"
     elif type(value) in (list, tuple):
-        text = "[" + ", ".join(brief(item, 40, inside) for item in value) + "]"
+        text = "[" + ", ".join(brief(item, inner) for item in value) + "]"
     else:
         text = " ".join(repr(value).split())
     return text if len(text) <= width else text[: width - 4] + " ..."
@@ -81,24 +79,6 @@ class Collected(dict):
 # ------------------------------------------------------------------------------------------- --with
 
 
-def statements_of(source: str) -> list[ast.stmt]:
-    """Its top-level statements; none where it is not Python."""
-    try:
-        return ast.parse(source).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
-
-
-def bound_by(statement: ast.stmt) -> set[str]:
-    """The names that a top-level definition, import or assignment binds."""
-    if isinstance(statement, DEFINITIONS):
-        return {statement.name}
-    if isinstance(statement, (ast.Import, ast.ImportFrom)):
-        return {(alias.asname or alias.name).partition(".")[0] for alias in statement.names}
-    names = ast.walk(statement) if isinstance(statement, (ast.Assign, ast.AnnAssign)) else ()
-    return {node.id for node in names if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-
-
 def find_definitions(
     names: Sequence[str], namespace: dict[str, Any], provided: set[str]
 ) -> dict[str, tuple[str, list[int]]]:
@@ -108,14 +88,19 @@ def find_definitions(
     Found in the kernel's executed cells, newest first, then in seed cells; what a definition uses comes from its own
     cell, and definitions from any, unless they are `provided`. RanksError where a name is defined nowhere.
     """
-    history = [source for source in namespace.get("In", ()) if isinstance(source, str)]
-    notebooks = [read_notebook(path, f"notebooks/{path.name}") for path in book_notebooks(ROOT)]
-    sources = {cell.label: cell.text for book in notebooks for cell in book.cells if "seed" in cell.tags}
-    sources |= {f"kernel cell {number}": source for number, source in enumerate(history)}
-    parts = {label: statements_of(source) for label, source in sources.items()}
-    defined = {  # the newest wins
-        part.name: (label, part) for label in parts for part in parts[label] if isinstance(part, DEFINITIONS)
-    }
+    cells = [cell for book in read_book(ROOT) for cell in book.cells if "seed" in cell.tags]
+    sources = {cell.label: cell.text for cell in cells}
+    for number, source in enumerate(namespace.get("In", ())):
+        if isinstance(source, str) and not source.lstrip().startswith(
+            "%%"
+        ):  # a cell magic's body runs elsewhere
+            sources[f"kernel cell {number}"] = source
+    bound: dict[str, list[tuple[str, ast.stmt]]] = {}
+    defined: dict[str, tuple[str, ast.stmt]] = {}  # the newest wins
+    for label, source in sources.items():
+        tree = parse_leniently(source)
+        bound[label] = [(found.name, tree.body[found.statement]) for found in find_bindings(tree)]
+        defined |= {name: (label, part) for name, part in bound[label] if getattr(part, "name", "") == name}
     if unknown := [name for name in names if name not in defined]:
         raise RanksError([f"%%ranks: --with {unknown[0]}: {why_not_sent(unknown[0], namespace)}"])
     sent: dict[str, set[int]] = {}
@@ -125,11 +110,15 @@ def find_definitions(
         if statement.lineno in sent.setdefault(label, set()):
             continue
         sent[label].add(statement.lineno)
-        wanted += [(label, part) for part in parts[label] if getattr(part, "module", "") == "__future__"]
-        names_in = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
-        for name in {node.id for node in names_in if isinstance(node.ctx, ast.Load)}:
-            here = [(label, part) for part in parts[label] if name in bound_by(part)]
-            wanted += here or [defined[one] for one in {name} & (defined.keys() - provided)]
+        loaded = [
+            node
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+        ]
+        used = {node.id for node in loaded} | {"annotations"}  # of a `from __future__`
+        here = [(name, part) for name, part in bound[label] if name in used]
+        wanted += [(label, part) for _, part in here]
+        wanted += [defined[name] for name in used & (defined.keys() - provided) - {name for name, _ in here}]
     # In this order: a class may inherit from one of an earlier cell.
     return {label: (source, sorted(sent[label])) for label, source in sources.items() if label in sent}
 
@@ -201,12 +190,12 @@ def problems(spec: dict[str, Any], folder: Path, is_over: bool) -> list[str]:
 
 class Server:
     """The process that has imported torch and the launcher, and runs every cell (agent.py); it ends with the kernel.
-    like: what it was started with; where that has changed, the next cell starts another one."""
+    Where the kernel's environment has changed since, the next cell starts another one."""
 
     running: Server | None = None
 
-    def __init__(self, like: Any) -> None:
-        self.like, self.log = like, tempfile.TemporaryFile()
+    def __init__(self) -> None:
+        self.environment, self.log = dict(os.environ), tempfile.TemporaryFile()
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.family = start_agent("cells", environment=torchrun_environment(), **streams)
         Server.running = self
@@ -239,12 +228,11 @@ class Server:
 
 def server() -> Server:
     """The one that runs, or a new one."""
-    like, running = (dict(os.environ), LAUNCHER.stat().st_mtime_ns), Server.running
-    if running and running.like == like and running.family.process.poll() is None:
-        return running
-    if running:
+    if (running := Server.running) and running.family.process.poll() is None:
+        if running.environment == dict(os.environ):
+            return running
         running.family.end()
-    return Server(like)
+    return Server()
 
 
 def run_cell_on_ranks(

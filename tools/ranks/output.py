@@ -32,29 +32,6 @@ def is_live_notebook() -> bool:
         return False
 
 
-class NotebookLine:
-    """A file for tqdm: what is written to it stands in an output of its own, in place of what stood there before."""
-
-    def __init__(self) -> None:
-        from IPython.display import display
-
-        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
-
-    def write(self, text: str) -> None:
-        self.handle.update({"text/plain": text.strip()}, raw=True)
-
-    def flush(self) -> None: ...
-
-
-def progress_bar(total: int | None, is_shown: bool) -> tqdm:
-    """A bar over the steps: on a terminal, or as an output of its own in a live notebook; else it shows nothing."""
-    is_terminal = kernel() is None and sys.stderr is not None and sys.stderr.isatty()
-    is_shown = is_shown and (is_terminal or is_live_notebook())
-    file = NotebookLine() if is_shown and not is_terminal else sys.stderr
-    look = {"unit": "step", "leave": False, "ascii": False, "dynamic_ncols": True, "disable": not is_shown}
-    return tqdm(total=total, file=file, **look)
-
-
 def attempt_of(path: Path) -> int:
     """The attempt whose output it is, of a file .../attempt_N/RANK/stderr.log."""
     return int(path.parents[1].name.removeprefix("attempt_"))
@@ -68,13 +45,15 @@ class RankOutput:
 
     def __init__(self, folder: Path, quiet: bool) -> None:
         folder.mkdir()
-        self.folder, self.quiet, self.bar = folder, quiet, progress_bar(None, is_shown=False)
+        self.folder, self.quiet = folder, quiet
+        # On a terminal, or among a live notebook's own lines, where two streams would not mix.
+        file = sys.stderr if kernel() is None else sys.stdout
+        is_shown = is_live_notebook() if kernel() else file is not None and file.isatty()
+        look = {"unit": "step", "leave": False, "ascii": False, "dynamic_ncols": True}
+        self.bar = tqdm(file=file, disable=quiet or not is_shown, **look)
         self.done: dict[Path, int] = {}  # file -> how far it has been read
         self.seen: set[str] = set()
         self.begin_attempt(0)
-
-    def start_bar(self, total: int | None) -> None:
-        self.bar = progress_bar(total, not self.quiet)
 
     def begin_attempt(self, number: int) -> None:
         """What went wrong before is the failure no more."""
@@ -125,23 +104,18 @@ class RankOutput:
 
     def keep(self, log_dir: Path) -> Path:
         """Copies all output to a new folder, ranks of log_dir, or a temporary one where nothing can be written there:
-        rank0.out, rank0-restart1.err, torchrun.log; empty files go."""
+        rank0.out, rank0-restart1.err, torchrun.log; no empty files of ranks."""
         whole = self.folder / "whole"
         whole.mkdir()
         for path in self.done:
             again = f"-restart{attempt_of(path)}" if attempt_of(path) else ""
-            path.rename(whole / f"rank{path.parent.name}{again}.{path.stem[3:]}")
+            if path.stat().st_size:
+                path.rename(whole / f"rank{path.parent.name}{again}.{path.stem[3:]}")
         (self.folder / "torchrun.log").rename(whole / "torchrun.log")
-        for path in list(whole.iterdir()):
-            if not path.stat().st_size:
-                path.unlink()
         try:
-            kept = new_folder(log_dir / "ranks")
-            shutil.copytree(whole, kept, dirs_exist_ok=True)
+            return shutil.copytree(whole, new_folder(log_dir / "ranks"), dirs_exist_ok=True)
         except OSError:
-            kept = Path(tempfile.mkdtemp(prefix="ep-ranks-"))
-            shutil.copytree(whole, kept, dirs_exist_ok=True)
-        return kept
+            return shutil.copytree(whole, Path(tempfile.mkdtemp(prefix="ep-ranks-")), dirs_exist_ok=True)
 
 
 def new_folder(path: Path) -> Path:
