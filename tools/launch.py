@@ -104,7 +104,8 @@ def run_command(
         try:
             folder = tempfile.TemporaryDirectory(prefix="ep-launch-", ignore_cleanup_errors=True)
             scratch = Path(at_end.enter_context(folder))
-            steps, report, summary = (scratch / name for name in ("steps", "report.json", "summary.json"))
+            steps, report, summary = scratch / "steps", scratch / "report.json", scratch / "summary.json"
+            options = report.with_suffix(".options")  # what the agent has found out
             steps.write_bytes(bytes(2**13))  # for 960 ranks
             own_folder = RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
             log_dir = Path(asked.log_dir or os.environ.get("TB_LOGDIR") or own_folder).expanduser()
@@ -119,14 +120,13 @@ def run_command(
         except OSError as error:
             message = f"cannot write {error.filename} ({error.strerror}); set TMPDIR, or --log-dir"
             raise LaunchError(message, returncode=2) from None
-        told = {"nproc": "auto", "steps": None}
-        while run.process.poll() is None and not (options := report.with_suffix(".options")).exists():
-            time.sleep(0.005)
-        told |= json.loads(options.read_text()) if options.exists() else {}
-        shown = shlex.join(["torchrun", *flags, str(script), *arguments]).replace(*HERE)
-        output.show(shown.replace("=auto", f"={told['nproc']}"), sys.stdout)
-        output.bar.reset(int(asked.steps) if (asked.steps or "").isdigit() else told["steps"])
         try:
+            while run.process.poll() is None and not options.exists():
+                time.sleep(0.005)
+            told = json.loads(options.read_text()) if options.exists() else {"nproc": "auto", "steps": None}
+            shown = shlex.join(["torchrun", *flags, str(script), *arguments]).replace(*HERE)
+            output.show(shown.replace("=auto", f"={told['nproc']}"), sys.stdout)
+            output.bar.reset(int(asked.steps) if (asked.steps or "").isdigit() else told["steps"])
             watch(run, output, steps, of_torchrun["rdzv_endpoint"], limit_s)
         except TimeoutError:
             logs = output.keep(log_dir)

@@ -101,8 +101,6 @@ class ForkedRank(FORK.Process):
             raise subprocess.TimeoutExpired(self.name, timeout)
         return self.exitcode
 
-    returncode = property(poll)
-
 
 def run_script(script: str, *arguments: str) -> None:
     """`python script argument...` in this process."""
