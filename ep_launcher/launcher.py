@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "9eed07c024b464d3193306813403798202b6c125e84e63fb851427fc2a0c96f4"
+SOURCES_SHA256 = "30075baa75be91b7d89c5c44740424d66a5a658a83b118ba878910925571bb78"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -83,47 +83,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-# %% notebooks/01_parallelism.ipynb #config
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class LayerSizes:
-    """The sizes of one mixture-of-experts layer; the same on every rank. ValueError where they do not fit together.
-
-    num_experts: experts E in the whole layer, over all ranks
-    top_k: experts K that each token visits
-    hidden_dim: width D of a token
-    ffn_dim: width F inside an expert
-    max_num_tokens: most tokens that one rank may bring to a forward pass; None sets no limit
-    dtype: of the experts: float32, float64 or bfloat16; the router is kept in float32 or wider
-    """
-
-    num_experts: int = 16
-    top_k: int = 2
-    hidden_dim: int = 256
-    ffn_dim: int = 1024
-    max_num_tokens: int | None = field(default=None, metadata={"default": 128})  # 128 in the launcher
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        for name in ("num_experts", "top_k", "hidden_dim", "ffn_dim", "max_num_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, and must be at least 1")
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k is {self.top_k}, above the {self.num_experts} experts; lower --top-k")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; take one of {', '.join(DTYPES)}")
-
-    def num_local_experts(self, ep_size: int) -> int:
-        """Experts L that each of ep_size ranks owns. ValueError where they cannot be shared out evenly."""
-        if self.num_experts % ep_size:
-            raise ValueError(
-                f"{self.num_experts} experts cannot be shared evenly by {ep_size} ranks; "
-                f"take a multiple of {ep_size} for num_experts"
-            )
-        return self.num_experts // ep_size
+# %% notebooks/01_parallelism.ipynb #collective-error
+class CollectiveError(RuntimeError):
+    """A collective failed on this rank: another rank died, stayed away too long, or sent another size."""
 
 
 # %% notebooks/01_parallelism.ipynb #traffic-meter
@@ -155,31 +117,24 @@ class TrafficMeter:
             if destination != self.rank:
                 totals[destination] += num_bytes
 
-    def fetch(self) -> dict[str, list[int]]:
-        """sent, with what the readers add: a host synchronisation where there are any."""
-        for read in [*self.readers, *self.checks]:
-            read()
-        return self.sent
+    @contextlib.contextmanager
+    def entering(self, number: int | None = None) -> Iterator[None]:
+        """Counts a collective, or goes on with the one of this number, which was counted when it began. A library's
+        failure inside becomes a CollectiveError that names rank and number."""
+        if number is None:
+            self.num_collectives = number = self.num_collectives + 1
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CollectiveError(f"rank {self.rank}, collective {number}: {reason}") from error
 
     def total(self, *purposes: str) -> int:
-        """Bytes sent for these purposes so far, to all other ranks together."""
-        sent = self.fetch()
-        return sum(sum(sent.get(purpose, ())) for purpose in purposes)
-
-
-# %% notebooks/01_parallelism.ipynb #collective-error
-class CollectiveError(RuntimeError):
-    """A collective failed on this rank: another rank died, stayed away too long, or sent another size."""
-
-
-@contextlib.contextmanager
-def as_collective_error(rank: int, number: int) -> Iterator[None]:
-    """A library's failure inside becomes a CollectiveError that names rank and collective."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CollectiveError(f"rank {rank}, collective {number}: {reason}") from error
+        """Bytes sent for these purposes so far, to all other ranks together, after what the readers add to `sent`: a
+        host synchronisation where there are any."""
+        for read in [*self.readers, *self.checks]:
+            read()
+        return sum(sum(self.sent.get(purpose, ())) for purpose in purposes)
 
 
 # %% notebooks/01_parallelism.ipynb #communicator
@@ -219,11 +174,6 @@ class Communicator:
             )
         return Communicator.alone, ()
 
-    def entering(self) -> contextlib.AbstractContextManager:
-        """Counts a collective; a failure inside becomes a CollectiveError that names rank and number."""
-        self.meter.num_collectives += 1
-        return as_collective_error(self.meter.rank, self.meter.num_collectives)
-
     def all_gather(self, x: Tensor, purpose: str) -> Tensor:
         """x [n, ...], the same shape on all ranks -> [W, n, ...]. Sends x to each of W - 1 ranks. No gradient."""
         if self.size == 1:
@@ -232,7 +182,7 @@ class Communicator:
         out = x.new_empty(self.size, *x.shape)
         # Into one tensor, which NCCL fills without a copy; torch before 2.13 has another name for it.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        with self.entering():
+        with self.meter.entering():
             gather(out.flatten(0, 1), x.contiguous(), group=self.group)
         return out
 
@@ -248,7 +198,7 @@ class Communicator:
         row_bytes = x.element_size() * math.prod(x.shape[1:])
         self.meter.record(purpose, [rows * row_bytes for rows in input_splits], self.ranks)
         out, splits = x.new_empty(sum(output_splits), *x.shape[1:]), (output_splits, input_splits)
-        with self.entering():
+        with self.meter.entering():
             work = dist.all_to_all_single(out, x.contiguous(), *splits, group=self.group, async_op=not wait)
         return Pending(out, self.meter, work, purpose)
 
@@ -261,7 +211,7 @@ class Communicator:
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in place. Not metered: its route is the library's own choice."""
         if self.size > 1:
-            with self.entering():
+            with self.meter.entering():
                 dist.all_reduce(x, group=self.group)
         return x
 
@@ -327,24 +277,6 @@ def init_ep(ep_size: int | None = None, device: str = "auto", timeout_s: float =
     return Mesh(ep, batch, replicas)
 
 
-# %% notebooks/01_parallelism.ipynb #byte-formulas
-def ep_bytes(num_tokens: int, hidden_dim: int, top_k: int, ep_size: int, itemsize: int = 2) -> float:
-    """Bytes that one rank sends in a forward pass of an EP layer: dispatch and combine, one copy per choice.
-
-    num_tokens: on this rank. The expectation under even routing: a choice lives elsewhere with (P - 1) / P.
-    """
-    return 2 * itemsize * num_tokens * hidden_dim * top_k * (ep_size - 1) / ep_size
-
-
-def tp_bytes(num_tokens: int, hidden_dim: int, tp_size: int, itemsize: int = 2) -> float:
-    """Bytes that one rank sends in a forward pass of a TP layer: one all-reduce of [num_tokens, hidden_dim].
-
-    num_tokens: of the whole TP group. A reduce-scatter, then an all-gather, each (P - 1) / P of the tensor; exact
-    where the P = tp_size ranks divide the tokens evenly.
-    """
-    return 2 * itemsize * num_tokens * hidden_dim * (tp_size - 1) / tp_size
-
-
 # %% notebooks/01_parallelism.ipynb #distinct-ranks
 def expected_distinct_ranks(num_experts: int, top_k: int, ep_size: int) -> float:
     """How many different ranks own a token's top_k experts, on average, if every choice is equally likely."""
@@ -375,7 +307,7 @@ class Pending:
         if self.work is not None:
             del self.meter.under_way[self.number]
             work, self.work = self.work, None
-            with as_collective_error(self.meter.rank, self.number):
+            with self.meter.entering(self.number):
                 work.wait()
         return self.rows
 
@@ -455,7 +387,7 @@ OPTION_GROUPS: list[type] = []
 G = TypeVar("G")
 
 
-def register(kind: str, name: str) -> Callable[[G], G]:
+def register(kind: str, name: str, implementation: Any = None) -> Any:
     """Decorator: makes an implementation choosable by name, in the config and as the flag `--KIND NAME`.
 
     One that is defined again under the same qualified name replaces the old one: cells are there to be run again.
@@ -464,24 +396,21 @@ def register(kind: str, name: str) -> Callable[[G], G]:
     if kind not in REGISTRIES:
         raise ValueError(f"there is no kind {kind!r}; take one of {', '.join(REGISTRIES)}")
 
-    def add(implementation: G) -> G:
-        kept = REGISTRIES[kind].get(name, implementation)
-        if kept.__qualname__ != implementation.__qualname__:
-            raise ValueError(
-                f"{kind} {name!r} is registered already, as {kept.__qualname__}; choose another name"
-            )
-        lacks = sorted(getattr(implementation, "__abstractmethods__", ()))
-        if kind in BASES and not hasattr(implementation, "preference"):
-            lacks = ["preference", *lacks]
-        if lacks:
-            base = f"; inherit from {BASES[kind]}" * ("preference" in lacks)
-            raise ValueError(
-                f"{kind} {name!r}: {implementation.__qualname__} has no {', '.join(lacks)}{base}"
-            )
-        REGISTRIES[kind][name] = implementation
-        return implementation
-
-    return add
+    if implementation is None:  # the decorator's first half: what stands below it comes in the second
+        return functools.partial(register, kind, name)
+    kept = REGISTRIES[kind].get(name, implementation)
+    if kept.__qualname__ != implementation.__qualname__:
+        raise ValueError(
+            f"{kind} {name!r} is registered already, as {kept.__qualname__}; choose another name"
+        )
+    lacks = sorted(getattr(implementation, "__abstractmethods__", ()))
+    if kind in BASES and not hasattr(implementation, "preference"):
+        lacks = ["preference", *lacks]
+    if lacks:
+        base = f"; inherit from {BASES[kind]}" * ("preference" in lacks)
+        raise ValueError(f"{kind} {name!r}: {implementation.__qualname__} has no {', '.join(lacks)}{base}")
+    REGISTRIES[kind][name] = implementation
+    return implementation
 
 
 class Choosable:
@@ -513,11 +442,20 @@ def option_group(group: type[G]) -> type[G]:
 
 
 # %% notebooks/02_all_to_all.ipynb #moe-config
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
 @option_group
 @dataclass(frozen=True)
-class MoEConfig(LayerSizes):
+class MoEConfig:
     """One mixture-of-experts layer: its sizes, and the names of its parts. ValueError where they do not fit together.
 
+    num_experts: experts E in the whole layer, over all ranks
+    top_k: experts K that each token visits
+    hidden_dim: width D of a token
+    ffn_dim: width F inside an expert
+    max_num_tokens: most tokens that one rank may bring to a forward pass; None sets no limit
+    dtype: of the experts: float32, float64 or bfloat16; the router is kept in float32 or wider
     num_shared_experts: experts that every token visits besides, a copy on every rank
     router: how a token chooses its experts
     dispatcher: how rows travel to their experts and back; auto takes the fastest for the device
@@ -528,6 +466,12 @@ class MoEConfig(LayerSizes):
     overlap: what is computed while rows travel
     """
 
+    num_experts: int = 16
+    top_k: int = 2
+    hidden_dim: int = 256
+    ffn_dim: int = 1024
+    max_num_tokens: int | None = field(default=None, metadata={"default": 128})  # 128 in the launcher
+    dtype: str = "float32"
     num_shared_experts: int = 0
     router: str = "softmax"
     dispatcher: str = "auto"
@@ -540,9 +484,14 @@ class MoEConfig(LayerSizes):
     extras: tuple = field(default=(), metadata={"flag": False})  # option groups of later chapters
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_shared_experts < 0:
-            raise ValueError(f"num_shared_experts is {self.num_shared_experts}, and must be at least 0")
+        for name in ("num_experts", "top_k", "hidden_dim", "ffn_dim", "max_num_tokens", "num_shared_experts"):
+            value, least = getattr(self, name), int(name != "num_shared_experts")
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}, and must be at least {least}")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k is {self.top_k}, above the {self.num_experts} experts; lower --top-k")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; take one of {', '.join(DTYPES)}")
         for extra in self.extras:
             if "Options" not in (base.__qualname__ for base in type(extra).__mro__):
                 raise ValueError(
@@ -559,6 +508,15 @@ class MoEConfig(LayerSizes):
     def hooks(self, name: str) -> list[Callable]:
         """The methods of this name, of the option groups that have one (chapter 03)."""
         return [getattr(extra, name) for extra in self.extras if hasattr(extra, name)]
+
+    def num_local_experts(self, ep_size: int) -> int:
+        """Experts L that each of ep_size ranks owns. ValueError where they cannot be shared out evenly."""
+        if self.num_experts % ep_size:
+            raise ValueError(
+                f"{self.num_experts} experts cannot be shared evenly by {ep_size} ranks; "
+                f"take a multiple of {ep_size} for num_experts"
+            )
+        return self.num_experts // ep_size
 
 
 # %% notebooks/02_all_to_all.ipynb #pick
@@ -714,7 +672,7 @@ def gather_padded(rows: Tensor, metadata: Tensor, comm: Communicator, purpose: s
     return all_rows.flatten(0, 1), all_metadata.flatten(0, 1)
 
 
-# %% notebooks/02_all_to_all.ipynb #dispatch-all-gather
+# %% notebooks/02_all_to_all.ipynb #all-gather-dispatcher
 @dataclass(frozen=True)
 class AllGatherHandle:
     """What combine needs to know: metadata int64 [R, 4] of the kept rows, and this rank's number of tokens T."""
@@ -723,48 +681,34 @@ class AllGatherHandle:
     num_tokens: int
 
 
-def dispatch_all_gather(
-    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_local_experts: int, comm: Communicator
-) -> Arrived:
-    """x [T, D], topk_ids, topk_weights [T, K] -> Arrived: the rows for this rank's experts, one choice per row.
-
-    Gathers everything, the weights in a message of their own, and keeps what is for this rank: W times the bytes
-    that are needed.
-    """
-    metadata = make_metadata(topk_ids, comm.rank)
-    rows = x.repeat_interleave(topk_ids.shape[1], dim=0)
-    rows, everyones = gather_padded(rows, metadata, comm, "dispatch")
-    weights, _ = gather_padded(topk_weights.reshape(-1, 1), metadata, comm, "dispatch")
-    local_expert = everyones[:, EXPERT] - comm.rank * num_local_experts
-    is_mine = (local_expert >= 0) & (local_expert < num_local_experts) & (everyones[:, IS_PADDING] == 0)
-    mine = is_mine.nonzero().squeeze(1)
-    handle = AllGatherHandle(everyones[mine], len(x))
-    return Arrived(rows[mine], local_expert[mine, None], weights[mine], handle)
-
-
-# %% notebooks/02_all_to_all.ipynb #combine-all-gather
-def combine_all_gather(y: Tensor, handle: AllGatherHandle, comm: Communicator) -> Tensor:
-    """Experts' weighted results [R, D] -> [T, D]: the sum of each token's rows, in float32 or wider."""
-    rows, metadata = gather_padded(y, handle.metadata, comm, "combine")
-    is_mine = (metadata[:, SOURCE_RANK] == comm.rank) & (metadata[:, IS_PADDING] == 0)
-    mine = is_mine.nonzero().squeeze(1)
-    wide = rows[mine].to(torch.promote_types(y.dtype, torch.float32))
-    total = wide.new_zeros(handle.num_tokens, y.shape[1])
-    return total.index_add(0, metadata[mine, SOURCE_TOKEN], wide).to(y.dtype)
-
-
-# %% notebooks/02_all_to_all.ipynb #all-gather-dispatcher
 @register("dispatcher", "all_gather")
 class AllGatherDispatcher(Dispatcher):
-    """The readable dispatcher: every rank gathers every row and keeps its own (chapter 02)."""
+    """The readable dispatcher: every rank gathers every row and keeps its own, one choice a row (chapter 02).
+
+    W times the bytes that are needed. Weights travel in a message of their own; results are added up in float32.
+    """
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
         """See Dispatcher. Sends (W - 1) * max over ranks of T * K rows and weights; three host synchronisations."""
-        return dispatch_all_gather(x, topk_ids, topk_weights, self.num_local_experts, self.comm)
+        metadata = make_metadata(topk_ids, self.comm.rank)
+        rows = x.repeat_interleave(topk_ids.shape[1], dim=0)
+        rows, everyones = gather_padded(rows, metadata, self.comm, "dispatch")
+        weights, _ = gather_padded(topk_weights.reshape(-1, 1), metadata, self.comm, "dispatch")
+        expert = everyones[:, EXPERT] - self.comm.rank * self.num_local_experts
+        is_mine = (expert >= 0) & (expert < self.num_local_experts) & (everyones[:, IS_PADDING] == 0)
+        mine = is_mine.nonzero().squeeze(1)
+        return Arrived(
+            rows[mine], expert[mine, None], weights[mine], AllGatherHandle(everyones[mine], len(x))
+        )
 
     def begin_combine(self, y: Tensor, handle: AllGatherHandle) -> Tensor:
         """See Dispatcher. Sends (W - 1) * max over ranks of R rows; two host synchronisations."""
-        return combine_all_gather(y, handle, self.comm)
+        rows, metadata = gather_padded(y, handle.metadata, self.comm, "combine")
+        is_mine = (metadata[:, SOURCE_RANK] == self.comm.rank) & (metadata[:, IS_PADDING] == 0)
+        mine = is_mine.nonzero().squeeze(1)
+        wide = rows[mine].to(torch.promote_types(y.dtype, torch.float32))
+        total = wide.new_zeros(handle.num_tokens, y.shape[1])
+        return total.index_add(0, metadata[mine, SOURCE_TOKEN], wide).to(y.dtype)
 
     def predict_bytes(
         self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
@@ -858,13 +802,6 @@ class TopK(Choosable):
 
 
 # %% notebooks/03_experts.ipynb #router
-class Gate(nn.Linear):
-    """A linear layer that draws nothing when it is made: its router does, from the seed."""
-
-    def reset_parameters(self) -> None:
-        """Leaves the parameters as they are."""
-
-
 @register("router", "softmax")
 class Router(KeepsPrecision):
     """Scores every expert for every token and picks the top_k best: softmax of one linear layer, the gate.
@@ -877,12 +814,16 @@ class Router(KeepsPrecision):
         super().__init__()
         self.config, self.seed = config, seed
         dtype = torch.promote_types(DTYPES[config.dtype], torch.float32)
+        empty = functools.partial(torch.empty, config.num_experts, dtype=dtype, device=device)
         self.choice = REGISTRIES["choice"][pick("choice", config, device)]
-        self.gate = Gate(config.hidden_dim, config.num_experts, config.router_bias, device, dtype)
+        # No nn.Linear, which would draw its own numbers, from no seed of ours.
+        self.gate = nn.ParameterDict(
+            {"weight": empty(config.hidden_dim), "bias": empty() if config.router_bias else None}
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws gate.weight and gate.bias anew, in place, from the seed."""
+        """Draws gate.weight [E, D] and gate.bias [E] anew, in place, from the seed."""
         for name, parameter in self.gate.named_parameters():
             seeded_uniform_(parameter, self.config.hidden_dim, self.seed, f"gate.{name}")
 
@@ -936,9 +877,8 @@ class Experts(Choosable, nn.Module):
     Subclasses write forward: Arrived -> y [R, D], for every row the weighted sum over its local experts.
     """
 
-    largest_fixed: float = (
-        0  # rows times local experts up to which forward needs no counts on the host (chapter 06)
-    )
+    # Rows times local experts up to which forward needs no counts on the host (chapter 06); None: it always needs some.
+    largest_fixed: float | None = 0
 
     def __init__(
         self, config: MoEConfig, comm: Communicator, seed: int, device: torch.device | str | None = None
@@ -976,6 +916,8 @@ class Experts(Choosable, nn.Module):
     def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
         """Whether forward, with at most num_rows rows, waits for a number from the device. rows_per_expert: where
         every expert gets equally many."""
+        if self.largest_fixed is None:
+            return True
         return rows_per_expert is None and num_rows * self.num_local > self.largest_fixed
 
 
@@ -984,9 +926,7 @@ class Experts(Choosable, nn.Module):
 class LoopExperts(Experts):
     """One expert after the other: two matrix products each, 4 * R * D * F operations per forward pass in all."""
 
-    def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
-        """See Experts: always, for which rows are an expert's."""
-        return True
+    largest_fixed = None  # which rows are an expert's, it asks for every expert
 
     def forward(self, arrived: Arrived) -> Tensor:
         """See Experts. A host synchronisation per expert, for the numbers of its rows.
@@ -1008,31 +948,26 @@ class LoopExperts(Experts):
 
 
 # %% notebooks/03_experts.ipynb #shared-experts
-class SharedExperts(nn.Module):
+class SharedExperts(Experts):
     """Experts that every token visits, with weight 1, a copy on every rank (DeepSeekMoE, section 3.2).
 
-    N of them side by side are one expert N times as wide: w1 [D, N * F], w2 [N * F, D], and as in Experts.
+    N of them side by side are one expert N times as wide: w1 [1, D, N * F], w2 [1, N * F, D], and as in Experts.
     """
 
     def __init__(self, config: MoEConfig, seed: int, device: torch.device | str | None = None) -> None:
-        super().__init__()
         width = config.num_shared_experts * config.ffn_dim
         wide = replace(config, num_experts=1, top_k=1, ffn_dim=width, extras=())
-        self.expert = Experts(wide, Communicator.alone(), seed=f"{seed} shared", device=device)
-
-    def reset_parameters(self) -> None:
-        """Draws the numbers anew, in place, from the seed."""
-        self.expert.reset_parameters()
+        super().__init__(wide, Communicator.alone(), f"{seed} shared", device)
 
     def hidden(self, x: Tensor) -> Tensor:
         """The first half of forward: x [T, D] -> [T, N * F]."""
-        w1, b1, _, _, w3, b3 = (None if p is None else p[0] for p in self.expert.in_dtype(x.dtype))
+        w1, b1, _, _, w3, b3 = (None if p is None else p[0] for p in self.in_dtype(x.dtype))
         up = None if w3 is None else F.linear(x, w3.t(), b3)
-        return self.expert.activation.apply(F.linear(x, w1.t(), b1), up)
+        return self.activation.apply(F.linear(x, w1.t(), b1), up)
 
     def output(self, hidden: Tensor) -> Tensor:
         """The second half: [T, N * F] -> [T, D]."""
-        _, _, w2, b2, _, _ = (None if p is None else p[0] for p in self.expert.in_dtype(hidden.dtype))
+        _, _, w2, b2, _, _ = (None if p is None else p[0] for p in self.in_dtype(hidden.dtype))
         return F.linear(hidden, w2.t(), b2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1103,8 +1038,9 @@ class SwitchAuxLoss(Balance):
 # %% notebooks/03_experts.ipynb #check-tokens
 def check_tokens(x: Tensor, config: MoEConfig) -> None:
     """ValueError where x [..., D] is not what the layer was made for."""
-    if x.dim() < 2 or x.shape[-1] != config.hidden_dim:
-        raise ValueError(f"tokens have shape {list(x.shape)}; the layer wants [..., {config.hidden_dim}]")
+    if x.dim() < 2 or x.shape[-1] != config.hidden_dim or not x.is_floating_point():
+        wanted = f"[..., {config.hidden_dim}], of floating-point numbers"
+        raise ValueError(f"tokens have shape {list(x.shape)}, dtype {x.dtype}; the layer wants {wanted}")
     num_tokens, limit = math.prod(x.shape[:-1]), config.max_num_tokens
     if limit is not None and num_tokens > limit:
         raise ValueError(f"{num_tokens} tokens on one rank, above max_num_tokens {limit}")
@@ -1149,10 +1085,6 @@ class InOrder(Choosable):
     num_parts = 1  # into which the tokens are cut, each with an exchange of its own
 
     @staticmethod
-    def check(layer: Any) -> None:
-        """CannotRun where it does not fit the layer."""
-
-    @staticmethod
     def forward(layer: Any, x: Tensor, routing: Routing) -> Tensor:
         """x [T, D] of this rank and where they go -> y [T, D]."""
         arrived = layer.dispatcher.dispatch(x, routing.topk_ids, routing.topk_weights)
@@ -1192,7 +1124,6 @@ class EPMoE(nn.Module):
         self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
         self.aux_shares, self.recorded_aux = [], True
         self.overlap = REGISTRIES["overlap"][pick("overlap", config, device, self.mesh.ep.size)]
-        self.overlap.check(self)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, in place, from the seed: after `to_empty` has moved them off the meta device."""
@@ -1210,7 +1141,12 @@ class EPMoE(nn.Module):
         dtype, and the router in float32 as ever. ValueError where x does not fit the config.
         """
         check_tokens(x, self.config)
-        refuse_wrappers(self)
+        # What DDP itself uses to know that a forward is its own; there is no public way to ask.
+        if self.mesh.ep.size > 1 and nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
+            raise RuntimeError(
+                "DistributedDataParallel has overwritten the experts with rank 0's; use the model as it is, "
+                "and call sync_gradients(model, mesh) after backward"
+            )
         # On several ranks torch.compile leaves it alone, since ranks must enter collectives alike. disable() imports
         # the compiler: not before somebody compiles.
         if self.mesh.ep.size > 1 and torch.compiler.is_compiling():
@@ -1309,17 +1245,6 @@ def share_of_mean(mean: Tensor, num_tokens: int, mesh: Mesh) -> Tensor:
 
 
 # %% notebooks/03_experts.ipynb #refuse-wrappers
-def refuse_wrappers(layer: EPMoE) -> None:
-    """RuntimeError where DistributedDataParallel is at work: it has made all ranks' experts rank 0's."""
-    wrapper = nn.parallel.DistributedDataParallel
-    # What DDP itself uses to know that a forward is its own; there is no public way to ask.
-    if layer.mesh.ep.size > 1 and wrapper._get_active_ddp_module() is not None:
-        raise RuntimeError(
-            "DistributedDataParallel has overwritten the experts with rank 0's; use the model as it is, "
-            "and call sync_gradients(model, mesh) after backward"
-        )
-
-
 def owners(model: nn.Module) -> dict[int, Experts]:
     """{id of a parameter that mesh.ep shares out: the Experts that hold it}. TypeError where FSDP has sharded a
     model's parameters, RuntimeError where the model is in DistributedDataParallel."""
@@ -1424,52 +1349,6 @@ def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> No
                 f"this rank holds experts {experts.own_range}, and the state others; take a full_state_dict, and "
                 "load_full_state_dict(model, state, mesh)"
             )
-
-
-# %% notebooks/03_experts.ipynb #full-state
-def full_state_dict(model: nn.Module, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """What world size 1 holds, whatever this one is: {name: tensor}, copies, the same on every rank. Collective.
-
-    With an optimizer also {"optimizer": {parameter's name: its state}}. Sends each rank's experts to all of mesh.ep.
-    """
-    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
-
-    def gather(p: Tensor | None, tensor: Tensor) -> Tensor:
-        is_stacked = id(p) in owner and tensor.shape == p.shape
-        tensor = tensor.detach()
-        return (mesh.ep.all_gather(tensor, "state").flatten(0, 1) if is_stacked else tensor).clone()
-
-    state = {}
-    for long, tensor in model.state_dict().items():
-        name = re.sub(r"(\.[wb]\d)\.\d+-\d+$", r"\1", long)
-        state[name] = gather(named.get(name), tensor)
-    if optimizer is not None:
-        kept = {name: optimizer.state[p] for name, p in named.items() if p in optimizer.state}
-        state["optimizer"] = {
-            name: {key: gather(named[name], value) for key, value in values.items()}
-            for name, values in kept.items()
-        }
-    return state
-
-
-# %% notebooks/03_experts.ipynb #load-full-state
-def load_full_state_dict(
-    model: nn.Module, state: dict, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None
-) -> None:
-    """Loads what full_state_dict gave, at any world size: every rank takes its own experts' part.
-
-    RuntimeError where names, shapes or the number of experts differ from the model's, as load_state_dict has it.
-    """
-    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
-    state = dict(state)
-    moments = state.pop("optimizer", {})
-    model.load_state_dict(state)
-    for name, kept in moments.items() if optimizer is not None else ():
-        p = named[name]
-        if id(p) in owner:
-            own = owner[id(p)].own
-            kept = {key: v[own] if v.shape[1:] == p.shape[1:] else v for key, v in kept.items()}
-        optimizer.state[p] = {key: value.clone() for key, value in kept.items()}
 
 
 # ==========================================================================================================
@@ -5706,7 +5585,7 @@ class SmallSums:
         if not is_small or x.device != self.memory.state.device:
             return self.library(x)
         size, block, memory = self.comm.size, max(16, 1 << (x.numel() - 1).bit_length()), self.memory
-        with self.comm.entering():
+        with self.comm.meter.entering():
             if not uses_kernels(x):
                 sum_small_twin(x, self.comm, memory)
                 return x
@@ -5828,19 +5707,12 @@ class SharedBeside(InOrder):
     Same sums in the same order as the plain order: equal bit by bit, forward and backward.
     """
 
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Never auto's: what is asked for is what runs."""
-        return 0.5
+    needs = "shared experts to compute while rows travel (set --num-shared-experts)"
 
     @staticmethod
-    def check(layer: EPMoE) -> None:
-        """CannotRun where there is nothing to compute meanwhile."""
-        if layer.shared is None:
-            raise CannotRun(
-                "overlap shared computes the shared experts while rows travel, and there are none; "
-                "set --num-shared-experts"
-            )
+    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
+        """Never auto's: what is asked for is what runs. Not where there is nothing to compute meanwhile."""
+        return 0.5 if config.num_shared_experts else 0
 
     @staticmethod
     def forward(layer: EPMoE, x: Tensor, routing: Routing) -> Tensor:
@@ -5864,20 +5736,13 @@ class TwoBatches(InOrder):
     """
 
     num_parts = 2
+    needs = "a dispatcher whose buffers half the tokens do not fill (any but capacity)"
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Never auto's."""
-        return 0.5
-
-    @staticmethod
-    def check(layer: EPMoE) -> None:
-        """CannotRun where half the tokens would send as much as all of them."""
-        if layer.dispatcher.needs_capacity:
-            raise CannotRun(
-                f"overlap tbo sends two halves, and each would fill all of the buffers of dispatcher "
-                f"{layer.took['dispatcher']}; take another dispatcher, or overlap shared"
-            )
+        """Never auto's. Not where half the tokens would send as much as all of them."""
+        dispatcher = REGISTRIES["dispatcher"][pick("dispatcher", config, device, ep_size)]
+        return 0 if dispatcher.needs_capacity else 0.5
 
     @staticmethod
     def forward(layer: EPMoE, x: Tensor, routing: Routing) -> Tensor:
@@ -7259,7 +7124,7 @@ def plan_copies(
 def with_copies(layer: EPMoE, placement: Tensor) -> tuple[Experts, Tensor]:
     """This rank's physical experts, with the weights of what they copy, and the table of copies [E, C]. Collective.
 
-    For a moment every rank holds all experts. ValueError where placement misses an expert or does not fit the ranks.
+    For a moment every rank holds one matrix of all experts. ValueError where placement does not fit experts and ranks.
     """
     mesh, config, device = layer.mesh, layer.config, layer.experts.w1.device
     check_plan(config.num_experts, len(placement), mesh.ep.size, 1, 1)
@@ -7271,10 +7136,9 @@ def with_copies(layer: EPMoE, placement: Tensor) -> tuple[Experts, Tensor]:
     of_experts = replace(config, num_experts=len(placement), extras=())
     with torch.device("meta"):
         experts = type(layer.experts)(of_experts, mesh.ep, seed=0)
-    experts, state = experts.to_empty(device=device).requires_grad_(False), full_state_dict(layer, mesh)
-    own = placement[experts.first_expert : experts.first_expert + experts.num_local]
-    for name, parameter in experts.named_parameters():
-        parameter.copy_(state[f"experts.{name}"].to(device)[own.to(device)])
+    experts, own = experts.to_empty(device=device).requires_grad_(False), placement[experts.own].to(device)
+    for parameter, source in zip(experts.parameters(), layer.experts.parameters(), strict=True):
+        parameter.copy_(mesh.ep.all_gather(source.detach(), "state").flatten(0, 1)[own])
     return experts, copies
 
 
@@ -7904,7 +7768,7 @@ def load_tensors(folder: Path, training: Training, comm: Communicator) -> None:
             wanted[name] = as_whole(made, mesh) if is_alike and whole.shape != p.shape else made
         elif name not in wanted:
             wanted[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
-    with comm.entering():
+    with comm.meter.entering():
         dcp.load(wanted, storage_reader=reader, process_group=comm.group)
     training.task.generator.set_state(wanted["generator"])
     restore_record(training.record, wanted)
@@ -8080,7 +7944,7 @@ def gather_objects(value: Any, comm: Communicator) -> list[Any]:
     """Every rank's value, by rank. Collective."""
     values = [value] * comm.size
     if comm.size > 1:
-        with comm.entering():
+        with comm.meter.entering():
             dist.all_gather_object(values, value, group=comm.group)
     return values
 
@@ -8137,7 +8001,7 @@ def write_aside(
         saved = getattr(answer, "upload_completion", answer)
     else:
         try:
-            with comm.entering():
+            with comm.meter.entering():
                 saved.set_result(dcp.save(tensors, checkpoint_id=aside, process_group=comm.group))
         except dcp.CheckpointException as error:
             saved.set_exception(error)
@@ -8354,6 +8218,45 @@ class CheckpointOptions(Options):
         """The launcher's hook at the end."""
         if kept := training.notes.get("checkpoints"):
             kept.leave()
+
+
+# %% notebooks/15_mesh.ipynb #full-state
+def full_state_dict(model: nn.Module, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """What world size 1 holds, whatever this one is: {name: tensor}, copies, the same on every rank. Collective.
+
+    With an optimizer also {"optimizer": {parameter's name: its state}}. Sends each rank's experts to all of mesh.ep.
+    """
+    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
+    state = {re.sub(r"(\.[wb]\d)\.\d+-\d+$", r"\1", name): t for name, t in model.state_dict().items()}
+    known = {} if optimizer is None else optimizer.state
+    moments = {name: dict(known[p]) for name, p in named.items() if p in known}
+    places = [(state, name, named.get(name)) for name in state]
+    places += [(held, key, named[name]) for name, held in moments.items() for key in held]
+    for held, key, p in places:  # all ranks in the same order
+        tensor = held[key].detach()
+        is_stacked = id(p) in owner and tensor.shape == p.shape
+        held[key] = (mesh.ep.all_gather(tensor, "state").flatten(0, 1) if is_stacked else tensor).clone()
+    return state if optimizer is None else state | {"optimizer": moments}
+
+
+# %% notebooks/15_mesh.ipynb #load-full-state
+def load_full_state_dict(
+    model: nn.Module, state: dict, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Loads what full_state_dict gave, at any world size: every rank takes its own experts' part.
+
+    RuntimeError where names, shapes or the number of experts differ from the model's, as load_state_dict has it.
+    """
+    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
+    state = dict(state)
+    moments = state.pop("optimizer", {})
+    model.load_state_dict(state)
+    for name, kept in moments.items() if optimizer is not None else ():
+        p = named[name]
+        if id(p) in owner:
+            own = owner[id(p)].own
+            kept = {key: v[own] if v.shape[1:] == p.shape[1:] else v for key, v in kept.items()}
+        optimizer.state[p] = {key: value.clone() for key, value in kept.items()}
 
 
 # ==========================================================================================================
@@ -8907,7 +8810,7 @@ def layer_from_hf(block: dict[str, Tensor]) -> dict[str, Tensor]:
         if name in HF_ROUTERS:
             state[HF_ROUTERS[name]] = tensor
         elif parts[0] == "shared_experts":
-            state[f"shared.expert.{HF_PROJECTIONS[parts[1]]}"] = tensor.t()[None]
+            state[f"shared.{HF_PROJECTIONS[parts[1]]}"] = tensor.t()[None]
         elif parts[0] == "experts" and len(parts) == 4 and parts[2] in HF_PROJECTIONS:
             each.setdefault(HF_PROJECTIONS[parts[2]], {})[int(parts[1])] = tensor.t()
         elif name in ("experts.gate_up_proj", "experts.gate_up_proj_bias"):
@@ -8941,7 +8844,7 @@ def state_from_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if inside := re.match(HF_INSIDE, name):
             blocks.setdefault(inside[1], {})[inside[2]] = tensor
         elif dense := re.match(r"(layers\.\d+\.mlp)\.(gate_proj|up_proj|down_proj)\.weight", name):
-            found[f"{dense[1]}.expert.{HF_PROJECTIONS[dense[2]]}"] = tensor.t()[None].contiguous()
+            found[f"{dense[1]}.{HF_PROJECTIONS[dense[2]]}"] = tensor.t()[None].contiguous()
         else:
             found[name] = tensor
     for prefix, block in blocks.items():
@@ -8956,8 +8859,8 @@ def state_to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
         prefix, _, last = name.rpartition(".")
         if name.endswith("mlp.router.gate.weight"):
             found[f"model.{name.replace('router.', '')}"] = tensor
-        elif prefix.endswith("mlp.expert"):
-            found[f"model.{prefix.removesuffix('expert')}{dense[last]}.weight"] = tensor[0].t().contiguous()
+        elif prefix.endswith(".mlp"):
+            found[f"model.{prefix}.{dense[last]}.weight"] = tensor[0].t().contiguous()
         elif prefix.endswith("mlp.experts") and last == "w1":
             joined = torch.cat([tensor, state[f"{prefix}.w3"]], dim=-1)
             found[f"model.{prefix}.gate_up_proj"] = joined.transpose(1, 2).contiguous()
@@ -9124,9 +9027,7 @@ def install_traceback_hook() -> None:
         report = describe_frames(exception, path, markers)[0]
         cells = re.findall(r"in (\w+) \((notebooks/[^)]+|[^)]+, line \d+)\)", report)
         # A collective's own frames say nothing that its message does not.
-        collective = (
-            "as_collective_error entering all_gather begin_all_to_all all_to_all all_reduce wait".split()
-        )
+        collective = "entering all_gather begin_all_to_all all_to_all all_reduce wait".split()
         inner = [cell for name, cell in cells if name not in collective]
         return f" ({inner[-1]})" if inner else ""
 

@@ -75,7 +75,7 @@ def with_choices_of(moe: nn.Module, router: nn.Module) -> Callable[[Tensor], Ten
 
     def route(x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         routing = router(x)
-        counts = torch.bincount(routing.topk_ids.flatten(), minlength=router.gate.out_features)
+        counts = torch.bincount(routing.topk_ids.flatten(), minlength=len(router.gate.weight))
         return routing.topk_weights, routing.topk_ids, counts
 
     def forward(x: Tensor) -> Tensor:

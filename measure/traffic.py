@@ -6,9 +6,9 @@
 
 Exchange: dispatch and combine, forward, of 4,096 tokens a rank, hidden 7,168, top-8 of 256 experts, bfloat16, beside
 the all-to-all of as many bytes and nothing else. Small: the same with 128 tokens. Kernels: those of chapter 11 by
-their number of programs, and the copy engine. Step: the launcher's, with its defaults, and what its kernels take; sums
-of a few numbers. Layers: forward and backward at
-the sizes of measure/layer.py, each held against its reference first. What records is timed recorded too.
+their number of programs, and the copy engine. Step: the launcher's, with its defaults, and what its kernels take;
+sums of a few numbers. Layers: forward and backward at the sizes of measure/layer.py with the experts that `auto`
+takes, each held against its reference first. What records is timed recorded too.
 """
 
 import statistics
@@ -192,7 +192,11 @@ def without_exchange(recorder: Recorder, ours: ep.EPMoE, batch: tuple) -> dict[s
     num_local = config.num_experts // recorder.comm.size
     if num_local < config.top_k or not recorder.on_gpu:
         return {}
-    other = one.layer(replace(config, num_experts=num_local, dispatcher="local"), recorder.device, layer.fill)
+    other = one.layer(
+        replace(config, num_experts=num_local, dispatcher="local", experts="auto"),
+        recorder.device,
+        layer.fill,
+    )
     run = layer.train_pass(lambda x: one.forward(other, x)[0], *batch, list(other.parameters()))
     return {"one rank alone, recorded": record.captured(run)}
 
@@ -201,11 +205,12 @@ def layers(recorder: Recorder) -> dict:
     """{size: errors, memory and times of a layer with each dispatcher}."""
     found = {}
     for size in layer.SMALL_SIZES if recorder.args.small else layer.SIZES:
-        ours = layer.make_layer(recorder, size)
+        ours, taken = layer.make_layer(recorder, size), {}
 
-        def make(name: str, ours: ep.EPMoE = ours) -> layer.Variant:
+        def make(name: str, ours: ep.EPMoE = ours, taken: dict = taken) -> layer.Variant:
             launcher = recorder.launchers[""]
-            other = launcher.sharing(ours, dispatcher=name)
+            other = launcher.sharing(ours, dispatcher=name, experts="auto")
+            taken[name] = ep.pick("experts", other.config, recorder.device, recorder.comm.size)
             return layer.Variant(lambda x: launcher.forward(other, x)[0], list(other.parameters()))
 
         makers = {f"ours, {name}": lambda name=name, make=make: make(name) for name in NAMES}
@@ -217,7 +222,7 @@ def layers(recorder: Recorder) -> dict:
                 passes[f"{name}, recorded"] = record.captured(passes[name])
         passes |= without_exchange(recorder, ours, batch)
         samples = recorder.alternate(passes, 1 if recorder.args.small else 3)
-        found[size] = layer.finish(recorder, size, ours, samples, result)
+        found[size] = layer.finish(recorder, size, ours, samples, result) | {"experts": taken}
         del passes, makers, ours
         recorder.free_memory()
     return found

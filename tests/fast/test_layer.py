@@ -22,14 +22,6 @@ EXPERTS = [
 ]
 
 
-def test_byte_formulas_are_the_seeds():
-    # 128 tokens on 32 ranks: TP=8 leaves 32 tokens a group, EP=8 with attention DP=32 leaves 4 tokens a rank
-    h, top_k = 256, 2
-    assert ep.tp_bytes(32, h, 8) == 128 * h * 7 / 8
-    assert ep.ep_bytes(4, h, top_k, 8) == 16 * h * top_k * 7 / 8
-    assert ep.ep_bytes(7, h, top_k, 1) == ep.tp_bytes(7, h, 1) == 0
-
-
 @pytest.mark.parametrize("experts, top_k, ranks", [(8, 3, 4), (6, 2, 3), (8, 8, 2), (4, 1, 4)])
 def test_expected_distinct_ranks_counts_every_choice(experts, top_k, ranks):
     per_rank = experts // ranks
@@ -168,11 +160,12 @@ def test_layer_refuses_what_it_was_not_made_for():
         layer(torch.randn(5, 16))
     with pytest.raises(ValueError, match="8 tokens on one rank, above max_num_tokens 4"):
         layer(torch.randn(2, 4, 16))  # a batch and a sequence are tokens too
-    for shape in ([4, 8], [16]):
+    for x in (torch.randn(4, 8), torch.randn(16), torch.ones(4, 16, dtype=torch.int64)):
         with pytest.raises(
-            ValueError, match=rf"shape {re.escape(str(shape))}; the layer wants \[\.\.\., 16\]"
+            ValueError,
+            match=rf"shape {re.escape(str(list(x.shape)))}, dtype {x.dtype}; the layer wants \[\.\.\., 16\]",
         ):
-            layer(torch.randn(shape))
+            layer(x)
 
 
 def test_the_dense_reference_is_a_sum_over_chosen_experts():

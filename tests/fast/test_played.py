@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ep_launcher import launcher as ep
-from tools.exercises import NotYet, play_kernel, play_ranks, played
+from tools.exercises import NotYet, play_kernel, play_ranks
 
 
 def test_played_ranks_exchange_and_count_as_real_ones():
@@ -30,10 +30,20 @@ def test_played_ranks_exchange_and_count_as_real_ones():
         assert found == ([0, 1, 2], [rank, 10 + rank, 20 + rank], 3, sent, 3, 1)
 
 
-def test_whoever_stays_away_or_raises_is_what_one_reads(monkeypatch):
-    monkeypatch.setattr(played, "PATIENCE_S", 0.3)
-    with pytest.raises(NotYet, match="rank 0 of 2 waits in collective 1, which another rank never enters"):
+def test_whoever_stays_away_or_raises_is_what_one_reads():
+    with pytest.raises(
+        NotYet, match="rank 0 of 2 comes to collective 1, an all_reduce, and rank 1 to the end"
+    ):
         play_ranks(2, lambda comm: comm.rank or comm.all_reduce(torch.zeros(1)))
+    with pytest.raises(
+        NotYet, match="rank 0 of 2 comes to collective 1, an all_reduce, .* collective 1, an all_gather"
+    ):
+        play_ranks(
+            2,
+            lambda comm: (
+                comm.all_gather(torch.zeros(1), "x") if comm.rank else comm.all_reduce(torch.zeros(1))
+            ),
+        )
     with pytest.raises(ZeroDivisionError):  # its own error, before those of the ranks that wait for it
         play_ranks(3, lambda comm: comm.all_reduce(torch.zeros(1)) if comm.rank < 2 else 1 / 0)
     splits = ([1, 1], [1, 1]), ([1, 1], [0, 2])

@@ -184,7 +184,7 @@ def test_no_rank_starts_the_cell_before_all_are_connected(tmp_path):
          r"rank 1, line 4 of the cell: ValueError: no good"),
         ("2", "def f():\n    MoEConfig(top_k=99)\nf()",
          r"ranks 0, 1, line 3 of the cell: ValueError: top_k is 99, above the 16 experts; lower --top-k "
-         r"\(notebooks/01_parallelism\.ipynb #config:\d+, in LayerSizes\.__post_init__\)"),
+         r"\(notebooks/02_all_to_all\.ipynb #moe-config:\d+, in MoEConfig\.__post_init__\)"),
         ("2", "x = = 1", r"ranks 0, 1, line 2 of the cell: SyntaxError: invalid syntax"),
         ("2 --collect y", "if rank == 0:\n    y = 1", r"rank 1: NameError: the cell does not define `y`.*"),
         ("2", "import os, signal\nif rank:\n    os.kill(os.getpid(), signal.SIGKILL)", r"rank 1: ended by SIGKILL"),
@@ -260,16 +260,18 @@ def test_ranks_refuses_and_expects(shell, capsys):
 
 
 def test_kernel_definitions_must_be_the_launchers(shell):
-    run_cell(shell, "def tp_bytes():\n    return 0")
+    run_cell(shell, "def expected_distinct_ranks():\n    return 0")
     try:
-        with pytest.raises(RanksError, match="`tp_bytes`"):
-            run_cell(shell, "%%ranks 1\ntp_bytes")
-        with pytest.raises(LaunchError, match="`tp_bytes`"):
+        with pytest.raises(RanksError, match="`expected_distinct_ranks`"):
+            run_cell(shell, "%%ranks 1\nexpected_distinct_ranks")
+        with pytest.raises(LaunchError, match="`expected_distinct_ranks`"):
             run_cell(shell, "from tools.launch import launch\nlaunch(steps=1)")
-        run_cell(shell, "%%ranks 1 --with tp_bytes --collect zero\nzero = tp_bytes()")
+        run_cell(
+            shell, "%%ranks 1 --with expected_distinct_ranks --collect zero\nzero = expected_distinct_ranks()"
+        )
         assert shell.user_ns["zero"] == [0]
     finally:
-        del shell.user_ns["tp_bytes"]
+        del shell.user_ns["expected_distinct_ranks"]
 
 
 def test_interrupting_ranks_ends_them(shell, tmp_path):

@@ -8,9 +8,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ep_launcher.launcher import REGISTRIES, Communicator, EPMoE, Flight, Mesh, MoEConfig, check_ended
-from tools.exercises.on_ranks import Meeting
-from tools.exercises.verdict import NotYet, shape_of
+from ep_launcher.launcher import REGISTRIES, Communicator, EPMoE, Flight, Mesh, MoEConfig
+from tools.exercises.on_ranks import try_on_ranks
+from tools.exercises.verdict import NotYet, plain_verdict, shape_of
 
 Event = tuple[str, str, str]  # begin, end or experts; of which pass; of which part: a, b, ..
 
@@ -21,30 +21,25 @@ def watch(layer: EPMoE, x: Tensor) -> list[Event]:
     Parts are named in the order in which they are dispatched. Only dispatchers made of Flights can be watched.
     """
     events: list[Event] = []
-    flights: dict[str, list[Flight]] = {}
-    passes: dict[int, str] = {}
+    parts = {name: iter("abcdefgh") for name in ("dispatch", "combine", "experts")}
     send, land, compute = Flight.send, Flight.land, layer.experts.forward
 
-    def note(what: str, name: str, part: int) -> None:
-        events.append((what, name, chr(ord("a") + part)))
-
     def watched_send(flight: Flight, *messages: Tensor | None, is_backward: bool = False) -> None:
-        own = flights.setdefault(flight.purpose, [])
-        if flight not in own:
-            own.append(flight)
-        passes[id(flight)] = flight.purpose + " backward" * is_backward
-        note("begin", passes[id(flight)], own.index(flight))
+        if not is_backward:
+            flight.part = next(parts[flight.purpose])
+        flight.way = flight.purpose + " backward" * is_backward
+        events.append(("begin", flight.way, flight.part))
         send(flight, *messages, is_backward=is_backward)
 
     def watched_land(flight: Flight) -> list[Tensor | None]:
-        note("end", passes[id(flight)], flights[flight.purpose].index(flight))
+        events.append(("end", flight.way, flight.part))
         return land(flight)
 
     def watched_compute(arrived: Any) -> Tensor:
-        part = sum(what == "experts" for what, _, _ in events)
-        note("experts", "forward", part)
+        part = next(parts["experts"])
+        events.append(("experts", "forward", part))
         y = compute(arrived)
-        y.register_hook(lambda grad: note("experts", "backward", part))
+        y.register_hook(lambda grad: events.append(("experts", "backward", part)))
         return y
 
     with (
@@ -56,31 +51,33 @@ def watch(layer: EPMoE, x: Tensor) -> list[Event]:
 
 
 def hidden(events: list[Event]) -> dict[tuple[str, str], bool]:
-    """{(pass, part): whether experts compute between the beginning and the end of this exchange}."""
+    """{(pass, part): whether experts compute between this exchange's beginning and its end}. NotYet without an end."""
     found = {}
     for number, (what, name, part) in enumerate(events):
         if what == "begin":
+            if ("end", name, part) not in events:
+                raise NotYet(f"the {name} of part {part} begins, and nobody ends it")
             between = events[number : events.index(("end", name, part))]
             found[name, part] = any(kind == "experts" for kind, _, _ in between)
     return found
 
 
-def trace(answer: type, comm: Communicator, meeting: Meeting) -> None:
-    """NotYet where an order gives something else than [T, D], or hides fewer than half of its exchanges."""
+@plain_verdict(type)
+def check_overlap(answer: type, ranks: int = 2, namespace: dict[str, Any] | None = None) -> str:
+    """check_dispatcher for an order of chapter 12, a class that inherits from InOrder: equal results, and at least half
+    of the exchanges, forward and backward, with experts at work between their beginning and their end."""
     REGISTRIES["overlap"]["yours"] = answer
     kinds = {"dispatcher": "all_to_all", "overlap": "yours", "balance": "none", "dtype": "float64"}
-    layer = EPMoE(MoEConfig(8, 2, 16, 16, **kinds), Mesh(comm, comm, Communicator.alone(comm.meter)), seed=0)
+    layer = EPMoE(MoEConfig(8, 2, 16, 16, **kinds), Mesh(*[Communicator.alone()] * 3), seed=0)
     x = torch.randn(12, 16, dtype=torch.float64, requires_grad=True)
-    with meeting.phase("12 tokens a rank"):
-        y = answer.forward(layer, x, layer.router(x))
-        if shape_of(y) != [12, 16]:
-            raise NotYet(f"12 tokens: it must return [12, 16], and gave {shape_of(y)}")
-        y.sum().backward()
-        check_ended(comm.meter)
-        found = hidden(watch(layer, x))
+    y = answer.forward(layer, x, layer.router(x))
+    if shape_of(y) != [12, 16]:
+        raise NotYet(f"12 tokens: it must return [12, 16], and gave {shape_of(y)}")
+    found = hidden(watch(layer, x))
     for way in ("forward", "backward"):
         own = {key: is_so for key, is_so in found.items() if ("backward" in key[0]) == (way == "backward")}
         if 2 * sum(own.values()) < len(own) or len(own) < 4:
             bare = ", ".join(" ".join(key) for key, is_hidden in own.items() if not is_hidden)
             beside = f"{sum(own.values())} of {len(own)} exchanges have experts beside them, and not {bare}"
             raise NotYet(f"{way}: {beside}")
+    return try_on_ranks("overlap", answer, ranks, namespace)

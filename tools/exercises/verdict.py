@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -19,59 +18,58 @@ def shape_of(value: Any) -> list[int] | str:
     return list(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
-WITHOUT_ASSERTIONS = "without assertions (PYTHONOPTIMIZE, -O) no check can fail; leave that out"
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-
-
 def describe_error(error: BaseException, answer: Any) -> str:
     """An error of the answer's own code: what, and in which line of its cell."""
     parts = [answer, *vars(answer).values()] if hasattr(answer, "__dict__") else [answer]
     files = {part.__code__.co_filename for part in parts if hasattr(part, "__code__")}
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
     where = f" (line {frames[-1].lineno} of the cell, in {frames[-1].name})" if frames else ""
-    return first_line(error) + where
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}{where}"
 
 
 def plain_verdict(*types: type) -> Callable[[Callable[..., str]], Callable[..., str]]:
     """Decorates a check(answer): its verdict is one line for every answer.
 
     Also for a function that returns None, raises, or returns what is none of `types`; and for an answer that is no
-    function, where that is not of these types. A class is handed on as it is.
+    function, where that is not of these types. A class is handed on as it is; `type` stands for a class alone.
     """
 
     def expect(value: Any) -> Any:
         if value is None:
             raise NotYet("nothing came back")
         if types and not isinstance(value, types):
-            wanted = " or ".join(kind.__name__ for kind in types)
+            wanted = " or ".join("a class" if kind is type else kind.__name__ for kind in types)
             raise NotYet(f"this wants {wanted}, and got {type(value).__name__}")
         return value
 
     def decorate(check: Callable[..., str]) -> Callable[..., str]:
         @functools.wraps(check)
         def checked(answer: Any, *arguments: Any, **options: Any) -> str:
-            if sys.flags.optimize:
-                return f"not yet: {WITHOUT_ASSERTIONS}"
             came, is_class = [answer], isinstance(answer, type)
 
             def watched(*given: Any, **named: Any) -> Any:
                 try:
                     came.append(answer(*given, **named))
+                except NotYet:
+                    raise
                 except (Exception, SystemExit) as error:
                     raise NotYet(describe_error(error, answer)) from None
                 return expect(came[-1])
 
             try:
-                given = answer if is_class else watched if callable(answer) else expect(answer)
+                is_function = callable(answer) and type not in types
+                given = answer if is_class else watched if is_function else expect(answer)
                 return check(given, *arguments, **options)
             except NotYet as wrong:
                 return f"not yet: {wrong}"
-            except Exception as error:  # of a class's code, or of the check, at what it did not expect
-                what = f"the check cannot use {' '.join(repr(came[-1]).split())[:80]} ({first_line(error)})"
-                return f"not yet: {describe_error(error, answer) if is_class else what}"
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # of a class's code, or of the check, at what it did not expect
+                what = f"the check cannot use {' '.join(repr(came[-1]).split())[:80]} "
+                return (
+                    "not yet: " + what * (not is_class) + describe_error(error, answer if is_class else None)
+                )
 
         return checked
 

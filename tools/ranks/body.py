@@ -35,7 +35,7 @@ from tools.stitch.reading import parse_leniently  # noqa: E402
 
 CELL_MODULE = "ranks_cell"  # where a cell's classes live
 GRACE_S = 1.0  # what the other ranks get, to fail or end by themselves, once one rank has failed
-COLLECTIVES = ("Communicator.", "Pending.", "as_collective_error")  # whose frames are a collective's own
+COLLECTIVES = ("Communicator.", "Pending.", "TrafficMeter.")  # whose frames are a collective's own
 
 
 def describe_error(error: BaseException, sent: dict[str, Any]) -> dict[str, Any]:

@@ -87,9 +87,7 @@ def install_traceback_hook() -> None:
         report = describe_frames(exception, path, markers)[0]
         cells = re.findall(r"in (\w+) \((notebooks/[^)]+|[^)]+, line \d+)\)", report)
         # A collective's own frames say nothing that its message does not.
-        collective = (
-            "as_collective_error entering all_gather begin_all_to_all all_to_all all_reduce wait".split()
-        )
+        collective = "entering all_gather begin_all_to_all all_to_all all_reduce wait".split()
         inner = [cell for name, cell in cells if name not in collective]
         return f" ({inner[-1]})" if inner else ""
 
