@@ -24,6 +24,7 @@ import threading
 import time
 import types
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,8 @@ def torchrun_options(arguments: list[str]) -> Any:
             probe.bind(("", 0))
             options.master_port = probe.getsockname()[1]
     if options.nproc_per_node == "auto" or "EP_STEPS" in os.environ:  # somebody looks at the steps
-        with FORK.Pool(1) as pool:
-            num_gpus, options.steps = pool.apply(look_around)
+        with ProcessPoolExecutor(1, FORK) as pool:
+            num_gpus, options.steps = pool.submit(look_around).result()
         if options.nproc_per_node == "auto":
             options.nproc_per_node = str(max(2, num_gpus))
     return options
@@ -246,7 +247,6 @@ def serve_cells() -> None:
     """Runs what stdin asks for, [limit_s, [report, argument...]] a line, and says of each its exit code on stdout, once
     nothing that it started is left; ends when the kernel does, which closes stdin."""
     signal.signal(signal.SIGTERM, leave)
-    warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # as Python 3.12 puts it
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a rank started stays below this process when the rank ends
     import torch.distributed.run  # noqa: F401
 
@@ -264,6 +264,7 @@ def serve_cells() -> None:
 
 if __name__ == "__main__":
     mode, parent, *arguments = sys.argv[1:]
+    warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # as Python 3.12 puts it
     threading.Thread(target=end_with_parent, args=(int(parent),), daemon=True).start()
     if mode == "torchrun":
         run_torchrun(*arguments)
