@@ -88,18 +88,14 @@ def find_definitions(
     Found in the kernel's executed cells, newest first, then in seed cells; what a definition uses comes from its own
     cell, and definitions from any, unless they are `provided`. RanksError where a name is defined nowhere.
     """
-    cells = [cell for book in read_book(ROOT) for cell in book.cells if "seed" in cell.tags]
-    sources = {cell.label: cell.text for cell in cells}
+    sources = {cell.label: cell.text for cell in read_book(ROOT) if "seed" in cell.tags}
     for number, source in enumerate(namespace.get("In", ())):
-        if isinstance(source, str) and not source.lstrip().startswith(
-            "%%"
-        ):  # a cell magic's body runs elsewhere
-            sources[f"kernel cell {number}"] = source
+        is_plain = isinstance(source, str) and not source.lstrip().startswith("%%")  # those run elsewhere
+        sources |= {f"kernel cell {number}": source} if is_plain else {}
     bound: dict[str, list[tuple[str, ast.stmt]]] = {}
     defined: dict[str, tuple[str, ast.stmt]] = {}  # the newest wins
     for label, source in sources.items():
-        tree = parse_leniently(source)
-        bound[label] = [(found.name, tree.body[found.statement]) for found in find_bindings(tree)]
+        bound[label] = [(found.name, found.statement) for found in find_bindings(parse_leniently(source))]
         defined |= {name: (label, part) for name, part in bound[label] if getattr(part, "name", "") == name}
     if unknown := [name for name in names if name not in defined]:
         raise RanksError([f"%%ranks: --with {unknown[0]}: {why_not_sent(unknown[0], namespace)}"])
