@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "dd146bfd506d9d5115040ca58b7d59ff911ff4ba6ab9d0f5ddce6a78ac0acc00"
+SOURCES_SHA256 = "5da90eb2e20ef1dd9ab620e9282d16a0cdc54b0ed5d938a9ddd68fbefcefafa8"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -3859,7 +3859,7 @@ class ClusterStream(TokenStream):
         self.num_tokens, self.batch = num_tokens, batch
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's share of the next global batch: x [T, D], target [T, D], clusters int64 [T]. No synchronisation."""
+        """This rank's share of the next global batch: x [T, D], target [T, D], clusters int64 [T]. No sync."""
         where = {"generator": self.generator, "device": self.generator.device}
         u = torch.rand(self.num_tokens, dtype=torch.float64, **where)
         noise = torch.randn(self.num_tokens, self.centres.shape[1], **where)
