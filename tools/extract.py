@@ -26,47 +26,31 @@ if str(ROOT) not in sys.path:  # works uninstalled, from any folder
 
 from tools import commands  # noqa: E402
 from tools.commands import Refused, one_line  # noqa: E402
-from tools.stitch import program, reading, rules, trace  # noqa: E402
+from tools.stitch import reading, rules  # noqa: E402
 from tools.stitch.fresh import assert_fresh, check_kernel_definitions  # noqa: E402, F401
-from tools.stitch.reading import EXPORTED_TAGS, LAUNCHER, Notebook  # noqa: E402
-
-
-def cell_of(filename: str | os.PathLike[str], lineno: int) -> str | None:
-    """The cell that a line of a stitched file came from: "notebooks/x.ipynb #id:line".
-
-    None where the line belongs to no cell, and for every file that is not stitched or cannot be read.
-    """
-    try:
-        with open(filename, encoding="utf-8", errors="replace") as file:
-            is_stitched = file.readline().startswith(program.GENERATED_LINE)
-        return is_stitched and trace.locate_cell(trace.read_cell_markers(os.fspath(filename)), lineno) or None
-    except (OSError, ValueError):
-        return None
+from tools.stitch.reading import EXPORTED_TAGS, LAUNCHER, Cell  # noqa: E402
+from tools.stitch.trace import cell_of  # noqa: E402, F401
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = commands.Parser(
-        prog="extract.py", description="Stitch tagged notebook cells into one Python file."
-    )
-    add, tags = parser.add_argument, " ".join(EXPORTED_TAGS)
-    add(
-        "notebooks", nargs="*", metavar="NB", help="what to read (default: the chapters, their rules checked)"
-    )
-    add("--tags", nargs="+", metavar="TAG", help=f"tags to export (default: {tags})")
+    parser = commands.Parser("extract.py", description="Stitch tagged notebook cells into one Python file.")
+    add = parser.add_argument
+    add("notebooks", nargs="*", metavar="NB", help="what to read (default: the chapters, rules checked)")
+    add("--tags", nargs="+", metavar="TAG", help=f"tags to export (default: {' '.join(EXPORTED_TAGS)})")
     add("--output", metavar="F", help=f"file to write (default, without NB and TAG: {LAUNCHER})")
     add("--check", action="store_true", help="write nothing; exit 1 and show a diff where F is stale")
     return parser.parse_intermixed_args(argv)
 
 
-def _read_given(given: Sequence[str], root: Path) -> list[Notebook]:
-    """The notebooks of the command line, by names that hold nothing of the machine: as in the repo, or the file's."""
+def _read_given(given: Sequence[str], root: Path) -> list[Cell]:
+    """The notebooks of the command line, named without the machine: as in the repo, or the file's."""
     paths: dict[str, Path] = {}
     for path in (Path(os.path.abspath(path)) for path in given):
         name = one_line(path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name)
         if name in paths:
             raise Refused(f"{name}: is given twice, or two have this name; rename one")
         paths[name] = path
-    return [reading.read_notebook(path, name) for name, path in sorted(paths.items())]
+    return [cell for name, path in sorted(paths.items()) for cell in reading.read_notebook(path, name)]
 
 
 def _choose_output(arguments: argparse.Namespace, root: Path) -> tuple[Path, str]:
@@ -86,15 +70,13 @@ def _choose_output(arguments: argparse.Namespace, root: Path) -> tuple[Path, str
 def _run(argv: Sequence[str] | None, root: Path) -> int:
     arguments = _arguments(argv)
     tags = list(dict.fromkeys(arguments.tags or EXPORTED_TAGS))
-    notebooks = _read_given(arguments.notebooks, root) if arguments.notebooks else reading.read_book(root)
-    if not notebooks:
-        raise Refused("notebooks: holds no chapter (NN_name.ipynb); add one")
+    read = _read_given(arguments.notebooks, root) if arguments.notebooks else reading.read_book(root)
+    names = ", ".join(dict.fromkeys(cell.notebook for cell in read)) or "the notebooks (NN_name.ipynb)"
     path, shown = _choose_output(arguments, root)
     for asked in [[tag] for tag in arguments.tags or ()] or [tags]:
-        if not reading.select(notebooks, asked):
-            listing = ", ".join(notebook.name for notebook in notebooks)
-            raise Refused(f"{listing}: no code cell is tagged {' or '.join(asked)}; check the tags")
-    text, cells = rules.stitch(notebooks, tags, is_book=not arguments.notebooks)
+        if not reading.select(read, asked):
+            raise Refused(f"{names}: no code cell is tagged {' or '.join(asked)}; check the tags")
+    text, cells = rules.stitch(read, tags, is_book=not arguments.notebooks)
     number = len({cell.notebook for cell in cells})
     count = f"{len(cells)} cell{'s' * (len(cells) != 1)} from {number} notebook{'s' * (number != 1)}"
     try:
@@ -106,17 +88,16 @@ def _run(argv: Sequence[str] | None, root: Path) -> int:
             hint = "pip install ruff, and stitch again"
             print(f"extract.py: no ruff here, so nobody looked for undefined names; {hint}", file=sys.stderr)
         if arguments.check:
-            names = [shown if old is not None else "/dev/null", f"{shown} (from the notebooks)"]
+            titles = shown if old is not None else "/dev/null", f"{shown} (from the notebooks)"
             lines = (old or "").split("\n"), text.split("\n")
-            print("\n".join(difflib.unified_diff(*lines, *names, lineterm="")))
+            print("\n".join(difflib.unified_diff(*lines, *titles, lineterm="")))
             hint = "run `make launcher`" if shown == LAUNCHER else "run the same command without --check"
             raise Refused(f"{shown}: {'is missing' if old is None else 'is stale'}; {hint}", code=1)
         path.parent.mkdir(parents=True, exist_ok=True)
         commands.replace_file(path, text.encode())
     except OSError as error:
-        raise Refused(
-            f"{shown}: cannot be written ({error.strerror}); check it, or name another file"
-        ) from None
+        what = f"cannot be written ({error.strerror}); check it, or name another file"
+        raise Refused(f"{shown}: {what}") from None
     print(f"wrote {shown}: {count}")
     return 0
 

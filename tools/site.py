@@ -3,28 +3,24 @@
     python tools/site.py [--output DIR]
 
 Pages are made by nbconvert from the notebooks as they were executed and committed; nothing runs here. Frame, search and
-colours lie in tools/site_files/: no CDN, no web font, no MathJax, no require.js. Every notebook in notebooks/ becomes a
-page; one that is no chapter, by its name, loses its scripts. Ends with 1 and one line where a page would fetch
-something from elsewhere, or shows a figure that is not there: then the old pages stay.
+colours lie in tools/site_files/: no CDN, no web font, no MathJax, no require.js. Ends with 1 and one
+line where a page would fetch something from elsewhere, or shows a figure that is not there: then the old pages stay.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 from bs4 import BeautifulSoup, NavigableString, Tag
 from jinja2 import Environment, FileSystemLoader
 from nbconvert import HTMLExporter
-from nbconvert.preprocessors.sanitize import SanitizeHTML
 from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 
@@ -34,35 +30,23 @@ if str(ROOT) not in sys.path:  # works uninstalled, from any folder
 
 from tools import commands  # noqa: E402
 from tools.commands import Refused  # noqa: E402
-from tools.stitch.reading import EXPORTED_TAGS  # noqa: E402
+from tools.stitch.reading import EXPORTED_TAGS, book_notebooks  # noqa: E402
 
 FILES = ROOT / "tools/site_files"
 HEADINGS = ("h1", "h2", "h3")
-FETCHED = {
-    "src",
-    "srcset",
-    "data",
-    "poster",
-    "background",
-    "xlink:href",
-    "style",
-}  # and href where it is no link
+FETCHED = {*"src srcset data poster background xlink:href style".split()}  # and href where it is no link
 ELSEWHERE = re.compile(
     r"""(?:https?:)?//[\w-]+\.[^\s"')]+|\b(?:fetch|import)\(|XMLHttpRequest|WebSocket|EventSource"""
 )
 
 
-@dataclass(frozen=True)
-class Page:
-    """One page: its file's name, its body, its sections; the first one's title is the page's."""
+class Page(NamedTuple):
+    """One page: its file's name, its title, its body, and its sections as the search wants them."""
 
     file: str
+    title: str
     body: str
     sections: list[dict[str, str]]
-
-    @property
-    def title(self) -> str:
-        return self.sections[0]["title"] if self.sections else self.file
 
 
 def find_sections(body: str) -> list[dict[str, str]]:
@@ -78,46 +62,25 @@ def find_sections(body: str) -> list[dict[str, str]]:
     return [section | {"text": " ".join(section["text"].split())} for section in found]
 
 
-def make_page(file: str, notebook: NotebookNode, is_ours: bool = True) -> Page:
+def make_page(file: str, notebook: NotebookNode) -> Page:
     """A notebook -> its page, with links that lead to pages."""
-    exporter = HTMLExporter(
-        template_name="basic", template_file="cell.html.j2", extra_loaders=[FileSystemLoader(FILES)]
-    )
-    exporter.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
-    if not is_ours:
-        exporter.register_preprocessor(SanitizeHTML, enabled=True)
+    loaders = [FileSystemLoader(FILES)]
+    exporter = HTMLExporter(template_name="basic", template_file="cell.html.j2", extra_loaders=loaders)
     body, _ = exporter.from_notebook_node(notebook, resources={"exported": EXPORTED_TAGS})
     body = re.sub(r'href="(?:\./|notebooks/)?(\w+)\.ipynb(#[^"]*)?"', r'href="\1.html\2"', body)
     body = re.sub(r'<a class="anchor-link"[^>]*>.*?</a>', "", body).replace('src="../images/', 'src="images/')
-    return Page(file, body, find_sections(body))
-
-
-class Fetched(HTMLParser):
-    """Finds what a page would load from elsewhere: by attributes, style sheets, scripts. Links to follow are fine."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found, self.tag = [], ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tag = tag
-        for name, value in attrs:
-            is_fetched = name in FETCHED or (name == "href" and tag not in ("a", "area"))
-            if is_fetched and value and not value.startswith("data:"):
-                self.found += ELSEWHERE.findall(value)
-
-    def handle_endtag(self, tag: str) -> None:
-        self.tag = ""
-
-    def handle_data(self, data: str) -> None:
-        if self.tag in ("script", "style"):
-            self.found += ELSEWHERE.findall(data)
+    sections = find_sections(body)
+    return Page(file, sections[0]["title"] if sections else file, body, sections)
 
 
 def foreign_addresses(page: str) -> list[str]:
-    fetched = Fetched()
-    fetched.feed(page)
-    return fetched.found
+    """What a page would load from elsewhere: by attributes, style sheets, scripts. Links to follow are fine."""
+    soup = BeautifulSoup(page, "html.parser")
+    texts = [tag.get_text() for tag in soup(["script", "style"])]
+    for tag in soup(True):
+        names = FETCHED if tag.name in ("a", "area") else FETCHED | {"href"}
+        texts += [tag[name] for name in names & tag.attrs.keys() if not tag[name].startswith("data:")]
+    return [found for text in texts for found in ELSEWHERE.findall(text)]
 
 
 def check_page(name: str, page: str, folder: Path) -> None:
@@ -134,17 +97,12 @@ def build(folder: Path) -> int:
     """Writes the site into an empty folder -> the number of its pages. Refused where check_page refuses one."""
     readme = nbformat.v4.new_markdown_cell((ROOT / "README.md").read_text("utf-8"))
     pages = [make_page("index.html", nbformat.v4.new_notebook(cells=[readme]))]
-    for path in sorted((ROOT / "notebooks").glob("[!.]*.ipynb")):
-        is_chapter = re.match(r"\d\d_", path.name) is not None
-        pages.append(make_page(f"{path.stem}.html", nbformat.read(path, as_version=4), is_chapter))
-
+    pages += [make_page(f"{path.stem}.html", nbformat.read(path, 4)) for path in book_notebooks(ROOT)]
     shutil.copytree(ROOT / "images", folder / "images")
     shutil.copy(FILES / "search.js", folder)
     colors = HtmlFormatter(style="default").get_style_defs(".highlight")
     (folder / "book.css").write_text((FILES / "book.css").read_text("utf-8") + colors, "utf-8")
-    index = [
-        {"page": page.file, "chapter": page.title} | section for page in pages for section in page.sections
-    ]
+    index = [{"page": p.file, "chapter": p.title} | section for p in pages for section in p.sections]
     (folder / "index.js").write_text(f"const BOOK = {json.dumps(index, ensure_ascii=False)};\n", "utf-8")
     template = Environment(loader=FileSystemLoader(FILES), autoescape=True).get_template("page.html.j2")
     for before, page, after in zip([None, *pages[:-1]], pages, [*pages[1:], None], strict=True):
@@ -168,18 +126,13 @@ def make_site() -> int:
             count = build(made)
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
-    except OSError as error:  # of copytree: a list of (from, to, why)
-        why = error.strerror or str(error.args[0][0][2]).partition(": ")[0]
+    except OSError as error:
+        why = error.strerror or error
         raise Refused(f"error: cannot write to --output {folder}: {why}", code=1) from None
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{count} pages, {size / 1e6:.1f} MB: open {folder / 'index.html'}")
     return 0
 
 
-def main() -> int:
-    """The command line -> exit code."""
-    return commands.run(make_site)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.run(make_site))

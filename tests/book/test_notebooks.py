@@ -255,43 +255,6 @@ display({"text/plain": ""}, raw=True)
     assert not list(tmp_path.glob(".*"))
 
 
-def stream(text: str) -> dict:
-    return {"output_type": "stream", "name": "stdout", "text": text}
-
-
-@pytest.mark.parametrize(
-    ("output", "what"),
-    [
-        (stream(f"log in {ROOT}/ep_launcher\n"), "the repository's absolute path"),
-        (stream(f"{Path.home()}/data\n"), "the home folder"),
-        (stream("on my-host: ok\n"), "the host's name"),
-        (
-            {"output_type": "error", "evalue": "", "traceback": ["File \x1b[32m/opt/my-python/lib"]},
-            "the Python",
-        ),
-        ({"output_type": "display_data", "data": {"image/svg+xml": f"<a>{ROOT}</a>"}}, "the repository's"),
-    ],
-)
-def test_outputs_that_tell_of_the_machine_are_refused(output, what, monkeypatch):
-    monkeypatch.setattr(notebooks.socket, "gethostname", lambda: "my-host")
-    monkeypatch.setattr(notebooks.sys, "prefix", "/opt/my-python")
-    with pytest.raises(Refused, match=f"x.ipynb #here: its output holds {what}"):
-        notebooks.check_private("x.ipynb", [nbformat.from_dict({"id": "here", "outputs": [output]})])
-
-
-def test_innocent_outputs_pass(monkeypatch):
-    monkeypatch.setattr(notebooks.socket, "gethostname", lambda: "vm")
-    texts = ["the vms, a-vm, ep_launcher/runs/1", f"x{ROOT}", f"sub{Path.home()}", "https://example.org/tmp"]
-    cell = nbformat.from_dict({"id": "here", "outputs": [stream(text) for text in texts]})
-    notebooks.check_private("x.ipynb", [cell])
-
-
-def cleaned(source: str, *outputs: dict) -> list[nbformat.NotebookNode]:
-    """The outputs of one cell of notebooks/x.ipynb, cleaned."""
-    cell = nbformat.v4.new_code_cell(source, outputs=[nbformat.from_dict(output) for output in outputs])
-    return notebooks.clean_outputs(cell, ROOT / "notebooks" / "x.ipynb")
-
-
 def test_a_figure_that_stands_in_images_is_shown_by_its_name(tmp_path, monkeypatch):
     """Also from a notebook elsewhere, with the picture's own title; a picture that stands nowhere stays."""
     (tmp_path / "images").mkdir()

@@ -12,36 +12,40 @@ from tools.stitch.program import assemble, sources_sha256
 from tools.stitch.reading import EXPORTED_TAGS, LAUNCHER, LAUNCHER_MODULE, ROOT
 
 
+def _read_launcher(root: Path, mend: str) -> str:
+    try:
+        return (root / LAUNCHER).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RuntimeError(f"{LAUNCHER} cannot be read ({why}): {mend}") from None
+
+
 def _cells_in(text: str) -> dict[str, str]:
     """{cell's label: its text in a stitched file}."""
     return dict(re.findall(r"^# %% ([^\n]+ #[\w-]+)\n(.*?)\n*(?=^# %% |^# =====|\Z)", text, re.M | re.S))
 
 
-def assert_fresh(root: str | os.PathLike[str] | None = None) -> None:
+def assert_fresh(root: str | os.PathLike[str] = ROOT) -> None:
     """Check that ep_launcher/launcher.py holds what the saved notebooks say, and that this kernel imported it.
 
-    root: the repo (default: the one this file is in). Raises RuntimeError, one line, naming the first cells that
-    differ. Compares texts and does not check the cell rules: well under 0.2 s.
+    root: the repo. Raises RuntimeError, one line, naming the first cells that differ. Compares texts and does not
+    check the cell rules: well under 0.2 s.
     """
-    root = Path(root).resolve() if root else ROOT
-    path, mend = root / LAUNCHER, "run `make launcher`, restart the kernel"
+    root, mend = Path(root).resolve(), "run `make launcher`, restart the kernel"
+    stored = _read_launcher(root, mend)
     try:
-        text = path.read_text("utf-8")
         chosen = reading.select(reading.read_book(root), EXPORTED_TAGS)
         wanted = assemble(chosen, is_launcher=True)
     except Refused as refused:
         raise RuntimeError(refused.lines[0]) from None
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise RuntimeError(f"{LAUNCHER} cannot be read ({why}): {mend}") from None
-    if text != wanted:
-        stored, new = _cells_in(text), _cells_in(wanted)
-        names = [label for label in {**new, **stored} if stored.get(label) != new.get(label)]
+    if stored != wanted:
+        old, new = _cells_in(stored), _cells_in(wanted)
+        names = [label for label in {**new, **old} if old.get(label) != new.get(label)]
         names = names or ["the order or the tags of the notebooks' cells"]
         more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
         raise RuntimeError(f"{LAUNCHER} differs from {', '.join(names[:3])}{more}: save, {mend}")
     module = sys.modules.get(LAUNCHER_MODULE)
-    if module and Path(getattr(module, "__file__", None) or "").resolve() == path.resolve():
+    if module and Path(getattr(module, "__file__", None) or "").resolve() == root / LAUNCHER:
         if module.SOURCES_SHA256 != sources_sha256(chosen):
             raise RuntimeError(f"this kernel imported an older {LAUNCHER}: restart the kernel")
 
@@ -52,26 +56,21 @@ def _definitions(text: str) -> dict[str, str | None]:
     return {b.name: ast.dump(b.node) if hasattr(b.node, "body") else None for b in bindings}
 
 
-def check_kernel_definitions(namespace: dict, root: str | os.PathLike[str] | None = None) -> None:
+def check_kernel_definitions(namespace: dict, root: str | os.PathLike[str] = ROOT) -> None:
     """Check that functions and classes defined in a kernel are those that launcher.py would run.
 
     namespace: the kernel's variables; its `In` holds the sources executed so far, of which the last definition of a
     name counts, and without which nothing is compared. Spaces and comments do not matter, docstrings do. Raises
     RuntimeError, one line, with the names that differ. Not compared: constants, and what a magic or `exec` defines.
     """
-    history = namespace.get("In")
-    if not isinstance(history, (list, tuple)):
-        return
-    try:
-        in_file = _definitions(((Path(root) if root else ROOT) / LAUNCHER).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise RuntimeError(f"{LAUNCHER} cannot be read ({why}): run `make launcher`") from None
     in_kernel: dict[str, str | None] = {}
-    for source in history:
+    for source in namespace.get("In", ()):
         # A cell magic may run its body in this kernel, or, as `%%ranks` does, anywhere else.
         if isinstance(source, str) and not source.lstrip().startswith("%%"):
             in_kernel |= _definitions(source)
+    if not in_kernel:
+        return
+    in_file = _definitions(_read_launcher(Path(root), "run `make launcher`"))
     names = [n for n, content in in_file.items() if content and n in namespace and in_kernel.get(n)]
     listed = ", ".join(f"`{name}`" for name in names if in_kernel[name] != in_file[name])
     if listed:

@@ -6,6 +6,7 @@ Standard library only: nbformat repairs missing and duplicate ids in silence, an
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import json
@@ -14,9 +15,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tools.commands import Refused, one_line
+from tools.stitch.trace import find_cell_markers
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = "ep_launcher/launcher.py"
@@ -25,9 +27,7 @@ LAUNCHER_MODULE = "ep_launcher.launcher"
 EXPORTED_TAGS = ("theory", "all_to_all", "experts", "training", "performance", "routing")
 OTHER_ROLES = ("setup", "seed", "parameters", "demo", "check", "launch", "plot", "exercise", "solution")
 ROLE_TAGS = EXPORTED_TAGS + OTHER_ROLES
-SIDE_TAGS = ("hide-input",)
 
-MARKER = re.compile(r"# %% (?:(.+ #[A-Za-z0-9_-]+)|added by tools/extract\.py)")
 MAGIC = re.compile(r"\s*(?:[%!?]|[\w.]+\s*\?+\s*$|[\w., ]+=\s*[%!])")
 # What parse and compile raise on text that is not a program; the last four on absurdly deep or large text.
 NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError, SystemError)
@@ -41,7 +41,7 @@ class Cell:
     name: str
     kind: object
     tags: tuple[str, ...]
-    language: str  # lower case, "" where the notebook does not say
+    language: str  # of its notebook, lower case; "" where that does not say
     text: str
 
     @property
@@ -59,11 +59,10 @@ class Cell:
     def tree(self) -> ast.Module:
         """The cell's Python. Raises Refused, with one line, where it is none that can be stitched."""
         lines = self.text.split("\n")
-        number = next((n for n, line in enumerate(lines, 1) if MARKER.fullmatch(line)), 1)
-        if MARKER.fullmatch(lines[number - 1]):
-            what = "this line reads like a cell marker of the stitched file; reword it"
+        if markers := find_cell_markers(self.text):
+            number, what = markers[0][0], "this line reads like a cell marker of the stitched file; reword it"
         elif not re.fullmatch(r"(i?python[\d.]*)?", self.language):
-            what = f"is written in {self.language:.40}, not Python; take the tag off"
+            number, what = 1, f"is written in {self.language:.40}, not Python; take the tag off"
         else:
             try:
                 return compiled(self.text + "\n")
@@ -76,15 +75,6 @@ class Cell:
         raise Refused(self.refusal(number, what))
 
 
-@dataclass(frozen=True)
-class Notebook:
-    """A notebook of format 4; `minor` as stored."""
-
-    name: str
-    minor: object
-    cells: tuple[Cell, ...]
-
-
 def _dig(data: object, *keys: str) -> Any:
     """data[key][key]..., None where something on the way is missing, or is no object."""
     for key in keys:
@@ -92,31 +82,26 @@ def _dig(data: object, *keys: str) -> Any:
     return data
 
 
-def _read_cell(notebook: str, language: object, data: object) -> Cell:
-    """Raises TypeError where the cell is no object, or has no text."""
-    source, tags, given = _dig(data, "source"), _dig(data, "metadata", "tags"), _dig(data, "id")
+def _read_cell(notebook: str, language: str, data: object) -> Cell:
+    """Raises TypeError where the cell has no text."""
+    source, tags, name = _dig(data, "source"), _dig(data, "metadata", "tags"), _dig(data, "id")
     text = "".join(source if isinstance(source, list) else [source]).replace("\r\n", "\n").replace("\r", "\n")
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return Cell(
-        notebook=notebook,
-        name=given if isinstance(given, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", given) else digest,
-        kind=_dig(data, "cell_type"),
-        tags=tuple(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else (),
-        language=language.lower() if isinstance(language, str) else "",
-        text=text,
-    )
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", str(name)) or name is None:
+        name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    tags = tuple(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else ()
+    return Cell(notebook, str(name), _dig(data, "cell_type"), tags, language, text)
 
 
-def read_notebook(path: Path, name: str) -> Notebook:
-    """Read one notebook of format 4. Raises Refused, with one line, for anything else."""
+def read_notebook(path: Path, name: str) -> list[Cell]:
+    """The cells of one notebook of format 4. Raises Refused, with one line, for anything else."""
     try:
         data = json.loads(path.read_bytes().decode("utf-8-sig"))
         language = _dig(data, "metadata", "kernelspec", "language")
         language = language or _dig(data, "metadata", "language_info", "name")
+        language = language.lower() if isinstance(language, str) else ""
         if _dig(data, "nbformat") != 4:
             raise TypeError
-        cells = tuple(_read_cell(name, language, cell) for cell in data["cells"])
-        return Notebook(name, data.get("nbformat_minor"), cells)
+        return [_read_cell(name, language, cell) for cell in data["cells"]]
     except OSError as error:
         what = f"cannot be read ({error.strerror or type(error).__name__}); check the path"
     except UnicodeDecodeError as error:
@@ -130,17 +115,18 @@ def read_notebook(path: Path, name: str) -> Notebook:
 
 def book_notebooks(root: Path) -> list[Path]:
     """The chapters, in the book's order: the notebooks whose name begins with a number. Others stop nothing."""
-    return sorted((root / "notebooks").glob("[0-9]*.ipynb"), key=lambda path: path.name)
+    return sorted((root / "notebooks").glob("[0-9]*.ipynb"))
 
 
-def read_book(root: Path) -> list[Notebook]:
-    return [read_notebook(path, f"notebooks/{one_line(path.name)}") for path in book_notebooks(root)]
+def read_book(root: Path) -> list[Cell]:
+    paths = book_notebooks(root)
+    return [cell for path in paths for cell in read_notebook(path, f"notebooks/{one_line(path.name)}")]
 
 
-def select(notebooks: Sequence[Notebook], tags: Sequence[str]) -> list[tuple[Cell, str]]:
+def select(cells: Sequence[Cell], tags: Sequence[str]) -> list[tuple[Cell, str]]:
     """The code cells that carry one of the tags, in order, each with its first such tag (in the tags' order)."""
-    cells = (cell for notebook in notebooks for cell in notebook.cells if cell.kind == "code")
-    return [(cell, next(tag for tag in tags if tag in cell.tags)) for cell in cells if {*tags} & {*cell.tags}]
+    found = (cell for cell in cells if cell.kind == "code" and {*tags} & {*cell.tags})
+    return [(cell, next(tag for tag in tags if tag in cell.tags)) for cell in found]
 
 
 def why(error: BaseException) -> str:
@@ -158,28 +144,23 @@ def parse_leniently(source: str) -> ast.Module:
     """The tree of a cell that may hold magics (`pass` stands for them), an empty one where it still is no Python."""
     plain = [re.sub(r"\S.*", "pass", line) if MAGIC.match(line) else line for line in source.split("\n")]
     for text in (source, "\n".join(plain)):
-        with warnings.catch_warnings(action="ignore"):
-            try:
-                return ast.parse(text)
-            except NOT_PYTHON:
-                continue
+        with warnings.catch_warnings(action="ignore"), contextlib.suppress(*NOT_PYTHON):
+            return ast.parse(text)
     return ast.Module(body=[])
 
 
-@dataclass(frozen=True)
-class Binding:
-    """A name that a module's top level binds."""
+class Binding(NamedTuple):
+    """A name that a module's top level binds: by which import, def, class or assigned name, in which statement."""
 
     name: str
-    line: int
-    statement: int  # the position of the top-level statement that holds it
-    node: ast.AST  # the import, the def or class, or the name that is assigned to
+    node: ast.AST
+    statement: ast.stmt
     what: str = ""  # of an import: "module:name", so that the same import may stand twice
 
 
 def find_bindings(tree: ast.Module) -> Iterator[Binding]:
     """Every name the module's top level binds, in order, `if` and `try` and loops included."""
-    for number, statement in enumerate(tree.body):
+    for statement in tree.body:
         waiting: list[ast.AST] = [statement]
         while waiting:
             node = waiting.pop()
@@ -190,20 +171,12 @@ def find_bindings(tree: ast.Module) -> Iterator[Binding]:
                         # `import a.b` binds a, and may stand beside `import a.c`.
                         name = alias.asname or alias.name.split(".")[0]
                         what = f"{module}:{alias.name if alias.asname or module else name}"
-                        yield Binding(name, node.lineno, number, node, what)
+                        yield Binding(name, node, statement, what)
                 case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                    yield Binding(node.name, node.lineno, number, node)
+                    yield Binding(node.name, node, statement)
                 case ast.Name(ctx=ast.Store()):
-                    yield Binding(node.id, node.lineno, number, node)
+                    yield Binding(node.id, node, statement)
                 case ast.Lambda() | ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-                    pass
-                case ast.AnnAssign(value=None):
                     pass
                 case _:
                     waiting += reversed(list(ast.iter_child_nodes(node)))
-
-
-def launcher_imports(tree: ast.AST) -> list[ast.ImportFrom]:
-    """The `from ep_launcher.launcher import names` in a tree."""
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    return [node for node in imports if node.level == 0 and node.module == LAUNCHER_MODULE]

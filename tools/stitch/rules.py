@@ -7,12 +7,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from tools.commands import Refused
 from tools.stitch import reading
-from tools.stitch.program import RESERVED_NAMES, assemble, check_compiles, markers_in
-from tools.stitch.reading import EXPORTED_TAGS, LAUNCHER_MODULE, ROLE_TAGS, SIDE_TAGS, Cell, Notebook
-from tools.stitch.trace import locate_cell
+from tools.stitch.program import RESERVED_NAMES, assemble, check_compiles
+from tools.stitch.reading import EXPORTED_TAGS, LAUNCHER_MODULE, ROLE_TAGS, Binding, Cell
+from tools.stitch.trace import find_cell_markers, locate_cell
 
 MAX_CODE_LINES, MAX_CLASS_LINES = 40, 60  # of a cell, and of a cell with a class
 OLDEST_PYTHON = "py311"  # the book's cells must run on it, whatever Python stitches them
@@ -30,38 +31,30 @@ PURE_CALLS = set(
 )
 
 
-def check_structure(notebooks: Sequence[Notebook]) -> Iterator[str]:
-    """Format, ids, tags and prose of every cell, exported or not."""
+def check_structure(cells: Sequence[Cell]) -> Iterator[str]:
+    """Ids, tags and prose of every cell, exported or not."""
     owners: dict[str, str] = {}
-    for notebook in notebooks:
-        if notebook.minor != 5:
-            yield f"{notebook.name}: is of nbformat 4.{notebook.minor!r:.40}; save it as 4.5"
-        before = None
-        for cell in notebook.cells:
-            yield from (cell.refusal(1, what) for what in _problems(cell, before, owners))
-            owners.setdefault(cell.name, notebook.name)
-            before = cell
+    for before, cell in pairwise([None, *cells]):
+        yield from (cell.refusal(1, what) for what in _problems(cell, before, owners))
+        owners.setdefault(cell.name, cell.notebook)
 
 
 def _problems(cell: Cell, before: Cell | None, owners: dict[str, str]) -> Iterator[str]:
-    if GENERATED_ID.fullmatch(cell.name):
-        yield "its id is missing or was generated; give it one like `dispatch-all-gather`"
-    elif not SLUG.fullmatch(cell.name):
-        yield f"its id {cell.name!r} is no slug of a-z, 0-9 and -; choose another"
+    if GENERATED_ID.fullmatch(cell.name) or not SLUG.fullmatch(cell.name):
+        yield f"its id {cell.name!r} is generated, or no slug; give it one like `dispatch-all-gather`"
     elif cell.name in owners:
         yield f"its id is taken by a cell of {owners[cell.name]}; choose another"
     roles = [tag for tag in ROLE_TAGS if tag in cell.tags]
     if cell.kind != "code":
-        if cell.kind not in ("markdown", "raw"):
-            yield f"is of unknown cell type {cell.kind!r:.40}; make it code or markdown"
         yield from (f"the tag `{tag}` is for code cells; take it off this one" for tag in roles[:1])
         return
-    for tag in (tag for tag in cell.tags if tag not in ROLE_TAGS + SIDE_TAGS):
-        yield f"unknown tag `{tag:.40}`; the tags are {', '.join(ROLE_TAGS + SIDE_TAGS)}"
+    for tag in sorted({*cell.tags} - {*ROLE_TAGS, "hide-input"}):
+        yield f"unknown tag `{tag:.40}`; the tags are {', '.join(ROLE_TAGS)}, hide-input"
     if len(roles) != 1:
         listed = f"two role tags, `{roles[0]}` and `{roles[1]}`" if roles else "no role tag"
         yield f"{listed}; give it exactly one of {', '.join(ROLE_TAGS)}"
-    if not (before and before.kind == "markdown" and before.text.strip()):
+    is_prose = before and before.notebook == cell.notebook and before.kind == "markdown"
+    if not (is_prose and before.text.strip()):
         yield "no prose stands before this code cell; put a markdown cell there"
 
 
@@ -88,22 +81,18 @@ def _is_effect(node: ast.AST, classes: set[str]) -> bool:
             return False
         case ast.Assign() | ast.AnnAssign() | ast.If() | ast.Try() | ast.Pass() | ast.Expr(ast.Constant()):
             return False  # `if` and `try` may hold these too, as in `try: import triton`
-    return isinstance(node, (ast.stmt, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr))
+    return isinstance(node, ast.stmt)
 
 
-def _effects(tree: ast.Module, classes: set[str]) -> Iterator[ast.AST]:
+def _effects(node: ast.AST, classes: set[str]) -> Iterator[ast.AST]:
     """What runs when a cell is imported, and is neither an import, nor a constant, nor a definition; decorators may."""
-    waiting: list[ast.AST] = [tree]
-    while waiting:
-        node = waiting.pop()
-        if _is_effect(node, classes):
-            yield node
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            waiting += [*node.args.defaults, *filter(None, node.args.kw_defaults)][::-1]
-        elif isinstance(node, ast.ClassDef):
-            waiting += [*node.bases, *node.keywords, *node.body][::-1]
-        else:
-            waiting += [*ast.iter_child_nodes(node)][::-1]
+    parts = ast.iter_child_nodes(node)
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        parts = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+    elif isinstance(node, ast.ClassDef):
+        parts = [*node.bases, *node.keywords, *node.body]
+    for part in parts:
+        yield from [part] if _is_effect(part, classes) else _effects(part, classes)
 
 
 def check_cell(cell: Cell, tag: str, classes: set[str]) -> Iterator[str]:
@@ -112,11 +101,9 @@ def check_cell(cell: Cell, tag: str, classes: set[str]) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
             yield cell.refusal(node.lineno, "`from __future__` would change the whole file; leave it out")
     for node in _effects(cell.tree, classes):
-        code = " ".join((ast.get_source_segment(cell.text, node) or "").split("\n")[0].split())
+        code = " ".join(ast.get_source_segment(cell.text, node).split("\n")[0].split())
         what = f"`{code:.60}` runs when the file is imported; move it into a function or a demo cell"
         yield cell.refusal(node.lineno, what)
-    if not cell.tree.body:
-        yield cell.refusal(1, "an exported cell without code; delete it, or make it markdown")
     has_class = any(isinstance(node, ast.ClassDef) for node in cell.tree.body)
     limit = MAX_CLASS_LINES if has_class else MAX_CODE_LINES
     if tag in EXPORTED_TAGS and (count := _code_lines(cell)) > limit:
@@ -126,62 +113,50 @@ def check_cell(cell: Cell, tag: str, classes: set[str]) -> Iterator[str]:
 
 def check_registrations(cells: Sequence[Cell]) -> Iterator[str]:
     """Refuses `@register("KIND", ...)` where KIND is no key of the book's literal REGISTRIES."""
-    known: set[object] = set()
-    for node in (node for cell in cells for node in cell.tree.body):
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "REGISTRIES":
-            known = {getattr(key, "value", None) for key in getattr(node.value, "keys", ())}
-    for cell in cells if known else ():
-        for call in (call for node in cell.tree.body for call in getattr(node, "decorator_list", ())):
+    bindings = [(cell, b) for cell in cells for b in cell.bindings]
+    literals = [ast.walk(b.statement) for _, b in bindings if b.name == "REGISTRIES"]
+    known = {
+        getattr(node, "value", "") for nodes in literals for node in nodes if isinstance(node, ast.Constant)
+    }
+    for cell, b in bindings if known else ():
+        for call in getattr(b.node, "decorator_list", ()):
             match call:
-                case ast.Call(func=ast.Name(id="register"), args=[ast.Constant(kind), *_]) if (
-                    kind not in known
-                ):
-                    what = f"there is no kind {kind!r} to register; take one of"
-                    yield cell.refusal(call.lineno, f"{what} {', '.join(sorted(map(str, known)))}")
+                case ast.Call(ast.Name("register"), [ast.Constant(kind), *_]) if kind not in known:
+                    what = f"there is no kind {kind!r} to register; take one of {', '.join(sorted(known))}"
+                    yield cell.refusal(call.lineno, what)
 
 
-def _own_bindings(cells: Sequence[Cell]) -> list[tuple[Cell, reading.Binding]]:
+def _own_bindings(cells: Sequence[Cell]) -> list[tuple[Cell, Binding]]:
     """The names that cells bring, those imported from the launcher left out."""
-    launcher = f"{LAUNCHER_MODULE}:"
-    return [(cell, b) for cell in cells for b in cell.bindings if not b.what.startswith(launcher)]
+    both = ((cell, binding) for cell in cells for binding in cell.bindings)
+    return [(cell, b) for cell, b in both if not b.what.startswith(f"{LAUNCHER_MODULE}:")]
 
 
 def check_duplicates(cells: Sequence[Cell]) -> Iterator[str]:
     """A top-level name is defined once; the same import may stand in many cells."""
-    owners: dict[str, tuple[Cell, reading.Binding]] = {}
+    owners: dict[str, tuple[Cell, Binding]] = {}
     for cell, b in _own_bindings(cells):
         first, known = owners.setdefault(b.name, (cell, b))
-        same_statement = first is cell and known.statement == b.statement
-        if same_statement or (b.what and b.what == known.what) or b.name == "_":
+        if known.statement is b.statement or (b.what and b.what == known.what) or b.name == "_":
             continue
-        where = f"{first.label}:{known.line}"
-        what = f"`{b.name}` is defined a second time, first in {where}; rename one"
-        if b.what and known.what:
-            what = f"`{b.name}` is something else in {where}; import it the same way"
-        yield cell.refusal(b.line, what)
+        what = f"`{b.name}` is defined a second time, first in {first.label}:{known.node.lineno}; rename one"
+        yield cell.refusal(b.node.lineno, what)
 
 
-def check_launcher_imports(notebooks: Sequence[Notebook], book: Sequence[Cell]) -> Iterator[str]:
-    """A chapter may import from the launcher what it or an earlier chapter defines; an exported cell only so."""
-    order = {notebook.name: number for number, notebook in enumerate(notebooks)}
+def check_launcher_imports(cells: Sequence[Cell], book: Sequence[Cell]) -> Iterator[str]:
+    """A chapter imports from the launcher what it or an earlier chapter defines; an exported cell only so."""
     owners = {b.name: cell.notebook for cell, b in reversed(_own_bindings(book))}
-    owners |= dict.fromkeys(RESERVED_NAMES, notebooks[0].name)
-    cells = (cell for notebook in notebooks for cell in notebook.cells if cell.kind == "code")
-    for cell in (cell for cell in cells if "ep_launcher" in cell.text):
+    for cell in (cell for cell in cells if cell.kind == "code" and "ep_launcher" in cell.text):
         nodes = ast.walk(reading.parse_leniently(cell.text))
         for node in (node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))):
-            what, is_by_name = "", getattr(node, "module", "") == LAUNCHER_MODULE
+            is_by_name = getattr(node, "module", "") == LAUNCHER_MODULE
             for name in (alias.name for alias in node.names if is_by_name):
-                if name == "*":
-                    what = "`*` hides which names it imports; import them by name"
-                elif name not in owners:
-                    what = f"imports `{name}` from the launcher, but no exported cell defines it; check it"
-                elif order[owners[name]] > order[cell.notebook]:
+                if owners.get(name, "") > cell.notebook:  # chapters come in the order of their names
                     what = f"imports `{name}`, which only a later chapter defines ({owners[name]}); move one"
-            is_renamed = any(alias.asname for alias in node.names)
-            if cell in book and "ep_launcher" in ast.unparse(node) and (is_renamed or not is_by_name):
+                    yield cell.refusal(node.lineno, what)
+            is_plain = is_by_name and not any(alias.asname for alias in node.names)
+            if cell in book and "ep_launcher" in ast.unparse(node) and not is_plain:
                 what = f"the launcher cannot import itself so; write `from {LAUNCHER_MODULE} import` names"
-            if what:
                 yield cell.refusal(node.lineno, what)
 
 
@@ -201,46 +176,44 @@ def check_names(text: str, cells: Sequence[Cell]) -> Iterator[str]:
         why = done.stderr.decode(errors="replace").strip()
         raise Refused(f"extract.py: ruff failed ({why[-200:]}); mend it, or install another")
     owners = {b.name: cell.label for cell in reversed(cells) for b in cell.bindings}
-    markers = markers_in(text)
     for finding in json.loads(done.stdout):
-        what = f"syntax error: {finding['message']}; mend the cell"
-        if finding["code"] == "F403":
-            what = "a star import hides which names it brings; import them by name"
-        elif finding["code"] == "F821":
+        what = f"{finding['message']}; mend the cell"
+        if finding["code"] == "F821":
             name = finding["message"].split("`")[1]
             what = f"`{name}` is not defined in any exported cell; define or import it"
             if name in owners:
                 what = f"`{name}` is needed at import, but defined further down, in {owners[name]}; move one"
-        yield f"{locate_cell(markers, finding['location']['row'])}: {what}"
+        yield f"{locate_cell(find_cell_markers(text), finding['location']['row'])}: {what}"
 
 
-def stitch(notebooks: Sequence[Notebook], tags: Sequence[str], is_book: bool) -> tuple[str, list[Cell]]:
+def stitch(all_cells: Sequence[Cell], tags: Sequence[str], is_book: bool) -> tuple[str, list[Cell]]:
     """The stitched text and its cells. Raises Refused with a line for all that is wrong.
 
     Any notebooks' tagged cells are Python, and one program together; the book's keep all rules of this file.
     """
-    chosen = reading.select(notebooks, tags)
+    chosen = reading.select(all_cells, tags)
     cells = [cell for cell, _ in chosen]
-    book = [cell for cell, _ in reading.select(notebooks, EXPORTED_TAGS)] if is_book else []
-    both = [
-        cell for cell, _ in reading.select(notebooks, [*EXPORTED_TAGS, "seed", *tags] if is_book else tags)
-    ]
-    problems, are_read = [*check_structure(notebooks)] if is_book else [], True
-    for cell in both:
+    book = [cell for cell, _ in reading.select(all_cells, EXPORTED_TAGS)] if is_book else []
+    ruled = reading.select(all_cells, [*EXPORTED_TAGS, "seed", *tags] if is_book else tags)
+    problems = [*check_structure(all_cells)] if is_book else []
+    names, are_read = [], True
+    for cell, _ in ruled:
         try:
-            for b in (b for b in cell.bindings if b.name in RESERVED_NAMES):
-                problems.append(
-                    cell.refusal(b.line, f"`{b.name}` is a name of tools/extract.py's; rename it")
-                )
+            names += [(cell, b) for b in cell.bindings]
         except Refused as refused:
             problems, are_read = problems + refused.lines, False
+    for cell, b in names:
+        if b.name in RESERVED_NAMES:
+            problems.append(
+                cell.refusal(b.node.lineno, f"`{b.name}` is a name of tools/extract.py's; rename it")
+            )
     text = assemble(chosen, is_launcher=is_book and {*tags} == {*EXPORTED_TAGS}) if are_read else ""
     if is_book and are_read:  # with a cell missing, its names would seem to be undefined
-        classes = {b.name for cell in both for b in cell.bindings if isinstance(b.node, ast.ClassDef)}
+        classes = {b.name for _, b in names if isinstance(b.node, ast.ClassDef)}
         for cell, tag in chosen:
             problems += check_cell(cell, tag, classes)
-        problems += [*check_duplicates(both), *check_registrations(book)]
-        problems += [*check_launcher_imports(notebooks, book), *check_names(text, cells)]
+        problems += [*check_duplicates([cell for cell, _ in ruled]), *check_registrations(book)]
+        problems += [*check_launcher_imports(all_cells, book), *check_names(text, cells)]
     if problems:
         raise Refused(*problems)
     check_compiles(text)

@@ -5,20 +5,22 @@ So these functions use nothing of this module, and import what they need where t
 
 from __future__ import annotations
 
+import os
 
-def read_cell_markers(path: str) -> list[tuple[int, str]]:
-    """Where the cells of a stitched file start: [(line, "notebooks/x.ipynb #id")], in the file's order.
 
-    An entry with an empty name ends the last cell. Raises OSError where the file cannot be read.
-    """
+def find_cell_markers(text: str) -> list[tuple[int, str]]:
+    """Where the cells of a stitched text start: [(line, "notebooks/x.ipynb #id")], in order; an empty name ends one."""
     import re
 
-    marker = re.compile(r"# %% (?:(.+ #[A-Za-z0-9_-]+)|added by tools/extract\.py)\n?")
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
-        found = [
-            (number, marker.fullmatch(line)) for number, line in enumerate(lines, 1) if line[:5] == "# %% "
-        ]
+    marker = re.compile(r"# %% (?:(.+ #[A-Za-z0-9_-]+)|added by tools/extract\.py)")
+    found = [(number, marker.fullmatch(line)) for number, line in enumerate(text.split("\n"), 1)]
     return [(number, match[1] or "") for number, match in found if match]
+
+
+def read_cell_markers(path: str) -> list[tuple[int, str]]:
+    """The same of a file. Raises OSError where it cannot be read."""
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        return find_cell_markers(file.read())
 
 
 def locate_cell(markers: list[tuple[int, str]], line: int) -> str:
@@ -48,10 +50,8 @@ def describe_frames(exception: BaseException, path: str, markers: list[tuple[int
         cell = place(match[1], int(match[2]))
         return f"{match[0]} ({cell})" if cell else match[0]
 
-    frame_line = re.compile(r'^[ |+]*File "(.+)", line (\d+), in .+$', re.MULTILINE)
-    report = frame_line.sub(
-        add_cell, "".join(traceback.TracebackException.from_exception(exception).format())
-    )
+    report = "".join(traceback.TracebackException.from_exception(exception).format())
+    report = re.sub(r'^[ |+]*File "(.+)", line (\d+), in .+$', add_cell, report, flags=re.MULTILINE)
     where, link, seen = "", exception, set()
     while link is not None and id(link) not in seen and not where:
         seen.add(id(link))
@@ -97,4 +97,15 @@ def install_traceback_hook() -> None:
     sys.excepthook = hook
 
 
-HOOK_FUNCTIONS = (read_cell_markers, locate_cell, describe_frames, install_traceback_hook)
+HOOK_FUNCTIONS = (find_cell_markers, read_cell_markers, locate_cell, describe_frames, install_traceback_hook)
+
+
+def cell_of(filename: str | os.PathLike[str], lineno: int) -> str | None:
+    """The cell that a line of a stitched file came from: "notebooks/x.ipynb #id:line".
+
+    None where the line belongs to no cell, and for every file that is not stitched or cannot be read.
+    """
+    try:
+        return locate_cell(read_cell_markers(os.fspath(filename)), lineno) or None
+    except (OSError, ValueError):
+        return None
