@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "d23a6113946e1993b8c3110f6908974e8cb5c91dd856a16ed9e17b50314ea163"
+SOURCES_SHA256 = "a8d353e5fc13a138b2a6d388b62cff82b42af9aaffb5580ca9d47afb3b6aaaeb"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1900,12 +1900,10 @@ def train(run: Run) -> dict[str, Any]:
 class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are ValueErrors, with what was meant where a flag or choice is near."""
 
-    flags_beside: tuple[str, ...] = ()  # of a program that passes the rest on to this one
-
     def error(self, message: str) -> None:
         unknown = re.match(r"unrecognized arguments: (--\w[\w-]*)", message)
         wrong = re.search(r"invalid choice: '(.*)' \(choose from (.+)\)", message)
-        given, known = unknown[1] if unknown else "", [*self._option_string_actions, *self.flags_beside]
+        given, known = unknown[1] if unknown else "", self._option_string_actions
         if wrong:
             given, known = wrong[1], re.findall(r"[^\s',]+", wrong[2])
         known = {name.removeprefix("--"): name for name in known}  # the dashes would make all flags alike
