@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "ae972b1a0cd00787086fbb91dc4c90ed362d88098c876cafb50b489c415b6bf9"
+SOURCES_SHA256 = "45d4e7d3e790ec1cef0f5b3211a35415c81e8e1b4fad3616ad2b6169c87606e0"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1504,21 +1504,21 @@ from collections import deque
 from concurrent import futures
 
 
+@dataclass(eq=False)
 class StepTimer:
     """Milliseconds between marks, without stopping the device: CUDA events on a GPU, the clock on a CPU.
 
     marks: the newest 4,000; num_marks: all that there were.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.marks: deque[Any] = deque(maxlen=4_000)
-        self.num_marks = 0
+    device: torch.device
+    marks: deque[Any] = field(default_factory=lambda: deque(maxlen=4_000))
+    num_marks: int = 0
 
     def mark(self) -> None:
         """Ends one interval and begins the next."""
         self.num_marks += 1
-        if self.on_gpu:
+        if self.device.type == "cuda":
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
         else:
@@ -1526,13 +1526,13 @@ class StepTimer:
 
     def median_ms(self, skip_fraction: float = 0.1) -> float:
         """The median interval, the first tenth left out; 0 where there is none. Waits for the device."""
-        if self.on_gpu:
+        if on_gpu := self.device.type == "cuda":
             torch.cuda.synchronize()
         pairs = list(itertools.pairwise(self.marks))
         pairs = pairs[int(len(pairs) * skip_fraction) :]
         if not pairs:
             return 0.0
-        return statistics.median(a.elapsed_time(b) if self.on_gpu else (b - a) * 1e3 for a, b in pairs)
+        return statistics.median(a.elapsed_time(b) if on_gpu else (b - a) * 1e3 for a, b in pairs)
 
 
 # %% notebooks/04_training.ipynb #run-log
@@ -1900,12 +1900,10 @@ def train(run: Run) -> dict[str, Any]:
 class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are ValueErrors, with what was meant where a flag or choice is near."""
 
-    flags_beside: tuple[str, ...] = ()  # of a program that passes the rest on to this one
-
     def error(self, message: str) -> None:
         unknown = re.match(r"unrecognized arguments: (--\w[\w-]*)", message)
         wrong = re.search(r"invalid choice: '(.*)' \(choose from (.+)\)", message)
-        given, known = unknown[1] if unknown else "", [*self._option_string_actions, *self.flags_beside]
+        given, known = unknown[1] if unknown else "", self._option_string_actions
         if wrong:
             given, known = wrong[1], re.findall(r"[^\s',]+", wrong[2])
         known = {name.removeprefix("--"): name for name in known}  # the dashes would make all flags alike
@@ -2297,21 +2295,18 @@ class Heartbeat:
         if self.thread.is_alive():
             self.thread.join(timeout=5)
 
-    def positions(self) -> list[list[int]]:
-        """Everybody's newest note; empty where not every rank has started."""
-        keys = [f"position/{rank}" for rank in range(self.meter.size)]
-        if not all(self.store.check([key]) for key in keys):
-            return []
-        return [list(map(int, self.store.get(key).split())) for key in keys]
-
     def stragglers(self) -> str:
         """One line on machines that are silent, else on the ranks that entered fewer collectives than the others.
 
         Waits 1.2 s for their beats, where there are several machines 3 s.
         """
-        before, ranks_per_machine = self.positions(), world_from_env()[3]
-        time.sleep(1.2 if self.meter.size <= ranks_per_machine else 3)
-        after = self.positions()
+        keys, ranks_per_machine = [f"position/{r}" for r in range(self.meter.size)], world_from_env()[3]
+        readings = []  # everybody's newest notes, twice; empty where not every rank has started
+        for wait_s in (0, 1.2 if self.meter.size <= ranks_per_machine else 3):
+            time.sleep(wait_s)
+            told = [self.store.get(key) for key in keys] if all(self.store.check([k]) for k in keys) else []
+            readings.append([list(map(int, note.split())) for note in told])
+        before, after = readings
         if not after:
             return "not every rank has started"
         silent = tuple(rank for rank, note in enumerate(after) if before and note[2] == before[rank][2])
@@ -3868,7 +3863,7 @@ class ClusterStream(TokenStream):
         self.num_tokens, self.batch = num_tokens, batch
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's share of the next global batch: x [T, D], target [T, D], clusters int64 [T]. No sync."""
+        """This rank's share of the next global batch: x [T, D], target [T, D], clusters int64 [T]. No host sync."""
         where = {"generator": self.generator, "device": self.generator.device}
         u = torch.rand(self.num_tokens, dtype=torch.float64, **where)
         noise = torch.randn(self.num_tokens, self.centres.shape[1], **where)
