@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from tools import hosts
-from tools.ranks.flags import LAUNCHER, check_flags, flag_arguments
+from tools.ranks.flags import LAUNCHER, flag_arguments
 from tools.ranks.processes import Family
 
 
@@ -29,7 +29,6 @@ class BrokenPair:
         self.checkpoints = self.folder / "checkpoints"
         places = {"checkpoint_dir": self.checkpoints, "log_dir": self.folder / "log", "device": "cpu"}
         arguments = flag_arguments(places | {"summary": self.folder / "summary.json"} | flags)
-        check_flags(arguments)
         self.program = [str(LAUNCHER), *arguments]
         self.outputs = [self.folder / f"machine{number}.log" for number in (1, 2)]
         self.namespaces: list[int] = []

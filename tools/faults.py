@@ -25,8 +25,8 @@ import psutil
 
 from ep_launcher.launcher import StepNotes
 from tools.ranks.failures import LIBRARY_LOG
-from tools.ranks.flags import LAUNCHER, check_flags, flag_arguments, torchrun_environment, torchrun_flags
-from tools.ranks.processes import start_worker
+from tools.ranks.flags import LAUNCHER, flag_arguments, torchrun_environment, torchrun_flags
+from tools.ranks.processes import start_agent
 
 STEPS_AT = StepNotes.WARNING_BYTES  # where rank 0 notes its steps
 PLUGIN = Path(__file__).with_name("faulty.py")
@@ -52,16 +52,13 @@ class BrokenRun:
         self.checkpoints, self.steps = self.folder / "checkpoints", self.folder / "steps"
         places = {"checkpoint_dir": self.checkpoints, "log_dir": self.folder / "log", "device": "cpu"}
         inside = {"plugin": PLUGIN, "step": "faulty"} if faults else {}
-        flags = places | {"summary": self.folder / "summary.json"} | flags
-        check_flags(flag_arguments(flags))
+        flags = places | {"summary": self.folder / "summary.json"} | inside | flags
         self.steps.write_bytes(bytes(STEPS_AT + 8 * nproc))
         of_torchrun = torchrun_flags(nproc, max_restarts=max_restarts)
-        environment = torchrun_environment(of_torchrun)
-        environment |= {"EP_STEPS": str(self.steps), "EP_FAULTS": json.dumps(faults)}
-        program = [LAUNCHER, *flag_arguments(inside | flags)]
-        command = ["torchrun", self.folder / "report.json", *of_torchrun, *program]
+        words = [self.folder / "report.json", *of_torchrun, LAUNCHER, *flag_arguments(flags)]
+        environment = torchrun_environment(EP_STEPS=self.steps, EP_FAULTS=json.dumps(faults))
         with (self.folder / "output").open("wb") as output:
-            self.family = start_worker(*command, output=output, environment=environment)
+            self.family = start_agent("torchrun", *words, stdout=output, environment=environment)
 
     def __enter__(self) -> BrokenRun:
         return self
@@ -93,7 +90,13 @@ class BrokenRun:
 
     def rank(self, rank: int) -> psutil.Process:
         """The process of this rank, in the attempt that runs."""
-        return self.wait(lambda: self.family.ranks().get(rank), f"rank {rank}", 60)
+
+        def found() -> psutil.Process | None:
+            self.family.note(every_s=0)
+            named = [member for member in self.family.alive() if member.name() == f"rank {rank}"]  # agent.py
+            return named[0] if named else None
+
+        return self.wait(found, f"rank {rank}", 60)
 
     def send(self, rank: int, number: int) -> float:
         """Sends a signal to a rank -> when, in time.time()."""
@@ -117,8 +120,8 @@ class BrokenRun:
 
     def left(self) -> list[str]:
         """Command lines of processes that outlive the run by 2 s; empty if all is well."""
-        _, left = psutil.wait_procs(self.family.alive(), timeout=2)
-        return [" ".join(process.cmdline()[:3]) for process in left]
+        psutil.wait_procs(self.family.alive(), timeout=2)
+        return [" ".join(process.cmdline()[:3]) for process in self.family.alive()]
 
     def log(self) -> list[str]:
         """The lines of train.log, of all attempts."""

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from tools.ranks.failures import LIBRARY_LOG, Interrupted, LaunchError
-from tools.ranks.flags import LAUNCHER, check_flags, flag_arguments, torchrun_environment, torchrun_flags
-from tools.ranks.processes import Family, start_worker, uninterrupted
+from tools.ranks.flags import LAUNCHER, flag_arguments, torchrun_environment, torchrun_flags
+from tools.ranks.processes import Family, start_agent, uninterrupted
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29400
@@ -119,14 +119,11 @@ def host_flags(number: int, nproc: int = 1) -> list[str]:
 
 
 def start_host(namespace: int, number: int, program: list[str], log: Path, nproc: int = 1) -> Family:
-    """torchrun inside a namespace. It ends when this process does (tools/ranks/worker.py)."""
-    flags = host_flags(number, nproc)
-    environment = torchrun_environment(flags)
-    environment |= {"GLOO_SOCKET_IFNAME": INTERFACE, "TP_SOCKET_IFNAME": INTERFACE}
-    environment.pop("TB_LOGDIR", None)  # it would win over --log-dir
-    command = ["torchrun", log.with_suffix(".json"), *flags, *program]
+    """torchrun inside a namespace. It ends when this process does (tools/ranks/agent.py)."""
+    words = [log.with_suffix(".json"), *host_flags(number, nproc), *program]
+    environment = torchrun_environment(GLOO_SOCKET_IFNAME=INTERFACE, TP_SOCKET_IFNAME=INTERFACE)
     with open(log, "wb") as file:
-        return start_worker(*command, output=file, environment=environment, before=inside(namespace))
+        return start_agent("torchrun", *words, stdout=file, environment=environment, before=inside(namespace))
 
 
 def wait_for(hosts: list[Family], limit_s: float, other_s: float = OTHER_HOST_S) -> bool:
@@ -200,7 +197,6 @@ def run_on_two_hosts(
     if taken := {"device", "log_dir", "summary"} & set(flags):
         raise LaunchError(f"{', '.join(sorted(taken))}: two hosts choose that themselves", returncode=2)
     shown = [*flag_arguments(flags), "--device", "cpu"]
-    check_flags(shown)
     with tempfile.TemporaryDirectory(prefix="ep-hosts-run-") as folder:
         summary = Path(folder) / "summary.json"
         program = [str(LAUNCHER), *shown, "--log-dir", folder, "--summary", str(summary)]

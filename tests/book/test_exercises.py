@@ -13,7 +13,7 @@ from wrong_answers import WRONG, cells_tagged, source_of, split_solution
 from ep_launcher import launcher
 from tools.exercises import check_dispatcher, check_experts, play_ranks
 from tools.exercises.dispatcher import trace
-from tools.ranks import run_cell_on_ranks
+from tools.ranks.cells import run_cell_on_ranks
 
 NOTEBOOKS = {
     path.stem: json.loads(path.read_text("utf-8"))

@@ -69,7 +69,7 @@ def text_of(cell: dict) -> str:
 
 def ranks_of(book: Path) -> list[psutil.Process]:
     """The processes of the copy's runs: torchrun, and the ranks forked from it, which keep its command line."""
-    found, ours = [], {str(book / "tools" / "ranks" / "worker.py"), "torchrun"}
+    found, ours = [], {str(book / "tools" / "ranks" / "agent.py"), "torchrun"}
     for process in psutil.process_iter(["cmdline", "status"]):
         words = {os.path.normpath(word) for word in process.info["cmdline"] or ()}
         if ours <= words and process.info["status"] != psutil.STATUS_ZOMBIE:

@@ -10,7 +10,7 @@ from IPython import get_ipython
 
 from ep_launcher import launcher as ep
 from tools.exercises.verdict import NotYet
-from tools.ranks import RanksError, run_cell_on_ranks
+from tools.ranks.cells import RanksError, run_cell_on_ranks
 
 
 def try_on_ranks(

@@ -1,7 +1,10 @@
 """torchrun in one process with what it starts: torch is imported once, and the ranks are forked from there.
 
-Importing torch is most of a start. %%ranks forks its ranks for the same reason (worker.py). By hand, `torchrun
-ep_launcher/launcher.py` starts each rank as a new Python, and takes longer.
+    python tools/ranks/agent.py torchrun PARENT REPORT ARGUMENT...   one run
+    python tools/ranks/agent.py cells PARENT                         the runs of a kernel's %%ranks cells (cells.py)
+
+Nobody starts this file by hand. Importing torch is most of a start: `torchrun ep_launcher/launcher.py` starts each rank
+as a new Python, and takes longer. A fork has to come before anything uses a GPU.
 """
 
 from __future__ import annotations
@@ -14,22 +17,29 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-import traceback
 import types
+import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tools.commands import replace_file
-from tools.ranks.failures import LaunchError, clean_message
-from tools.ranks.flags import check_flags
-from tools.ranks.processes import end_with_parent
+import psutil
 
-Forked = multiprocessing.get_context("fork").Process
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # in the place of tools/ranks/
+
+from tools.commands import replace_file  # noqa: E402
+from tools.ranks.failures import clean_message  # noqa: E402
+from tools.ranks.processes import end_with_parent, kill  # noqa: E402
+
+FORK = multiprocessing.get_context("fork")
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36  # Linux, prctl
+FAILED_S = 6  # what ranks get once one has failed; torchrun would wait 30 s for one that is stuck
 
 # torchrun's own settings depend on the GPUs it sees, but no fork can use what a process has opened of a GPU.
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -45,51 +55,10 @@ def prctl(option: int, value: Any) -> None:
         ctypes.CDLL(None).prctl(option, value)
 
 
-# ------------------------------------------------------------------------------------------- flags
-
-
-def check_arguments(arguments: list[str]) -> dict[str, Any]:
-    """{"values": of the launcher's flags, "num_gpus"}, or {"error": lines}. A plugin runs here."""
-    import torch
-
-    try:
-        return {"values": check_flags(arguments), "num_gpus": torch.cuda.device_count()}
-    except LaunchError as error:
-        return {"error": error.lines}
-    except BaseException as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        said = f"the flags cannot be checked: {clean_message(f'{type(error).__name__}: {error}')}"
-        return {"error": [said, f"  {frame.filename}, line {frame.lineno}: {frame.line}"]}
-
-
-def check_in_child(arguments: list[str]) -> dict[str, Any]:
-    """check_arguments in a process of its own: a plugin may touch a GPU, or end it."""
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-
-    def check() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        for number in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        theirs.send(check_arguments(arguments))
-
-    child = Forked(target=check)
-    child.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    except EOFError:
-        child.join()
-        return {
-            "error": [f"the flags cannot be checked: the plugin has ended that process ({child.exitcode})"]
-        }
-    finally:
-        child.kill()  # a plugin's thread would keep it, and torchrun would wait for it at its end
-
-
 # ------------------------------------------------------------------------------------------- ranks
 
 
-class ForkedRank(Forked):
+class ForkedRank(FORK.Process):
     """What torchrun has in the place of a subprocess.Popen: a process, in a group of its own, that runs a script as if
     it had been started anew. Its name, in `ps -o comm`, is `rank N`.
     """
@@ -133,8 +102,6 @@ class ForkedRank(Forked):
             raise subprocess.TimeoutExpired(self.name, timeout)
         return self.exitcode
 
-    returncode = property(poll)
-
 
 def run_script(script: str, *arguments: str) -> None:
     """`python script argument...` in this process."""
@@ -155,49 +122,88 @@ def run_script(script: str, *arguments: str) -> None:
 # ------------------------------------------------------------------------------------------- torchrun
 
 
-def run_torchrun(parent: int, report: str, *arguments: str) -> None:
-    """torchrun with these arguments, in this process; what it records of failures goes to the file `report`.
+def look_around() -> tuple[int, int]:
+    """(GPUs here, the launcher's usual number of steps), in a process that may open a GPU and import the launcher."""
+    import torch
 
-    "--check" before them: the script is a launcher. Its flags are checked first, and what comes of it stands in
-    `report` with the ending .flags; torchrun's --nproc_per_node=auto is one rank a GPU, or two.
+    from ep_launcher.launcher import TrainingOptions
+
+    return torch.cuda.device_count(), TrainingOptions().steps
+
+
+def torchrun_options(arguments: list[str]) -> Any:
+    """torchrun's options. auto is one rank a GPU where there are two or more, else two.
+
+    On one host the ranks meet on the loopback, at a free port, in a static rendezvous: it asks no name server, waits
+    for nobody, and reads no pickles, as the c10d rendezvous of several hosts (and of --standalone) does.
     """
-    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-    from torch.distributed.launcher.api import elastic_launch
-    from torch.distributed.run import config_from_args, parse_args
+    from torch.distributed.run import parse_args
 
-    checks = arguments[0] == "--check"
-    options = parse_args(list(arguments[checks:]))
-    if checks:
-        found = check_in_child(options.training_script_args)
+    options = parse_args(arguments)
+    if options.rdzv_backend == "static":
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            options.master_port = probe.getsockname()[1]
+    if options.nproc_per_node == "auto" or "EP_STEPS" in os.environ:  # somebody looks at the steps
+        with ProcessPoolExecutor(1, FORK) as pool:
+            num_gpus, options.steps = pool.submit(look_around).result()
         if options.nproc_per_node == "auto":
-            options.nproc_per_node = str(max(2, found.get("num_gpus", 0)))
-        told = json.dumps(found | {"nproc": options.nproc_per_node})
-        replace_file(Path(report).with_suffix(".flags"), told.encode())
-        if "error" in found:
-            return
+            options.nproc_per_node = str(max(2, num_gpus))
+    return options
+
+
+def fork_ranks(failed_s: float, ended_s: float) -> dict[Any, list[dict[str, Any]]]:
+    """torchrun forks its ranks from now on, and has them say where they are before it ends them.
+
+    failed_s: what the others get to end by themselves once a rank has failed; ended_s: what all get at a signal.
+    Returns what is known then of every attempt's ranks: {attempt: [{"rank", "exitcode" or None, "is_stopped"}]}.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
     # torch's public way to fork ranks, a function in the place of a script, records one failed rank alone, and waits
     # for ever for a rank that leaves by os._exit(0). A command of another program (numactl) is started as it is.
-    start = SubprocessHandler._popen
+    start, close = SubprocessHandler._popen, SubprocessContext._close
+    attempts: dict[Any, list[dict[str, Any]]] = {}
 
     def start_rank(handler: SubprocessHandler, command: tuple[str, ...], env: dict[str, str]) -> Any:
+        handler.rank = int(env["RANK"])
         if command[:2] == (sys.executable, "-u"):
             return ForkedRank(list(command[2:]), env, [handler._stdout, handler._stderr])
         return start(handler, command, env)
 
-    end = SubprocessHandler.close
+    def close_ranks(context: SubprocessContext, death_sig: signal.Signals, timeout: float = 30) -> None:
+        known = []
+        for handler in context.subprocess_handlers.values():
+            known.append({"rank": handler.rank, "exitcode": handler.proc.poll(), "is_stopped": False})
+            if known[-1]["exitcode"] is None:
+                known[-1]["is_stopped"] = psutil.Process(handler.proc.pid).status() == psutil.STATUS_STOPPED
+                if isinstance(handler.proc, ForkedRank):
+                    os.kill(handler.proc.pid, signal.SIGUSR1)
+                    time.sleep(0.02)  # it writes where it is
+        attempts.setdefault(context, known)
+        close(context, death_sig, min(timeout, failed_s if context._failures else ended_s))
 
-    def end_rank(handler: SubprocessHandler, death_sig: signal.Signals | None = None) -> None:
-        if isinstance(handler.proc, ForkedRank) and death_sig != signal.SIGKILL:
-            os.kill(handler.proc.pid, signal.SIGUSR1)
-            time.sleep(0.02)  # it writes where it is, before it ends
-        end(handler, death_sig)
+    SubprocessHandler._popen, SubprocessContext._close = start_rank, close_ranks
+    return attempts
 
-    SubprocessHandler._popen, SubprocessHandler.close = start_rank, end_rank
-    failures, error = [], ""
+
+def run_torchrun(report: str, *arguments: str, ended_s: float = 30) -> None:
+    """torchrun with these arguments, in this process; where it fails, what is known goes to the file `report`.
+
+    What the flags left open stands, before anything starts, in `report` with the ending .options.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args
+
+    options, error = torchrun_options(list(arguments)), ""
+    told = {"nproc": options.nproc_per_node, "steps": getattr(options, "steps", None)}
+    replace_file(Path(report).with_suffix(".options"), json.dumps(told).encode())
+    attempts = fork_ranks(30 if options.max_restarts else FAILED_S, ended_s)
     try:
         usual = dict(os.environ)
         os.environ.update(NO_GPU)
@@ -205,14 +211,62 @@ def run_torchrun(parent: int, report: str, *arguments: str) -> None:
         replace_environment(usual)
         elastic_launch(config, program)(*words)
         return
-    except ChildFailedError as failed:
-        for rank, one in failed.failures.items():
-            failures.append({"rank": rank, "exitcode": one.exitcode, "time": one.timestamp})
-    except SignalException as stopped:
-        error = f"ended by {signal.Signals(stopped.sigval).name}"
+    except ChildFailedError:
+        pass
+    except SignalException as ended:
+        error = f"ended by {signal.Signals(ended.sigval).name}"
     except Exception as failed:
         error = clean_message(f"{type(failed).__name__}: {failed}")
-    replace_file(Path(report), json.dumps({"failures": failures, "error": error}).encode())
+    ranks = list(attempts.values())[-1] if attempts else []
+    replace_file(Path(report), json.dumps({"ranks": ranks, "error": error}).encode())
     for rank in multiprocessing.active_children():  # or the end of this process would wait for them
         rank.kill()
     sys.exit(1)
+
+
+# ------------------------------------------------------------------------------------------- cells
+
+
+def run_cell(limit_s: float, arguments: list[str]) -> None:
+    """torchrun for one cell; SIGTERM ends it after limit_s."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.dup2(2, 1)  # the kernel reads what `serve_cells` says there
+    timer = threading.Timer(limit_s, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    run_torchrun(*arguments, ended_s=1)
+
+
+def leave(*_: Any) -> None:
+    kill(psutil.Process().children(recursive=True))
+    os._exit(1)
+
+
+def serve_cells() -> None:
+    """Runs what stdin asks for, [limit_s, [report, argument...]] a line, and says of each its exit code on stdout, once
+    nothing that it started is left; ends when the kernel does, which closes stdin."""
+    signal.signal(signal.SIGTERM, leave)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a rank started stays below this process when the rank ends
+    import torch.distributed.run  # noqa: F401
+
+    import ep_launcher.launcher  # noqa: F401  # which the ranks then have
+
+    for line in sys.stdin:
+        run = FORK.Process(target=run_cell, args=json.loads(line))
+        run.start()
+        run.join()
+        family = psutil.Process().children(recursive=True)
+        kill(family)
+        psutil.wait_procs(family, timeout=1)
+        print(run.exitcode, flush=True)
+
+
+if __name__ == "__main__":
+    mode, parent, *arguments = sys.argv[1:]
+    warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # as Python 3.12 puts it
+    threading.Thread(target=end_with_parent, args=(int(parent),), daemon=True).start()
+    if mode == "torchrun":
+        run_torchrun(*arguments)
+    else:
+        serve_cells()

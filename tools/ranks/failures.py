@@ -1,7 +1,7 @@
 """What a reader is told of a run that failed: which rank, which cell, what to do; at most 15 lines, the culprit first.
 
-Which rank failed first, and how it ended, is known to torch.distributed.elastic (ChildFailedError), and worker.py
-brings its record. What the rank had to say stands in its own output, and whether it stands still, in the process table.
+Which rank failed first, and how it ended, is known to torch.distributed.elastic (ChildFailedError), and agent.py
+brings its record. What the rank had to say stands in its own output.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tools.ranks.processes import ROOT
 MOST_LINES = 15
 LIBRARY_LOG = re.compile(r"^\[[WIEF]\d{3,4} |^[WIEF]\d{4} |^\[Gloo\]")
 HERE = (str(ROOT) + os.sep, "")  # for str.replace: no path of this machine in an output
+CELL_FILE = "%%ranks cell"  # the file name in tracebacks of a cell's body
 TO_DO = {
     "SIGKILL": "look at `dmesg`: if the memory ran out, take fewer tokens or ranks; else somebody ended it",
     "SIGSEGV": "a fault in native code: run it again with PYTHONFAULTHANDLER=1 to see where",
@@ -88,16 +89,17 @@ def to_mend(places: list[str]) -> str:
     return f"to do: look at {yours[-1]}, first, from where the cells below it were called; then launch again"
 
 
+def last_stack(lines: list[str]) -> list[str]:
+    """Where a rank was when it was ended (agent.py), of what it wrote to stderr; the innermost frame first."""
+    starts = [number for number, line in enumerate(lines, 1) if line == "Stack (most recent call first):"]
+    return lines[starts[-1] :] if starts else []
+
+
 def stack_of(lines: list[str]) -> list[str]:
-    """Where a rank was when it was ended (agent.py), of what it wrote: the innermost frame, and up to 3 outer ones that
-    are no installed library's."""
+    """Of a rank's last stack the innermost frame, and up to 3 outer ones that are no installed library's."""
     from tools.extract import cell_of
 
-    starts = [number for number, line in enumerate(lines) if line == "Stack (most recent call first):"]
-    found = [
-        re.match(r'  File "(.+)", line (\d+) in (\S+)', line)
-        for line in lines[starts[-1] if starts else len(lines) :]
-    ]
+    found = [re.match(r'  File "(.+)", line (\d+) in (\S+)', line) for line in last_stack(lines)]
     frames = [(match[1], int(match[2]), match[3]) for match in found if match]
     frames = frames[:1] + [frame for frame in frames[1:] if "-packages" not in frame[0]][:3]
     return [
@@ -106,17 +108,17 @@ def stack_of(lines: list[str]) -> list[str]:
     ]
 
 
-def describe_failure(
-    report: dict[str, Any], errors: dict[int, list[str]], stopped: list[int]
-) -> tuple[int | None, list[str]]:
+def describe_failure(report: dict[str, Any], errors: dict[int, list[str]]) -> tuple[int | None, list[str]]:
     """(rank to blame, message). A message of one line is a refusal, which needs no log.
 
-    report: of worker.py: {"failures": [{"rank", "exitcode", "time"}], "error": of torchrun itself}.
-    errors: what each rank wrote to stderr, the one that said "error: ..." first before all others.
+    report: of agent.py: {"ranks": [{"rank", "exitcode": None where it was not the first to end, "is_stopped"}],
+    "error": of torchrun itself}. errors: what each rank wrote to stderr, the one that said "error: ..." first before
+    all others.
     """
-    failures = sorted(report["failures"], key=lambda failure: failure["time"])
-    killed = [f for f in failures if f["exitcode"] < 0 and f["exitcode"] != -signal.SIGTERM]
-    rank, code = ((killed or failures)[0][key] for key in ("rank", "exitcode")) if failures else (None, 0)
+    stopped = [one["rank"] for one in report["ranks"] if one["is_stopped"]]
+    failures = [(one["rank"], one["exitcode"]) for one in report["ranks"] if one["exitcode"]]
+    killed = [(rank, code) for rank, code in failures if code < 0]
+    rank, code = [*killed, *failures, (None, 0)][0]
     speaker, said = next(
         ((r, line) for r, lines in errors.items() for line in lines if line.startswith("error: ")), (None, "")
     )
@@ -130,26 +132,21 @@ def describe_failure(
         line = f"rank {rank} was ended by {name}; the other ranks were stopped"
         return rank, [line, *then, f"to do: {TO_DO.get(name, 'look at its log')}"]
     if said:
-        named = re.match(r"rank (\d+)\b", said)
-        lines = errors[speaker]
+        named, lines = re.match(r"rank (\d+)\b", said), errors[speaker]
+        blamed = int(named[1]) if named else speaker
         if "Traceback (most recent call last):" in lines:
-            if found := frames_of_traceback(lines):
-                frames, to_do = [text for _, text in found[-8:]], to_mend([place for place, _ in found])
-            else:
-                frames, to_do = (
-                    [f"  {text}" for text in lines[:-1][-8:]],
-                    "to do: mend what the last lines name",
-                )
-            return int(named[1]) if named else speaker, [said, *frames, to_do]
-        is_late = "stayed behind" in said or "stands still" in said
-        late = int(named[1]) if named and is_late else None
-        if stack := stack_of(errors.get(late, [])):
+            found = frames_of_traceback(lines)
+            frames = [text for _, text in found] or [f"  {text}" for text in lines[:-1]]
             to_do = (
-                f"to do: see why rank {late} does not go on from there; rank{late}.err has its whole stack"
+                to_mend([place for place, _ in found]) if found else "to do: mend what the last lines name"
             )
-            return late, [said, f"rank {late} was here, the innermost line first:", *stack, to_do]
+            return blamed, [said, *frames[-8:], to_do]
+        if stack := named and stack_of(errors.get(blamed, [])):
+            to_do = f"to do: see why rank {blamed} does not go on from there; rank{blamed}.err has its whole stack"
+            return blamed, [said, f"rank {blamed} was here, the innermost line first:", *stack, to_do]
+        is_refused = code == 2 or not (failures or re.search(r"\brank \d", said))
         to_do = ["to do: see what the ranks said last, in rank*.err and rank*.out there"]
-        return int(named[1]) if named else speaker, [said, *to_do * (code != 2)]
+        return blamed, [said, *to_do * (not is_refused)]
     if failures:
         last = [f"  {text}" for text in errors.get(rank, []) if not LIBRARY_LOG.match(text)][-8:]
         to_do = "to do: see what ends a process without an error: sys.exit, a library's abort"

@@ -1,10 +1,9 @@
-"""From keywords and command lines to torchrun's and the launcher's flags, checked before anything starts."""
+"""From keywords and command lines to torchrun's and the launcher's flags."""
 
 from __future__ import annotations
 
 import os
 import socket
-import sys
 from numbers import Integral
 from typing import Any
 
@@ -12,7 +11,6 @@ from tools.ranks.failures import LaunchError
 from tools.ranks.processes import ROOT
 
 LAUNCHER = ROOT / "ep_launcher" / "launcher.py"
-OF_TORCHRUN = ("--nproc", "--nnodes", "--rdzv-endpoint", "--max-restarts")  # which launch.py takes besides
 
 
 def flag_arguments(flags: dict[str, Any]) -> list[str]:
@@ -26,18 +24,6 @@ def flag_arguments(flags: dict[str, Any]) -> list[str]:
             # A value that starts with a dash would pass for a flag, were it not tied to its own.
             arguments += [f"--{flag}={text}"] if text.startswith("-") else [f"--{flag}", text]
     return arguments
-
-
-def check_flags(arguments: list[str]) -> dict[str, Any]:
-    """{flag's field: value} as the launcher itself reads them. LaunchError, one line, where it refuses them."""
-    from ep_launcher import launcher
-
-    launcher.FlagParser.flags_beside = OF_TORCHRUN
-    try:
-        launcher.parse_flags(arguments)
-        return vars(launcher.make_parser().parse_args(arguments))
-    except ValueError as error:
-        raise LaunchError(str(error), returncode=2) from None
 
 
 def torchrun_flags(
@@ -63,19 +49,8 @@ def torchrun_flags(
     return [f"--nnodes={nnodes}", *flags, *meeting]
 
 
-def torchrun_environment(flags: list[str]) -> dict[str, str]:
-    """The environment for torchrun with these flags; PET_ variables, which change them unseen, are left out.
-
-    On one host the ranks meet on the loopback, at a free port, in a static rendezvous: it asks no name server, waits
-    for nobody, and reads no pickles, as the c10d rendezvous of several hosts (and of --standalone) does.
-    """
+def torchrun_environment(**more: Any) -> dict[str, str]:
+    """The environment for an agent; torchrun's PET_ variables, which change its flags unseen, are left out."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
     environment.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
-    environment["PYTHONUNBUFFERED"] = "1"
-    if not any(flag.startswith("--nnodes") for flag in flags):
-        if sys.platform == "linux":
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            environment["PET_MASTER_PORT"] = str(probe.getsockname()[1])
-    return environment
+    return environment | {"PYTHONUNBUFFERED": "1"} | {name: str(value) for name, value in more.items()}

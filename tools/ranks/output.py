@@ -32,47 +32,6 @@ def is_live_notebook() -> bool:
         return False
 
 
-class NotebookLine:
-    """A file for tqdm: what is written to it stands in an output of its own, in place of what stood there before."""
-
-    def __init__(self) -> None:
-        from IPython.display import display
-
-        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
-
-    def write(self, text: str) -> None:
-        self.handle.update({"text/plain": text.strip()}, raw=True)
-
-    def flush(self) -> None: ...
-
-
-class Bar:
-    """Progress over the steps: on a terminal, or as an output of its own in a live notebook. Leaves nothing."""
-
-    def __init__(self, total: int | None, quiet: bool) -> None:
-        self.total, self.meter, self.file = total, None, None
-        if total and not quiet:
-            is_terminal = kernel() is None and sys.stderr is not None and sys.stderr.isatty()
-            self.file = sys.stderr if is_terminal else NotebookLine() if is_live_notebook() else None
-
-    def reach(self, step: int) -> None:
-        """So many steps are done. The first call shows the bar: the time that processes take to start is no step's."""
-        if self.file is not None and self.meter is None:
-            look = {"unit": "step", "leave": False, "ascii": False, "dynamic_ncols": True}
-            self.meter = tqdm(total=self.total, file=self.file, **look)
-        if self.meter is not None:
-            self.meter.update(step - self.meter.n)
-
-    def print(self, line: str, stream: Any) -> None:
-        """A line of output, above the bar."""
-        tqdm.write(line, file=stream)
-        stream.flush()
-
-    def close(self) -> None:
-        if self.meter is not None:
-            self.meter.close()
-
-
 def attempt_of(path: Path) -> int:
     """The attempt whose output it is, of a file .../attempt_N/RANK/stderr.log."""
     return int(path.parents[1].name.removeprefix("attempt_"))
@@ -86,7 +45,12 @@ class RankOutput:
 
     def __init__(self, folder: Path, quiet: bool) -> None:
         folder.mkdir()
-        self.folder, self.quiet, self.bar = folder, quiet, Bar(None, quiet)
+        self.folder, self.quiet = folder, quiet
+        # On a terminal, or among a live notebook's own lines, where two streams would not mix.
+        file = sys.stderr if kernel() is None else sys.stdout
+        is_shown = is_live_notebook() if kernel() else file is not None and file.isatty()
+        look = {"unit": "step", "leave": False, "ascii": False, "dynamic_ncols": True}
+        self.bar = tqdm(file=file, disable=quiet or not is_shown, **look)
         self.done: dict[Path, int] = {}  # file -> how far it has been read
         self.seen: set[str] = set()
         self.begin_attempt(0)
@@ -135,27 +99,23 @@ class RankOutput:
 
     def show(self, line: str, stream: Any) -> None:
         if not self.quiet:
-            self.bar.print(line, stream)
+            tqdm.write(line, file=stream)  # above the bar
+            stream.flush()
 
     def keep(self, log_dir: Path) -> Path:
         """Copies all output to a new folder, ranks of log_dir, or a temporary one where nothing can be written there:
-        rank0.out, rank0-restart1.err, torchrun.log; empty files go."""
+        rank0.out, rank0-restart1.err, torchrun.log; no empty files of ranks."""
         whole = self.folder / "whole"
         whole.mkdir()
         for path in self.done:
             again = f"-restart{attempt_of(path)}" if attempt_of(path) else ""
-            path.rename(whole / f"rank{path.parent.name}{again}.{path.stem[3:]}")
+            if path.stat().st_size:
+                path.rename(whole / f"rank{path.parent.name}{again}.{path.stem[3:]}")
         (self.folder / "torchrun.log").rename(whole / "torchrun.log")
-        for path in list(whole.iterdir()):
-            if not path.stat().st_size:
-                path.unlink()
         try:
-            kept = new_folder(log_dir / "ranks")
-            shutil.copytree(whole, kept, dirs_exist_ok=True)
+            return shutil.copytree(whole, new_folder(log_dir / "ranks"), dirs_exist_ok=True)
         except OSError:
-            kept = Path(tempfile.mkdtemp(prefix="ep-ranks-"))
-            shutil.copytree(whole, kept, dirs_exist_ok=True)
-        return kept
+            return shutil.copytree(whole, Path(tempfile.mkdtemp(prefix="ep-ranks-")), dirs_exist_ok=True)
 
 
 def new_folder(path: Path) -> Path:

@@ -1,28 +1,34 @@
 """Starting, watching and ending a process with all that it starts.
 
 torchrun gives every rank a session of its own, and a killed notebook kernel cannot say goodbye. So whoever starts a
-family keeps a list of it, and every process that tools/ranks/worker.py runs ends once its parent is gone.
+family keeps a list of it, and every process that agent.py runs ends once its parent is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).with_name("worker.py")
+AGENT = Path(__file__).with_name("agent.py")
 STOP_S = 3.0  # what a run gets to stop by itself before it is killed
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """SIGKILL to each that still lives."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 class Family:
@@ -30,17 +36,6 @@ class Family:
 
     def __init__(self, process: subprocess.Popen) -> None:
         self.process, self.members, self.checked = process, set(), 0.0
-
-    def wait_for(self, report: Path, limit_s: float) -> dict[str, Any]:
-        """What the process writes to this file; {"error": lines} where it ends before. TimeoutError after limit_s."""
-        deadline = time.monotonic() + limit_s
-        while not report.exists():
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            if self.process.poll() is not None and not report.exists():
-                return {"error": [f"torchrun ended with exit code {self.process.returncode} at its start"]}
-            time.sleep(0.005)
-        return json.loads(report.read_text())
 
     def note(self, every_s: float = 0.5) -> None:
         """Remembers the descendants; looking through all processes is dear, so not at each call."""
@@ -58,22 +53,6 @@ class Family:
                     found.append(member)
         return found
 
-    def ranks(self) -> dict[int, psutil.Process]:
-        """The ranks that live, which are called that (agent.py)."""
-        self.note(every_s=0)
-        found = {}
-        for member in self.alive():
-            with contextlib.suppress(psutil.Error):
-                if member.name().startswith("rank "):
-                    found[int(member.name().removeprefix("rank "))] = member
-        return found
-
-    def stopped_ranks(self) -> list[int]:
-        """Those that SIGSTOP holds."""
-        with contextlib.suppress(psutil.Error):
-            return sorted(rank for rank, one in self.ranks().items() if one.status() == psutil.STATUS_STOPPED)
-        return []
-
     def end(self, patience_s: float = STOP_S) -> None:
         """SIGTERM to the process, which ends its ranks; after patience_s SIGKILL to all that is left."""
         self.note(every_s=0)
@@ -81,9 +60,7 @@ class Family:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(patience_s)
-            for member in self.alive():
-                with contextlib.suppress(psutil.Error):
-                    member.kill()
+            kill(self.alive())
             self.process.kill()
             self.process.wait()
 
@@ -101,17 +78,14 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def start_worker(
-    *arguments: Any,
-    output: Any,
-    environment: dict[str, str],
-    before: Sequence[str] = (),
-    stdin: int = subprocess.DEVNULL,
+def start_agent(
+    *arguments: Any, environment: dict[str, str], before: Sequence[str] = (), **streams: Any
 ) -> Family:
-    """tools/ranks/worker.py in a session of its own; it ends when this process does. before: `nsenter --net=...`."""
+    """tools/ranks/agent.py in a session of its own; it ends when this process does. streams: Popen's stdin, stdout and
+    stderr. before: `nsenter --net=...`."""
     mode, *rest = map(str, arguments)
-    command = [*before, sys.executable, str(WORKER), mode, str(os.getpid()), *rest]
-    streams = {"stdin": stdin, "stdout": output, "stderr": output}
+    command = [*before, sys.executable, str(AGENT), mode, str(os.getpid()), *rest]
+    streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT} | streams
     return Family(subprocess.Popen(command, env=environment, start_new_session=True, **streams))
 
 
@@ -122,7 +96,5 @@ def end_with_parent(parent: int) -> None:
     children = psutil.Process().children(recursive=True)
     os.kill(os.getpid(), signal.SIGTERM)  # torchrun's own way to end its ranks
     time.sleep(2)
-    for child in children:
-        with contextlib.suppress(psutil.Error):
-            child.kill()
+    kill(children)
     os._exit(1)
