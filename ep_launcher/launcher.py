@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "30075baa75be91b7d89c5c44740424d66a5a658a83b118ba878910925571bb78"
+SOURCES_SHA256 = "5da90eb2e20ef1dd9ab620e9282d16a0cdc54b0ed5d938a9ddd68fbefcefafa8"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -71,7 +71,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,6 +89,7 @@ class CollectiveError(RuntimeError):
 
 
 # %% notebooks/01_parallelism.ipynb #traffic-meter
+@dataclass(eq=False)
 class TrafficMeter:
     """Counts what one process hands to `torch.distributed` for other ranks.
 
@@ -99,13 +100,13 @@ class TrafficMeter:
     summed and before a recorded step is played; each raises where a kernel has left a note of a failure.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-        self.sent: dict[str, list[int]] = {}
-        self.num_collectives = 0
-        self.under_way: dict[int, Any] = {}
-        self.readers: list[Callable[[], None]] = []
-        self.checks: list[Callable[[], None]] = []
+    rank: int
+    size: int
+    sent: dict[str, list[int]] = field(default_factory=dict)
+    num_collectives: int = 0
+    under_way: dict[int, Any] = field(default_factory=dict)
+    readers: list[Callable[[], None]] = field(default_factory=list)
+    checks: list[Callable[[], None]] = field(default_factory=list)
 
     def record(self, purpose: str, bytes_by_destination: list[int], ranks: list[int] | None = None) -> None:
         """Adds one collective's bytes to each destination, the rank's own share left out.
@@ -753,11 +754,9 @@ class KeepsPrecision(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         # Every way to convert a module comes through here, and there is no public place that all do.
-        def widen_only(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return t.to(moved.device) if moved.dtype.itemsize < t.dtype.itemsize else moved
-
-        return super()._apply(widen_only, recurse)
+        return super()._apply(
+            lambda t: fn(t) if fn(t).dtype.itemsize >= t.dtype.itemsize else t.to(fn(t).device), recurse
+        )
 
 
 # %% notebooks/03_experts.ipynb #gate-logits
@@ -810,6 +809,9 @@ class Router(KeepsPrecision):
     chosen experts.
     """
 
+    # The gate's results [T, E] -> [T, E]: how much a token likes an expert.
+    scores = staticmethod(functools.partial(torch.softmax, dim=-1))
+
     def __init__(self, config: MoEConfig, seed: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config, self.seed = config, seed
@@ -818,7 +820,7 @@ class Router(KeepsPrecision):
         self.choice = REGISTRIES["choice"][pick("choice", config, device)]
         # No nn.Linear, which would draw its own numbers, from no seed of ours.
         self.gate = nn.ParameterDict(
-            {"weight": empty(config.hidden_dim), "bias": empty() if config.router_bias else None}
+            [("weight", empty(config.hidden_dim)), ("bias", empty() if config.router_bias else None)]
         )
         self.reset_parameters()
 
@@ -826,10 +828,6 @@ class Router(KeepsPrecision):
         """Draws gate.weight [E, D] and gate.bias [E] anew, in place, from the seed."""
         for name, parameter in self.gate.named_parameters():
             seeded_uniform_(parameter, self.config.hidden_dim, self.seed, f"gate.{name}")
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """The gate's results [T, E] -> [T, E]: how much a token likes an expert."""
-        return logits.softmax(dim=-1)
 
     def forward(self, x: Tensor, choice_bias: Tensor | None = None) -> Routing:
         """x [T, D] -> Routing. choice_bias [E] is added for the choice alone; weights are scores as they are.
@@ -877,8 +875,8 @@ class Experts(Choosable, nn.Module):
     Subclasses write forward: Arrived -> y [R, D], for every row the weighted sum over its local experts.
     """
 
-    # Rows times local experts up to which forward needs no counts on the host (chapter 06); None: it always needs some.
-    largest_fixed: float | None = 0
+    # Rows times local experts up to which forward needs no counts on the host (chapter 06); -1: it always needs some.
+    largest_fixed: float = 0
 
     def __init__(
         self, config: MoEConfig, comm: Communicator, seed: int, device: torch.device | str | None = None
@@ -913,20 +911,13 @@ class Experts(Choosable, nn.Module):
         parameters = (self.w1, self.b1, self.w2, self.b2, self.w3, self.b3)
         return [None if p is None else p.to(dtype) for p in parameters]
 
-    def asks_host(self, num_rows: int, rows_per_expert: int | None) -> bool:
-        """Whether forward, with at most num_rows rows, waits for a number from the device. rows_per_expert: where
-        every expert gets equally many."""
-        if self.largest_fixed is None:
-            return True
-        return rows_per_expert is None and num_rows * self.num_local > self.largest_fixed
-
 
 # %% notebooks/03_experts.ipynb #experts-loop
 @register("experts", "loop")
 class LoopExperts(Experts):
     """One expert after the other: two matrix products each, 4 * R * D * F operations per forward pass in all."""
 
-    largest_fixed = None  # which rows are an expert's, it asks for every expert
+    largest_fixed = -1  # which rows are an expert's, it asks for every expert
 
     def forward(self, arrived: Arrived) -> Tensor:
         """See Experts. A host synchronisation per expert, for the numbers of its rows.
@@ -988,17 +979,16 @@ def count_choices(topk_ids: Tensor, num_experts: int) -> Tensor:
 class Balance(KeepsPrecision):
     """What keeps the experts' load even. This one does nothing about the load; the others inherit from it.
 
-    batch: the ranks that share the batch, over which losses and loads are counted. choice_bias [E], where there is
-    one, is added to the scores for the choice alone (chapter 09).
+    batch: the ranks that share the batch, over which losses and loads are counted. bias: a buffer [E] or None, which
+    the router adds to the scores for the choice alone (chapter 09).
     """
-
-    choice_bias: Tensor | None = None
 
     def __init__(
         self, config: MoEConfig, batch: Communicator, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
         self.config, self.batch = config, batch
+        self.register_buffer("bias", None)
 
     def forward(self, routing: Routing) -> Tensor:
         """Routing -> this rank's share of a loss, 0-dim; here a zero."""
@@ -1093,6 +1083,7 @@ class InOrder(Choosable):
 
 
 # %% notebooks/03_experts.ipynb #ep-moe
+@register("model", "layer")
 class EPMoE(nn.Module):
     """A mixture-of-experts layer whose experts are shared out over the ranks of mesh.ep.
 
@@ -1160,7 +1151,7 @@ class EPMoE(nn.Module):
 
     def route(self, x: Tensor) -> Routing:
         """x [T, D] -> Routing, with what losses, option groups and watchers do about it."""
-        routing = self.router(x, self.balance.choice_bias)
+        routing = self.router(x, self.balance.bias)
         if self.training:
             aux = self.balance(routing)
             for added_loss in self.config.hooks("added_loss"):
@@ -1187,7 +1178,6 @@ class Options:
         "added_loss": "(routing, config, batch) -> this rank's share of a further loss, 0-dim, while it trains",
         "after_routing": "(routing, config, batch) -> routing, between router and dispatcher",
         # In the launcher: chapters 04 to 15. Those marked * are collective.
-        "share_experts": "(world_size) -> ep_size, by how many of the ranks the experts are shared out",
         "check_training": "(config, training), at first: ValueError where these options would do nothing in the run",
         "for_run": "(run) -> these options, fitted to the run",
         "syncs_host": "() -> which option makes the host wait for the device in every step, and what would not, in"
@@ -1365,13 +1355,6 @@ def make_teacher(config: MoEConfig, seed: int) -> Tensor:
 
 
 # %% notebooks/04_training.ipynb #token-stream
-def mean_squared_error(y: Tensor, target: Tensor, num_global_tokens: int) -> Tensor:
-    """y, target [T, D] -> this rank's share of the mean over the global batch, float32 or wider; 0 without tokens."""
-    wide = torch.promote_types(y.dtype, torch.float32)
-    squared_error = F.mse_loss(y.to(wide), target.to(wide), reduction="sum")
-    return squared_error / max(1, num_global_tokens * y.shape[1])
-
-
 @register("task", "linear")
 class TokenStream:
     """Endless batches x ~ N(0, 1) with their targets x teacher^T: the global batch, drawn alike on every rank.
@@ -1400,16 +1383,13 @@ class TokenStream:
         return x, F.linear(x, self.teacher)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The mean squared error over the global batch, as a share: the ranks' shares add up to it."""
-        x, target = batch
-        return mean_squared_error(model(x), target, self.num_tokens)
-
-
-# %% notebooks/04_training.ipynb #layer-model
-@register("model", "layer")
-def make_layer(config: MoEConfig, mesh: Mesh, seed: int, device: torch.device | str | None = None) -> EPMoE:
-    """The smallest model: one layer. A model is any module with any number of EPMoE layers in it."""
-    return EPMoE(config, mesh, seed=seed, device=device)
+        """The mean squared error over the global batch, as a share: the ranks' shares add up to it. Float32 or
+        wider."""
+        x, target = batch[:2]
+        y = model(x)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        squared_error = F.mse_loss(y.to(wide), target.to(wide), reduction="sum")
+        return squared_error / max(1, self.num_tokens * y.shape[1])
 
 
 # %% notebooks/04_training.ipynb #training-options
@@ -1425,6 +1405,7 @@ class TrainingOptions:
     log_interval: steps between two log lines
     seed: of parameters, teacher and tokens
     tokens: tokens per step over all ranks, shared out as evenly as possible (default: 32 per rank)
+    ep_size: ranks that share out the experts, a divisor of all; the others hold copies (default: all of them)
     device: auto (cuda if there are at least as many GPUs as local ranks, else cpu), cpu or cuda
     log_dir: for TensorBoard and the text log (default: a new folder in ep_launcher/runs; TB_LOGDIR overrides)
     summary: write the run's summary to this JSON file
@@ -1442,6 +1423,7 @@ class TrainingOptions:
     log_interval: int = 100
     seed: int = 0
     tokens: int | None = None
+    ep_size: int | None = None
     device: str = "auto"
     log_dir: str | None = None
     summary: str | None = None
@@ -1452,7 +1434,7 @@ class TrainingOptions:
     plugin: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in {"steps": 1, "log_interval": 1, "tokens": 1, "seed": 0}.items():
+        for name, least in {"steps": 1, "log_interval": 1, "tokens": 1, "ep_size": 1, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, and must be at least {least}")
@@ -1519,13 +1501,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
 # %% notebooks/04_training.ipynb #step-timer
 import itertools
 from collections import deque
-
-
-def within(limit_s: float | None, work: Callable[[], object]) -> None:
-    """Does the work in a thread of its own, and goes on when it is done or the time is over; None sets no limit."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(limit_s)
+from concurrent import futures
 
 
 class StepTimer:
@@ -1603,18 +1579,19 @@ class RunLog:
     def warn(self, error: OSError, path: Path) -> None:
         """Names the disk, the first time that something cannot be written."""
         if not self.has_warned:
-            self.has_warned, disk = True, path.absolute()
-            while not disk.is_mount():
-                disk = disk.parent
+            self.has_warned, place = True, path.absolute()
+            disk = next(folder for folder in (place, *place.parents) if folder.is_mount())
             line = f"warning: cannot write to {path}, on the disk of {disk} ({error.strerror}); the training goes on"
-            if not (self.notes and self.notes.warn(line)):
+            if self.notes and self.notes.path:
+                self.notes.warning[:] = line.encode()[:512].ljust(512, b"\0")
+            else:
                 with contextlib.suppress(OSError):
                     print(line, file=sys.stderr, flush=True)
 
     def advance(self, step: int) -> None:
         """This step is done."""
         if self.notes:
-            self.notes.note(self.rank, step + 1)
+            self.notes.steps[self.rank] = step + 1
         if self.bar:
             self.bar.update()
 
@@ -1638,7 +1615,7 @@ class RunLog:
         """Everything to disk, in so long at most: an interrupt may have left TensorBoard's queue locked."""
         if self.bar:
             self.bar.close()
-            within(limit_s, self.going_on()(self.writer.close))
+            futures.wait([futures.ThreadPoolExecutor(1).submit(self.going_on()(self.writer.close))], limit_s)
             threading.excepthook = self.usual_hook
 
 
@@ -1759,18 +1736,6 @@ class Run:
 
 
 # %% notebooks/04_training.ipynb #record
-def begin_log(log: RunLog, step: int) -> None:
-    """The run begins at this step: so does the bar, and TensorBoard drops what the folder has from there on."""
-    if log.writer:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        log.bar.update(step)
-        with log.going_on():
-            log.writer.file_writer.add_event(
-                Event(step=step, session_log=SessionLog(status=SessionLog.START))
-            )
-
-
 class Record:
     """Watches a run: losses, time, load, bytes. Reads the device only at log intervals, on a GPU."""
 
@@ -1781,17 +1746,15 @@ class Record:
         self.tail: list[Tensor] = []  # losses of the last 5% of steps
         self.logged: list[tuple[float, float]] = []  # (task, aux) at every log interval
         self.interval_start = time.perf_counter()
-        self.bytes_before = 0
-
-    def begin_step(self) -> None:
-        """Reads the meter before the last step, whose bytes are the difference to the end."""
+        self.bytes_before = run.mesh.meter.total(*PASSES)  # the last step's are the difference to the end
         self.timer.mark()
-        if self.run.step == self.run.options.steps - 1:
-            self.bytes_before = self.run.mesh.meter.total(*PASSES)
 
     def end_step(self, step: int, losses: Tensor) -> None:
         """Takes the global losses [2] of this step, logs them where it is time, stops at NaN."""
         options = self.run.options
+        self.timer.mark()
+        if step == options.steps - 2:
+            self.bytes_before = self.run.mesh.meter.total(*PASSES)
         is_logged = step % options.log_interval == 0
         if is_logged or self.run.device.type == "cpu":
             check_finite(losses, step)
@@ -1824,7 +1787,6 @@ class Record:
 def measured_summary(record: Record) -> dict[str, Any]:
     """The measured part of the summary. Collective: every rank enters."""
     run, batch, meter = record.run, record.run.mesh.batch, record.run.mesh.meter
-    record.timer.mark()
     sent = meter.total(*PASSES) - record.bytes_before
     metadata = meter.total("metadata") // (record.timer.num_marks - 1)  # a step of this process
     sent, metadata = batch.all_reduce(torch.tensor([sent, metadata], device=run.device)).tolist()
@@ -1903,7 +1865,7 @@ def train(run: Run) -> dict[str, Any]:
     Every step: draw, forward, backward, one all-reduce, update. NonFiniteLoss where the loss breaks.
     """
     options, mesh, device = run.options, run.mesh, run.device
-    model = REGISTRIES["model"][options.model](run.config, mesh, options.seed, device)
+    model = REGISTRIES["model"][options.model](run.config, mesh, seed=options.seed, device=device)
     make_task = REGISTRIES["task"][options.task]
     task = make_task(run.config, options.seed, run.num_global_tokens, mesh.batch, device)
     took = moe_layers(model)[0].took | {"step": pick_step(run, model)}
@@ -1918,10 +1880,8 @@ def train(run: Run) -> dict[str, Any]:
     try:
         for begin in run.config.hooks("begin"):
             begin(training)
-        begin_log(run.log, run.step)
         for step in range(run.step, options.steps):
             run.step = step
-            record.begin_step()
             record.end_step(step, training.advance())
             for after_update in run.config.hooks("after_update"):
                 after_update(training)
@@ -1958,44 +1918,31 @@ class FlagParser(argparse.ArgumentParser):
 
 
 # %% notebooks/05_launch.ipynb #make-parser
-def whole_number(text: str) -> int:
-    """An int of 64 bits: a larger one would overflow somewhere, later."""
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
-    if abs(number) >= 2**63:
-        raise argparse.ArgumentTypeError("must be below 2**63")
-    return number
-
-
-def flag_settings(group: type, f: Field) -> dict[str, Any]:
-    """argparse's settings for one field: default, help, type, and the choices where it names what is registered."""
-    lines = [line.strip() for kind in group.__mro__ for line in (kind.__doc__ or "").splitlines()]
-    text = next((line.removeprefix(f"{f.name}: ") for line in lines if line.startswith(f"{f.name}: ")), "")
-    default = f.metadata.get("default", f.default)
-    shown = "" if default is None else f" (default: {default})"
-    settings = {"default": default, "help": (text + shown).replace("%", "%%")}
-    if f.type is bool:
-        return settings | {"action": argparse.BooleanOptionalAction}
-    choices = sorted(REGISTRIES[f.name]) if f.name in REGISTRIES else None
-    if choices and f.default == "auto":
-        choices = ["auto", *choices]
-    kind = next((t for t in (int, float) if f.type in (t, t | None)), str)
-    metavar, convert = None if choices else kind.__name__.upper(), whole_number if kind is int else kind
-    return settings | {"type": convert, "choices": choices, "metavar": metavar}
-
-
 def make_parser() -> FlagParser:
-    """One flag per field of every registered option group; names, defaults and help come from there."""
+    """One flag per field of every registered option group; names, defaults and help come from there, and the choices
+    where a field names what is registered."""
     parser = FlagParser(
         prog="launcher.py", description="Trains an expert-parallel MoE layer.", allow_abbrev=False
     )
     for group in OPTION_GROUPS:
         flags = parser.add_argument_group(group.__name__)
+        lines = [line.strip() for kind in group.__mro__ for line in (kind.__doc__ or "").splitlines()]
+        help_of = dict(reversed([line.split(": ", 1) for line in lines if ": " in line]))
         for f in fields(group):
-            if f.metadata.get("flag", True):
-                flags.add_argument("--" + f.name.replace("_", "-"), **flag_settings(group, f))
+            if not f.metadata.get("flag", True):
+                continue
+            flag, default = "--" + f.name.replace("_", "-"), f.metadata.get("default", f.default)
+            shown = "" if default is None else f" (default: {default})"
+            text = (help_of.get(f.name, "") + shown).replace("%", "%%")
+            if f.type is bool:
+                flags.add_argument(flag, default=default, help=text, action=argparse.BooleanOptionalAction)
+                continue
+            kind = next((t for t in (int, float) if f.type in (t, t | None)), str)
+            choices = sorted(REGISTRIES[f.name]) if f.name in REGISTRIES else None
+            if choices and f.default == "auto":
+                choices = ["auto", *choices]
+            metavar = None if choices else kind.__name__.upper()
+            flags.add_argument(flag, default=default, help=text, type=kind, choices=choices, metavar=metavar)
     return parser
 
 
@@ -2035,8 +1982,11 @@ def parse_flags(argv: list[str] | None = None) -> tuple[MoEConfig, TrainingOptio
     """Command line -> config, with later chapters' groups as extras, and training options. ValueError if bad."""
     load_plugin(argv)
     values = vars(make_parser().parse_args(argv))
-    for name, value in values.items():  # a shell leaves the ~ in --log-dir=~/runs to us
-        values[name] = os.path.expanduser(value) if isinstance(value, str) else value
+    for name, value in values.items():
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{name} must be below 2**63: a larger number would overflow somewhere, later")
+        if isinstance(value, str):  # a shell leaves the ~ in --log-dir=~/runs to us
+            values[name] = os.path.expanduser(value)
     for name in ("log_dir", "summary"):
         values[name] = values[name] or None
     groups = {}
@@ -2048,17 +1998,10 @@ def parse_flags(argv: list[str] | None = None) -> tuple[MoEConfig, TrainingOptio
 
 
 # %% notebooks/05_launch.ipynb #count-memory
-def ep_size_of(config: MoEConfig, world_size: int) -> int:
-    """By how many of a run's ranks its experts are shared out: all, where no option group says otherwise."""
-    for share_experts in config.hooks("share_experts"):
-        world_size = share_experts(world_size)
-    return world_size
-
-
-def bytes_a_rank(config: MoEConfig, num_tokens: int, world_size: int) -> dict[str, int]:
+def bytes_a_rank(config: MoEConfig, num_tokens: int, world_size: int, ep_size: int) -> dict[str, int]:
     """{part: bytes that a rank of a training run holds of it, at least}; each part names the flags that lower it."""
     d, f, size = config.hidden_dim, config.ffn_dim, DTYPES[config.dtype].itemsize
-    num_experts = config.num_local_experts(ep_size_of(config, world_size)) + config.num_shared_experts
+    num_experts = config.num_local_experts(ep_size) + config.num_shared_experts
     matrices = 3 if REGISTRIES["activation"][config.activation].is_gated else 2
     wide, share = max(4, size), -(-num_tokens // world_size)
     return {
@@ -2113,7 +2056,9 @@ def replace_file(path: str | Path, text: str | None) -> None:
 def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     """This rank's device. ValueError, before anything starts, where config, world and machine do not fit."""
     rank, world_size, _, _ = world_from_env()
-    ep_size = ep_size_of(config, world_size)
+    ep_size = options.ep_size or world_size
+    if world_size % ep_size:
+        raise ValueError(f"ep_size is {ep_size}, and must divide the {world_size} rank(s)")
     config.num_local_experts(ep_size)
     num_tokens = options.tokens or 32 * world_size
     share = -(-num_tokens // world_size)
@@ -2125,7 +2070,7 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
     if options.summary and rank == 0:
         replace_file(options.summary, None)
     device = choose_device(options.device)
-    check_memory(bytes_a_rank(config, num_tokens, world_size), device)
+    check_memory(bytes_a_rank(config, num_tokens, world_size, ep_size), device)
     for check_training in config.hooks("check_training"):
         check_training(config, options)
     for kind in ("dispatcher", "experts", "choice", "overlap"):
@@ -2164,11 +2109,6 @@ def make_log_dir() -> Path:
             return folder
 
 
-def relative_to_root(path: str | Path) -> str:
-    """A path as seen from the repository's root."""
-    return os.path.relpath(path, LAUNCHER_DIR.parent)
-
-
 def device_model(device: torch.device) -> str:
     """The hardware's model name, never a machine's name."""
     if device.type == "cuda":
@@ -2189,7 +2129,11 @@ def write_summary(run: Run, measured: dict[str, Any], log_dir: Path) -> int:
     flags = asdict(run.config) | asdict(options)
     for extra in flags.pop("extras"):
         flags |= extra
-    flags |= {"log_dir": relative_to_root(log_dir), "summary": relative_to_root(options.summary)}
+    for name, path in (
+        ("log_dir", log_dir),
+        ("summary", options.summary),
+    ):  # as seen from the repository's root
+        flags[name] = os.path.relpath(path, LAUNCHER_DIR.parent)
     made_by = {
         "config": flags,
         "device": device_model(run.device),
@@ -2227,19 +2171,19 @@ def describe_positions(positions: list[tuple[int, int]], silent: tuple[int, ...]
 # %% notebooks/05_launch.ipynb #run-training
 def run_training(config: MoEConfig, options: TrainingOptions, device: torch.device) -> int:
     """One rank's whole run -> exit code: 0, 1 where a rank or the loss failed, 130 where it was stopped."""
-    rank = world_from_env()[0]
+    rank, world_size, _, _ = world_from_env()
     try:
         log_dir = Path(options.log_dir or (make_log_dir() if rank == 0 else ""))
-        log = RunLog(log_dir, options.steps, rank, StepNotes())
+        log = RunLog(log_dir, options.steps, rank, StepNotes(world_size))
     except (ValueError, OSError) as error:
         return refuse(str(error))
     if device.type == "cpu":
         schedule_in_batches()
     store = init_distributed(device, options.timeout_s)
-    run = Run(config, options, init_ep(ep_size_of(config, world_from_env()[1])), device, log)
+    run = Run(config, options, init_ep(options.ep_size), device, log)
     heartbeat = Heartbeat(store, run)
     run.fail = functools.partial(report_failure, heartbeat)
-    usual = signal.getsignal(signal.SIGINT)
+    usual, logs = signal.getsignal(signal.SIGINT), f"logs in {os.path.relpath(log_dir, LAUNCHER_DIR.parent)}"
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, interrupt)
@@ -2249,7 +2193,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
             f"task loss {measured['final_task_loss']:.6f} after {options.steps} steps on {run.mesh.batch.size} "
             f"{device.type} rank(s), {measured['ms_per_step']:.2f} ms per step"
         )
-        log.write(f"logs in {relative_to_root(log_dir)}; to look at them: make tensorboard")
+        log.write(f"{logs}; to look at them: make tensorboard")
         return code
     except CannotRun as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # refuse waits for torchrun's
@@ -2257,7 +2201,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     except (CollectiveError, NonFiniteLoss) as error:
         return report_failure(heartbeat, error)
     except KeyboardInterrupt:
-        log.write(f"stopped at step {run.step}; logs in {relative_to_root(log_dir)}")
+        log.write(f"stopped at step {run.step}; {logs}")
         return 130
     except Exception:
         heartbeat.first_to_report()  # the traceback below says it; the ranks that lose this one are silent
@@ -2298,50 +2242,33 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-# %% notebooks/05_launch.ipynb #silent-machines
-def silent_machines(silent: tuple[int, ...], size: int, ranks_per_machine: int) -> str:
-    """One line on the machines of which no rank is heard; empty where there is none, or one machine alone."""
-    lines = []
-    for machine, first in enumerate(range(0, size, ranks_per_machine), 1):
-        ranks = range(first, first + ranks_per_machine)
-        if size > ranks_per_machine and set(ranks) <= set(silent):
-            names = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {first}"
-            lines.append(f"machine {machine} of {size // ranks_per_machine} ({names}) is not heard any more")
-    return "; ".join(lines)
-
-
 # %% notebooks/05_launch.ipynb #step-notes
-class StepNotes:
-    """The file that `launch` names in EP_STEPS: room for one warning, then 8 bytes per rank, the steps it has done.
+import mmap
 
-    It has its full size from the beginning, so a full disk takes nothing from it. Without EP_STEPS nothing is noted.
+
+class StepNotes:
+    """The memory of the file that `launch` names in EP_STEPS. Without EP_STEPS, memory that nobody reads.
+
+    warning: room for one line, 512 bytes. steps: int64 by rank, the steps that it has done. The file has its full size
+    from the beginning, so a full disk takes nothing from it.
     """
 
     WARNING_BYTES = 512
 
-    def __init__(self) -> None:
-        path = os.environ.get("EP_STEPS")
-        self.file = os.open(path, os.O_RDWR) if path else None
-
-    def note(self, rank: int, steps: int) -> None:
-        """This rank has done so many steps. Costs about 1 us."""
-        if self.file is not None:
-            os.pwrite(self.file, steps.to_bytes(8, "little"), self.WARNING_BYTES + 8 * rank)
-
-    def steps(self, rank: int) -> int:
-        """The steps that a rank of this machine has done; 0 where nobody noted them."""
-        if self.file is None:
-            return 0
-        return int.from_bytes(os.pread(self.file, 8, self.WARNING_BYTES + 8 * rank), "little")
-
-    def warn(self, line: str) -> bool:
-        """One line to whoever started the run -> whether there is such a file to write it to."""
-        if self.file is not None:
-            os.pwrite(self.file, line.encode()[: self.WARNING_BYTES], 0)
-        return self.file is not None
+    def __init__(self, num_ranks: int) -> None:
+        self.path, num_bytes = os.environ.get("EP_STEPS"), self.WARNING_BYTES + 8 * num_ranks
+        room = memoryview(bytearray(num_bytes))
+        if self.path:
+            with open(self.path, "r+b") as file:
+                file.truncate(max(num_bytes, os.path.getsize(self.path)))
+                room = memoryview(mmap.mmap(file.fileno(), 0))
+        self.warning, self.steps = room[: self.WARNING_BYTES], room[self.WARNING_BYTES :].cast("q")
 
 
 # %% notebooks/05_launch.ipynb #heartbeat
+from concurrent import futures
+
+
 class Heartbeat:
     """Tells the other ranks, twice a second, how far this run has come; finds the straggler when it hangs.
 
@@ -2388,22 +2315,25 @@ class Heartbeat:
         if not after:
             return "not every rank has started"
         silent = tuple(rank for rank, note in enumerate(after) if before and note[2] == before[rank][2])
-        if gone := silent_machines(silent, self.meter.size, ranks_per_machine):
-            return gone
+        machines = torch.arange(self.meter.size).split(ranks_per_machine)
+        gone = [
+            f"machine {n} of {len(machines)} (rank {', '.join(map(str, own))}) is not heard any more"
+            for n, own in enumerate(map(Tensor.tolist, machines), 1)
+            if set(own) <= set(silent)
+        ]
+        if gone and len(machines) > 1:
+            return "; ".join(gone)
         noted = self.run.log.notes.steps
-        return describe_positions([(max(n[0], noted(rank)), n[1]) for rank, n in enumerate(after)], silent)
+        return describe_positions([(max(n[0], noted[rank]), n[1]) for rank, n in enumerate(after)], silent)
 
     def first_to_report(self) -> bool | None:
         """True on the first rank that asks: the one that prints what went wrong. None where the store does not answer
         in 5 s: it is lost, with the machine that it is on."""
-        answers = []
-
-        def ask() -> None:
-            with contextlib.suppress(RuntimeError):
-                answers.append(self.store is None or self.store.add("reported", 1) == 1)
-
-        within(5, ask)
-        return answers[0] if answers else None
+        if self.store is None:
+            return True
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            return futures.ThreadPoolExecutor(1).submit(self.store.add, "reported", 1).result(5) == 1
+        return None
 
 
 # %% notebooks/05_launch.ipynb #end-torchrun
@@ -2530,11 +2460,7 @@ try:
 except ImportError:  # no GPU, or a torch without it: every kernel below has a PyTorch twin
     triton = tl = None
 constexpr = tl.constexpr if triton else int  # a kernel's argument that is fixed when it is compiled
-
-
-def kernel(function: Callable) -> Any:
-    """Decorator: compiles a Triton kernel where Triton is, and leaves the function as it is elsewhere."""
-    return triton.jit(function) if triton else function
+kernel = triton.jit if triton else lambda function: function  # the decorator of every kernel
 
 
 def uses_kernels(x: Tensor) -> bool:
@@ -2747,16 +2673,9 @@ def sum_rows(a: Tensor, order: RowOrder, b: Tensor | None = None) -> Tensor:
 
 
 # %% notebooks/06_grouped_experts.ipynb #weights-of-rows
-def weights_of_rows(topk_weights: Tensor, order: RowOrder) -> Tensor:
-    """topk_weights [T, K] -> [R]: the weight of each row's choice, 0 in a gap."""
-    weights = topk_weights.reshape(-1)
-    weights = F.pad(weights, (0, 1)) if order.has_gaps else weights  # a gap's choice, -1, is the 0 at the end
-    return weights[order.choice_of_row]
-
-
 def weights_of_choices(weights: Tensor, order: RowOrder) -> Tensor:
-    """The way back, [R] -> [T, K]: what each choice's row has, 0 for a choice not sent. Every row has one choice, so
-    it is a look-up too."""
+    """weights [R] -> [T, K]: what each choice's row has, 0 for a choice not sent. Every row has one choice, so it is a
+    look-up, as the way there is."""
     row = order.row_of_choice
     return weights[row].masked_fill_(row < 0, 0) if weights.shape[0] else weights.new_zeros(row.shape)
 
@@ -2961,10 +2880,6 @@ class BlockProducts:
             torch.mm(block.t(), g, out=into)
         return out
 
-    def bias_gradient(self, grad: Tensor) -> Tensor:
-        """grad [R, o] -> [L, o]: the sum of each expert's rows."""
-        return torch.stack([block.sum(0) for block in self.blocks(grad)])
-
 
 # %% notebooks/06_grouped_experts.ipynb #grouped-products
 class GroupedProducts:
@@ -3002,11 +2917,6 @@ class GroupedProducts:
             return rows.new_zeros(len(self.counts), rows.shape[1], grad.shape[1])
         return F.grouped_mm(rows.t(), grad, offs=self.offsets)
 
-    def bias_gradient(self, grad: Tensor) -> Tensor:
-        """grad [R, o] -> [L, o]: the sum of each expert's rows, as a product with the membership."""
-        kept = torch.where(self.membership.any(1, keepdim=True), grad, 0)
-        return self.membership.to(grad.dtype).t() @ kept
-
 
 # %% notebooks/06_grouped_experts.ipynb #mlp-rows
 class ExpertsOnTokens(torch.autograd.Function):
@@ -3022,7 +2932,7 @@ class ExpertsOnTokens(torch.autograd.Function):
         ctx: Any, x: Tensor, topk_weights: Tensor, w1: Tensor, b1: Any, w2: Tensor, w3: Any, b3: Any,
         order: RowOrder, products: Any, activation: Any,
     ) -> Tensor:  # fmt: skip
-        weights = weights_of_rows(topk_weights, order)
+        weights = topk_weights.flatten()[order.choice_of_row]
         if w3 is None:
             gate, up = products.times(products.rows(x, order), w1, b1), None
             hidden = activation.apply(gate)
@@ -3033,8 +2943,7 @@ class ExpertsOnTokens(torch.autograd.Function):
             results = products.times(hidden, w2)
         kept = hidden if up is None and not gate.is_cuda else None
         ctx.kind, ctx.activation = getattr(products, "in_backward", type(products)), activation
-        ctx.on_host = getattr(products, "splits", None)
-        ctx.has_b1, ctx.has_b3, ctx.used = b1 is not None, b3 is not None, False
+        ctx.on_host, ctx.used = getattr(products, "splits", None), False
         ctx.save_for_backward(x, weights, gate, up, kept, w1, w2, w3, *order[:3])
         return sum_rows(results, order)
 
@@ -3067,8 +2976,9 @@ class ExpertsOnTokens(torch.autograd.Function):
         rows = products.rows(x, order)
         grad_w1 = products.weight_gradient(rows, gate)
         grad_w3 = None if up is None else products.weight_gradient(rows, up)
-        grad_b1 = products.bias_gradient(gate) if ctx.has_b1 else None
-        grad_b3 = products.bias_gradient(up) if ctx.has_b3 else None
+        ones = gate.new_ones(len(gate), 16 // gate.element_size())  # a bias is the weight of a column of ones
+        grad_b1 = products.weight_gradient(ones, gate)[:, 0] if ctx.needs_input_grad[3] else None
+        grad_b3 = products.weight_gradient(ones, up)[:, 0] if ctx.needs_input_grad[6] else None
         del rows
         grad_x = None
         if ctx.needs_input_grad[0] and up is None:
@@ -3135,14 +3045,6 @@ class BlockExperts(FusedExperts):
         return 40 if device.type == "cpu" else 30
 
 
-# %% notebooks/06_grouped_experts.ipynb #padded-slots
-def pad_slots(topk_ids: Tensor, order: RowOrder, capacity: int) -> Tensor:
-    """topk_ids int64 [R, J] -> int64 [R, J]: each choice's slot among L * capacity; the one behind the last for -1."""
-    expert, starts = topk_ids.clamp(min=0), order.counts.cumsum(0) - order.counts
-    slot = expert * capacity + order.row_of_choice - starts[expert]
-    return slot.masked_fill(topk_ids < 0, len(starts) * capacity)
-
-
 # %% notebooks/06_grouped_experts.ipynb #bmm-experts
 @register("experts", "bmm")
 class BmmExperts(Experts):
@@ -3176,7 +3078,10 @@ class BmmExperts(Experts):
             return self.every_expert(arrived)
         order = order_rows(arrived.topk_ids, size, arrived.max_pairs)
         capacity = max(1, int(order.counts.max()))
-        slot, row = pad_slots(arrived.topk_ids, order, capacity), torch.arange(len(x), device=x.device)
+        expert, starts = arrived.topk_ids.clamp(min=0), order.counts.cumsum(0) - order.counts
+        slot = expert * capacity + order.row_of_choice - starts[expert]
+        slot = slot.masked_fill(arrived.topk_ids < 0, size * capacity)  # -1: the slot behind the last
+        row = torch.arange(len(x), device=x.device)
         row_of_slot = row.new_full((size * capacity + 1,), len(x))
         row_of_slot = row_of_slot.scatter(0, slot.flatten(), row.repeat_interleave(slot.shape[1]))[:-1]
         padded = weights.new_zeros(size * capacity + 1).scatter(0, slot.flatten(), weights.flatten())[:-1]
@@ -3216,25 +3121,27 @@ class GraphStep:
     do not synchronise. The numbers are those of the eager step, bit for bit. Memory of the recorded step stays taken.
     """
 
+    compiles = False  # whether the compiler works on the model first (CompiledStep)
+
     def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
-        self.eager = REGISTRIES["step"]["eager"](run, model, task, optimizer)
+        body = torch.compile(model) if self.compiles else model
+        self.eager = REGISTRIES["step"]["eager"](run, body, task, optimizer)
         self.graph, self.losses, self.model = torch.cuda.CUDAGraph(), None, model
         self.meter, self.sent = run.mesh.meter, {}
-        self.replays = Replays(run.options.timeout_s, run.fail)
+        self.at_end: list[Callable[[], None]] = []  # what is recorded behind the step (chapter 11)
 
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
         """Runs on GPUs where no layer of the model, and no option group, needs a value on the host."""
         num_tokens, rest = divmod(run.num_global_tokens, run.mesh.batch.size)
-        fixed = all(
-            layer.dispatcher.records
-            and not layer.experts.asks_host(
-                num_tokens * layer.mesh.ep.size, getattr(layer.dispatcher, "rows_per_expert", None)
-            )
-            for layer in moe_layers(model)
-        )
+        fixed = not rest
+        for layer in moe_layers(model):
+            counts_known = getattr(layer.dispatcher, "rows_per_expert", None) is not None
+            num_rows = 0 if counts_known else num_tokens * layer.mesh.ep.size
+            fixed &= layer.dispatcher.records
+            fixed &= num_rows * layer.experts.num_local <= layer.experts.largest_fixed
         waits = any(syncs_host() for syncs_host in run.config.hooks("syncs_host"))
-        return 10 if run.device.type == "cuda" and fixed and not rest and not waits else 0
+        return 10 if run.device.type == "cuda" and fixed and not waits else 0
 
     def record(self) -> None:
         """Warms up on a side stream, takes everything back, and records one step, with the bytes that it sends."""
@@ -3257,10 +3164,10 @@ class GraphStep:
         generator.set_state(before[1])
         self.graph.register_generator_state(generator)
         self.meter.sent.clear()
-        count = torch.zeros(1, dtype=torch.int64, device=generator.device)
         with torch.cuda.graph(self.graph):
             self.losses = eager()
-            self.replays.record_end(count)
+            for record in self.at_end:
+                record()
         self.sent = {purpose: list(sent) for purpose, sent in self.meter.sent.items()}
         self.meter.sent.clear()
 
@@ -3269,76 +3176,10 @@ class GraphStep:
         if self.losses is None:
             self.record()
         check_ended(self.meter)
-        self.replays.begun += 1
         self.graph.replay()
         for purpose, sent in self.sent.items():
             self.meter.record(purpose, sent)
         return self.losses.clone()
-
-
-# %% notebooks/06_grouped_experts.ipynb #replays
-import weakref
-
-
-def watch_over(
-    check: Callable[[], None], fail: Callable[[Exception], object] | None = None, grace_s: float = 0
-) -> None:
-    """A thread that calls check, a method, twice a second, as long as its object lives. Where it raises
-    CollectiveError, and grace_s later nobody else has ended the process, the thread does: fail(error), exit code 1.
-    """
-    method = weakref.WeakMethod(check)
-
-    def look() -> None:
-        while (still_there := method()) is not None:
-            try:
-                still_there()
-            except CollectiveError as error:
-                time.sleep(grace_s)
-                fail(error) if fail else print(f"error: {error}", file=sys.stderr, flush=True)
-                os._exit(1)
-            del still_there
-            time.sleep(0.5)
-
-    threading.Thread(target=look, daemon=True).start()
-
-
-@kernel
-def count_replay_kernel(count, ended):
-    """One program: counts a replay on the device, and tells the host. ended: int64 [1], the host's, page-locked."""
-    number = tl.load(count) + 1
-    tl.store(count, number)
-    tl.store(ended, number)
-
-
-class Replays:
-    """Replays of a recorded step, begun and ended: who waits for a rank that never comes finds out in limit_s.
-
-    begun counts on the host. The recording itself counts those that have ended, in memory that the host can read while
-    the device works: so nothing waits, and no CUDA call disturbs a stream.
-    """
-
-    def __init__(self, limit_s: float, fail: Callable[[Exception], object] | None = None) -> None:
-        self.begun, self.limit_s, self.seen, self.since = 0, limit_s, 0, time.monotonic()
-        self.ended = torch.zeros(1, dtype=torch.int64, pin_memory=torch.cuda.is_available())
-        watch_over(self.check, fail)
-
-    def record_end(self, count: Tensor) -> None:
-        """The last thing in a recording. count: int64 [1] on its device, 0; kept, since replays write to it."""
-        self.count = count
-        if uses_kernels(count):
-            count_replay_kernel[(1,)](count, self.ended)
-        else:
-            self.ended.copy_(count.add_(1), non_blocking=True)
-
-    def check(self) -> None:
-        """CollectiveError where one has been under way for limit_s, and no other has ended meanwhile."""
-        ended, now = int(self.ended), time.monotonic()
-        if ended == self.begun or ended != self.seen:
-            self.seen, self.since = ended, now
-        elif now - self.since > self.limit_s:
-            raise CollectiveError(
-                f"replay {ended + 1} of the recorded step has not ended in {self.limit_s:g} s"
-            )
 
 
 # %% notebooks/06_grouped_experts.ipynb #compiled-step
@@ -3349,9 +3190,7 @@ class CompiledStep(GraphStep):
     Costs some ten seconds at the first step, and the last bits: the compiler adds up in another order. Never auto's.
     """
 
-    def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(run, model, task, optimizer)
-        self.eager.model = torch.compile(model)
+    compiles = True
 
     @staticmethod
     def preference(run: Run, model: nn.Module) -> float:
@@ -3480,7 +3319,11 @@ class SendRows(torch.autograd.Function):
         packed = x.new_zeros if order.has_gaps else x.new_empty
         packed = packed(len(order.choice_of_row), d + rider_columns(d, x.dtype))
         copy_to_rows(x, order, packed[:, :d])
-        set_riders(packed, d, weights_of_rows(topk_weights, order)[:, None])
+        weights = topk_weights.reshape(-1, 1)
+        weights = (
+            F.pad(weights, (0, 0, 0, 1)) if order.has_gaps else weights
+        )  # a gap, of choice -1, has weight 0
+        set_riders(packed, d, weights[order.choice_of_row])
         splits = plan().input_splits, plan().output_splits
         ctx.flight = flight = Flight(comm, splits, "dispatch", x_needs_grad=ctx.needs_input_grad[0])
         flight.send(packed[: sum(splits[0])])  # behind: choices not sent
@@ -3785,8 +3628,32 @@ class CapacityOptions(Options):
         return self if self.capacity_factor is None else replace(self, capacity_share=share)
 
     def after_routing(self, routing: Routing, config: MoEConfig, batch: Communicator) -> Routing:
-        """The layer's hook: the routing with the choices that are left. See limit_load."""
-        return routing if self.capacity_factor is None else limit_load(routing, config, batch)
+        """The layer's hook: the routing with the choices that its experts have room for; the others are -1, or went
+        elsewhere.
+
+        A dropped choice has the weight 0, and so has its gradient; the kept ones' weights stay as they are. Costs
+        nothing on the wire where the scope is local and the share known; see local_capacity and gather_choices.
+        """
+        if self.capacity_factor is None:
+            return routing
+        overflow = REGISTRIES["overflow"][self.overflow]
+        if self.capacity_scope == "global":
+            topk_ids, probs, mine = gather_choices(routing, batch)
+            capacity = expert_capacity(len(topk_ids), config, self.capacity_factor)
+            topk_ids = overflow(topk_ids, probs, capacity, self.drop_order)[mine]
+        else:
+            capacity = local_capacity(len(routing.topk_ids), config, batch, routing.topk_ids.device)
+            if isinstance(capacity, int) and capacity >= len(routing.topk_ids):
+                return routing  # a token comes to an expert once, so none can be full
+            topk_ids = overflow(routing.topk_ids, routing.probs.detach(), capacity, self.drop_order)
+        weights = routing.topk_weights
+        if (
+            self.overflow != "drop"
+        ):  # a moved choice has its expert's score, scaled as the router scaled the token's
+            old, new = (routing.probs.gather(1, ids.clamp(min=0)) for ids in (routing.topk_ids, topk_ids))
+            moved = new * (weights.sum(1, keepdim=True) / old.sum(1, keepdim=True))
+            weights = torch.where(topk_ids == routing.topk_ids, weights, moved)
+        return replace(routing, topk_ids=topk_ids, topk_weights=weights.masked_fill(topk_ids < 0, 0.0))
 
     def syncs_host(self) -> str:
         """In global scope a rank waits for the number of the others' tokens."""
@@ -3829,34 +3696,6 @@ def gather_choices(routing: Routing, comm: Communicator) -> tuple[Tensor, Tensor
     )
     start = sum(lengths[: comm.rank])
     return topk_ids, probs, slice(start, start + num_tokens)
-
-
-# %% notebooks/08_capacity.ipynb #limit-load
-def limit_load(routing: Routing, config: MoEConfig, batch: Communicator) -> Routing:
-    """The routing with the choices that its experts have room for; the others are -1, or went elsewhere.
-
-    A dropped choice has the weight 0, and so has its gradient; the kept ones' weights stay as they are. Costs
-    nothing on the wire where the scope is local and the share known; see local_capacity and gather_choices.
-    """
-    options = config.option(CapacityOptions)
-    overflow, order = REGISTRIES["overflow"][options.overflow], options.drop_order
-    if options.capacity_scope == "global":
-        topk_ids, probs, mine = gather_choices(routing, batch)
-        capacity = expert_capacity(len(topk_ids), config, options.capacity_factor)
-        topk_ids = overflow(topk_ids, probs, capacity, order)[mine]
-    else:
-        capacity = local_capacity(len(routing.topk_ids), config, batch, routing.topk_ids.device)
-        if isinstance(capacity, int) and capacity >= len(routing.topk_ids):
-            return routing  # a token comes to an expert once, so none can be full
-        topk_ids = overflow(routing.topk_ids, routing.probs.detach(), capacity, order)
-    weights = routing.topk_weights
-    if (
-        options.overflow != "drop"
-    ):  # a moved choice has its expert's score, scaled as the router scaled the token's
-        old, new = (routing.probs.gather(1, ids.clamp(min=0)) for ids in (routing.topk_ids, topk_ids))
-        moved = new * (weights.sum(1, keepdim=True) / old.sum(1, keepdim=True))
-        weights = torch.where(topk_ids == routing.topk_ids, weights, moved)
-    return replace(routing, topk_ids=topk_ids, topk_weights=weights.masked_fill(topk_ids < 0, 0.0))
 
 
 # %% notebooks/08_capacity.ipynb #block-capacity
@@ -3989,25 +3828,6 @@ class ClusterOptions(Options):
                 raise ValueError(f"{f.name} {value} does nothing without clusters; take --task clusters")
 
 
-# %% notebooks/09_balance.ipynb #cluster-parts
-def zipf_probabilities(num_clusters: int, exponent: float) -> Tensor:
-    """float64 [num_clusters], in proportion to 1 / (c + 1) ** exponent, with sum 1."""
-    weights = torch.arange(1, num_clusters + 1, dtype=torch.float64) ** -exponent
-    return weights / weights.sum()
-
-
-def make_clusters(config: MoEConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """Every cluster's centre [C, D], of variance 1, and teacher [C, D, D], drawn as chapter 04's; config's dtype."""
-    count, d = config.option(ClusterOptions).num_clusters, config.hidden_dim
-    centres = torch.empty(count, d, dtype=torch.float64)
-    teachers = torch.empty(count, d, d, dtype=torch.float64)
-    for c in range(count):
-        seeded_uniform_(centres[c], 1, seed, "cluster", c, "centre")
-        seeded_uniform_(teachers[c], d, seed, "cluster", c, "teacher")
-    dtype = DTYPES[config.dtype]
-    return (math.sqrt(3) * centres).to(dtype), teachers.to(dtype)
-
-
 # %% notebooks/09_balance.ipynb #cluster-stream
 @register("task", "clusters")
 class ClusterStream(TokenStream):
@@ -4025,27 +3845,29 @@ class ClusterStream(TokenStream):
         batch: Communicator,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.centres, self.teachers = (part.to(device) for part in make_clusters(config, seed))
-        options = config.option(ClusterOptions)
+        options, d, dtype = config.option(ClusterOptions), config.hidden_dim, DTYPES[config.dtype]
+        centres = torch.empty(options.num_clusters, d, dtype=torch.float64)
+        teachers = torch.empty(options.num_clusters, d, d, dtype=torch.float64)
+        for c in range(options.num_clusters):
+            seeded_uniform_(centres[c], 1, seed, "cluster", c, "centre")
+            seeded_uniform_(teachers[c], d, seed, "cluster", c, "teacher")
+        self.centres, self.teachers = (math.sqrt(3) * centres).to(device, dtype), teachers.to(device, dtype)
         self.is_sorted = options.sort_tokens
-        self.limits = zipf_probabilities(options.num_clusters, options.zipf).cumsum(0)[:-1].to(device)
+        frequencies = torch.arange(1, options.num_clusters + 1, dtype=torch.float64) ** -options.zipf
+        self.limits = (frequencies / frequencies.sum()).cumsum(0)[:-1].to(device)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.num_tokens, self.batch = num_tokens, batch
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """This rank's share of the next global batch: clusters int64 [T], x [T, D]. No synchronisation."""
+    def next(self) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's share of the next global batch: x [T, D], target [T, D], clusters int64 [T]. No sync."""
         where = {"generator": self.generator, "device": self.generator.device}
         u = torch.rand(self.num_tokens, dtype=torch.float64, **where)
         noise = torch.randn(self.num_tokens, self.centres.shape[1], **where)
         u = u.sort().values if self.is_sorted else u
         u, noise = (part.tensor_split(self.batch.size)[self.batch.rank] for part in (u, noise))
         clusters = torch.searchsorted(self.limits, u)
-        return clusters, (self.centres[clusters] + noise.to(self.centres.dtype)) / math.sqrt(2)
-
-    def next(self) -> tuple[Tensor, Tensor]:
-        """This rank's share of the next global batch: x [T, D], target [T, D]."""
-        clusters, x = self.draw()
-        return x, torch.bmm(self.teachers[clusters], x.unsqueeze(2)).squeeze(2)
+        x = (self.centres[clusters] + noise.to(self.centres.dtype)) / math.sqrt(2)
+        return x, torch.bmm(self.teachers[clusters], x.unsqueeze(2)).squeeze(2), clusters
 
 
 # %% notebooks/09_balance.ipynb #aux-local
@@ -4062,15 +3884,10 @@ class LocalAuxLoss(Balance):
         probs, num_experts = routing.probs, routing.probs.shape[1]
         if num_experts == 1:
             return probs.new_zeros(())
-        own_load = count_choices(routing.topk_ids, num_experts).to(probs.dtype) / max(
-            1, routing.topk_ids.numel()
-        )
-        return num_experts * (own_load * probs.sum(0)).sum() / count_global_tokens(routing, self.batch)
-
-
-def count_global_tokens(routing: Routing, comm: Communicator) -> Tensor:
-    """The tokens of all ranks, at least 1, as a 0-dim tensor like probs. One all-reduce, no host synchronisation."""
-    return comm.all_reduce(routing.probs.new_full((), len(routing.probs))).clamp(min=1)
+        own_load = count_choices(routing.topk_ids, num_experts).to(probs.dtype)
+        own_load /= max(1, routing.topk_ids.numel())
+        global_tokens = self.batch.all_reduce(probs.new_full((), len(probs))).clamp(min=1)
+        return num_experts * (own_load * probs.sum(0)).sum() / global_tokens
 
 
 # %% notebooks/09_balance.ipynb #sigmoid-router
@@ -4082,22 +3899,12 @@ class SigmoidRouter(Router):
     their sum (equation 19).
     """
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """The gate's results [T, E] -> [T, E], each between 0 and 1 whatever the others are."""
-        return logits.sigmoid()
+    scores = staticmethod(torch.sigmoid)
 
     def forward(self, x: Tensor, choice_bias: Tensor | None = None) -> Routing:
         """See Router."""
         routing = super().forward(x, choice_bias)
-        total = routing.probs.sum(dim=-1, keepdim=True)
-        return replace(routing, probs=routing.probs / total.clamp(min=torch.finfo(total.dtype).tiny))
-
-
-# %% notebooks/09_balance.ipynb #normalize
-def normalize_weights(weights: Tensor) -> Tensor:
-    """[T, K] -> [T, K], every row over its sum: 1 in all, where it is above 0."""
-    total = weights.sum(dim=-1, keepdim=True)
-    return weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
+        return replace(routing, probs=F.normalize(routing.probs, p=1, dim=-1, eps=1e-20))
 
 
 # %% notebooks/09_balance.ipynb #bias-balance
@@ -4122,11 +3929,6 @@ class BiasBalance(Balance):
         """No bias, and nothing counted."""
         self.bias.zero_()
         self.load.zero_()
-
-    @property
-    def choice_bias(self) -> Tensor:
-        """What the router adds to its scores for the choice: [E]."""
-        return self.bias
 
     def count(self, routing: Routing) -> None:
         """Adds this rank's choices, of all micro-batches of a step."""
@@ -4199,9 +4001,7 @@ class RoutingOptions(Options):
         if kept > groups:
             raise ValueError(f"topk_groups is {kept}, above the {groups} group(s); raise --num-groups")
 
-    def check(self, config: MoEConfig) -> None:
-        """ValueError where config's experts do not fit these options; MoEConfig calls it."""
-        check_routing(self, config)
+    check = check_routing
 
     def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
         """ValueError where a setting would do nothing: a bias's speed without the bias, a weight without a loss or of
@@ -4229,7 +4029,7 @@ class RoutingOptions(Options):
 
     def scale_weights(self, weights: Tensor) -> Tensor:
         """The router's hook after the choice: [T, K] -> [T, K]."""
-        weights = normalize_weights(weights) if self.normalize_topk else weights
+        weights = F.normalize(weights, p=1, dim=-1, eps=1e-20) if self.normalize_topk else weights
         return weights if self.routed_scaling_factor == 1 else weights * self.routed_scaling_factor
 
     def added_loss(self, routing: Routing, config: MoEConfig, batch: Communicator) -> Tensor:
@@ -4243,13 +4043,13 @@ class RoutingOptions(Options):
         if self.sequence_alpha and config.num_experts > 1:
             sequences = sequence_loss_sum(routing, config.top_k, self.sequence_length)
             total = total + self.sequence_alpha * sequences
-        return total / count_global_tokens(routing, batch)
+        return total / batch.all_reduce(total.new_full((), len(routing.probs))).clamp(min=1)
 
     def show(self, log: RunLog, step: int, layer: EPMoE) -> None:
         """The log's hook: the router's entropy and, where there is one, the bias. Collective."""
         log.show("scalar", step, {"routing/entropy": float(mean_entropy(layer.probs, layer.mesh.batch))})
-        if layer.balance.choice_bias is not None:
-            log.show("histogram", step, {"routing/bias": layer.balance.choice_bias})
+        if layer.balance.bias is not None:
+            log.show("histogram", step, {"routing/bias": layer.balance.bias})
 
 
 # %% notebooks/09_balance.ipynb #z-loss
@@ -4944,6 +4744,25 @@ def rider_start(num_rows: int, d: int, dtype: torch.dtype) -> int:
     return -(-num_rows * d * dtype.itemsize // 16) * 16
 
 
+# %% notebooks/11_peer_memory.ipynb #watch-over
+import weakref
+
+
+def watch_over(check: weakref.WeakMethod, fail: Callable[[Exception], object] | None, grace_s: float) -> None:
+    """A thread's work: calls check twice a second, as long as its object lives. Where it raises CollectiveError, and
+    grace_s later nobody else has ended the process, this does: fail(error), or a line on the screen; exit code 1.
+    """
+    while (still_there := check()) is not None:
+        try:
+            still_there()
+        except CollectiveError as error:
+            time.sleep(grace_s)
+            fail(error) if fail else print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        del still_there
+        time.sleep(0.5)
+
+
 # %% notebooks/11_peer_memory.ipynb #memory-of
 @functools.cache
 def memories_of(comm: Communicator) -> dict[tuple, list[PeerMemory]]:
@@ -4974,7 +4793,8 @@ def memory_of(comm: Communicator, num_bytes: int, x: Tensor, purpose: str = "") 
         made.append(PeerMemory(comm.rank, blocks, limit_s))
         comm.meter.checks += [made[-1].check, made[-1].check_room]
         if x.is_cuda and comm.size > 1:
-            watch_over(made[-1].check, grace_s=5)
+            watched = weakref.WeakMethod(made[-1].check), None, 5
+            threading.Thread(target=watch_over, args=watched, daemon=True).start()
         for purpose, counted in made[-1].sent.items():
             comm.meter.readers.append(
                 functools.partial(read_counts, comm.meter, comm.ranks, purpose, counted)
@@ -5434,7 +5254,11 @@ class ArrivalOptions(Options):
             )
 
     def begin(self, training: Training) -> None:
-        """The launcher takes a step that found too little room again."""
+        """The launcher watches a recorded step of several GPUs, and takes one that found too little room again."""
+        step, run = training.advance, training.run
+        if isinstance(step, REGISTRIES["step"]["graph"]) and run.mesh.batch.size > 1:
+            training.advance = Replays(step, run.options.timeout_s, run.fail, run.device)
+            step.at_end.append(training.advance.record_end)
         if self.arrival_factor is not None:
             training.advance = StepAgain(training)
 
@@ -5528,6 +5352,60 @@ class StepAgain:
             )
             layer.topk_ids, layer.probs = ids.copy_(layer.topk_ids), probs.copy_(layer.probs)
         return losses
+
+
+# %% notebooks/11_peer_memory.ipynb #replays
+@kernel
+def count_replay_kernel(count, ended):
+    """One program: counts a replay on the device, and tells the host. ended: int64 [1], the host's, page-locked."""
+    number = tl.load(count) + 1
+    tl.store(count, number)
+    tl.store(ended, number)
+
+
+class Replays:
+    """A recorded step whose replays are counted: who waits for a rank that never comes finds out in limit_s.
+
+    begun counts on the host. The recording itself counts those that have ended, in memory that the host can read while
+    the device works: so nothing waits, and no CUDA call disturbs a stream.
+    """
+
+    def __init__(
+        self,
+        advance: Callable[[], Tensor],
+        limit_s: float,
+        fail: Callable[[Exception], object] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.advance, self.limit_s = advance, limit_s
+        self.begun, self.seen, self.since = 0, 0, time.monotonic()
+        self.count = torch.zeros(1, dtype=torch.int64, device=device)  # kept, since replays write to it
+        self.ended = torch.zeros(1, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        watched = weakref.WeakMethod(self.check), fail, 0
+        threading.Thread(target=watch_over, args=watched, daemon=True).start()
+
+    def record_end(self) -> None:
+        """The last thing in a recording."""
+        if uses_kernels(self.count):
+            count_replay_kernel[(1,)](self.count, self.ended)
+        else:
+            self.ended.copy_(self.count.add_(1))
+
+    def __call__(self) -> Tensor:
+        """One step -> the global losses [2] before its update. The first call records it, which may take long."""
+        losses = self.advance()
+        self.begun += 1
+        return losses
+
+    def check(self) -> None:
+        """CollectiveError where one has been under way for limit_s, and no other has ended meanwhile."""
+        ended, now = int(self.ended), time.monotonic()
+        if ended == self.begun or ended != self.seen:
+            self.seen, self.since = ended, now
+        elif now - self.since > self.limit_s:
+            raise CollectiveError(
+                f"replay {ended + 1} of the recorded step has not ended in {self.limit_s:g} s"
+            )
 
 
 # %% notebooks/11_peer_memory.ipynb #sum-small-kernel
@@ -6548,8 +6426,8 @@ class ForwardStep:
             lists = None
             if self.stays and takes_few(self.experts, len(x), config.top_k, x):
                 lists = self.decode_kernels(len(x), config.top_k).lists
-            return self.choose(x, num_tokens, layer.router, layer.balance.choice_bias, lists)
-        routing = layer.router(x, layer.balance.choice_bias)
+            return self.choose(x, num_tokens, layer.router, layer.balance.bias, lists)
+        routing = layer.router(x, layer.balance.bias)
         if num_tokens is not None:
             is_padding = torch.arange(len(x), device=x.device)[:, None] >= num_tokens
             return routing.topk_ids.masked_fill(is_padding, -1), routing.topk_weights
@@ -6637,7 +6515,7 @@ def fixed_problem(step: ForwardStep, num_tokens: int) -> str:
     num_rows = num_tokens * layer.mesh.ep.size
     if (
         on_gpu
-        and step.experts.asks_host(num_rows, None)
+        and num_rows * step.experts.num_local > step.experts.largest_fixed
         and not takes_few(step.experts, num_rows, config.top_k, step.experts.w1)
     ):
         return f"experts {layer.took['experts']} need the host"
@@ -6753,7 +6631,7 @@ def bench_config(args: argparse.Namespace, device: torch.device) -> MoEConfig:
 def bench_line(layer: EPMoE, fast: InferenceMoE, x: Tensor, rounds: int) -> dict[str, float]:
     """Medians and 99th percentiles, in microseconds, of the layer in eval mode and of the inference path, in turn."""
     with torch.no_grad():
-        needed = len(layer.router(x, layer.balance.choice_bias).topk_ids.unique())
+        needed = len(layer.router(x, layer.balance.bias).topk_ids.unique())
         samples: dict[str, list[float]] = {"layer": [], "inference": []}
         for _ in range(5):  # in blocks, so that a slow moment hits both
             samples["layer"] += call_times(lambda: layer(x), -(-rounds // 5), x.device)
@@ -7642,25 +7520,6 @@ import warnings
 from concurrent.futures import Future
 
 
-@option_group
-@dataclass(frozen=True)
-class MeshOptions(Options):
-    """How the ranks are arranged. ValueError, before anything starts, where the number does not fit them.
-
-    ep_size: ranks that share out the experts, a divisor of all; the others hold copies (default: all of them)
-    """
-
-    ep_size: int | None = None
-
-    def share_experts(self, world_size: int) -> int:
-        """The launcher's hook: the ep_size of a run on so many ranks."""
-        if self.ep_size is None:
-            return world_size
-        if self.ep_size < 1 or world_size % self.ep_size:
-            raise ValueError(f"ep_size is {self.ep_size}, and must divide the {world_size} rank(s)")
-        return self.ep_size
-
-
 # %% notebooks/15_mesh.ipynb #whole-layer
 @functools.cache
 def device_mesh(mesh: Mesh, device_type: str) -> Any:
@@ -8161,6 +8020,19 @@ def take_up(kept: Checkpoints, checkpoint: Path, body: dict[str, Any]) -> None:
     run.log.write(f"resumed at step {run.step} from {checkpoint.name}, {by}" + f"; {changed}" * bool(changed))
 
 
+# %% notebooks/15_mesh.ipynb #begin-log
+def begin_log(log: RunLog, step: int) -> None:
+    """The run begins at this step: so does the bar, and TensorBoard drops what the folder has from there on."""
+    if log.writer:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        log.bar.update(step)
+        with log.going_on():
+            log.writer.file_writer.add_event(
+                Event(step=step, session_log=SessionLog(status=SessionLog.START))
+            )
+
+
 # %% notebooks/15_mesh.ipynb #checkpoint-options
 @option_group
 @dataclass(frozen=True)
@@ -8207,6 +8079,7 @@ class CheckpointOptions(Options):
         if self.checkpoint_dir:
             kept = training.notes["checkpoints"] = Checkpoints(self, training)
             resume(kept)
+            begin_log(training.run.log, training.run.step)
             kept.signals = StopSignals()
 
     def after_update(self, training: Training) -> None:
@@ -8332,13 +8205,11 @@ def widths(options: DecoderOptions, config: MoEConfig) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
-def decoder_bytes(options: DecoderOptions, config: MoEConfig) -> dict[str, int]:
+def decoder_bytes(options: DecoderOptions, config: MoEConfig, ep_size: int) -> dict[str, int]:
     """{part: bytes of parameters, their gradients and AdamW's two numbers that a rank holds}, with the flags for it."""
     (heads, kv_heads, head_dim), d = widths(options, config), config.hidden_dim
     per_number = 4 * max(4, DTYPES[config.dtype].itemsize)
-    num_experts = (
-        config.num_local_experts(ep_size_of(config, world_from_env()[1])) + config.num_shared_experts
-    )
+    num_experts = config.num_local_experts(ep_size) + config.num_shared_experts
     matrices = 3 if REGISTRIES["activation"][config.activation].is_gated else 2
     width = options.dense_ffn_dim or (config.top_k + config.num_shared_experts) * config.ffn_dim
     num_sparse = options.num_layers - options.dense_layers
@@ -8353,7 +8224,10 @@ def decoder_bytes(options: DecoderOptions, config: MoEConfig) -> dict[str, int]:
 def check_decoder(options: DecoderOptions, config: MoEConfig, training: TrainingOptions) -> None:
     """ValueError where the launcher cannot train this decoder, or where these options do nothing."""
     if training.model == "lm":
-        check_memory(decoder_bytes(options, config), choose_device(training.device))
+        check_memory(
+            decoder_bytes(options, config, training.ep_size or world_from_env()[1]),
+            choose_device(training.device),
+        )
         if options.dense_layers == options.num_layers:
             raise ValueError(
                 "no layer has experts; for a dense model take --num-experts 1 --top-k 1 --ep-size 1"

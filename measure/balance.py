@@ -117,8 +117,8 @@ def train(method: dict[str, Any], seed: int, steps: int, lr: float) -> dict[str,
         optimizer.step()
         ep.after_step(model)
         loads.append(ep.count_choices(model.topk_ids, config.num_experts))
-        if model.balance.choice_bias is not None:
-            biases.append(model.balance.choice_bias.clone())
+        if model.balance.bias is not None:
+            biases.append(model.balance.bias.clone())
     losses, loads = torch.stack(losses), torch.stack(loads)
     tail = max(1, steps // 10)
     newest = -(-LEAST_CHOICES // (NUM_TOKENS * config.top_k))

@@ -209,7 +209,7 @@ def trained_router(config: ep.MoEConfig, width: int, device: torch.device) -> tu
         ep.train_step(layer, mesh, stream, [stream.next()], ep.TrainingOptions())
         optimizer.step()
     stream.num_tokens = 4
-    return FirstColumns(layer.router.requires_grad_(False), width), lambda: stream.draw()[1]
+    return FirstColumns(layer.router.requires_grad_(False), width), lambda: stream.next()[0]
 
 
 def cached(recorder: record.Recorder, read_gb_per_s: float) -> dict:

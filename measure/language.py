@@ -130,7 +130,7 @@ def made(flags: str, seed: int, is_dense: bool, device: torch.device, text: Path
         old = config.option(ep.DecoderOptions)
         new = replace(old, dense_layers=old.num_layers)
         config = replace(config, extras=tuple(new if extra is old else extra for extra in config.extras))
-    mesh = ep.init_ep(ep.ep_size_of(config, ep.world_from_env()[1]))
+    mesh = ep.init_ep(options.ep_size)
     return ep.Run(config, options, mesh, device, ep.RunLog(Path("."), options.steps, rank=1))
 
 

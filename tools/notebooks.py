@@ -12,6 +12,7 @@ outlives this program. Plain papermill, `jupyter execute` and `nbconvert --execu
 import argparse
 import ast
 import contextlib
+import html
 import logging
 import os
 import re
@@ -24,7 +25,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 if __name__ == "__main__":  # Ctrl-C while modules are read is one line, too
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
@@ -76,8 +76,7 @@ def read(path: Path, parameters: dict[str, Any]) -> NotebookNode:
     except Exception as error:  # of nbformat, json and the disk, of many types
         said = str(error).partition("\n")[0]
         raise refuse(f"{shown(path)} is not a notebook: {type(error).__name__}: {said:.100}") from None
-    info, kernel = (notebook.metadata.get(key, {}) for key in ("language_info", "kernelspec"))
-    language = info.get("name") or kernel.get("language") or "python"
+    language = notebook.metadata.get("kernelspec", {}).get("language", "python")
     if language.lower() != "python":
         raise refuse(f"{shown(path)} is a notebook for {language}; this program runs Python's")
     tagged = [n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
@@ -153,8 +152,8 @@ def execute(name: str, notebook: NotebookNode, cwd: Path, timeout_s: float) -> N
 def show_image(name: str, path: Path) -> NotebookNode:
     """The output that shows a file of images/ by its name; its text is the title that the picture has."""
     image = ROOT / "images" / name
-    titles = [p.text for p in ElementTree.parse(image).iter() if p.tag.endswith("}title") and p.text]
-    text = [*titles, image.stem.replace("_", " ")][0]
+    title = re.search(r"title[^<>]*>([^<]+)<", image.read_text("utf-8"))
+    text = html.unescape(title[1]) if title else image.stem.replace("_", " ")
     text = re.sub(r"[\[\]$]", "", " ".join(text.split()))  # which Markdown would read
     link = os.path.relpath(image, path.parent).replace(os.sep, "/")
     return nbformat.v4.new_output("display_data", {"text/markdown": f"![{text}]({link})"})
@@ -272,9 +271,8 @@ def run_all(argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line -> exit code."""
-    with contextlib.suppress(ValueError):  # not the main thread
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     try:
         return commands.run(lambda: run_all(argv))
     except KeyboardInterrupt:

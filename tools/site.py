@@ -127,18 +127,12 @@ def make_site() -> int:
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
     except OSError as error:
-        raise Refused(
-            f"error: cannot write to --output {folder}: {error.strerror or error}", code=1
-        ) from None
+        why = error.strerror or error
+        raise Refused(f"error: cannot write to --output {folder}: {why}", code=1) from None
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{count} pages, {size / 1e6:.1f} MB: open {folder / 'index.html'}")
     return 0
 
 
-def main() -> int:
-    """The command line -> exit code."""
-    return commands.run(make_site)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.run(make_site))

@@ -16,7 +16,7 @@ from bs4 import BeautifulSoup
 from support import ROOT
 from wrong_answers import with_wrong_answers
 
-from tools import site
+from tools import commands, site
 from tools.notebooks import clean
 from tools.site import foreign_addresses
 
@@ -198,7 +198,7 @@ def small_site(tmp_path, monkeypatch):
     monkeypatch.setattr(site.sys, "argv", ["site.py", "--output", str(tmp_path / "site")])
 
     def build() -> tuple[int, dict[str, str]]:
-        code = site.main()
+        code = commands.run(site.make_site)
         return code, {path.name: path.read_text("utf-8") for path in (tmp_path / "site").glob("*.html")}
 
     return build

@@ -86,5 +86,6 @@ def test_the_player_steps_through_the_flight(site, offline):
     player.get_by_label("First frame").click()
     first = picture.get_attribute("src")
     player.get_by_label("Next frame").click()
+    assert player.get_by_label("Next frame").inner_text() == "Next"  # in words, without a font of icons
     assert picture.get_attribute("src") != first
     assert not page.wrong

@@ -410,7 +410,7 @@ def decode_layer(sizes, dtype, **kind):
     )
     layer = ep.EPMoE(config, ep.Mesh(*[ep.Communicator.alone()] * 3), seed=0, device=DEVICE).eval()
     torch.manual_seed(num_tokens)
-    if layer.balance.choice_bias is not None:
+    if layer.balance.bias is not None:
         layer.balance.bias.normal_(std=0.1)
     if num_tokens > 2 * num_experts and layer.router.gate.bias is not None:
         layer.router.gate.bias.data[1] += 50  # all go to one expert, in several tiles

@@ -9,6 +9,10 @@ import torch
 from ep_launcher import launcher as ep
 
 
+def limit_load(routing: ep.Routing, layer_config: ep.MoEConfig, batch: ep.Communicator) -> ep.Routing:
+    return layer_config.option(ep.CapacityOptions).after_routing(routing, layer_config, batch)
+
+
 def config(factor: float | None = 1.0, dispatcher: str = "all_gather", **changes) -> ep.MoEConfig:
     """A small layer with a capacity; keyword arguments go to the options or the config, wherever they belong."""
     known = {f.name for f in ep.fields(ep.CapacityOptions)}
@@ -119,7 +123,7 @@ def test_dropped_gradients_are_zero_and_the_others_right(overflow, is_scaled):
     scores = probs.gather(1, routing.topk_ids)
     total = scores.sum(1, keepdim=True) if is_scaled else torch.ones(30, 1)
     routing = ep.replace(routing, topk_weights=scores / total)
-    limited = ep.limit_load(routing, config(0.6, overflow=overflow), ep.Communicator())
+    limited = limit_load(routing, config(0.6, overflow=overflow), ep.Communicator())
     lost, kept = limited.topk_ids < 0, limited.topk_ids == routing.topk_ids
     moved = ~lost & ~kept
     assert lost.any() and kept.any() and moved.any() == (overflow == "reroute")
@@ -136,7 +140,7 @@ def test_dropped_gradients_are_zero_and_the_others_right(overflow, is_scaled):
 def test_a_dropped_choice_gets_no_gradient_at_all():
     routing = routed(30, 8, 2, levels=50, seed=3)
     weights = routing.topk_weights.requires_grad_()
-    limited = ep.limit_load(routing, config(0.6), ep.Communicator())
+    limited = limit_load(routing, config(0.6), ep.Communicator())
     upstream = torch.rand(30, 2).double() + 1
     (limited.topk_weights * upstream).sum().backward()
     lost = limited.topk_ids < 0
@@ -204,7 +208,7 @@ def test_buffers_have_one_size_whatever_the_routing():
     for seed, tokens in ((0, 40), (1, 40), (2, 3), (3, 0)):
         torch.manual_seed(seed)
         x = torch.randn(tokens, 16, dtype=torch.float64)
-        routing = ep.limit_load(layer.router(x), layer.config, layer.mesh.batch)
+        routing = limit_load(layer.router(x), layer.config, layer.mesh.batch)
         arrived = layer.dispatcher.dispatch(x, routing.topk_ids, routing.topk_weights)
         assert arrived.x.shape == (8 * 10, 16) and arrived.counts_on_host == [10] * 8
         assert arrived.rows_per_expert == 10
@@ -228,12 +232,12 @@ def test_a_capacity_that_cannot_overflow_costs_nothing(monkeypatch):
     """A token comes to an expert once: with room for every token there is nothing to sort."""
     routing = routed(20, 8, 2, levels=3, seed=0)
     monkeypatch.setitem(ep.REGISTRIES["overflow"], "drop", None)
-    assert ep.limit_load(routing, config(4.0, capacity_share=20), ep.Communicator()) is routing
+    assert limit_load(routing, config(4.0, capacity_share=20), ep.Communicator()) is routing
 
 
 def test_logits_are_kept():
     routing = ep.replace(routed(20, 8, 2, levels=3, seed=0), logits=torch.randn(20, 8))
-    assert ep.limit_load(routing, config(0.5), ep.Communicator()).logits is routing.logits
+    assert limit_load(routing, config(0.5), ep.Communicator()).logits is routing.logits
 
 
 @pytest.mark.parametrize("order", ["probs", "position"])

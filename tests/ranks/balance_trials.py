@@ -124,7 +124,7 @@ def run_case(case: dict, config: ep.MoEConfig, mesh: ep.Mesh, device: torch.devi
     parameters = {name: p.detach().double().requires_grad_() for name, p in whole.named_parameters()}
     x_ref = x_all.double().requires_grad_()
     topk_ids = gather_uneven(layer.topk_ids, comm)
-    chosen_bias = whole.balance.choice_bias
+    chosen_bias = whole.balance.bias
     y_ref, aux_ref, ids_ref = reference(
         x_ref, parameters, config, sizes, None if chosen_bias is None else chosen_bias.double(),
         topk_ids if low else None,
@@ -236,9 +236,16 @@ def parity(mesh: ep.Mesh, folder: Path) -> list[dict] | None:
     return found if mesh.batch.rank == 0 else None
 
 
-OWN_TOKENS, WEIGHTS = "routing.probs.new_full((), len(routing.probs))", "probs.gather(1, topk_ids)"
+WEIGHTS = "probs.gather(1, topk_ids)"
 BROKEN = {  # {what: (what stands in the launcher, what stands in its copy)}
-    "own tokens": (f"comm.all_reduce({OWN_TOKENS})", OWN_TOKENS),
+    "own tokens": (
+        "self.batch.all_reduce(probs.new_full((), len(probs)))",
+        "probs.new_full((), len(probs))",
+    ),
+    "own tokens, in added losses": (
+        " batch.all_reduce(total.new_full((), len(routing.probs)))",
+        " total.new_full((), len(routing.probs))",
+    ),
     "biased weights": (
         f"topk_weights = {WEIGHTS}",
         f"topk_weights = keys.gather(1, topk_ids) + 0 * {WEIGHTS}",
@@ -353,7 +360,7 @@ def curves(mesh: ep.Mesh, folder: Path) -> list[dict] | None:
                     continue
                 training = Training(method, mesh, num_tokens, sort_tokens=True)
                 curve = [training.step() for _ in range(STEPS if num_tokens == 64 else STEPS // 4)]
-                bias = training.layer.balance.choice_bias
+                bias = training.layer.balance.bias
                 biases: list = [None] * mesh.batch.size
                 dist.all_gather_object(
                     biases, None if bias is None else bias.tolist(), group=mesh.batch.group
@@ -422,7 +429,7 @@ def graph(mesh: ep.Mesh, folder: Path) -> dict | None:
     router = ep.SigmoidRouter(config, 0, device)
 
     def step(balance: ep.BiasBalance) -> Tensor:
-        routing = router(x, balance.choice_bias)
+        routing = router(x, balance.bias)
         loss = balance(routing) + options.added_loss(routing, config, comm)
         balance.count(routing)
         balance.after_step()

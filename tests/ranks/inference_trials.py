@@ -34,7 +34,7 @@ def make(
         8, 2, 16, 24, max_num_tokens=8, dtype="float64", dispatcher=dispatcher, extras=extras, **kind
     )
     layer = ep.EPMoE(config, mesh, seed=3).eval()
-    if layer.balance.choice_bias is not None:
+    if layer.balance.bias is not None:
         layer.balance.bias.copy_(torch.linspace(-0.2, 0.2, 8))
     torch.manual_seed(mesh.batch.rank)
     return layer, torch.randn(TOKENS[mesh.batch.rank], 16, dtype=torch.float64)

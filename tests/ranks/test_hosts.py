@@ -161,7 +161,7 @@ def test_a_cut_cable_ends_both_hosts_and_names_the_machine_that_went(tmp_path):
                 host.end()
     said = [[line for line in log.read_text().splitlines() if line.startswith("error: ")] for log in logs]
     assert all(codes) and [len(lines) for lines in said] == [1, 1], said
-    assert said[0][0].startswith("error: machine 2 of 2 (ranks 2 to 3) is not heard any more; rank ")
+    assert said[0][0].startswith("error: machine 2 of 2 (rank 2, 3) is not heard any more; rank ")
     assert said[1][0].startswith("error: the machine of rank 0, 10.77.0.1, does not answer; rank ")
 
 

@@ -259,12 +259,10 @@ def test_a_run_starts_again_without_torchs_compiler(tmp_path, capfd):
 def test_an_error_in_a_rank_names_its_cell(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(launching, "SILENT_S", 0.0)
     text = (ROOT / "ep_launcher" / "launcher.py").read_text()
-    line = "        record.begin_step()\n"
+    line = "record.end_step(step, training.advance())\n"
     assert text.count(line) == 1
     broken = tmp_path / "broken_launcher.py"
-    broken.write_text(
-        text.replace(line, f"{line.rstrip()}; mesh.batch.rank == 1 and step == 3 and [][step]\n")
-    )
+    broken.write_text(text.replace(line, f"mesh.batch.rank == 1 and step == 3 and [][step]; {line}"))
     with pytest.raises(LaunchError) as caught:
         launch(2, script=broken, steps=50, log_dir=str(tmp_path / "run"), **SMALL)
     error = caught.value

@@ -7,12 +7,11 @@ import os
 import re
 import subprocess
 import sys
-import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
-import torch
 from peer_trials import AGAIN, BROKEN
 from support import ROOT, copy_of_the_code, outcome, play, torchrun
 
@@ -128,30 +127,35 @@ def test_a_kernel_that_has_given_up_ends_a_process_that_waits():
     """In a recorded step the host waits for the graph, and nobody else looks."""
     code = (
         "memory = ep.PeerMemory(0, [torch.zeros(4096, dtype=torch.uint8)] * 2, limit_s=7)\n"
-        "ep.watch_over(memory.check)\n"
         "memory.missing[1] = 1\n"
-        "time.sleep(60)\n"
+        "ep.watch_over(ep.weakref.WeakMethod(memory.check), None, 0)\n"
     )
     said = "error: rank 0 gave up on rank 1, which did not write to it within about 7 s\n"
     assert says(code) == (1, said)
 
 
-def test_a_recorded_step_keeps_what_its_replays_write_to():
-    """The number in which replays are counted, once freed, was another tensor's memory: replays changed that."""
-    replays, count = ep.Replays(60), torch.zeros(1, dtype=torch.int64)
-    replays.record_end(count)
-    kept = weakref.ref(count)
-    del count
-    assert kept() is not None and int(replays.ended) == 1
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_recorded_step_of_several_ranks_is_watched(size):
+    """Its recording ends with the count. One rank waits for nobody."""
+    step = object.__new__(ep.GraphStep)
+    step.at_end = []
+    mesh, options = SimpleNamespace(batch=SimpleNamespace(size=size)), SimpleNamespace(timeout_s=60)
+    run = SimpleNamespace(mesh=mesh, options=options, fail=None, device="cpu")
+    training = SimpleNamespace(advance=step, run=run)
+    ep.ArrivalOptions().begin(training)
+    for record in step.at_end:
+        record()
+    assert (training.advance is step, len(step.at_end)) == (size == 1, size - 1)
+    assert size == 1 or int(training.advance.ended) == 1
 
 
 def test_a_replay_that_does_not_end_ends_the_process():
     """One that ends in time does not, however long the next one takes to begin."""
-    ends = "replays = ep.Replays(1)\nfor _ in range(3):\n    replays.begun += 1\n    time.sleep(0.6)\n"
-    ends += "    replays.record_end(torch.tensor([replays.begun - 1]))\n"
+    ends = "replays = ep.Replays(lambda: None, 1)\nfor _ in range(3):\n    replays()\n    time.sleep(0.6)\n"
+    ends += "    replays.record_end()\n"
     assert says(ends + "time.sleep(2)\n") == (0, "")
     said = "error: replay 4 of the recorded step has not ended in 1 s\n"
-    assert says(ends + "replays.begun += 1\ntime.sleep(60)\n") == (1, said)
+    assert says(ends + "replays()\ntime.sleep(60)\n") == (1, said)
 
 
 STOPPED = """
@@ -164,8 +168,8 @@ class Waits(REGISTRIES["step"]["eager"]):
         if self.run.step == 5:
             if self.run.mesh.batch.rank == 1:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            replays = Replays(self.run.options.timeout_s, self.run.fail)
-            replays.begun += 1
+            replays = Replays(lambda: None, self.run.options.timeout_s, self.run.fail)
+            replays()
             time.sleep(600)  # as a host does that waits for a graph
         return super().__call__()
 """

@@ -57,7 +57,7 @@ def trials_of(module: str) -> list[tuple[str, int]]:
 def train(argv: list[str], log_dir: Path | None = None) -> dict[str, Any]:
     """What the launcher measures with these flags, on the trial's ranks; log_dir: for TensorBoard, on rank 0."""
     config, options = ep.parse_flags([*argv, "--device", DEVICE])
-    device, mesh = ep.check_run(config, options), ep.init_ep(ep.ep_size_of(config, ep.world_from_env()[1]))
+    device, mesh = ep.check_run(config, options), ep.init_ep(options.ep_size)
     log = ep.RunLog(log_dir, options.steps, 1 if log_dir is None else mesh.batch.rank)
     run = ep.Run(config, options, mesh, device, log)
     measured = ep.train(run)

@@ -40,17 +40,15 @@ def check_structure(cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def _problems(cell: Cell, before: Cell | None, owners: dict[str, str]) -> Iterator[str]:
-    if GENERATED_ID.fullmatch(cell.name):
-        yield "its id is missing or was generated; give it one like `dispatch-all-gather`"
-    elif not SLUG.fullmatch(cell.name):
-        yield f"its id {cell.name!r} is no slug of a-z, 0-9 and -; choose another"
+    if GENERATED_ID.fullmatch(cell.name) or not SLUG.fullmatch(cell.name):
+        yield f"its id {cell.name!r} is generated, or no slug; give it one like `dispatch-all-gather`"
     elif cell.name in owners:
         yield f"its id is taken by a cell of {owners[cell.name]}; choose another"
     roles = [tag for tag in ROLE_TAGS if tag in cell.tags]
     if cell.kind != "code":
         yield from (f"the tag `{tag}` is for code cells; take it off this one" for tag in roles[:1])
         return
-    for tag in {*cell.tags} - {*ROLE_TAGS, "hide-input"}:
+    for tag in sorted({*cell.tags} - {*ROLE_TAGS, "hide-input"}):
         yield f"unknown tag `{tag:.40}`; the tags are {', '.join(ROLE_TAGS)}, hide-input"
     if len(roles) != 1:
         listed = f"two role tags, `{roles[0]}` and `{roles[1]}`" if roles else "no role tag"
@@ -106,8 +104,6 @@ def check_cell(cell: Cell, tag: str, classes: set[str]) -> Iterator[str]:
         code = " ".join(ast.get_source_segment(cell.text, node).split("\n")[0].split())
         what = f"`{code:.60}` runs when the file is imported; move it into a function or a demo cell"
         yield cell.refusal(node.lineno, what)
-    if not cell.tree.body:
-        yield cell.refusal(1, "an exported cell without code; delete it, or make it markdown")
     has_class = any(isinstance(node, ast.ClassDef) for node in cell.tree.body)
     limit = MAX_CLASS_LINES if has_class else MAX_CODE_LINES
     if tag in EXPORTED_TAGS and (count := _code_lines(cell)) > limit:
@@ -143,10 +139,7 @@ def check_duplicates(cells: Sequence[Cell]) -> Iterator[str]:
         first, known = owners.setdefault(b.name, (cell, b))
         if known.statement is b.statement or (b.what and b.what == known.what) or b.name == "_":
             continue
-        where = f"{first.label}:{known.node.lineno}"
-        what = f"`{b.name}` is defined a second time, first in {where}; rename one"
-        if b.what and known.what:
-            what = f"`{b.name}` is something else in {where}; import it the same way"
+        what = f"`{b.name}` is defined a second time, first in {first.label}:{known.node.lineno}; rename one"
         yield cell.refusal(b.node.lineno, what)
 
 
@@ -183,17 +176,14 @@ def check_names(text: str, cells: Sequence[Cell]) -> Iterator[str]:
         why = done.stderr.decode(errors="replace").strip()
         raise Refused(f"extract.py: ruff failed ({why[-200:]}); mend it, or install another")
     owners = {b.name: cell.label for cell in reversed(cells) for b in cell.bindings}
-    markers = find_cell_markers(text)
     for finding in json.loads(done.stdout):
-        what = f"syntax error: {finding['message']}; mend the cell"
-        if finding["code"] == "F403":
-            what = "a star import hides which names it brings; import them by name"
-        elif finding["code"] == "F821":
+        what = f"{finding['message']}; mend the cell"
+        if finding["code"] == "F821":
             name = finding["message"].split("`")[1]
             what = f"`{name}` is not defined in any exported cell; define or import it"
             if name in owners:
                 what = f"`{name}` is needed at import, but defined further down, in {owners[name]}; move one"
-        yield f"{locate_cell(markers, finding['location']['row'])}: {what}"
+        yield f"{locate_cell(find_cell_markers(text), finding['location']['row'])}: {what}"
 
 
 def stitch(all_cells: Sequence[Cell], tags: Sequence[str], is_book: bool) -> tuple[str, list[Cell]]:
