@@ -333,7 +333,7 @@ class TitanStep:
             theirs = peers.torchtitan_layer(block.mlp, folder, mesh)
             block.mlp = torch.nn.Module()
             block.mlp.moe, block.mlp.forward = theirs, peers.forward_of(theirs)
-        self.model, self.task, self.batch = model, task, run.mesh.batch
+        self.model, self.task, self.mesh = model, task, run.mesh
         self.others = [p for p in model.parameters() if not isinstance(p, DTensor)]
         experts = [p for p in model.parameters() if isinstance(p, DTensor)]
         self.optimizers = [torch.optim.AdamW(of, lr=1e-4, fused=True) for of in (self.others, experts)]
@@ -343,7 +343,7 @@ class TitanStep:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self.task.loss(self.model, self.task.next()).backward()
-        ep.sum_over(self.batch, [p.grad for p in self.others if p.grad is not None])
+        ep.sync_gradients(torch.nn.Module(), self.mesh, *(p.grad for p in self.others if p.grad is not None))
         for optimizer in self.optimizers:
             optimizer.step()
 
