@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "45d4e7d3e790ec1cef0f5b3211a35415c81e8e1b4fad3616ad2b6169c87606e0"
+SOURCES_SHA256 = "4e1ac2937df7d051cd73be69126a7283688cb7d792f54be136ee87fb5424cf6f"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1256,19 +1256,10 @@ def owners(model: nn.Module) -> dict[int, Experts]:
 
 
 # %% notebooks/03_experts.ipynb #all-reduce-gradients
-def sum_over(comm: Communicator, tensors: list[Tensor]) -> None:
-    """Sums tensors of any shapes over the ranks, in place, in one message, in float32 or wider."""
-    if comm.size == 1 or not tensors:
-        return
-    wide = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-    bucket = comm.all_reduce(torch.cat([t.reshape(-1).to(wide) for t in tensors]))
-    for tensor, summed in zip(tensors, bucket.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(summed.view_as(tensor))
-
-
 def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
     """Sums every gradient over the ranks that hold a copy of its parameter: experts' over mesh.replicas, all
-    others over mesh.batch. Once an update, after the last micro-batch's backward. Collective.
+    others over mesh.batch, in one message each, in float32 or wider. Once an update, after the last micro-batch's
+    backward. Collective.
 
     extra: further tensors (losses, say) that ride along and are summed over the batch, in place. A parameter
     without a gradient counts as zeros. RuntimeError where gradients have been summed already: set them to None
@@ -1284,8 +1275,14 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
                 "gradients are summed over the ranks already; zero_grad() before the next backward"
             )
         parameter.grad.is_summed = True
-    sum_over(mesh.batch, [p.grad for p in trained if id(p) not in owner] + list(extra))
-    sum_over(mesh.replicas, [p.grad for p in trained if id(p) in owner])
+    shared, own = [p.grad for p in trained if id(p) not in owner], [p.grad for p in trained if id(p) in owner]
+    for comm, tensors in ((mesh.batch, [*shared, *extra]), (mesh.replicas, own)):
+        if comm.size == 1 or not tensors:
+            continue
+        wide = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+        bucket = comm.all_reduce(torch.cat([t.reshape(-1).to(wide) for t in tensors]))
+        for tensor, summed in zip(tensors, bucket.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
 
 
 # %% notebooks/03_experts.ipynb #dense-reference
