@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "86a6cef44a133d9cec0b62d8a900bae3cec28025442d6e72a2999e883ea29cd5"
+SOURCES_SHA256 = "4e1ac2937df7d051cd73be69126a7283688cb7d792f54be136ee87fb5424cf6f"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1501,21 +1501,21 @@ from collections import deque
 from concurrent import futures
 
 
+@dataclass(eq=False)
 class StepTimer:
     """Milliseconds between marks, without stopping the device: CUDA events on a GPU, the clock on a CPU.
 
     marks: the newest 4,000; num_marks: all that there were.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.marks: deque[Any] = deque(maxlen=4_000)
-        self.num_marks = 0
+    device: torch.device
+    marks: deque[Any] = field(default_factory=lambda: deque(maxlen=4_000))
+    num_marks: int = 0
 
     def mark(self) -> None:
         """Ends one interval and begins the next."""
         self.num_marks += 1
-        if self.on_gpu:
+        if self.device.type == "cuda":
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
         else:
@@ -1523,13 +1523,13 @@ class StepTimer:
 
     def median_ms(self, skip_fraction: float = 0.1) -> float:
         """The median interval, the first tenth left out; 0 where there is none. Waits for the device."""
-        if self.on_gpu:
+        if on_gpu := self.device.type == "cuda":
             torch.cuda.synchronize()
         pairs = list(itertools.pairwise(self.marks))
         pairs = pairs[int(len(pairs) * skip_fraction) :]
         if not pairs:
             return 0.0
-        return statistics.median(a.elapsed_time(b) if self.on_gpu else (b - a) * 1e3 for a, b in pairs)
+        return statistics.median(a.elapsed_time(b) if on_gpu else (b - a) * 1e3 for a, b in pairs)
 
 
 # %% notebooks/04_training.ipynb #run-log
@@ -1897,12 +1897,10 @@ def train(run: Run) -> dict[str, Any]:
 class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are ValueErrors, with what was meant where a flag or choice is near."""
 
-    flags_beside: tuple[str, ...] = ()  # of a program that passes the rest on to this one
-
     def error(self, message: str) -> None:
         unknown = re.match(r"unrecognized arguments: (--\w[\w-]*)", message)
         wrong = re.search(r"invalid choice: '(.*)' \(choose from (.+)\)", message)
-        given, known = unknown[1] if unknown else "", [*self._option_string_actions, *self.flags_beside]
+        given, known = unknown[1] if unknown else "", self._option_string_actions
         if wrong:
             given, known = wrong[1], re.findall(r"[^\s',]+", wrong[2])
         known = {name.removeprefix("--"): name for name in known}  # the dashes would make all flags alike
@@ -2294,21 +2292,18 @@ class Heartbeat:
         if self.thread.is_alive():
             self.thread.join(timeout=5)
 
-    def positions(self) -> list[list[int]]:
-        """Everybody's newest note; empty where not every rank has started."""
-        keys = [f"position/{rank}" for rank in range(self.meter.size)]
-        if not all(self.store.check([key]) for key in keys):
-            return []
-        return [list(map(int, self.store.get(key).split())) for key in keys]
-
     def stragglers(self) -> str:
         """One line on machines that are silent, else on the ranks that entered fewer collectives than the others.
 
         Waits 1.2 s for their beats, where there are several machines 3 s.
         """
-        before, ranks_per_machine = self.positions(), world_from_env()[3]
-        time.sleep(1.2 if self.meter.size <= ranks_per_machine else 3)
-        after = self.positions()
+        keys, ranks_per_machine = [f"position/{r}" for r in range(self.meter.size)], world_from_env()[3]
+        readings = []  # everybody's newest notes, twice; empty where not every rank has started
+        for wait_s in (0, 1.2 if self.meter.size <= ranks_per_machine else 3):
+            time.sleep(wait_s)
+            told = [self.store.get(key) for key in keys] if all(self.store.check([k]) for k in keys) else []
+            readings.append([list(map(int, note.split())) for note in told])
+        before, after = readings
         if not after:
             return "not every rank has started"
         silent = tuple(rank for rank, note in enumerate(after) if before and note[2] == before[rank][2])
@@ -2863,6 +2858,14 @@ class BlockProducts:
         gate, up = self.times(rows, w1, b1), self.times(rows, w3, b3)
         return gate, up, weighted_activation(activation, gate, up, weights, num_rows)
 
+    def hidden_gradient(
+        self, grad_rows: Tensor, w2: Tensor, gate: Tensor, up: Tensor, weights: Tensor, num_rows: Tensor,
+        activation: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """grad_rows [R, D] and what gated left -> what weighted_activation_backward_ returns: a product, and that."""
+        grad = self.times(grad_rows, w2.transpose(1, 2))
+        return weighted_activation_backward_(activation, grad, gate, up, weights, num_rows)
+
     def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients gate, up [R, F] -> gate w1^T + up w3^T, [R, D], and what is left to add to it: nothing."""
         out = self.times(gate, w1.transpose(1, 2))
@@ -2889,7 +2892,8 @@ class GroupedProducts:
         self.counts, self.num_rows = counts, num_rows
         self.offsets = counts.cumsum(0, dtype=torch.int32)
 
-    rows, gated = staticmethod(BlockProducts.rows), BlockProducts.gated
+    rows = staticmethod(BlockProducts.rows)
+    gated, hidden_gradient = BlockProducts.gated, BlockProducts.hidden_gradient
 
     @functools.cached_property
     def membership(self) -> Tensor:
@@ -2956,20 +2960,20 @@ class ExpertsOnTokens(torch.autograd.Function):
         order = RowOrder(*order)
         products = ctx.kind(order.counts, len(order.choice_of_row), ctx.on_host)
         grad_rows = products.rows(grad.contiguous(), order)
-        grad_hidden = products.times(grad_rows, w2.transpose(1, 2))
         # From here on, gate and up are their gradients.
         if up is None:
+            grad_hidden = products.times(grad_rows, w2.transpose(1, 2))
             hidden = ctx.activation.apply(gate) if hidden is None else hidden
             gate, grad_weights = ctx.activation.gradient(grad_hidden, gate)[0], torch.empty_like(weights)
             for g, h, total in row_blocks(grad_hidden, hidden, grad_weights):
                 total.copy_(torch.linalg.vecdot(g.to(total.dtype), h.to(total.dtype)))
             gate, grad_rows = gate.mul_(weights[:, None]), grad_rows.mul_(weights[:, None])
+            del grad_hidden
         else:
-            hidden, gate, up, grad_weights = weighted_activation_backward_(
-                ctx.activation, grad_hidden, gate, up, weights, order.counts.sum()
-            )
+            args = weights, order.counts.sum(), ctx.activation
+            hidden, gate, up, grad_weights = products.hidden_gradient(grad_rows, w2, gate, up, *args)
         grad_w2 = products.weight_gradient(hidden, grad_rows)
-        del hidden, grad_hidden, grad_rows
+        del hidden, grad_rows
         rows = products.rows(x, order)
         grad_w1 = products.weight_gradient(rows, gate)
         grad_w3 = None if up is None else products.weight_gradient(rows, up)
@@ -3856,7 +3860,7 @@ class ClusterStream(TokenStream):
         self.num_tokens, self.batch = num_tokens, batch
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's share of the next global batch: x [T, D], target [T, D], clusters int64 [T]. No synchronisation."""
+        """This rank's share of the next global batch: x [T, D], target [T, D], clusters int64 [T]. No host sync."""
         where = {"generator": self.generator, "device": self.generator.device}
         u = torch.rand(self.num_tokens, dtype=torch.float64, **where)
         noise = torch.randn(self.num_tokens, self.centres.shape[1], **where)
@@ -7132,9 +7136,12 @@ def rows_product_kernel(
 @kernel
 def gate_up_kernel(
     x, token, w1, w3, weights, counts, gate, up, hidden, num_tiles, num_experts, D: constexpr, F: constexpr,
-    EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr, DEEP: constexpr, GROUP: constexpr,
+    EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr, DEEP: constexpr, GROUP: constexpr, IN_PAIRS: constexpr,
 ):  # fmt: skip
-    """A tile of gate = x[token] w1 and up = x[token] w3, one load of x for both; hidden = silu(gate) * up * weight."""
+    """A tile of gate = x[token] w1 and up = x[token] w3, one load of x for both; hidden = silu(gate) * up * weight.
+
+    IN_PAIRS: gate is [R, F, 2], and up lies within it.
+    """
     tile, block = in_groups(tl.program_id(0), num_tiles, (F + COLUMNS - 1) // COLUMNS, GROUP)
     e, first, end = own_tile(tile, counts, num_experts, EXPERTS, ROWS)
     if first >= end:
@@ -7151,8 +7158,14 @@ def gate_up_kernel(
     at = row.to(tl.int64)[:, None] * F + column[None, :]
     is_own = (row < end)[:, None] & (column < F)[None, :]
     w = tl.load(weights + row, mask=row < end, other=0.0).to(tl.float32)
-    tl.store(gate + at, g.to(gate.dtype.element_ty), mask=is_own)
-    tl.store(up + at, u.to(up.dtype.element_ty), mask=is_own)
+    if IN_PAIRS:
+        column = block * COLUMNS * 2 + tl.arange(0, COLUMNS * 2)
+        pair, is_pair = row.to(tl.int64)[:, None] * (F * 2) + column[None, :], column < F * 2
+        both = tl.interleave(g, u).to(gate.dtype.element_ty)
+        tl.store(gate + pair, both, mask=(row < end)[:, None] & is_pair[None, :])
+    else:
+        tl.store(gate + at, g.to(gate.dtype.element_ty), mask=is_own)
+        tl.store(up + at, u.to(up.dtype.element_ty), mask=is_own)
     tl.store(hidden + at, (g * tl.sigmoid(g) * u * w[:, None]).to(hidden.dtype.element_ty), mask=is_own)
 
 
@@ -7210,7 +7223,12 @@ def tiles_of(matrices: Tensor, rows: int, columns: int) -> Any:
 
 # %% notebooks/14_kernels.ipynb #fused-products
 class FusedProducts(GroupedProducts):
-    """GroupedProducts with this chapter's kernels, in bfloat16: all but the weights' gradients."""
+    """GroupedProducts with this chapter's kernels, in bfloat16: all but the weights' gradients.
+
+    in_pairs: the kernel for gate and up leaves both in one tensor [R, F, 2], side by side.
+    """
+
+    in_pairs = False
 
     def fits(self, rows: Tensor, *sizes: int) -> bool:
         """Whether the kernels run here: a tile of depth 64 must not reach into the next expert. A compiled model takes
@@ -7256,12 +7274,13 @@ class FusedProducts(GroupedProducts):
         if activation is not SwiGLU or f > WIDEST_GATED or not self.fits(x, d, f):
             return super().gated(x, order, w1, b1, w3, b3, weights, num_rows, activation)
         token = (order.choice_of_row.clamp(min=0) // order.row_of_choice.shape[1]).int()
-        gate, up, hidden = (x.new_empty(len(token), f) for _ in range(3))
+        both, hidden = x.new_empty(2, len(token), f), x.new_empty(len(token), f)
+        gate, up = both.view(-1, f, 2).unbind(2) if self.in_pairs else both
         programs, num_tiles, *experts = self.started("gated", f)
         gate_up_kernel[(programs,)](
             x.contiguous(), token, tiles_of(w1, depth, columns), tiles_of(w3, depth, columns), weights,
             self.counts, gate, up, hidden, num_tiles, experts[0], d, f, experts[1], rows, columns, depth,
-            group, num_warps=8, num_stages=3,
+            group, self.in_pairs, num_warps=8, num_stages=3,
         )  # fmt: skip
         return gate, up, hidden
 
@@ -7420,89 +7439,127 @@ class Float8Experts(GroupedExperts):
         return 0.5 if runs and GroupedExperts.preference(config, device, ep_size) else 0
 
 
+# %% notebooks/14_kernels.ipynb #quack-epilogues
+@functools.cache
+def swiglu_epilogues() -> tuple[Any, Any]:
+    """quack-kernels' products with SwiGLU, and with its gradient, in their epilogue. acc is the product, float32;
+    what else they read and return is [R, F], weight [R]. A float32 of a pair holds gate in its lower half, up above."""
+    from cutlass import BFloat16, Float32, Int32
+    from quack.activation import dswiglu, swiglu
+    from quack.epilogue.frontend import gemm_epilogue
+    from quack.epilogue.ops import ColVecLoad, ColVecReduce
+
+    by_row = {"weight": ColVecLoad("weight")}
+    summed = {"grad_weight": ColVecReduce("grad_weight", scaled=True)}  # over a row, of a product of two
+
+    @gemm_epilogue(outputs=("hidden",), ops=by_row)
+    def activation(acc, c, weight):  # acc: up; c: gate, bfloat16 -> D: pairs
+        up = acc.to(BFloat16).to(Float32).bitcast(Int32)
+        pair = ((c.bitcast(Int32) >> 16) & 65535) | (up & -65536)
+        return {"D": pair.bitcast(Float32), "hidden": swiglu(c, acc) * weight}
+
+    @gemm_epilogue(outputs=("grad_up", "hidden"), ops=by_row, reduces=summed)
+    def gradient(acc, c, weight):  # acc: the hidden rows' gradient; c: pairs -> D: gate's
+        pair = c.bitcast(Int32)
+        gate, up = (pair << 16).bitcast(Float32), (pair & -65536).bitcast(Float32)
+        grad_gate, grad_up, hidden = dswiglu(gate, up, acc * weight)
+        return {"D": grad_gate, "grad_up": grad_up, "hidden": hidden * weight, "grad_weight": (hidden, acc)}
+
+    return activation, gradient
+
+
+def pairs_of(gate: Tensor, up: Tensor) -> Tensor | None:
+    """Views gate and up [R, F] of one tensor [R, F, 2] -> float32 [R, F], a pair each; None where they are not."""
+    beside = gate.stride() == up.stride() == (2 * gate.shape[1], 2)
+    if not beside or up.data_ptr() - gate.data_ptr() != gate.itemsize:
+        return None
+    return gate.as_strided((*gate.shape, 2), (*gate.stride(), 1)).view(torch.float32).squeeze(2)
+
+
 # %% notebooks/14_kernels.ipynb #quack-products
 import importlib.util
 
 
-@dataclass(frozen=True)
-class IndexedRows:
-    """The sorted rows x[token], which nobody has copied. x [T, n]; token int32 [R]."""
-
-    x: Tensor
-    token: Tensor
-
-    def __len__(self) -> int:
-        return len(self.token)
-
-
 class QuackProducts(FusedProducts):
-    """The methods of GroupedProducts by quack-kernels' products, which read rows by their index. bfloat16, no bias."""
+    """FusedProducts with SwiGLU and its gradient in the epilogues of quack-kernels' products, and, of narrow experts,
+    the other products by that package too."""
 
-    tuned = False  # True: the package tries its tiles for each new shape, which takes minutes
-
-    @staticmethod
-    def rows(x: Tensor, order: RowOrder) -> IndexedRows:
-        """x [T, D] -> IndexedRows: nothing is copied but an index."""
-        return IndexedRows(x, (order.choice_of_row // order.row_of_choice.shape[1]).int())
+    in_pairs = True
 
     @functools.cached_property
     def starts(self) -> Tensor:
         """int32 [L + 1]: where each expert's rows begin, and where the last ones end."""
         return F.pad(self.offsets, (1, 0))
 
-    def times(self, rows: IndexedRows | Tensor, weights: Tensor, bias: None = None) -> Tensor:
+    def run(self, epilogue: Any, columns: int, *factors: Tensor, **more: Any) -> dict[str, Tensor]:
+        """rows [R, i] times their expert's weights, in tiles of 128 rows, with an epilogue -> what it returns."""
+        from quack.gemm_config import GemmConfig
+
+        tile = GemmConfig(tile_m=128, tile_n=columns, pingpong=True, is_dynamic_persistent=False)
+        return epilogue(*factors, tuned=False, config=tile, cu_seqlens_m=self.starts, **more)
+
+    def times(self, rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
         """See BlockProducts."""
-        from quack.gemm_interface import gemm
+        (_, i, o), tile = weights.shape, (128, 192, 2, 1)
+        if bias is not None or i > WIDEST_GATED or not self.fits(rows, i, o):
+            return super().times(rows, weights, bias)
+        from quack.gemm import gemm
 
-        x, token = (rows.x, rows.token) if isinstance(rows, IndexedRows) else (rows, None)
-        if not len(rows):
-            return x.new_empty(0, weights.shape[2])
-        return gemm(x, weights, cu_seqlens_m=self.starts, A_idx=token, tuned=self.tuned)
+        out = rows.new_empty(len(rows), o)
+        gemm(rows, weights.mT, out, None, None, *tile, pingpong=True, cu_seqlens_m=self.starts)
+        return out
 
-    def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, None]:
-        """See BlockProducts: the second product adds the first in its own launch."""
-        from quack.gemm_interface import gemm_add
+    def gated(
+        self, x: Tensor, order: RowOrder, w1: Tensor, b1: Any, w3: Tensor, b3: Any, weights: Tensor,
+        num_rows: Tensor, activation: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See BlockProducts. Of wide experts, the product that makes up applies the activation."""
+        _, d, f = w1.shape
+        if activation is not SwiGLU or f <= WIDEST_GATED or not self.fits(x, d, f):
+            return super().gated(x, order, w1, b1, w3, b3, weights, num_rows, activation)
+        rows = self.rows(x, order)
+        gate, up = x.new_empty(len(rows), f, 2).unbind(2)
+        pairs = {"D": pairs_of(gate, up)}
+        found = self.run(
+            swiglu_epilogues()[0], 192, rows, w3, self.times(rows, w1), out=pairs, weight=weights
+        )
+        return gate, up, found["hidden"]
 
-        out = self.times(gate, w1.transpose(1, 2))
-        if len(up):
-            gemm_add(up, w3.transpose(1, 2), C=out, out=out, cu_seqlens_m=self.starts, tuned=self.tuned)
-        return out, None
+    def hidden_gradient(
+        self, grad_rows: Tensor, w2: Tensor, gate: Tensor, up: Tensor, weights: Tensor, num_rows: Tensor,
+        activation: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """See BlockProducts: one product; gate and up are left as they were."""
+        pairs, columns = pairs_of(gate, up), 128 if gate.shape[1] <= WIDEST_GATED else 208
+        if pairs is None:
+            return super().hidden_gradient(grad_rows, w2, gate, up, weights, num_rows, activation)
+        found = self.run(swiglu_epilogues()[1], columns, grad_rows, w2.mT, pairs, weight=weights)
+        return found["hidden"], found["D"], found["grad_up"], found["grad_weight"]
 
-    def weight_gradient(self, rows: IndexedRows | Tensor, grad: IndexedRows | Tensor) -> Tensor:
-        """See BlockProducts. An index belongs to the first factor: where it is grad's, the product is transposed."""
-        from quack.gemm_interface import gemm
+    def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
+        """See BlockProducts."""
+        sizes, tile = (rows.shape[1], grad.shape[1]), (128, 192, 2, 1)
+        if min(sizes) > WIDEST_GATED or not self.fits(rows, *sizes):
+            return super().weight_gradient(rows, grad)
+        from quack.gemm import gemm
 
-        is_turned = isinstance(grad, IndexedRows)
-        first, second = (grad, rows) if is_turned else (rows, grad)
-        x, token = (first.x, first.token) if isinstance(first, IndexedRows) else (first, None)
-        sizes = (second.shape[1], x.shape[1]) if is_turned else (x.shape[1], second.shape[1])
-        out = (x.new_empty if len(first) else x.new_zeros)(len(self.counts), *sizes)
-        into = out.transpose(1, 2) if is_turned else out
-        if len(first):
-            gemm(x.t(), second, out=into, cu_seqlens_k=self.starts, A_idx=token, tuned=self.tuned)
+        out = rows.new_empty(len(self.counts), *sizes)
+        gemm(rows.t(), grad.mT, out, None, None, *tile, pingpong=True, cu_seqlens_k=self.starts)
         return out
 
 
 @register("experts", "quack")
 class QuackExperts(GroupedExperts):
-    """All experts in one product of quack-kernels each; no rows are copied. Gated activations without biases."""
+    """fused, with SwiGLU and its gradient in the epilogues of quack-kernels' products."""
 
     products = QuackProducts
-    needs = (
-        "the package quack-kernels, a Hopper GPU or newer, bfloat16, and a gated activation without biases"
-    )
+    needs = f"the package quack-kernels, and what fused needs: {TiledExperts.needs}"
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Where the package is installed, and layer and card are those it is written for: the first choice for narrow
-        experts, whose products are small beside the copies that they spare."""
-        activation = REGISTRIES["activation"][config.activation]
-        fits = activation.is_gated and not activation.has_bias and device.type == "cuda"
-        if not (
-            fits and GroupedExperts.preference(config, device, ep_size) and importlib.util.find_spec("quack")
-        ):
-            return 0
-        return (60 if config.ffn_dim <= 1024 else 40) if is_hopper(device) else 0
+        """Before fused, where the package is installed: faster at two sizes (results/h100_hot_parts*.json)."""
+        is_possible = TiledExperts.preference(config, device, ep_size) and importlib.util.find_spec("quack")
+        return 60 if is_possible else 0
 
 
 # ==========================================================================================================

@@ -98,7 +98,7 @@ def loss_with_capacity(model: ep.EPMoE, stream: Any, num_batches: int = 20) -> f
     model.config = ep.replace(whole, extras=(*whole.extras, limit))
     with torch.no_grad():
         pairs = [stream.next() for _ in range(num_batches)]
-        losses = [(model(x) - target).square().mean() for x, target in pairs]
+        losses = [(model(x) - target).square().mean() for x, target, _ in pairs]
     model.config = whole
     return float(torch.stack(losses).mean())
 

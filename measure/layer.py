@@ -142,6 +142,45 @@ def transformers_block(layer: ep.EPMoE, compiled: bool) -> Variant:
     )
 
 
+def sonicmoe_layer(layer: ep.EPMoE) -> Variant:
+    """SonicMoE's functional layer on copies of the layer's weights: its router, then two autograd functions over
+    quack-kernels' products, gate and up in one. Softmax before top-k, as ours. check: with our choices."""
+    import sonicmoe.functional as sonic
+
+    c, e = layer.config, layer.experts
+    gate_up = torch.cat([e.w1.detach(), e.w3.detach()], dim=2).transpose(1, 2).contiguous().requires_grad_()
+    down, gate = e.w2.detach().transpose(1, 2).contiguous().requires_grad_(), layer.router.gate.weight
+    swiglu = sonic.ActivationType.SWIGLU
+
+    def experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        num_choices = topk_ids.numel()
+        to_rows, to_choices, token = (torch.empty_like(topk_ids.view(-1)) for _ in range(3))
+        counts, starts = topk_ids.new_empty(c.num_experts), topk_ids.new_empty(c.num_experts + 1)
+        sonic.TC_topk_router_metadata_triton(
+            topk_ids, c.num_experts, counts, starts, token, to_rows, to_choices
+        )
+        hidden, kept = sonic._UpProjection.apply(
+            x, gate_up.permute(1, 2, 0), None, starts, num_choices, c.top_k, token, to_rows, to_choices, None,
+            False, swiglu, False, True,
+        )  # fmt: skip
+        return sonic._DownProjection.apply(
+            hidden, kept, down.permute(1, 2, 0), None, topk_weights, starts, len(x), c.top_k, token, to_rows,
+            to_choices, None, False, swiglu,
+        )  # fmt: skip
+
+    def forward(x: Tensor) -> Tensor:
+        logits = F.linear(x, gate.to(x.dtype))
+        return experts(
+            x, *sonic.TC_Softmax_Topk_Router_Function.apply(logits, c.num_experts, c.top_k, False, False)
+        )
+
+    def check(x: Tensor) -> Tensor:
+        routing = layer.router(x)
+        return experts(x, routing.topk_weights, routing.topk_ids.int())
+
+    return Variant(forward, [gate_up, down, gate], check, is_copy=True)
+
+
 def local_counts(layer: ep.EPMoE, topk_ids: Tensor) -> Tensor:
     """Every rank's choices [T, K] -> int64 [L]: the rows of each of this rank's experts. Collective."""
     comm = layer.mesh.ep
@@ -252,7 +291,7 @@ def saved_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: list
 
 def kernel_times(run: Callable, repeats: int = 5) -> dict[str, float]:
     """{kernel: ms a pass}, the largest first, by torch's profiler; matrix products under one name a library."""
-    families = {"cutlass": "grouped_mm", "nvjet": "cuBLAS"}
+    families = {"quack": "quack", "cutlass": "grouped_mm", "nvjet": "cuBLAS"}  # the first that fits
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(repeats):
             run()

@@ -5,13 +5,19 @@
     python measure/parts.py --device cpu --small       whether it runs, anywhere
 
 Each part is recorded as a CUDA graph, so that its kernels are timed and not their launches, and beside its time stand
-the bytes that it must move at the least. Layers are those of measure/layer.py, forward and backward, recorded too.
-`quack` takes part where quack-kernels is installed.
+the bytes that it must move at the least. Layers are those of measure/layer.py, forward and backward, recorded too; the
+profiler watches the same replays, back to back, and nvidia-smi the clock and the power meanwhile. `quack` takes part
+where quack-kernels is installed, SonicMoE where it is: `pip install --no-deps --target build/site-packages
+sonic-moe==0.1.2.post1` and PYTHONPATH=build/site-packages. (The folder's name matters: quack-kernels searches code that
+lies elsewhere for what may change, and refuses what it finds in cutlass's.)
 """
 
 import argparse
 import importlib.util
+import statistics
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +77,7 @@ def product_parts(layer: ep.EPMoE, x: Tensor, order: ep.RowOrder) -> dict[str, P
         products = ep.REGISTRIES["experts"][kind].products(order.counts, num_rows)
         rows = products.rows(x, order)
         grad = torch.randn_like(x)
-        moved = (x.nbytes if kind == "quack" else num_rows * x.shape[1] * x.itemsize) + w1.nbytes
+        moved = num_rows * x.shape[1] * x.itemsize + w1.nbytes
         parts[f"{kind}, rows"] = (lambda p=products: p.rows(x, order), x.nbytes)
         parts[f"{kind}, x w1"] = (lambda p=products, r=rows: p.times(r, w1), moved + hidden.nbytes)
         parts[f"{kind}, hidden w2"] = (lambda p=products: p.times(hidden, w2), moved + hidden.nbytes)
@@ -95,6 +101,11 @@ def product_parts(layer: ep.EPMoE, x: Tensor, order: ep.RowOrder) -> dict[str, P
             lambda p=products, g=gated: p.gated(*g),
             x.nbytes + 2 * w1.nbytes + 3 * hidden.nbytes,
         )
+        overwritten = products.gated(*gated)[:2]
+        parts[f"{kind}, hidden gradient"] = (
+            lambda p=products, g=grads, t=overwritten, more=gated[6:]: p.hidden_gradient(g, w2, *t, *more),
+            moved + 5 * hidden.nbytes,
+        )
         parts[f"{kind}, x gradient"] = (
             lambda p=products: p.x_gradient(hidden, hidden, w1, w1),
             2 * w1.nbytes + 2 * hidden.nbytes + num_rows * x.shape[1] * x.itemsize,
@@ -107,23 +118,36 @@ def product_parts(layer: ep.EPMoE, x: Tensor, order: ep.RowOrder) -> dict[str, P
 
 
 def few_configurations() -> None:
-    """Before quack's products are imported: what it tries where it is tuned, four of its seventy and more."""
+    """Before quack's products are imported: what it tries where SonicMoE tunes them, six of its seventy and more."""
     from quack import gemm_config
 
-    tiles = (128, 192, True), (128, 256, False), (256, 128, False), (256, 192, False)
+    tiles = (128, 128, True), (128, 160, True), (128, 192, True), (128, 256, False), (256, 128, False)
     gemm_config.get_all_configs = lambda *_, **__: [
         gemm_config.GemmConfig(
             tile_m=m, tile_n=n, pingpong=pingpong, cluster_m=2, cluster_n=1, is_dynamic_persistent=False
         )
-        for m, n, pingpong in tiles
+        for m, n, pingpong in (*tiles, (256, 192, False))
     ]
 
 
-def tuned_quack(recorder: record.Recorder, layer: ep.EPMoE) -> layers.Variant:
-    """quack, with the fastest of four configurations for each product."""
-    other = recorder.launchers[""].sharing(layer, experts="quack")
-    other.experts.products = type("TunedQuackProducts", (ep.QuackProducts,), {"tuned": True})
-    return layers.Variant(lambda x: recorder.launchers[""].forward(other, x)[0], list(other.parameters()))
+def clock_and_power(replay: Callable[[], Any], seconds: float = 0.6) -> dict[str, float]:
+    """{"mhz", "watts"}: medians of what nvidia-smi saw every 20 ms while a pass was replayed back to back."""
+    asked = "nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "20"
+    seen = subprocess.Popen(asked, stdout=subprocess.PIPE, text=True)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(4):
+            replay()
+        torch.cuda.synchronize()
+    seen.terminate()
+    lines = [line.split(",") for line in seen.communicate()[0].splitlines()[:-1] if line.count(",") == 1]
+    return dict(
+        zip(
+            ("mhz", "watts"),
+            (statistics.median(map(float, c)) for c in zip(*lines, strict=True)),
+            strict=False,
+        )
+    )
 
 
 def layer_makers(recorder: record.Recorder, layer: ep.EPMoE) -> dict[str, Callable[[], layers.Variant]]:
@@ -134,8 +158,8 @@ def layer_makers(recorder: record.Recorder, layer: ep.EPMoE) -> dict[str, Callab
         return layers.Variant(lambda x: launcher.forward(other, x)[0], list(other.parameters()))
 
     made = {k: lambda k=k: make(recorder.launchers[""], k) for k in kinds(layer)}
-    if "quack" in made:
-        made["quack, tuned"] = lambda: tuned_quack(recorder, layer)
+    if importlib.util.find_spec("sonicmoe"):
+        made["SonicMoE"] = lambda: layers.sonicmoe_layer(layer)
     if recorder.before:
         made["before, grouped"] = lambda: make(recorder.launchers["before, "], "grouped")
     return made
@@ -180,10 +204,12 @@ def one_size(recorder: record.Recorder, size: str) -> dict:
     )
     timed = dict(passes)
     if recorder.on_gpu:
-        timed |= {f"{name}, recorded": record.captured(run) for name, run in passes.items()}
+        replays = {name: record.captured(run) for name, run in passes.items()}
+        timed |= {f"{name}, recorded": replay for name, replay in replays.items()}
     samples = recorder.alternate(timed, 2, recorder.event_ms, warm_up=2)
     if recorder.on_gpu:
-        checked["kernels_ms"] = {name: layers.kernel_times(run) for name, run in passes.items()}
+        checked["clock"] = {name: clock_and_power(replay) for name, replay in replays.items()}
+        checked["kernels_ms"] = {n: layers.kernel_times(replay, 30) for n, replay in replays.items()}
     return found | layers.finish(recorder, size, layer, samples, checked)
 
 
@@ -202,7 +228,7 @@ def measure_sizes(recorder: record.Recorder, what: str, one_size: Callable, resu
 
 def measure(recorder: record.Recorder) -> None:
     """Every size."""
-    if recorder.on_gpu and importlib.util.find_spec("quack"):
+    if recorder.on_gpu and importlib.util.find_spec("sonicmoe"):
         few_configurations()
     measure_sizes(recorder, "parts", one_size, {})
 

@@ -42,7 +42,7 @@ PLACES = (
     "--output",
     "--torchtitan",
 )  # flags that say where something lies, and nothing about what was measured
-PEERS = ("transformers", "torchtitan", "quack")
+PEERS = ("transformers", "torchtitan", "quack", "sonicmoe", "cutlass")
 
 
 def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:

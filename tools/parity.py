@@ -32,12 +32,7 @@ from ep_launcher import launcher as ep  # noqa: E402
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2}  # where an experts kind states none of its own
 ALPHA = 0.01
 NAMES = ("dispatcher", "experts", "activation", "dtype")
-BASE = {
-    "num_experts": 8,
-    "top_k": 2,
-    "hidden_dim": 64,
-    "ffn_dim": 128,
-}  # multiples of 64, for chapter 14's kernels
+BASE = {"num_experts": 8, "top_k": 2, "hidden_dim": 32, "ffn_dim": 64}
 # What a case may say besides the config. ep: the ranks that share the experts are so many times fewer than all.
 PLAIN = {"bias": None, "layers": 1, "micro_batches": 1, "checkpoint": False, "ep": 1}
 
@@ -350,6 +345,8 @@ def begin() -> tuple[argparse.Namespace, torch.device, ep.Mesh]:
     if args.dispatcher and args.dispatcher not in (known := ep.REGISTRIES["dispatcher"]):
         parser.error(f"no dispatcher {args.dispatcher!r}; take one of {', '.join(sorted(known))}")
     torch.backends.cuda.matmul.allow_tf32 = False
+    if args.device != "cpu":
+        BASE.update(hidden_dim=64, ffn_dim=128)  # the least that chapter 14's kernels take
     return args, ep.choose_device(args.device), ep.init_ep(device=args.device, timeout_s=30)
 
 

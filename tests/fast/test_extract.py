@@ -449,6 +449,7 @@ GOOD_SOURCES = [
     "from dataclasses import dataclass, field\n\n\n@dataclass\nclass D:\n"
     "    xs: list[int] = field(default_factory=list)\n    me: 'D | None' = None",
     "def f(n: int) -> int:\n    return g(n - 1) if n else 0\n\n\ndef g(n: int) -> int:\n    return f(n)",
+    "X = " + " + ".join("1" * 2000),
     'def f(x):\n    """' + "words\n" * 80 + '    """\n' + "    # why\n\n" * 60 + "    return x",
 ]
 

@@ -140,6 +140,12 @@ def test_products_that_do_more(sizes):
     gate, up, hidden = products.gated(*asked)
     for ours, theirs in zip((gate, up, hidden), twin(products.gated, *asked), strict=True):
         torch.testing.assert_close(ours[:sent], theirs[:sent], **CLOSE[dtype])
+    products.in_pairs = True
+    side_by_side = products.gated(*asked)
+    pairs = ep.pairs_of(*side_by_side[:2])
+    assert torch.equal(pairs.view(dtype).view(num_rows, f, -1)[:sent, :, 0], side_by_side[0][:sent])
+    for ours, theirs in zip(side_by_side, (gate, up, hidden), strict=True):
+        assert torch.equal(ours[:sent], theirs[:sent])
     for rows, held in (
         (hidden, draw(num_experts, f, d, dtype=dtype) / f**0.5),
         (draw(num_rows, d, dtype=dtype), w1),
@@ -156,7 +162,7 @@ def test_products_that_do_more(sizes):
 
 
 def test_what_auto_prefers_on_a_hopper(monkeypatch):
-    """By results/h100_parts.json: fused before grouped, and quack for narrow experts where it is installed."""
+    """By results/h100_parts.json and h100_hot_parts*.json: fused before grouped, and quack where it is installed."""
     monkeypatch.setattr(ep, "is_hopper", lambda device: True)
     monkeypatch.setattr(ep, "triton", ep.triton or object())
     installed = {"quack": None}
@@ -174,8 +180,40 @@ def test_what_auto_prefers_on_a_hopper(monkeypatch):
     assert order() == ["fused", "grouped"]
     installed["quack"] = True
     assert order() == ["quack", "fused", "grouped"]
-    assert order(ffn_dim=2048) == ["fused", "grouped", "quack"]
-    assert order(ffn_dim=1000)[-1] == "grouped" and order(activation="gelu") == ["grouped"]
+    assert order(ffn_dim=2048) == ["quack", "fused", "grouped"]
+    assert order(ffn_dim=1000) == ["grouped"] and order(activation="gelu") == ["grouped"]
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or not ep.importlib.util.find_spec("quack"),
+    reason="wants a GPU and quack-kernels",
+)
+@pytest.mark.parametrize("widest", [0, 1024])
+@pytest.mark.parametrize("sizes", [(5, 2, 4, 64, 64), (300, 2, 5, 128, 192), (150, 1, 2, 64, 320)], ids=str)
+def test_products_of_quack(sizes, widest, monkeypatch):
+    """Every method, narrow and wide, on experts without rows, odd counts and choices that are not sent."""
+    monkeypatch.setattr(ep, "WIDEST_GATED", widest)
+    num_tokens, top_k, num_experts, d, f = sizes
+    torch.manual_seed(0)
+    ids = torch.rand(num_tokens, num_experts).argsort(dim=1)[:, :top_k].to(DEVICE)
+    ids[ids == 1], ids[0, 0] = 0, -1
+    order = ep.order_rows(ids, num_experts)
+    sent, num_rows, half = int(order.counts.sum()), len(order.choice_of_row), torch.bfloat16
+    x, grad = draw(num_tokens, d, dtype=half), draw(num_rows, d, dtype=half)
+    w1, w3 = (draw(num_experts, d, f, dtype=half) / d**0.5 for _ in "13")
+    w2, weights = draw(num_experts, f, d, dtype=half) / f**0.5, torch.rand(num_rows, device=DEVICE)
+    found = []
+    for kind in (ep.GroupedProducts, ep.QuackProducts):
+        products = kind(order.counts, num_rows)
+        results = products.gated(x, order, w1, None, w3, None, weights, order.counts.sum(), ep.SwiGLU)
+        times = products.times(results[2], w2)
+        results += products.hidden_gradient(grad, w2, *results[:2], weights, order.counts.sum(), ep.SwiGLU)
+        weight = products.weight_gradient(results[3], grad)
+        found.append(([t[:sent].clone() for t in (*results[2:], times)], weight))
+    for (theirs, their_weight), (ours, our_weight) in [found]:
+        for mine, other in zip((*ours, our_weight), (*theirs, their_weight), strict=True):
+            assert (mine - other).float().norm() < 1e-2 * other.float().norm()
+        assert not our_weight[1].any()  # no rows
 
 
 def draw(*shape, dtype):

@@ -338,7 +338,7 @@ def test_the_study_drops_for_its_last_column_and_only_there():
     with torch.no_grad():
         model.router.gate.bias[0] += 4  # everybody wants expert 0
     stream = ep.ClusterStream(config, 0, study.NUM_TOKENS, model.mesh.batch)
-    x, target = stream.next()
+    x, target, _ = stream.next()
     whole = (model(x) - target).square().mean().item()
     assert abs(study.loss_with_capacity(model, stream) - whole) > 1e-3
     assert (model.topk_ids < 0).sum() > 200 and not model.config.hooks("after_routing")

@@ -146,7 +146,10 @@ def torchrun_options(arguments: list[str]) -> Any:
         with socket.socket() as probe:
             probe.bind(("", 0))
             options.master_port = probe.getsockname()[1]
-    if options.nproc_per_node == "auto" or "EP_STEPS" in os.environ:  # somebody looks at the steps
+    is_told = any(word.startswith("--steps") for word in options.training_script_args)
+    if options.nproc_per_node == "auto" or (
+        "EP_STEPS" in os.environ and not is_told
+    ):  # whose bar wants a total
         with ProcessPoolExecutor(1, FORK) as pool:
             num_gpus, options.steps = pool.submit(look_around).result()
         if options.nproc_per_node == "auto":

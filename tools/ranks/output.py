@@ -104,14 +104,15 @@ class RankOutput:
 
     def keep(self, log_dir: Path) -> Path:
         """Copies all output to a new folder, ranks of log_dir, or a temporary one where nothing can be written there:
-        rank0.out, rank0-restart1.err, torchrun.log; no empty files of ranks."""
-        whole = self.folder / "whole"
-        whole.mkdir()
+        rank0.out, rank0-restart1.err, torchrun.log; no empty files."""
+        whole, names = self.folder / "whole", {self.folder / "torchrun.log": "torchrun.log"}
         for path in self.done:
             again = f"-restart{attempt_of(path)}" if attempt_of(path) else ""
+            names[path] = f"rank{path.parent.name}{again}.{path.stem[3:]}"
+        whole.mkdir()
+        for path, name in names.items():
             if path.stat().st_size:
-                path.rename(whole / f"rank{path.parent.name}{again}.{path.stem[3:]}")
-        (self.folder / "torchrun.log").rename(whole / "torchrun.log")
+                path.rename(whole / name)
         try:
             return shutil.copytree(whole, new_folder(log_dir / "ranks"), dirs_exist_ok=True)
         except OSError:

@@ -84,15 +84,20 @@ def _is_effect(node: ast.AST, classes: set[str]) -> bool:
     return isinstance(node, ast.stmt)
 
 
-def _effects(node: ast.AST, classes: set[str]) -> Iterator[ast.AST]:
+def _effects(tree: ast.Module, classes: set[str]) -> Iterator[ast.AST]:
     """What runs when a cell is imported, and is neither an import, nor a constant, nor a definition; decorators may."""
-    parts = ast.iter_child_nodes(node)
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-        parts = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
-    elif isinstance(node, ast.ClassDef):
-        parts = [*node.bases, *node.keywords, *node.body]
-    for part in parts:
-        yield from [part] if _is_effect(part, classes) else _effects(part, classes)
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        parts = list(ast.iter_child_nodes(node))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            parts = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+        elif isinstance(node, ast.ClassDef):
+            parts = [*node.bases, *node.keywords, *node.body]
+        if _is_effect(node, classes):
+            yield node
+        else:
+            waiting += reversed(parts)
 
 
 def check_cell(cell: Cell, tag: str, classes: set[str]) -> Iterator[str]:
@@ -115,9 +120,7 @@ def check_registrations(cells: Sequence[Cell]) -> Iterator[str]:
     """Refuses `@register("KIND", ...)` where KIND is no key of the book's literal REGISTRIES."""
     bindings = [(cell, b) for cell in cells for b in cell.bindings]
     literals = [ast.walk(b.statement) for _, b in bindings if b.name == "REGISTRIES"]
-    known = {
-        getattr(node, "value", "") for nodes in literals for node in nodes if isinstance(node, ast.Constant)
-    }
+    known = {str(node.value) for nodes in literals for node in nodes if isinstance(node, ast.Constant)}
     for cell, b in bindings if known else ():
         for call in getattr(b.node, "decorator_list", ()):
             match call:
