@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "a8724275419cfb23a7a26845ed6c887a615dbebfa9b156ae799f3bfecafe67e1"
+SOURCES_SHA256 = "e77a50e7c6c29e4ea855a96b646013df71261ab5ebbf2632e2757aafb7c666c2"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1690,15 +1690,6 @@ class NonFiniteLoss(RuntimeError):
     """The loss is NaN or infinite; every rank raises it at the same step."""
 
 
-def check_finite(losses: Tensor, step: int) -> None:
-    """NonFiniteLoss where the global losses [2] are not finite. They are sums over ranks, so all ranks agree."""
-    if not losses.isfinite().all():
-        task, aux = losses.tolist()
-        raise NonFiniteLoss(
-            f"step {step}: task loss {task}, aux loss {aux}; lower --lr or look at the inputs"
-        )
-
-
 # %% notebooks/04_training.ipynb #run
 @dataclass
 class Run:
@@ -1746,11 +1737,15 @@ class Record:
         self.timer.mark()
         if step == options.steps - 2:
             self.bytes_before = self.run.mesh.meter.total(*PASSES)
-        is_logged = step % options.log_interval == 0
-        if is_logged or self.run.device.type == "cpu":
-            check_finite(losses, step)
+        is_logged, is_last = step % options.log_interval == 0, step == options.steps - 1
         if step >= options.steps - max(1, options.steps // 20):
             self.tail.append(losses)
+        seen = torch.stack(self.tail).sum(0) if is_last else losses
+        if (is_logged or is_last or seen.device.type == "cpu") and not seen.isfinite().all():
+            task, aux = seen.tolist()  # sums over ranks, so all ranks agree
+            raise NonFiniteLoss(
+                f"step {step}: task loss {task}, aux loss {aux}; lower --lr or look at the inputs"
+            )
         for number, layer in enumerate(self.layers):
             self.history.add(number, layer.topk_ids)
         if is_logged:
@@ -1785,7 +1780,6 @@ def measured_summary(record: Record) -> dict[str, Any]:
     if run.log.writer:
         run.log.show("image", run.options.steps, {"load/over_time": record.history.image()})
     tail = torch.stack(record.tail)
-    check_finite(tail.sum(0), run.options.steps - 1)
     max_load_over_mean, dropped_fraction = record.history.newest()
     return {
         "task_loss": [task for task, _ in record.logged],
