@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "4e1ac2937df7d051cd73be69126a7283688cb7d792f54be136ee87fb5424cf6f"
+SOURCES_SHA256 = "e77a50e7c6c29e4ea855a96b646013df71261ab5ebbf2632e2757aafb7c666c2"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1343,14 +1343,6 @@ def load_own_names(experts: Experts, state: dict, prefix: str, *rest: Any) -> No
 # ==========================================================================================================
 
 
-# %% notebooks/04_training.ipynb #teacher-task
-def make_teacher(config: MoEConfig, seed: int) -> Tensor:
-    """The fixed linear layer that the model learns to imitate: [D, D], the same on every rank."""
-    weight = torch.empty(config.hidden_dim, config.hidden_dim, dtype=DTYPES[config.dtype])
-    seeded_uniform_(weight, config.hidden_dim, seed, "teacher")
-    return weight
-
-
 # %% notebooks/04_training.ipynb #token-stream
 @register("task", "linear")
 class TokenStream:
@@ -1368,7 +1360,9 @@ class TokenStream:
         batch: Communicator,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.teacher = make_teacher(config, seed).to(device)
+        d, dtype = config.hidden_dim, DTYPES[config.dtype]
+        self.teacher = torch.empty(d, d, dtype=dtype, device=device)  # the same on every rank
+        seeded_uniform_(self.teacher, d, seed, "teacher")
         self.generator = torch.Generator(device).manual_seed(seed)
         self.num_tokens, self.batch = num_tokens, batch
 
@@ -1696,15 +1690,6 @@ class NonFiniteLoss(RuntimeError):
     """The loss is NaN or infinite; every rank raises it at the same step."""
 
 
-def check_finite(losses: Tensor, step: int) -> None:
-    """NonFiniteLoss where the global losses [2] are not finite. They are sums over ranks, so all ranks agree."""
-    if not losses.isfinite().all():
-        task, aux = losses.tolist()
-        raise NonFiniteLoss(
-            f"step {step}: task loss {task}, aux loss {aux}; lower --lr or look at the inputs"
-        )
-
-
 # %% notebooks/04_training.ipynb #run
 @dataclass
 class Run:
@@ -1752,11 +1737,15 @@ class Record:
         self.timer.mark()
         if step == options.steps - 2:
             self.bytes_before = self.run.mesh.meter.total(*PASSES)
-        is_logged = step % options.log_interval == 0
-        if is_logged or self.run.device.type == "cpu":
-            check_finite(losses, step)
+        is_logged, is_last = step % options.log_interval == 0, step == options.steps - 1
         if step >= options.steps - max(1, options.steps // 20):
             self.tail.append(losses)
+        seen = torch.stack(self.tail).sum(0) if is_last else losses
+        if (is_logged or is_last or seen.device.type == "cpu") and not seen.isfinite().all():
+            task, aux = seen.tolist()  # sums over ranks, so all ranks agree
+            raise NonFiniteLoss(
+                f"step {step}: task loss {task}, aux loss {aux}; lower --lr or look at the inputs"
+            )
         for number, layer in enumerate(self.layers):
             self.history.add(number, layer.topk_ids)
         if is_logged:
@@ -1791,7 +1780,6 @@ def measured_summary(record: Record) -> dict[str, Any]:
     if run.log.writer:
         run.log.show("image", run.options.steps, {"load/over_time": record.history.image()})
     tail = torch.stack(record.tail)
-    check_finite(tail.sum(0), run.options.steps - 1)
     max_load_over_mean, dropped_fraction = record.history.newest()
     return {
         "task_loss": [task for task, _ in record.logged],
@@ -3123,6 +3111,7 @@ class GraphStep:
     """
 
     compiles = False  # whether the compiler works on the model first (CompiledStep)
+    liking = 10  # auto's, where it can run
 
     def __init__(self, run: Run, model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> None:
         body = torch.compile(model) if self.compiles else model
@@ -3131,8 +3120,8 @@ class GraphStep:
         self.meter, self.sent = run.mesh.meter, {}
         self.at_end: list[Callable[[], None]] = []  # what is recorded behind the step (chapter 11)
 
-    @staticmethod
-    def preference(run: Run, model: nn.Module) -> float:
+    @classmethod
+    def preference(cls, run: Run, model: nn.Module) -> float:
         """Runs on GPUs where no layer of the model, and no option group, needs a value on the host."""
         num_tokens, rest = divmod(run.num_global_tokens, run.mesh.batch.size)
         fixed = not rest
@@ -3142,7 +3131,7 @@ class GraphStep:
             fixed &= layer.dispatcher.records
             fixed &= num_rows * layer.experts.num_local <= layer.experts.largest_fixed
         waits = any(syncs_host() for syncs_host in run.config.hooks("syncs_host"))
-        return 10 if run.device.type == "cuda" and fixed and not waits else 0
+        return cls.liking if run.device.type == "cuda" and fixed and not waits else 0
 
     def record(self) -> None:
         """Warms up on a side stream, takes everything back, and records one step, with the bytes that it sends."""
@@ -3191,12 +3180,7 @@ class CompiledStep(GraphStep):
     Costs some ten seconds at the first step, and the last bits: the compiler adds up in another order. Never auto's.
     """
 
-    compiles = True
-
-    @staticmethod
-    def preference(run: Run, model: nn.Module) -> float:
-        """Where a step can be recorded; less than the recorded one, which starts at once."""
-        return min(1, GraphStep.preference(run, model))
+    compiles, liking = True, 1
 
 
 # ==========================================================================================================
@@ -4040,7 +4024,7 @@ class RoutingOptions(Options):
         if not (self.z_alpha or self.sequence_alpha):
             return total
         if self.z_alpha:
-            total = total + self.z_alpha * z_loss_sum(routing.logits)
+            total = total + self.z_alpha * routing.logits.logsumexp(dim=-1).square().sum()
         if self.sequence_alpha and config.num_experts > 1:
             sequences = sequence_loss_sum(routing, config.top_k, self.sequence_length)
             total = total + self.sequence_alpha * sequences
@@ -4051,15 +4035,6 @@ class RoutingOptions(Options):
         log.show("scalar", step, {"routing/entropy": float(mean_entropy(layer.probs, layer.mesh.batch))})
         if layer.balance.bias is not None:
             log.show("histogram", step, {"routing/bias": layer.balance.bias})
-
-
-# %% notebooks/09_balance.ipynb #z-loss
-def z_loss_sum(logits: Tensor) -> Tensor:
-    """logits [T, E] -> the sum over tokens of logsumexp(logits)^2 (ST-MoE, section 3.3, equation 5, before its mean).
-
-    Its gradient, 2 logsumexp(logits) softmax(logits), draws each row's logsumexp towards 0, whatever its shape.
-    """
-    return logits.logsumexp(dim=-1).square().sum()
 
 
 # %% notebooks/09_balance.ipynb #group-limit

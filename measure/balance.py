@@ -124,7 +124,7 @@ def train(method: dict[str, Any], seed: int, steps: int, lr: float) -> dict[str,
     newest = -(-LEAST_CHOICES // (NUM_TOKENS * config.top_k))
     every = max(1, steps // 40)
     with torch.no_grad():
-        z_loss = ep.z_loss_sum(model.router(batch[0]).logits) / NUM_TOKENS
+        z_loss = model.router(batch[0]).logits.logsumexp(-1).square().mean()
     over = (loads[-tail:] - capacity()).clamp(min=0).sum() / loads[-tail:].sum()
     kept = {
         "seed": seed,
