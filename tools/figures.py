@@ -93,7 +93,10 @@ def save_figure(fig: Figure, name: str, alt: str | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     parts = [ax.get_title() or ax.get_ylabel() or ax.get_xlabel() for ax in fig.axes]
     alt = alt or "; ".join(dict.fromkeys(" ".join(part.split()) for part in parts if part))
-    fig.savefig(folder / name, metadata={"Date": None, "Creator": None} | ({"Title": alt} if alt else {}))
+    svg, path = io.BytesIO(), folder / name
+    fig.savefig(svg, format="svg", metadata={"Date": None, "Creator": None} | ({"Title": alt} if alt else {}))
+    if not path.exists() or path.read_bytes() != svg.getvalue():  # another run may be looking at it
+        path.write_bytes(svg.getvalue())
 
 
 def fewer_colors(frame: re.Match[str]) -> str:

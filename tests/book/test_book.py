@@ -54,6 +54,7 @@ def private_words(cell: dict) -> list[str]:
 def test_private_words_are_found_and_innocent_ones_pass(monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "my-host")
     monkeypatch.setattr(sys, "prefix", "/opt/my-python")
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/my-tmp")  # the clone may lie in the real one
     for text, words in (
         (f"log in {ROOT}/ep_launcher\n", [str(ROOT)]),
         (f"{Path.home()}/data\non my-host: ok", [str(Path.home()), "my-host"]),

@@ -118,6 +118,7 @@ POLICIES = r"""
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
+import torch
 from ep_launcher import launcher as ep
 
 
@@ -136,6 +137,7 @@ def policy(thread):
 
 
 def look(run):
+    run.mesh.batch.all_reduce(torch.zeros(1))  # none leaves while another still connects
     gloo = [t for t in Path("/proc/self/task").iterdir() if "gloo" in name(t)]
     policies = sorted(set().union(*map(policy, gloo)))
     # whole lines: the ranks share this stream
