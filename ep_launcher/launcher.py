@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "e77a50e7c6c29e4ea855a96b646013df71261ab5ebbf2632e2757aafb7c666c2"
+SOURCES_SHA256 = "a3e5ad6e06d2eb7cfd591ce702b471e7c1e256a17a3d1f99dfe5e0b484248371"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -7637,13 +7637,12 @@ def load_tensors(folder: Path, training: Training, comm: Communicator) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
-    mesh, named, reader = (
-        training.run.mesh,
-        dict(training.model.named_parameters()),
-        dcp.FileSystemReader(folder),
-    )
-    wanted = named_tensors(training.model, training.optimizer, mesh)
-    for name, stored in reader.read_metadata().state_dict_metadata.items():
+    mesh, named = training.run.mesh, dict(training.model.named_parameters())
+    reader, wanted = dcp.FileSystemReader(folder), named_tensors(training.model, training.optimizer, mesh)
+    metadata = reader.read_metadata().state_dict_metadata
+    if strange := {name for name in metadata.keys() ^ wanted.keys() if name.startswith("model/")}:
+        raise CannotRun(f"{folder} is of another model, or an older program's: {min(strange)} is not in both")
+    for name, stored in metadata.items():
         kind, _, rest = name.partition("/")
         owner, _, key = rest.rpartition("/")
         if kind == "optimizer":

@@ -77,6 +77,17 @@ def test_every_optimiser_goes_on(tmp_path, monkeypatch):
     assert alike(run(copy_of(tmp_path / "a", tmp_path, 10), "--resume")[0]) == alike(measured)
 
 
+def test_a_checkpoint_with_other_names_is_refused(tmp_path, monkeypatch):
+    """As where an older program named the parameters."""
+    usual = ep.named_tensors
+    with monkeypatch.context() as patched:
+        older = {"model/router.gate.weight": "model/gate.weight"}
+        patched.setattr(ep, "named_tensors", lambda *a: {older.get(n, n): t for n, t in usual(*a).items()})
+        run(tmp_path, "--checkpoint-interval 10", steps=10)
+    with pytest.raises(ep.CannotRun, match=r"an older program's: model/gate.weight is not in both"):
+        run(tmp_path, "--resume")
+
+
 def test_more_steps_mean_another_tail(whole, tmp_path):
     longer, _ = run(tmp_path / "longer", steps=40)
     measured, _ = run(copy_of(whole[1], tmp_path, 20), "--resume", steps=40)
