@@ -75,7 +75,7 @@ class BrokenPair:
 
     def left(self) -> list[str]:
         """Command lines of processes that have outlived the run, of either machine; empty if all is well."""
-        return [" ".join(p.cmdline()[:3]) for machine in self.machines for p in machine.alive()]
+        return [line for machine in self.machines for line in machine.left()]
 
     def errors(self, machine: int) -> list[str]:
         """The error lines that a machine has printed."""

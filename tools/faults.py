@@ -119,9 +119,8 @@ class BrokenRun:
         return self.family.process.poll()
 
     def left(self) -> list[str]:
-        """Command lines of processes that outlive the run by 2 s; empty if all is well."""
-        psutil.wait_procs(self.family.alive(), timeout=2)
-        return [" ".join(process.cmdline()[:3]) for process in self.family.alive()]
+        """Command lines of processes that have outlived the run; empty if all is well."""
+        return self.family.left()
 
     def log(self) -> list[str]:
         """The lines of train.log, of all attempts."""

@@ -53,6 +53,13 @@ class Family:
                     found.append(member)
         return found
 
+    def left(self, limit_s: float = 5.0) -> list[str]:
+        """Command lines of the descendants that still live limit_s later; a killed one takes a moment to go."""
+        deadline = time.monotonic() + limit_s
+        while (alive := self.alive()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return [" ".join(process.as_dict(["cmdline"], "")["cmdline"][:3]) for process in alive]
+
     def end(self, patience_s: float = STOP_S) -> None:
         """SIGTERM to the process, which ends its ranks; after patience_s SIGKILL to all that is left."""
         self.note(every_s=0)
