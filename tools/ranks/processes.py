@@ -70,6 +70,7 @@ class Family:
             kill(self.alive())
             self.process.kill()
             self.process.wait()
+            self.left()  # a killed rank takes a moment to go, too
 
 
 @contextlib.contextmanager
