@@ -86,6 +86,14 @@ def processes(marker: str) -> list[psutil.Process]:
     return found
 
 
+def gone(marker: str, limit_s: float = 5) -> bool:
+    """Whether no such process is left; one that was killed takes a moment to go."""
+    deadline = time.monotonic() + limit_s
+    while (left := processes(marker)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not left
+
+
 def wait_until(condition, timeout: float = 120) -> None:
     """Until it holds: a busy machine may take its time, a hang may not."""
     deadline = time.monotonic() + timeout

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from support import ROOT
-from test_launch import processes, wait_until
+from support import ROOT, gone, processes, wait_until
 
 from tools import notebooks
 from tools.commands import Refused
@@ -141,7 +140,7 @@ def test_a_failed_cell_is_named_with_the_ranks_own_error(tmp_path, capsys):
     assert last == f"  executed copy: {tmp_path / 'out' / 'a.ipynb'}"
     assert path.read_bytes() == before
     assert "never" not in [joined for joined in (tmp_path / "out" / "a.ipynb").read_text().split('"')]
-    assert not processes(str(tmp_path))
+    assert gone(str(tmp_path))
 
 
 def test_the_line_of_a_plain_failure():
@@ -174,7 +173,7 @@ time.sleep(600)"""
     assert (tmp_path / "started").exists()
     first = capsys.readouterr().err.splitlines()[0]
     assert first == f"error: {path} #stuck: did not end within 8 s; it was ended"
-    assert not processes(str(tmp_path))
+    assert gone(str(tmp_path))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

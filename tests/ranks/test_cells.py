@@ -204,7 +204,7 @@ def test_ranks_names_what_failed(shell, line, body, says, capsys):
         run_cell(shell, f"%%ranks {line} --device cpu\n{body}")
     assert len(caught.value.lines) == 1 and re.fullmatch(says, caught.value.lines[0])
     assert "Traceback" not in capsys.readouterr().out
-    assert not ranks_left()
+    wait_until(lambda: not ranks_left(), 10)
 
 
 def test_nothing_that_a_rank_started_outlives_its_cell(shell):

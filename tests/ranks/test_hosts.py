@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT, processes, wait_until
+from support import ROOT, gone, processes, wait_until
 
 from measure.pair import BrokenPair
 from tools import hosts
@@ -34,7 +34,7 @@ needs_hosts = pytest.mark.skipif(REASON is not None, reason=f"no two hosts here:
 
 def nothing_is_left() -> bool:
     """No torchrun and no rank, all of which name the folder of tools/hosts.py, and nobody who holds a namespace."""
-    return not processes("ep-hosts-")
+    return gone("ep-hosts-")
 
 
 @needs_hosts
@@ -155,7 +155,7 @@ def test_a_cut_cable_ends_both_hosts_and_names_the_machine_that_went(tmp_path):
             wait_until(lambda: "[step 00003]" in logs[0].read_text())
             hosts.run_inside(namespaces[0], "ip", "link", "set", hosts.INTERFACE, "down")
             codes = [host.process.wait(timeout=5 + 30) for host in running]
-            assert not processes(str(tmp_path))  # no torchrun and no rank
+            assert gone(str(tmp_path))  # no torchrun and no rank
         finally:
             for host in running:
                 host.end()

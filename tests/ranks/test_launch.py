@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import ROOT, processes, wait_until
+from support import ROOT, gone, processes, wait_until
 
 from tools import launch as launching
 from tools.launch import LaunchError, launch
@@ -118,7 +118,7 @@ def test_refused_by_the_ranks_in_one_line(flags, says, tmp_path, capfd):
     assert out.startswith("torchrun --nproc_per_node=") and out.count("\n") == 1
     assert err.count("\n") == 1 and err.startswith("error: ") and says in err
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]  # a refusal leaves no log folder
-    assert not processes(str(tmp_path))
+    assert gone(str(tmp_path))
 
 
 TRACEBACK = [
@@ -203,7 +203,7 @@ def test_launch_streams_returns_the_summary_and_keeps_your_files(tmp_path, capfd
     assert summary["config"]["summary"] is None
     assert (tmp_path / "run" / "ranks" / "rank0.out").read_text() == "mine"
     assert "[step 00020]" in (tmp_path / "run" / "ranks-2" / "rank0.out").read_text()
-    assert not processes(str(tmp_path))
+    assert gone(str(tmp_path))
 
 
 def test_a_terminal_shows_a_bar_that_moves_every_step(tmp_path):
@@ -356,7 +356,7 @@ class Shell:
     def finish(self) -> tuple[int, str, list[str]]:
         """(exit code, output, lines of the message), once no process is left."""
         out, err = self.process.communicate(timeout=120)
-        assert not processes(str(self.log_dir)) and "Traceback" not in err
+        assert gone(str(self.log_dir)) and "Traceback" not in err
         lines = [line for line in err.splitlines() if "no first step yet" not in line]
         assert len(lines) <= 15
         return self.process.returncode, out, lines
