@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "a3e5ad6e06d2eb7cfd591ce702b471e7c1e256a17a3d1f99dfe5e0b484248371"
+SOURCES_SHA256 = "45020176a0d432c407db70260a752de75b6e73287907895011fb42d1cb16f548"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -7542,13 +7542,6 @@ class QuackExperts(GroupedExperts):
 # ==========================================================================================================
 
 
-# %% notebooks/15_mesh.ipynb #mesh-options
-import importlib
-import shutil
-import warnings
-from concurrent.futures import Future
-
-
 # %% notebooks/15_mesh.ipynb #whole-layer
 @functools.cache
 def device_mesh(mesh: Mesh, device_type: str) -> Any:
@@ -7594,7 +7587,6 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh
     return tensors
 
 
-# %% notebooks/15_mesh.ipynb #record-tensors
 def record_tensors(record: Record) -> dict[str, Tensor]:
     """What a Record has seen so far, so that the summary is that of a run that never stopped. Collective."""
     interval = record.run.mesh.batch.all_reduce(record.history.interval.clone()).cpu()
@@ -7607,6 +7599,16 @@ def record_tensors(record: Record) -> dict[str, Tensor]:
     return tensors
 
 
+def run_tensors(training: Training) -> dict[str, Tensor]:
+    """{name: tensor} of all that a run needs to go on. Collective."""
+    return {
+        **named_tensors(training.model, training.optimizer, training.run.mesh),
+        **record_tensors(training.record),
+        "generator": training.task.generator.get_state(),
+    }
+
+
+# %% notebooks/15_mesh.ipynb #load-tensors
 def restore_record(record: Record, tensors: dict[str, Tensor]) -> None:
     """Takes what record_tensors gave, at run.step. What the interval has counted so far goes to rank 0."""
     run, history = record.run, record.history
@@ -7618,16 +7620,6 @@ def restore_record(record: Record, tensors: dict[str, Tensor]) -> None:
         tail = tensors["record/tail"].to(run.device)
         record.tail = list(tail[len(tail) - min(len(tail), max(0, left)) :].unbind(0))
     history.interval.copy_(tensors["record/interval"] * (run.mesh.batch.rank == 0))
-
-
-# %% notebooks/15_mesh.ipynb #load-tensors
-def run_tensors(training: Training) -> dict[str, Tensor]:
-    """{name: tensor} of all that a run needs to go on. Collective."""
-    return {
-        **named_tensors(training.model, training.optimizer, training.run.mesh),
-        **record_tensors(training.record),
-        "generator": training.task.generator.get_state(),
-    }
 
 
 def load_tensors(folder: Path, training: Training, comm: Communicator) -> None:
@@ -7662,6 +7654,8 @@ def load_tensors(folder: Path, training: Training, comm: Communicator) -> None:
 
 
 # %% notebooks/15_mesh.ipynb #manifest
+import shutil
+
 CHECKPOINT_FORMAT = 1
 
 
@@ -7676,6 +7670,14 @@ def write_durably(path: Path, text: str) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # its new name is on the disk, too
     os.close(folder)
+
+
+def remove(checkpoint: Path) -> None:
+    """Removes a checkpoint; its name goes first, so that nobody finds half of one under it. Of a link only the link."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    elif checkpoint.exists():
+        shutil.rmtree(checkpoint.rename(checkpoint.with_name(checkpoint.name + ".old.part")))
 
 
 def digest_of(path: Path) -> list:
@@ -7738,14 +7740,6 @@ def finished(folder: Path) -> list[Path]:
     """A folder's checkpoints, the newest first. Unfinished ones, `.part`, and your copies have other names."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(STEP_NAME, path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def remove(checkpoint: Path) -> None:
-    """Removes a checkpoint; its name goes first, so that nobody finds half of one under it. Of a link only the link."""
-    if checkpoint.is_symlink():
-        checkpoint.unlink()
-    elif checkpoint.exists():
-        shutil.rmtree(checkpoint.rename(checkpoint.with_name(checkpoint.name + ".old.part")))
 
 
 def publish(aside: Path, body: dict[str, Any], keep: int) -> None:
@@ -7846,6 +7840,9 @@ def reason(error: BaseException) -> str:
 
 
 # %% notebooks/15_mesh.ipynb #write-aside
+from concurrent.futures import Future
+
+
 def own_files(aside: Path, rank: int) -> dict[str, list]:
     """{name: [bytes, SHA-256]} of the files that this rank has written, as DCP names them; read from the disk."""
     own = [*aside.glob(f"__{rank}_*.distcp"), *[aside / ".metadata"] * (rank == 0)]
@@ -7925,6 +7922,10 @@ class StopSignals:
 
 
 # %% notebooks/15_mesh.ipynb #checkpoints
+import importlib
+import warnings
+
+
 class Checkpoints:
     """Saves a run after its updates. Every method is collective.
 
@@ -7964,11 +7965,8 @@ class Checkpoints:
     def save(self, done: int) -> None:
         """Writes a checkpoint aside, or begins to."""
         self.finish()
-        aside, tensors, began = (
-            self.folder / f"step-{done:08d}.part",
-            run_tensors(self.training),
-            time.perf_counter(),
-        )
+        aside, tensors = self.folder / f"step-{done:08d}.part", run_tensors(self.training)
+        began = time.perf_counter()
         self.pending = done, aside, write_aside(tensors, aside, self.host, self.background), began
         if self.background is None:
             self.finish()
@@ -8048,7 +8046,7 @@ def take_up(kept: Checkpoints, checkpoint: Path, body: dict[str, Any]) -> None:
     run.log.write(f"resumed at step {run.step} from {checkpoint.name}, {by}" + f"; {changed}" * bool(changed))
 
 
-# %% notebooks/15_mesh.ipynb #begin-log
+# %% notebooks/15_mesh.ipynb #checkpoint-options
 def begin_log(log: RunLog, step: int) -> None:
     """The run begins at this step: so does the bar, and TensorBoard drops what the folder has from there on."""
     if log.writer:
@@ -8061,7 +8059,6 @@ def begin_log(log: RunLog, step: int) -> None:
             )
 
 
-# %% notebooks/15_mesh.ipynb #checkpoint-options
 @option_group
 @dataclass(frozen=True)
 class CheckpointOptions(Options):
@@ -8140,7 +8137,6 @@ def full_state_dict(model: nn.Module, mesh: Mesh, optimizer: torch.optim.Optimiz
     return state if optimizer is None else state | {"optimizer": moments}
 
 
-# %% notebooks/15_mesh.ipynb #load-full-state
 def load_full_state_dict(
     model: nn.Module, state: dict, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
