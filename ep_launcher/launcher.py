@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "45020176a0d432c407db70260a752de75b6e73287907895011fb42d1cb16f548"
+SOURCES_SHA256 = "ab1e964160ba8b88b369fbed58b91b7394e884e270e11c6e6655d294d9db1edd"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -4641,22 +4641,24 @@ def share_memory(comm: Communicator, num_bytes: int, device: torch.device) -> li
     """
     if comm.size == 1:
         return [torch.zeros(num_bytes, dtype=torch.uint8, device=device)]
-    if device.type == "cuda":
-        from torch.distributed import _symmetric_memory as symmetric  # there is no public name for it yet
+    with contextlib.ExitStack() as at_end:  # where the file goes, also where it could not be mapped
+        if device.type == "cuda":
+            from torch.distributed import _symmetric_memory as symmetric  # there is no public name for it yet
 
-        own = symmetric.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
-        shared = symmetric.rendezvous(own, comm.group or dist.group.WORLD)
-        blocks = [shared.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(comm.size)]
-        blocks[comm.rank] = own  # which holds the memory
-    else:
-        folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        path = [tempfile.mkstemp(prefix="ep_launcher-", dir=folder)[1] if comm.rank == 0 else ""]
-        dist.broadcast_object_list(path, comm.ranks[0], comm.group)
-        file = torch.from_file(path[0], True, comm.size * num_bytes, dtype=torch.uint8)
-        blocks = list(file.view(comm.size, -1))
-    comm.all_reduce(torch.zeros(1, device=device))  # now all have mapped it
-    if device.type == "cpu" and comm.rank == 0:
-        os.unlink(path[0])
+            own = symmetric.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
+            shared = symmetric.rendezvous(own, comm.group or dist.group.WORLD)
+            blocks = [shared.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(comm.size)]
+            blocks[comm.rank] = own  # which holds the memory
+        else:
+            folder, path = "/dev/shm" if os.path.isdir("/dev/shm") else None, [""]
+            if comm.rank == 0:
+                path = [
+                    at_end.enter_context(tempfile.NamedTemporaryFile(prefix="ep_launcher-", dir=folder)).name
+                ]
+            dist.broadcast_object_list(path, comm.ranks[0], comm.group)
+            file = torch.from_file(path[0], True, comm.size * num_bytes, dtype=torch.uint8)
+            blocks = list(file.view(comm.size, -1))
+        comm.all_reduce(torch.zeros(1, device=device))  # now all have mapped it
     return blocks
 
 
@@ -6644,7 +6646,11 @@ def bench_inference(argv: list[str] | None = None) -> int:
         print("{tokens:6} tokens: layer {layer_us:10.1f} ({layer_p99_us:10.1f})   inference {inference_us:10.1f} "
               "({inference_p99_us:10.1f})   {experts:4} experts, {gb_per_s:7.1f} GB/s".format(**lines[-1]))  # fmt: skip
     facts = {"device": device_model(device), "torch": torch.__version__, "rounds": args.rounds}
-    replace_file(path, json.dumps(facts | {"config": bench_facts(config), "lines": lines}, indent=1) + "\n")
+    facts |= {"config": bench_facts(config), "lines": lines}
+    try:
+        replace_file(path, json.dumps(facts, indent=1) + "\n")
+    except ValueError as error:
+        return refuse(str(error))
     print(f"written: {path}")
     return 0
 
@@ -8608,6 +8614,14 @@ class ScheduleOptions(Options):
             raise ValueError(f"warmup_steps is {self.warmup_steps}, and must be at least 0")
         if not 0 <= self.final_lr <= 1:
             raise ValueError(f"final_lr is {self.final_lr}, a fraction of --lr, and must be from 0 to 1")
+
+    def check_training(self, config: MoEConfig, training: TrainingOptions) -> None:
+        """ValueError where the run would end before it has reached --lr."""
+        if self.warmup_steps > training.steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, and the run has {training.steps} steps, so it never reaches "
+                "--lr; lower --warmup-steps, or raise --steps"
+            )
 
     def begin(self, training: Training) -> None:
         """The launcher's hook before the first step, which may be that of a run that goes on."""

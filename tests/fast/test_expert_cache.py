@@ -1,6 +1,7 @@
 """Chapter 13 without processes: what is refused, the planner, the cache. Its kernels are in test_kernels.py."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -39,6 +40,19 @@ def test_bench_inference_writes_what_it_prints(tmp_path, capsys):
     assert [line["tokens"] for line in found["lines"]] == [1, 4] and found["lines"][0]["experts"] == 2
     assert found["lines"][0]["inference_us"] <= found["lines"][0]["inference_p99_us"]
     assert "4 tokens" in capsys.readouterr().out
+
+
+def test_a_file_that_can_no_longer_be_written_is_one_line(tmp_path, capsys, monkeypatch):
+    line = ep.bench_line
+
+    def and_a_folder_in_its_place(*measured):
+        (tmp_path / "cpu_bench_inference.json").mkdir()
+        return line(*measured)
+
+    monkeypatch.setattr(ep, "bench_line", and_a_folder_in_its_place)
+    flags = f"--device cpu --hidden-dim 16 --ffn-dim 16 --tokens 1 --rounds 5 --output {tmp_path}"
+    assert ep.bench_inference(flags.split()) == 2
+    assert re.fullmatch(r"error: cannot write \S+ \(.*\); .*\n", capsys.readouterr().err)
 
 
 def test_what_for_inference_refuses():

@@ -48,6 +48,7 @@ def model_of(flags: str = "", device: str = "cpu") -> ep.Decoder:
         (f"{TEXT} --tokens 256", "--max-num-tokens"),
         (f"{TEXT} --context 500000 --tokens 500000 --max-num-tokens 500000", "take a longer text"),
         (f"{TEXT} --warmup-steps -1", "warmup_steps"),
+        ("--warmup-steps 21 --steps 20", "warmup_steps is 21, and the run has 20 steps"),
         (f"{TEXT} --final-lr 2", "final_lr"),
         (f"{TEXT} --text-file /no/such/file.txt", "cannot read"),
         (f"{TEXT} --text-file /dev/zero", "no regular file"),
@@ -139,6 +140,10 @@ def test_evaluation_leaves_no_trace():
     assert model.training and all(
         torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True)
     )
+
+
+def test_a_run_may_be_all_warm_up():
+    ep.check_run(*ep.parse_flags("--warmup-steps 20 --steps 20 --device cpu".split()))
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from peer_trials import AGAIN, BROKEN
 from support import ROOT, copy_of_the_code, outcome, play, torchrun
 
@@ -34,6 +36,18 @@ def played(build):
 def test_parity_refuses(played, number):
     for code, printed in outcome(played, f"broken_copy_{number}", 2):
         assert code == 1, printed
+
+
+def test_memory_that_cannot_be_mapped_leaves_no_file(monkeypatch, tmp_path):
+    """Rank 0 of two, whose partner is not needed: it fails before it waits for it."""
+    made = []
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)  # no /dev/shm
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(ep.dist, "broadcast_object_list", lambda path, *_: made.extend(map(Path, path)))
+    comm = SimpleNamespace(rank=0, size=2, ranks=[0, 1], group=None)
+    with pytest.raises(RuntimeError):
+        ep.share_memory(comm, -1, torch.device("cpu"))
+    assert [path.parent for path in made] == [tmp_path] and not list(tmp_path.iterdir())
 
 
 def test_ranks_without_tokens_or_rows_enter_everything(played):
