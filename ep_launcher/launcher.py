@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "ab1e964160ba8b88b369fbed58b91b7394e884e270e11c6e6655d294d9db1edd"
+SOURCES_SHA256 = "d5b96317aae407df0fd13e8e4ea65f8c94faf71121449fdd63d3301e1403bd1c"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -5913,7 +5913,7 @@ def starts_early(x: Tensor) -> dict[str, bool]:
     return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
 
 
-# %% notebooks/13_inference.ipynb #comes-last
+# %% notebooks/13_inference.ipynb #logits-piece
 @kernel
 def comes_last(counter, num_parts):
     """Whether this program is the last of num_parts to come here, so that it sees what all of them stored before. The
@@ -5925,7 +5925,6 @@ def comes_last(counter, num_parts):
     return before == num_parts - 1
 
 
-# %% notebooks/13_inference.ipynb #logits-piece
 @kernel
 def logits_piece(
     x, gate, token, expert, is_token, part, D: constexpr, E: constexpr, SPLIT: constexpr, BLOCK: constexpr
@@ -8488,7 +8487,6 @@ def text_parts(options: TextOptions) -> tuple[bytes, bytes]:
     return parts
 
 
-# %% notebooks/16_language_model.ipynb #check-text
 def check_text(options: TextOptions, config: MoEConfig, training: TrainingOptions) -> None:
     """ValueError where the batch is no whole number of sequences, or the text has no model that reads it."""
     task = REGISTRIES["task"][training.task]
