@@ -22,7 +22,7 @@ def _read_launcher(root: Path, mend: str) -> str:
 
 def _cells_in(text: str) -> dict[str, str]:
     """{cell's label: its text in a stitched file}."""
-    return dict(re.findall(r"^# %% ([^\n]+ #[\w-]+)\n(.*?)\n*(?=^# %% |^# =====|\Z)", text, re.M | re.S))
+    return dict(re.findall(r"^# %% ([^\n]+)\n(.*?)\n*(?=^# %% |^# =====|\Z)", text, re.M | re.S))
 
 
 def assert_fresh(root: str | os.PathLike[str] = ROOT) -> None:
