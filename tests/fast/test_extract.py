@@ -285,7 +285,7 @@ BAD_SOURCES = [
     ("x = 1\ny = = 2", ":2: syntax error: "),
     ("X = '\ud800'", ":1: syntax error: "),
     ("type X = int", ":1: "),
-    ("X = 1\n%matplotlib inline", ":2: syntax error: invalid syntax; a notebook's magic stays there"),
+    ("X = 1\n%matplotlib inline", ":2: `%matplotlib inline` is a notebook magic"),
     ("from __future__ import annotations", ":1: stitched, a syntax error: from __future__ imports must"),
     ("X = 1\nprint(X)", ":2: `print(X)` runs when the file is imported; move it"),
     ("for X in range(3):\n    pass", ":1: `for X in range(3):` runs when"),

@@ -77,7 +77,7 @@ class Traced:
     def compare_weights(self, found: Tensor, tokens: slice, experts: slice) -> None:
         """NotYet where these tokens count these experts' results with other weights than they gave them."""
         right = self.gives[tokens, experts]
-        for t, e in ((found - right).abs() > LIMIT).nonzero().tolist():
+        for t, e in (~((found - right).abs() <= LIMIT)).nonzero().tolist():
             whose = f"{self.who(t + (tokens.start or 0))} counts expert {e + (experts.start or 0)}'s result"
             self.want(False, f"{whose} {found[t, e] / right[t, e]:.3g} times what its weight says")
 
@@ -120,17 +120,13 @@ def trace(answer: type, comm: Communicator, meet: Callable[[str], Any] = lambda 
 
 def look_at_form(case: Traced, arrived: Any) -> None:
     """The form of dispatch's result. By names: a notebook may have an Arrived of its own."""
-    has_all = all(hasattr(arrived, name) for name in ("x", "topk_ids", "topk_weights", "handle"))
-    case.want(has_all, f"end_dispatch returned {type(arrived).__name__}, expected Arrived")
     x, ids, weights = arrived.x, arrived.topk_ids, arrived.topk_weights
-    is_right = isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == case.width
-    case.want(is_right, f"Arrived.x is {shape_of(x)}, expected [R, {case.width}]")
-    is_right = isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.dim() == 2 and len(ids) == len(x)
-    wanted = f"expected int64 [{len(x)}, J], a line for each row"
-    case.want(is_right, f"Arrived.topk_ids is {shape_of(ids)}, {wanted}")
-    kind, wanted = f"{getattr(weights, 'dtype', '')} {shape_of(weights)}", f"{torch.float64} {shape_of(ids)}"
-    said = f"Arrived.topk_weights is {kind}, expected {wanted}, as topk_ids and as wide as it was"
-    case.want(kind == wanted, said)
+    for name, found, wanted in (
+        ("x", shape_of(x)[1:], [case.width]),
+        ("topk_ids", f"{ids.dtype} [{len(ids)}, J]", f"{torch.int64} [{len(x)}, J]"),
+        ("topk_weights", f"{weights.dtype} {shape_of(weights)}", f"{torch.float64} {shape_of(ids)}"),
+    ):
+        case.want(found == wanted, f"Arrived.{name} is {found}, expected {wanted}")
     for row in ((ids < -1) | (ids >= case.num_local)).any(dim=1).nonzero().flatten().tolist():
         local = f"local experts are 0 to {case.num_local - 1}, and -1 is none"
         case.want(False, f"Arrived.topk_ids has {ids[row].tolist()} in row {row}; {local}")
@@ -163,7 +159,7 @@ def look_at_tokens(case: Traced, y: Any) -> None:
     wanted = [case.sizes[case.rank], case.width]
     case.want(shape_of(y) == wanted, f"combine returned {shape_of(y)}, expected {wanted}")
     whose, counted = y.detach().split([case.total, case.num_experts], dim=1)
-    for t, stranger in (whose.abs() > LIMIT).nonzero().tolist():
+    for t, stranger in (~(whose.abs() <= LIMIT)).nonzero().tolist():
         token = case.first + t
         case.want(stranger == token, f"a row of {case.who(stranger)} came back to {case.who(token)}")
     case.compare_weights(counted, case.mine, slice(None))
@@ -205,8 +201,6 @@ def look_at_bytes(case: Traced, dispatcher: Any, comm: Communicator, before: dic
     wanted = f"expected a table for each of {', '.join(PASSES)}"
     case.want(said == sorted(PASSES), f"predict_bytes returned {said}, {wanted}")
     for name, table in predicted.items():
-        is_right = shape_of(table) == [case.size, case.size]
-        case.want(is_right, f"predict_bytes' {name} is {shape_of(table)}, expected [W, W]")
         for rank, says in enumerate(table[case.rank].tolist()):
             now, then = (sent.get(name, none)[comm.ranks[rank]] for sent in (comm.meter.sent, before))
             what = f"{says} bytes for {name} from rank {case.rank} to rank {rank}"

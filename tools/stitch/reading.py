@@ -74,9 +74,11 @@ class Cell:
             return []
         except NOT_PYTHON as error:
             number = min(max(getattr(error, "lineno", None) or 1, 1), len(lines))
-            is_magic = MAGIC.match(lines[number - 1])
-            mend = "a notebook's magic stays there: move it to a demo" if is_magic else "mend the cell"
-            return [self.refusal(number, f"syntax error: {why(error)}; {mend}")]
+            line, what = lines[number - 1], f"syntax error: {why(error)}; mend the cell"
+            magic = (
+                f"`{line.strip():.40}` is a notebook magic, not Python; move it to a cell that stays, a demo"
+            )
+            return [self.refusal(number, magic if MAGIC.match(line) else what)]
 
 
 def _dig(data: object, *keys: str) -> Any:
