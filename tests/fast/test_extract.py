@@ -395,11 +395,11 @@ def test_command_line_refusals(book, tmp_path, run, monkeypatch):
         ([nb, f"{book}/{nb}", "--output", output], "is given twice"),
         (["no.ipynb", "--output", output], "no.ipynb: cannot be read (No such file or directory)"),
         (["notebooks", "--output", output], "notebooks: cannot be read (Is a directory)"),
-        ([nb, "--output", nb], "is one of the notebooks read"),
-        (["--output", nb], "is one of the notebooks read"),
+        ([nb, "--output", nb], "is a notebook that is read, or no regular file"),
+        (["--output", nb], "is a notebook that is read, or no regular file"),
         ([nb], "--output is missing"),
         (["--tags", "seed"], "--output is missing"),
-        ([nb, "--output", str(tmp_path)], "is no regular file"),
+        ([nb, "--output", str(tmp_path)], "or no regular file"),
         ([nb, "--output", str(tmp_path / "file/out.py")], "cannot be written"),
         ([nb, "--output", "/proc/version/out.py"], "cannot be written"),
         ([nb, "--output", str(tmp_path / ("x" * 300))], "(File name too long)"),
@@ -699,8 +699,7 @@ def edit(book, name, old, new):
 
 def test_assert_fresh(book, run):
     with pytest.raises(
-        RuntimeError,
-        match="^ep_launcher/launcher.py cannot be read .No such file or directory.: run `make launcher`",
+        RuntimeError, match="^ep_launcher/launcher.py differs from notebooks/01_disc.ipynb #c"
     ):
         extract.assert_fresh(book)
     run()
@@ -758,11 +757,6 @@ def executed(*sources):
 
 def test_check_kernel_definitions(book, run):
     check, other = extract.check_kernel_definitions, AREA.replace("TAU / 2", "TAU / 3")
-    with pytest.raises(
-        RuntimeError,
-        match="^ep_launcher/launcher.py cannot be read .No such file or directory.: run `make launcher`$",
-    ):
-        check(executed(AREA), book)
     run()
     check({}, book)
     check(executed("!ls\n" + AREA.replace("def", "\n# a comment\ndef")), str(book))

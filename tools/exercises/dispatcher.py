@@ -182,8 +182,8 @@ def look_at_gradients(case: Traced, of_x: Tensor, of_weights: Tensor, of_experts
         if (found - wanted).abs().max() <= LIMIT:
             continue
         times = ((found * wanted).sum() / wanted.square().sum()).item()
-        size = ", the number of ranks" * (abs(times - case.size) < LIMIT)
         is_factor = (found - times * wanted).abs().max() <= LIMIT
+        size = ", the number of ranks" * (abs(times - case.size) < LIMIT)
         wrong = f"{times:.3g} times what it must be{size}" if is_factor else "wrong"
         case.want(False, f"the gradient of {name} is {wrong}")
 
