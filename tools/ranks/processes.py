@@ -1,7 +1,7 @@
 """Starting, watching and ending a process with all that it starts.
 
-torchrun gives every rank a session of its own, and a killed notebook kernel cannot say goodbye. So whoever starts a
-family keeps a list of it, and every process that agent.py runs ends once its parent is gone.
+torchrun gives every rank a session of its own, and a killed notebook kernel cannot say goodbye. So whoever starts an
+agent keeps a list of what it has started, and every process that agent.py runs ends once its parent is gone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
 AGENT = Path(__file__).with_name("agent.py")
 STOP_S = 3.0  # what a run gets to stop by itself before it is killed
 
@@ -31,11 +30,42 @@ def kill(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
-class Family:
-    """A process with all its descendants, also those that others have adopted since."""
+class Agent:
+    """tools/ranks/agent.py in a session of its own, and all its descendants, also those that others have adopted. It
+    ends where its `with` block does, or this process.
 
-    def __init__(self, process: subprocess.Popen) -> None:
-        self.process, self.members, self.checked = process, set(), 0.0
+    words: a file for its report and torchrun's arguments, or nothing for a server of cells; environment: variables
+    besides this process's; before: `nsenter --net=...`; streams: Popen's stdin, stdout and stderr.
+    """
+
+    def __init__(
+        self,
+        *words: Any,
+        environment: dict[str, Any] | None = None,
+        before: Sequence[str] = (),
+        **streams: Any,
+    ) -> None:
+        # torchrun's PET_ variables change its flags unseen; OMP_NUM_THREADS is read when torch is imported.
+        usual = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
+        usual = {"OMP_NUM_THREADS": "1"} | usual | {"PYTHONUNBUFFERED": "1"} | (environment or {})
+        self.process = subprocess.Popen(
+            [*before, sys.executable, *map(str, (AGENT, os.getpid(), *words))],
+            env={name: str(value) for name, value in usual.items()},
+            start_new_session=True,
+            **{"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT} | streams,
+        )
+        self.members, self.checked = set(), 0.0
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end(patience_s=0)
+
+    @property
+    def returncode(self) -> int | None:
+        """torchrun's, once it has ended."""
+        return self.process.poll()
 
     def note(self, every_s: float = 0.5) -> None:
         """Remembers the descendants; looking through all processes is dear, so not at each call."""
@@ -54,7 +84,8 @@ class Family:
         return found
 
     def left(self, limit_s: float = 5.0) -> list[str]:
-        """Command lines of the descendants that still live limit_s later; a killed one takes a moment to go."""
+        """Command lines of the descendants that still live limit_s later, as a killed one takes a moment to go; empty
+        if all is well."""
         deadline = time.monotonic() + limit_s
         while (alive := self.alive()) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -83,17 +114,6 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def start_agent(
-    *arguments: Any, environment: dict[str, str], before: Sequence[str] = (), **streams: Any
-) -> Family:
-    """tools/ranks/agent.py in a session of its own; it ends when this process does. streams: Popen's stdin, stdout and
-    stderr. before: `nsenter --net=...`."""
-    mode, *rest = map(str, arguments)
-    command = [*before, sys.executable, str(AGENT), mode, str(os.getpid()), *rest]
-    streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT} | streams
-    return Family(subprocess.Popen(command, env=environment, start_new_session=True, **streams))
 
 
 def end_with_parent(parent: int) -> None:
