@@ -48,12 +48,12 @@ class BrokenRun(Agent):
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         self.checkpoints, self.steps = self.folder / "checkpoints", self.folder / "steps"
-        places = {"checkpoint_dir": self.checkpoints, "log_dir": self.folder / "log", "device": "cpu"}
-        inside = {"plugin": PLUGIN, "step": "faulty"} if faults else {}
-        flags = places | {"summary": self.folder / "summary.json"} | inside | flags
         self.steps.write_bytes(bytes(NOTES_BYTES))
-        of_torchrun = torchrun_flags(nproc, max_restarts=max_restarts)
-        words = [self.folder / "report.json", *of_torchrun, LAUNCHER, *flag_arguments(flags)]
+        places = {"checkpoint_dir": self.checkpoints, "log_dir": self.folder / "log", "device": "cpu"}
+        usual = places | {"summary": self.folder / "summary.json"}
+        inside = {"plugin": PLUGIN, "step": "faulty"} if faults else {}
+        program = [LAUNCHER, *flag_arguments(usual | inside | flags)]
+        words = [self.folder / "report.json", *torchrun_flags(nproc, max_restarts=max_restarts), *program]
         environment = {"EP_STEPS": self.steps, "EP_FAULTS": json.dumps(faults)}
         with (self.folder / "output").open("wb") as output:
             super().__init__(*words, environment=environment, stdout=output)

@@ -117,15 +117,32 @@ def watch(run: Agent, output: RankOutput, steps: Path, meeting: str | None, limi
         output.poll(is_last=True)
 
 
-def run_command(
-    arguments: list[str],
-    script: Path = LAUNCHER,
+def launch(
+    nproc: int | None = None,
     *,
+    nnodes: int = 1,
+    rdzv_endpoint: str | None = None,
+    max_restarts: int = 0,
     quiet: bool = False,
     limit_s: float | None = None,
-    **of_torchrun: Any,
+    script: str | os.PathLike[str] = LAUNCHER,
+    arguments: Sequence[str] = (),
+    **flags: Any,
 ) -> dict[str, Any]:
-    """One run, from flags to its summary. LaunchError where it fails."""
+    """Trains with torchrun, streams the output, returns the summary (DESIGN: `--summary`).
+
+    nproc: processes on this host; None is one a GPU where there are two or more, else two, on the CPU.
+    nnodes, rdzv_endpoint: for several hosts; every host makes the same call. max_restarts: how often all ranks start
+    again once one has ended, from the last checkpoint where there is one (chapter 15). quiet: prints nothing.
+    limit_s: ends the run after so long. script: another stitched launcher.
+    flags: launcher.py's, `top_k=2` for `--top-k 2`, True and False for `--x` and `--no-x`, None for leaving it out;
+    arguments: more of them, as a command line has them.
+
+    Raises LaunchError, before anything starts, for a stale launcher and for definitions that differ from the kernel's;
+    in one line for flags that the ranks refuse; and where the run fails, with the rank, its cells and its last lines.
+    An interrupt ends every rank within 5 s. Costs about 2 s to start the processes.
+    """
+    script = Path(script).resolve()
     try:
         if script == LAUNCHER:
             assert_fresh()
@@ -133,7 +150,11 @@ def run_command(
                 check_kernel_definitions(kernel().user_ns)
     except RuntimeError as error:
         raise LaunchError(str(error)) from None
-    flags, parser = torchrun_flags(**of_torchrun), commands.Parser(add_help=False, allow_abbrev=False)
+    of_torchrun = torchrun_flags(nproc, nnodes, rdzv_endpoint, max_restarts)
+    arguments, parser = (
+        [*flag_arguments(flags), *arguments],
+        commands.Parser(add_help=False, allow_abbrev=False),
+    )
     for name in ("--log-dir", "--summary"):
         parser.add_argument(name)
     asked = parser.parse_known_args(arguments)[0]
@@ -148,7 +169,7 @@ def run_command(
             output = RankOutput(scratch / "ranks", quiet)
             at_end.callback(output.bar.close)
             program = [script, "--summary", summary, *arguments]  # the last --summary counts
-            words = [report, *flags, "--redirects=3", f"--log-dir={output.folder}", *program]
+            words = [report, *of_torchrun, "--redirects=3", f"--log-dir={output.folder}", *program]
             with open(output.folder / "torchrun.log", "wb") as log:
                 environment = {"TB_LOGDIR": log_dir, "EP_STEPS": steps}
                 run = at_end.enter_context(Agent(*words, environment=environment, stdout=log))
@@ -158,9 +179,9 @@ def run_command(
         try:
             while run.returncode is None and not report.exists():
                 time.sleep(0.005)
-            shown = shlex.join(["torchrun", *flags, str(script), *arguments]).replace(*HERE)
+            shown = shlex.join(["torchrun", *of_torchrun, str(script), *arguments]).replace(*HERE)
             output.show(shown.replace("=auto", f"={read_report(report)['nproc']}", 1), sys.stdout)
-            is_late = watch(run, output, steps, of_torchrun.get("rdzv_endpoint"), limit_s)
+            is_late = watch(run, output, steps, rdzv_endpoint, limit_s)
         except KeyboardInterrupt:
             raise Interrupted([f"every rank has ended; logs in {output.keep(log_dir)}"]) from None
         rank, lines = None, [f"the run did not end within {limit_s} s and was stopped"] * is_late
@@ -170,40 +191,12 @@ def run_command(
                 raise LaunchError(*lines, rank=rank)
         logs = output.keep(log_dir)
         if lines:
-            raise LaunchError(*lines[:14], f"whole output: {logs}", rank=rank, log_dir=logs)
+            raise LaunchError(*lines[:14], f"whole output: {logs}", rank=rank)
         given = Path(asked.summary or summary).expanduser()
         found = json.loads(given.read_text("utf-8")) if given.exists() else {}
         if found and given == summary:
             found["config"]["summary"] = None  # the file was ours, and goes
         return found
-
-
-def launch(
-    nproc: int | None = None,
-    *,
-    nnodes: int = 1,
-    rdzv_endpoint: str | None = None,
-    max_restarts: int = 0,
-    quiet: bool = False,
-    limit_s: float | None = None,
-    script: str | os.PathLike[str] = LAUNCHER,
-    **flags: Any,
-) -> dict[str, Any]:
-    """Trains with torchrun, streams the output, returns the summary (DESIGN: `--summary`).
-
-    nproc: processes on this host; None is one a GPU where there are two or more, else two, on the CPU.
-    nnodes, rdzv_endpoint: for several hosts; every host makes the same call. max_restarts: how often all ranks start
-    again once one has ended, from the last checkpoint where there is one (chapter 15). quiet: prints nothing.
-    limit_s: ends the run after so long. script: another stitched launcher.
-    flags: launcher.py's, `top_k=2` for `--top-k 2`, True and False for `--x` and `--no-x`, None for leaving it out.
-
-    Raises LaunchError, before anything starts, for a stale launcher and for definitions that differ from the kernel's;
-    in one line for flags that the ranks refuse; and where the run fails, with the rank, its cells and its last lines.
-    An interrupt ends every rank within 5 s. Costs about 2 s to start the processes.
-    """
-    hosts = {"nnodes": nnodes, "rdzv_endpoint": rdzv_endpoint, "max_restarts": max_restarts}
-    script, arguments = Path(script).resolve(), flag_arguments(flags)
-    return run_command(arguments, script, quiet=quiet, limit_s=limit_s, nproc=nproc, **hosts)
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -229,11 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--max-restarts", "--max_restarts", type=int, default=0, metavar="N", help=again)
     try:
         options, rest = parser.parse_known_args(argv)
-        of_torchrun = vars(options)
-        if of_torchrun.pop("help"):
+        given = vars(options)
+        if given.pop("help"):
             print(parser.format_help(), "The flags of launcher.py:", sep="\n", flush=True)
             return subprocess.call([sys.executable, LAUNCHER, "--help"])
-        run_command(rest, **of_torchrun)
+        launch(**given, arguments=rest)
         return 0
     except commands.Refused as refused:
         print(refused, file=sys.stderr)

@@ -234,7 +234,7 @@ def test_what_holds_itself_is_shown_to_some_depth():
 def test_ranks_refuses_and_expects(shell, capsys):
     with pytest.raises(UsageError, match="unrecognized arguments: --colect"):
         run_cell(shell, "%%ranks 2 --colect rows\nrows = 1")
-    with pytest.raises(RanksError, match="take 1 or more"):
+    with pytest.raises(RanksError, match="take 1 or more ranks"):
         run_cell(shell, "%%ranks 0\npass")
     for time_limit in ("nan", "inf", "1e20"):
         with pytest.raises(RanksError, match="at most 604800 s, a week"):

@@ -274,7 +274,7 @@ def test_an_error_in_a_rank_names_its_cell(tmp_path, capfd, monkeypatch):
     assert any(re.search(rf"{at}, in train: .*\[\]\[step\]", line) for line in error.lines[1:])
     assert error.lines[-1] == f"whole output: {tmp_path / 'run' / 'ranks'}" and len(error.lines) <= 15
     assert re.match(rf"to do: look at {at} first; mend it \(a cell: save, `make launcher`\)", error.lines[-2])
-    assert error.rank == 1 and "Traceback" in (error.log_dir / "rank1.err").read_text()
+    assert error.rank == 1 and "Traceback" in (tmp_path / "run" / "ranks" / "rank1.err").read_text()
     assert re.fullmatch(r"after 0 s no first step yet: \d ranks have started\n", capfd.readouterr().err)
     assert error._render_traceback_()[0] == f"LaunchError: {error.lines[0]}"
 

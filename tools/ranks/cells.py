@@ -15,7 +15,6 @@ import json
 import os
 import pickle
 import re
-import select
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,6 @@ from tools.ranks.processes import Agent
 from tools.stitch.fresh import assert_fresh, check_kernel_definitions
 from tools.stitch.reading import ROOT, find_bindings, parse_leniently, read_book
 
-STARTUP_S = 120.0  # importing torch, on a busy machine
 LONGEST_S = 604_800.0
 BODY = Path(__file__).with_name("body.py")
 
@@ -68,9 +66,7 @@ class Collected(dict):
     """{name: ByRank} of a %%ranks cell that collects several names. Shown as one line a name and rank."""
 
     def __repr__(self) -> str:
-        return "\n".join(
-            f"{name}, {line}" for name, ranks in self.items() for line in repr(ranks).splitlines()
-        )
+        return "\n".join(f"{name}, {line}" for name in self for line in repr(self[name]).splitlines())
 
 
 # ------------------------------------------------------------------------------------------- --with
@@ -184,15 +180,14 @@ class Server(Agent):
         super().__init__(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
 
     def run(self, limit_s: float, arguments: list[str]) -> int:
-        """torchrun, for limit_s at most -> its exit code. An interrupt ends this process, and the ranks with it.
-        RanksError where this process ends."""
+        """torchrun, which agent.py ends after limit_s -> its exit code. An interrupt ends this process, and the ranks
+        with it. RanksError where this process ends."""
         code = b""
         try:
             with contextlib.suppress(BrokenPipeError):  # it has ended, and its log says why
                 self.process.stdin.write(json.dumps([limit_s, arguments]).encode() + b"\n")
                 self.process.stdin.flush()
-            if select.select([self.process.stdout], [], [], STARTUP_S + limit_s)[0]:
-                code = self.process.stdout.readline()
+            code = self.process.stdout.readline()
         except KeyboardInterrupt:
             raise Interrupted(["every rank has ended"]) from None
         finally:
@@ -221,8 +216,9 @@ def run_cell_on_ranks(
     is still inside after timeout_s; a collective gives up after half of that. The first call waits for an import.
     """
     if nproc < 1 or not 0 < timeout_s <= LONGEST_S:
-        most = f"take 1 or more of each, at most {LONGEST_S:g} s, a week"
-        raise RanksError([f"%%ranks: {nproc} ranks for {timeout_s:g} s cannot run; {most}"])
+        raise RanksError(
+            [f"%%ranks: take 1 or more ranks, and a time limit of at most {LONGEST_S:g} s, a week"]
+        )
     namespace = namespace or {}
     try:
         assert_fresh()
@@ -252,12 +248,8 @@ def run_cell_on_ranks(
 @magic_arguments("%%ranks")
 @argument("nproc", nargs="?", type=int, default=2, metavar="N", help="ranks")
 @argument("--collect", nargs="+", action="extend", default=[], metavar="NAME", help="names to bring back")
-@argument(
-    "--with", nargs="+", action="extend", default=[], metavar="NAME", dest="sent", help="definitions to send"
-)
-@argument(
-    "--timeout", type=float, default=60.0, metavar="SECONDS", dest="timeout_s", help="a rank that waits fails"
-)
+@argument("--with", nargs="+", action="extend", default=[], metavar="NAME", dest="sent", help="what to send")
+@argument("--timeout", type=float, default=60.0, metavar="SECONDS", dest="timeout_s", help="for the cell")
 @argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="gloo or NCCL")
 @argument("--expect-failure", action="store_true", help="show the failure in place of raising it")
 def ranks_magic(line: str, cell: str) -> Any:

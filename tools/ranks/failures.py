@@ -44,13 +44,13 @@ class OneMessage(BaseException):
 class LaunchError(OneMessage, RuntimeError):
     """A run that could not start, or failed. rank: the one to blame, None where it is not known.
 
-    lines: at most 15, one for a refusal; log_dir: where the ranks' whole output is, or None; returncode: for a shell,
-    2 for a refusal.
+    lines: at most 15, one for a refusal, else the last says where the whole output is; returncode: for a shell, 2 for a
+    refusal.
     """
 
-    def __init__(self, *lines: str, rank: int | None = None, log_dir: Path | None = None) -> None:
+    def __init__(self, *lines: str, rank: int | None = None) -> None:
         super().__init__(lines)
-        self.rank, self.log_dir, self.returncode = rank, log_dir, 2 if len(lines) == 1 else 1
+        self.rank, self.returncode = rank, 2 if len(lines) == 1 else 1
 
 
 class Interrupted(OneMessage, KeyboardInterrupt):
