@@ -151,10 +151,8 @@ def launch(
     except RuntimeError as error:
         raise LaunchError(str(error)) from None
     of_torchrun = torchrun_flags(nproc, nnodes, rdzv_endpoint, max_restarts)
-    arguments, parser = (
-        [*flag_arguments(flags), *arguments],
-        commands.Parser(add_help=False, allow_abbrev=False),
-    )
+    arguments = [*flag_arguments(flags), *arguments]
+    parser = commands.Parser(add_help=False, allow_abbrev=False)
     for name in ("--log-dir", "--summary"):
         parser.add_argument(name)
     asked = parser.parse_known_args(arguments)[0]
@@ -207,11 +205,12 @@ def load_ipython_extension(shell: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line -> exit code: 0, 2 for a refusal, 130 for an interrupt, else torchrun's."""
+    """The command line -> exit code: 0, 1 for a run that fails, 2 for a refusal, 130 for an interrupt."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
-    about = {"prog": "launch.py", "description": "Trains with torchrun."}
-    parser = commands.Parser(**about, add_help=False, allow_abbrev=False)
+    parser = commands.Parser(
+        "launch.py", description="Trains with torchrun.", add_help=False, allow_abbrev=False
+    )
     add = parser.add_argument
     add("-h", "--help", action="store_true", help="show this, and the flags of launcher.py")
     few = "processes on this host (default: one a GPU if there are 2 or more, else 2)"
