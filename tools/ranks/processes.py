@@ -13,14 +13,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 AGENT = Path(__file__).with_name("agent.py")
-STOP_S = 3.0  # what a run gets to stop by itself before it is killed
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
@@ -91,29 +90,21 @@ class Agent:
             time.sleep(0.05)
         return [" ".join(process.as_dict(["cmdline"], "")["cmdline"][:3]) for process in alive]
 
-    def end(self, patience_s: float = STOP_S) -> None:
+    def end(self, patience_s: float = 3.0) -> None:
         """SIGTERM to the process, which ends its ranks; after patience_s SIGKILL to all that is left."""
         self.note(every_s=0)
-        with uninterrupted():
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
+        try:  # a second Ctrl-C changes nothing
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(patience_s)
             kill(self.alive())
             self.process.kill()
             self.process.wait()
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """While processes are being ended, a second Ctrl-C changes nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        finally:
+            if is_main:
+                signal.signal(signal.SIGINT, before)
 
 
 def end_with_parent(parent: int) -> None:
