@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "d5b96317aae407df0fd13e8e4ea65f8c94faf71121449fdd63d3301e1403bd1c"
+SOURCES_SHA256 = "71dcb7bad1d8e7e80853bd66af253a9d7b298dbd4bb5559e301aabb4faab1a21"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2157,7 +2157,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     rank, world_size, _, _ = world_from_env()
     try:
         log_dir = Path(options.log_dir or (make_log_dir() if rank == 0 else ""))
-        log = RunLog(log_dir, options.steps, rank, StepNotes(world_size))
+        log = RunLog(log_dir, options.steps, rank, StepNotes(world_size, options.steps))
     except (ValueError, OSError) as error:
         return refuse(str(error))
     if device.type == "cpu":
@@ -2232,20 +2232,21 @@ import mmap
 class StepNotes:
     """The memory of the file that `launch` names in EP_STEPS. Without EP_STEPS, memory that nobody reads.
 
-    warning: room for one line, 512 bytes. steps: int64 by rank, the steps that it has done. The file has its full size
-    from the beginning, so a full disk takes nothing from it.
+    warning: room for one line, 512 bytes. Then int64: num_steps, how many steps the run will make, and steps, by rank,
+    how many it has done. The file has its full size from the beginning, so a full disk takes nothing from it.
     """
 
     WARNING_BYTES = 512
 
-    def __init__(self, num_ranks: int) -> None:
-        self.path, num_bytes = os.environ.get("EP_STEPS"), self.WARNING_BYTES + 8 * num_ranks
+    def __init__(self, num_ranks: int, num_steps: int) -> None:
+        self.path, num_bytes = os.environ.get("EP_STEPS"), self.WARNING_BYTES + 8 * (1 + num_ranks)
         room = memoryview(bytearray(num_bytes))
         if self.path:
             with open(self.path, "r+b") as file:
                 file.truncate(max(num_bytes, os.path.getsize(self.path)))
                 room = memoryview(mmap.mmap(file.fileno(), 0))
-        self.warning, self.steps = room[: self.WARNING_BYTES], room[self.WARNING_BYTES :].cast("q")
+        self.warning, numbers = room[: self.WARNING_BYTES], room[self.WARNING_BYTES :].cast("q")
+        numbers[0], self.steps = num_steps, numbers[1:]
 
 
 # %% notebooks/05_launch.ipynb #heartbeat

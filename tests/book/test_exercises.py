@@ -57,6 +57,15 @@ def made_of(source: str) -> tuple[type, dict]:
     return made, {"In": [source]}
 
 
+def test_an_exercise_before_the_cells_that_it_needs_says_so():
+    source = source_of(next(c for c in NOTEBOOKS["05_launch"]["cells"] if c["id"] == "exercise-culprit"))
+    scope: dict = {}
+    exec(source, scope)
+    line = scope["check_culprit"](lambda before, after: (0, "late"))
+    why = "NameError: name 'describe_positions' is not defined"
+    assert line == f"not yet: {why}; run the cells above first, or mend the name"
+
+
 NO_TOKENS = """topk_weights):
         if len(x) == 0:
             none = torch.zeros(0, 4, dtype=torch.int64)

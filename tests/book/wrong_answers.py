@@ -42,7 +42,12 @@ WRONG = {
             '    comm.all_gather(torch.zeros(100, 16).double(), "dispatch")',
         ),
     ],
-    "solution-half": [("ep_size / 2", "ep_size"), ("return k", "return ep_size // 2")],
+    "solution-half": [
+        ("return k", "return 0"),
+        ("return k", "return 200"),
+        ("ep_size / 2", "ep_size"),
+        ("return k", "return ep_size // 2"),
+    ],
     "solution-inverse": [
         ("torch.empty_like(order).index_copy(0, order, torch.arange(len(order)))", "order"),
         (
@@ -63,6 +68,8 @@ WRONG = {
         ("(owners == rank).any(dim=1)", "(owners == rank)"),
     ],
     "solution-activation": [
+        ("def apply(gate, up=None):", "def apply(gate):"),  # a layer gives both
+        ("def gradient(grad, gate, up=None):", "def gradient(grad, gate):"),
         ("grad * 2 * F.relu(gate), None", "2 * F.relu(gate), None"),
         ("grad * 2 * F.relu(gate), None", "grad * 2 * F.relu(gate)"),
         ("has_bias, is_gated = False, False", "has_bias, is_gated = True, False"),
@@ -76,6 +83,7 @@ WRONG = {
     "solution-service": [
         ("keys.index_fill(", "keys.index_fill_("),  # right choices, and the probabilities are overwritten
         ("-math.inf", "0.5"),
+        ("-math.inf", "0"),  # right while keys are positive
         ("if self.expert < 0:", "if self.expert <= 0:"),
         ("if not -1 <= self.expert < config.num_experts:", "if False:"),
         ("if self.expert >= 0 and config", "if False and config"),

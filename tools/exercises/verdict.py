@@ -17,12 +17,13 @@ def shape_of(value: Any) -> list[int] | str:
 
 
 def describe_error(error: BaseException, answer: Any) -> str:
-    """An error of the answer's own code: what, and in which line of its cell."""
+    """An error of the answer's own code: what, and in which line of its cell; or of a cell that has not run."""
     parts = [answer, *vars(answer).values()] if hasattr(answer, "__dict__") else [answer]
     files = {part.__code__.co_filename for part in parts if hasattr(part, "__code__")}
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
     where = f" (line {frames[-1].lineno} of the cell, in {frames[-1].name})" if frames else ""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}{where}"
+    mend = "; run the cells above first, or mend the name" * (type(error) is NameError)
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}{where}{mend}"
 
 
 def plain_verdict(*types: type) -> Callable[[Callable[..., str]], Callable[..., str]]:
@@ -64,7 +65,8 @@ def plain_verdict(*types: type) -> Callable[[Callable[..., str]], Callable[..., 
                 Exception,
                 SystemExit,
             ) as error:  # a class's own, or the check's at what it did not expect
-                what = f"the check cannot use {' '.join(repr(came[-1]).split())[:80]} " * (not is_class)
+                is_its = not is_class and type(error) is not NameError
+                what = f"the check cannot use {' '.join(repr(came[-1]).split())[:80]} " * is_its
                 return f"not yet: {what}{describe_error(error, answer if is_class else None)}"
 
         return checked
