@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "71dcb7bad1d8e7e80853bd66af253a9d7b298dbd4bb5559e301aabb4faab1a21"
+SOURCES_SHA256 = "072831cf0c51036569394f48a466be26b42239ef8aac02adaeaa5af069157cef"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -219,9 +219,17 @@ class Communicator:
 
 # %% notebooks/01_parallelism.ipynb #choose-device
 def world_from_env() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size) as torchrun sets them; (0, 1, 0, 1) without it."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    return tuple(int(os.environ.get(name, default)) for name, default in names.items())
+    """(rank, world size, local rank, local world size) as torchrun sets them; (0, 1, 0, 1) without it. ValueError
+    where no rank of a run has such numbers."""
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    found = tuple(int(text) if text.isdecimal() else -1 for text in (names | given).values())
+    rank, world_size, local_rank, local_world_size = found
+    is_known = world_size == 1 or "RANK" in given
+    if not (is_known and 0 <= rank < world_size and local_rank >= 0 and local_world_size > 0):
+        said = ", ".join(f"{name}={text}" for name, text in given.items())
+        raise ValueError(f"the environment has {said}, which no rank has; unset them, or start with torchrun")
+    return found
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
@@ -2067,7 +2075,8 @@ def refuse(message: str) -> int:
 
     A torchrun that would try again is ended: what was refused once would be refused again, or no longer noticed.
     """
-    if world_from_env()[2] == 0:
+    local_rank = os.environ.get("LOCAL_RANK", "0")  # which may be what is refused
+    if not local_rank.isdecimal() or int(local_rank) == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
             end_torchrun()

@@ -98,6 +98,18 @@ def test_what_would_fail_late_or_do_nothing_is_refused(flags, says):
     assert says in said and "\n" not in said, said
 
 
+@pytest.mark.parametrize("said", [
+    "RANK=1", "RANK=-1", "WORLD_SIZE=abc", "WORLD_SIZE=0", "WORLD_SIZE=2", "RANK=2, WORLD_SIZE=2", "LOCAL_RANK=x",
+    "LOCAL_RANK=-1", "LOCAL_WORLD_SIZE=0",
+])  # fmt: skip
+def test_an_environment_of_no_rank_is_one_line(said, monkeypatch, capsys):
+    for name, value in (part.split("=") for part in said.split(", ")):
+        monkeypatch.setenv(name, value)
+    line = f"the environment has {said}, which no rank has; unset them, or start with torchrun"
+    assert check([]) == line
+    assert ep.refuse(line) == 2 and capsys.readouterr().err == f"error: {line}\n"
+
+
 @pytest.mark.parametrize("flags, says", [
     ("--stepz 3", "did you mean --step or --steps?"), ("--topk 3", "did you mean --top-k?"),
     ("--dispatcher dedupe", "did you mean dedup?"), ("--dtype x --colour 3", "--help lists the flags"),
