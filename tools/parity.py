@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,18 @@ ALPHA = 0.01
 NAMES = ("dispatcher", "experts", "activation", "dtype")
 BASE = {"num_experts": 8, "top_k": 2, "hidden_dim": 32, "ffn_dim": 64}
 # What a case may say besides the config. ep: the ranks that share the experts are so many times fewer than all.
-PLAIN = {"bias": None, "layers": 1, "micro_batches": 1, "checkpoint": False, "ep": 1}
+PLAIN = {"bias": None, "layers": 1, "micro_batches": 1, "checkpoint": False, "ep": 1,
+         "x_needs_grad": True, "extras": ()}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LeftOut(ep.Options):
+    """Choices of -1, as a capacity makes them: a token's first, its second, both, none, and so on."""
+
+    def after_routing(self, routing: ep.Routing, config: ep.MoEConfig, batch: ep.Communicator) -> ep.Routing:
+        ids = routing.topk_ids.clone()
+        ids[0::4, 0], ids[1::4, 1], ids[2::4] = -1, -1, -1
+        return replace(routing, topk_ids=ids)
 
 
 def plain_cases(size: int) -> dict[str, dict]:
@@ -45,7 +56,7 @@ def plain_cases(size: int) -> dict[str, dict]:
     last_rank = [-2.0 if e >= 8 - 8 // size else 0.0 for e in range(8)]
     found = {
         "even": {"tokens": [12]},
-        "uneven": {"tokens": [13, 5, 9, 1]},
+        "uneven": {"tokens": [70, 5, 9, 1]},
         "rank_without_tokens": {"tokens": [11, 0, 7, 0] if size > 1 else [0]},
         "no_tokens_at_all": {"tokens": [0]},
         "rank_without_rows": {"tokens": [12], "bias": last_rank},
@@ -53,13 +64,15 @@ def plain_cases(size: int) -> dict[str, dict]:
         "top_1": {"tokens": [12, 10], "top_k": 1},
         "top_k_is_num_experts": {"tokens": [6, 8], "top_k": 8},
         "one_expert_a_rank": {"tokens": [10, 12], "num_experts": size, "top_k": min(2, size)},
+        "tokens_without_gradient": {"tokens": [9, 12], "x_needs_grad": False},  # as in a model's first layer
     }
     return {name: PLAIN | case for name, case in found.items()}
 
 
 def model_cases(size: int) -> dict[str, dict]:
-    """Those of whole models."""
+    """Those of whole models, and of choices that are not the router's alone."""
     found = {
+        "choices_left_out": {"tokens": [9, 12, 0, 6], "extras": (LeftOut(),)},
         "shared_experts": {"tokens": [7, 9], "num_shared_experts": 2},
         "two_layers": {"tokens": [8, 0, 5, 9] if size > 1 else [8], "layers": 2},
         "micro_batches": {"tokens": [10, 5, 8, 1], "layers": 2, "micro_batches": 2},
@@ -162,24 +175,31 @@ def parameter_errors(model: nn.Module, grads: dict[str, Tensor | None], own: sli
 
 
 def dense_reference(layer: ep.EPMoE, x: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(y, aux) of all ranks' tokens, the shared experts included; in bfloat16 with the layer's choices. Collective."""
-    config = layer.config
-    given = gather_uneven(layer.topk_ids, layer.mesh.batch) if config.dtype == "bfloat16" else None
-    y, aux = ep.dense_moe(x, parameters, config.top_k, given, config.activation)
+    """(y, aux) of all ranks' tokens, the shared experts included; with the layer's choices in bfloat16, and where some
+    are left out. Collective."""
+    config, kind = layer.config, layer.config.activation
+    given = gather_uneven(layer.topk_ids, layer.mesh.batch)
+    is_short = bool((given < 0).any())
+    given = given if is_short or config.dtype == "bfloat16" else None
+    y, aux = ep.dense_moe(x, parameters, config.top_k, given, kind)
+    if is_short:  # the aux loss sees what the router wanted
+        aux = ep.dense_moe(x, parameters, config.top_k, None, kind)[1]
     if config.num_shared_experts:  # as a layer with one expert, which everybody visits
         names = {name: name.replace("shared.", "experts.") for name in parameters if "shared" in name}
         only = {new: parameters[name] for name, new in names.items()}
         only["router.gate.weight"] = x.new_zeros(1, x.shape[1])
-        y = y + ep.dense_moe(x, only, 1, None, config.activation)[0]
+        y = y + ep.dense_moe(x, only, 1, None, kind)[0]
     return y, aux
 
 
 def watch_bytes(model: Stack, mesh: ep.Mesh) -> Callable[[], tuple[list[int], bool]]:
     """Notes every layer's choices as it runs -> a function that says ([predicted, counted] bytes of this rank, whether
     they agree in every pass and to every destination). Collective."""
-    runs: list[tuple[ep.EPMoE, Tensor]] = []
+    runs: list[tuple[ep.EPMoE, Tensor, bool]] = []
     for layer in model.layers:
-        layer.register_forward_hook(lambda layer, args, y: runs.append((layer, layer.topk_ids)))
+        layer.register_forward_hook(
+            lambda layer, args, y: runs.append((layer, layer.topk_ids, args[0].requires_grad))
+        )
 
     def count() -> Tensor:  # [pass, destination]
         mesh.meter.total()  # brings what kernels have counted
@@ -190,8 +210,8 @@ def watch_bytes(model: Stack, mesh: ep.Mesh) -> Callable[[], tuple[list[int], bo
 
     def compare() -> tuple[list[int], bool]:
         counted, predicted = count() - before, torch.zeros_like(before)
-        for layer, topk_ids in runs:
-            tables = ep.bytes_of_layer(layer, topk_ids)
+        for run in runs:
+            tables = ep.bytes_of_layer(*run)
             predicted += torch.stack([tables[name][mesh.ep.rank] for name in ep.PASSES])
         return [int(predicted.sum()), int(counted.sum())], torch.equal(predicted, counted)
 
@@ -250,7 +270,7 @@ def run_case(
 
     model = make_model(config, mesh, device, case)
     compare_bytes = watch_bytes(model, mesh)
-    x = x_all[mine].requires_grad_()
+    x = x_all[mine].requires_grad_(case["x_needs_grad"])
     parts = (t.tensor_split(num_parts) for t in (x, target[mine]))
     ys, aux_total = learn(lambda part: (model(part), ep.aux_loss(model)), *parts, total)
     ep.sync_gradients(model, mesh, aux_total)
@@ -267,7 +287,7 @@ def run_case(
     errors = {
         "y": relative_error(torch.cat(ys), dense["y"][mine]),
         "aux": relative_error(aux_total, dense["aux"]),
-        "x.grad": relative_error(x.grad, dense["x.grad"][mine]),
+        **({"x.grad": relative_error(x.grad, dense["x.grad"][mine])} if case["x_needs_grad"] else {}),
     } | parameter_errors(model, dense["grads"], slice(first, first + num_local))
     return {
         "errors": {name.removeprefix("layers.0."): error for name, error in errors.items()},
@@ -311,7 +331,7 @@ def run_suite(
                 changes = {k: case[k] for k in (*BASE, "num_shared_experts", "overlap") if k in case}
                 told = {"case": name, **chosen, "world_size": size, "device": device.type}
                 try:
-                    config = ep.MoEConfig(**BASE | changes, **chosen, extras=extras)
+                    config = ep.MoEConfig(**BASE | changes, **chosen, extras=(*extras, *case["extras"]))
                     found = run_case(case, config, among, device, known=references)
                 except Exception as error:
                     markers = ep.read_cell_markers(ep.__file__)

@@ -71,6 +71,12 @@ NO_TOKENS = """topk_weights):
             none = torch.zeros(0, 4, dtype=torch.int64)
             return Arrived(x, topk_ids, topk_weights, AllGatherHandle(none, 0))
 """
+NARROW = """    def begin_combine(self, y, handle):
+        rows, lines = gather_padded(y, handle.metadata, self.comm, "combine")
+        mine = (lines[:, SOURCE_RANK] == self.comm.rank) & (lines[:, IS_PADDING] == 0)
+        return y.new_zeros(handle.num_tokens, y.shape[1]).index_add(0, lines[mine, SOURCE_TOKEN], rows[mine])
+
+"""
 WEIGHTS = "mine], local[mine], weights[mine], "
 HOME = "        return Arrived"
 DISPATCHERS = {  # {the fault: (what stands in the solution, what stands there now, what the verdict must say)}
@@ -160,6 +166,11 @@ DISPATCHERS = {  # {the fault: (what stands in the solution, what stands there n
         "bytes for dispatch backward from rank 0 to rank 1, and the meter counted",
     ),
     "a purpose of its own": ('self.comm, "metadata")', 'self.comm, "ids")', "bytes went out as 'ids'"),
+    "narrow sums": (
+        "    def predict_bytes",
+        NARROW + "    def predict_bytes",
+        "combine adds up in bfloat16; add up in float32 or wider",
+    ),
     "a rank without tokens skips": (
         "topk_weights):\n",
         NO_TOKENS,
@@ -215,7 +226,8 @@ class SolvedDedup(Dispatcher):
 
     def begin_combine(self, y, handle):
         home = Exchange.apply(y, handle.splits[::-1], self.comm, "combine")
-        return home.new_zeros(handle.num_tokens, y.shape[1]).index_add(0, handle.token, home)
+        wide = home.to(torch.promote_types(y.dtype, torch.float32))
+        return wide.new_zeros(handle.num_tokens, y.shape[1]).index_add(0, handle.token, wide).to(y.dtype)
 
     def predict_bytes(self, topk_ids, hidden_dim, dtype, x_needs_grad=True):
         rows = torch.stack([self.wanted(ids).sum(dim=1) for ids in topk_ids])

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ep_launcher.launcher import PASSES, Communicator
 from tools.exercises.on_ranks import try_on_ranks
@@ -116,6 +117,7 @@ def trace(answer: type, comm: Communicator, meet: Callable[[str], Any] = lambda 
         meet(f"the end of backward, {name}")
         look_at_gradients(case, x.grad, weights.grad, scale.grad)
         look_at_bytes(case, dispatcher, comm, before)
+    look_at_sums(answer(2 * comm.size, comm))
 
 
 def look_at_form(case: Traced, arrived: Any) -> None:
@@ -205,3 +207,22 @@ def look_at_bytes(case: Traced, dispatcher: Any, comm: Communicator, before: dic
             now, then = (sent.get(name, none)[comm.ranks[rank]] for sent in (comm.meter.sent, before))
             what = f"{says} bytes for {name} from rank {case.rank} to rank {rank}"
             case.want(says == now - then, f"predict_bytes says {what}, and the meter counted {now - then}")
+
+
+class WideSums(TorchDispatchMode):
+    """Refuses what adds up in bfloat16: by name, since a CPU often hides it, and a GPU does not."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made, name = func(*args, **kwargs or {}), func.overloadpacket.__name__.removesuffix("_")
+        is_sum = name in ("add", "index_add", "scatter_add") or (name == "index_put" and True in args[3:])
+        if is_sum and made.dtype == torch.bfloat16:
+            raise NotYet("combine adds up in bfloat16; add up in float32 or wider, and convert the sum")
+        return made
+
+
+def look_at_sums(dispatcher: Any) -> None:
+    """What combine adds up in, where rows are bfloat16."""
+    x, ids = torch.ones(3, 8, dtype=torch.bfloat16), torch.arange(dispatcher.num_experts).repeat(3, 1)
+    arrived = dispatcher.end_dispatch(dispatcher.begin_dispatch(x, ids, torch.ones(ids.shape)))
+    with WideSums():
+        dispatcher.end_combine(dispatcher.begin_combine(arrived.x, arrived.handle))
