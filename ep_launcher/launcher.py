@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "072831cf0c51036569394f48a466be26b42239ef8aac02adaeaa5af069157cef"
+SOURCES_SHA256 = "67255d2781d5474f87fc655a8197cee1b005bf499f1c346754a280c692254815"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -7813,12 +7813,15 @@ FREE_FLAGS = set(
 SHOWN_FLAGS = {"lr", "aux_alpha", "max_grad_norm"}
 
 
-def run_settings(run: Run) -> dict[str, Any]:
-    """{flag: value} of what a run computes, with the global batch spelt out, which the default leaves to the ranks."""
+def run_settings(training: Training) -> dict[str, Any]:
+    """{flag: value} of what a run computes, with the global batch spelt out, which the default leaves to the ranks;
+    and {name: value} of what its task has read, where the task has such `settings`."""
+    run = training.run
     groups = (run.config, run.options, *run.config.extras)
     flags = {f.name: getattr(g, f.name) for g in groups for f in fields(g) if f.metadata.get("flag", True)}
     kept = {name: value for name, value in flags.items() if name not in FREE_FLAGS}
-    return kept | {"tokens": run.num_global_tokens, "device": run.device.type}
+    read = getattr(training.task, "settings", {})
+    return kept | read | {"tokens": run.num_global_tokens, "device": run.device.type}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], names: set[str]) -> str:
@@ -7908,11 +7911,11 @@ def write_aside(
     return files
 
 
-def manifest_body(run: Run, step: int, files: dict[str, list]) -> dict[str, Any]:
+def manifest_body(training: Training, step: int, files: dict[str, list]) -> dict[str, Any]:
     """What a manifest says of a checkpoint: after how many steps, of which run, on which mesh, in which files."""
-    mesh = {"world_size": run.mesh.batch.size, "ep_size": run.mesh.ep.size}
+    mesh = {"world_size": training.run.mesh.batch.size, "ep_size": training.run.mesh.ep.size}
     facts = {"format": CHECKPOINT_FORMAT, "step": step, "torch": torch.__version__} | mesh
-    return facts | {"settings": run_settings(run), "files": files}
+    return facts | {"settings": run_settings(training), "files": files}
 
 
 # %% notebooks/15_mesh.ipynb #stop-signals
@@ -8001,7 +8004,7 @@ class Checkpoints:
         try:
             if problem:
                 raise OSError(problem)
-            publish(aside, manifest_body(self.run, done, files), self.options.keep_checkpoints)
+            publish(aside, manifest_body(self.training, done, files), self.options.keep_checkpoints)
             num_bytes, seconds = sum(size for size, _ in files.values()), time.perf_counter() - began
             self.run.log.write(f"[{aside.stem}] checkpoint of {num_bytes / 1e6:.1f} MB in {seconds:.2f} s")
             self.run.log.show("scalar", done, {"checkpoint/seconds": seconds})
@@ -8049,9 +8052,13 @@ def resume(kept: Checkpoints) -> None:
 
 def take_up(kept: Checkpoints, checkpoint: Path, body: dict[str, Any]) -> None:
     """Goes on from this checkpoint. CannotRun where it is another run's, or has all the steps."""
-    run, before, now = kept.run, body["settings"], run_settings(kept.run)
+    run, before, now = kept.run, body["settings"], run_settings(kept.training)
     if other := differences(before, now, set(now) - SHOWN_FLAGS):
-        raise CannotRun(f"{checkpoint} is of another run: {other}; give the same flags, or another folder")
+        whole = before.get("tokens", now["tokens"])  # 32 a rank by default
+        batch = f"--tokens {whole} and " * (whole != now["tokens"])
+        raise CannotRun(
+            f"{checkpoint} is of another run: {other}; give {batch}the same flags, or another folder"
+        )
     if body["step"] >= run.options.steps:
         raise CannotRun(f"{checkpoint} has {body['step']} steps already; raise --steps to go on")
     run.step = body["step"]
@@ -8527,7 +8534,7 @@ class TextStream:
     """Endless batches of windows of a text, drawn alike on every rank: ids and targets int64 [B, context], by rank.
 
     A target is the byte behind. The interface and the promise are TokenStream's (chapter 04). `held_out` uint8: text
-    that is never drawn.
+    that is never drawn. `settings`: which text it is, for a checkpoint.
     """
 
     def __init__(
@@ -8539,8 +8546,11 @@ class TextStream:
         device: torch.device | str = "cpu",
     ) -> None:
         options = config.option(TextOptions)
-        parts = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in text_parts(options))
+        read = text_parts(options)
+        parts = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in read)
         self.text, self.held_out = (part.to(device) for part in parts)
+        checksums = (hashlib.sha256(part).hexdigest()[:8] for part in read)
+        self.settings = {"checksum of the text": " ".join(checksums)}
         self.generator = torch.Generator(device).manual_seed(seed)
         self.context, self.num_tokens, self.batch = options.context, num_tokens, batch
 

@@ -140,7 +140,7 @@ def test_the_pointer_is_believed(whole, tmp_path):
 
 @pytest.mark.parametrize("flags, steps, says", [
     ("--resume --top-k 1", 20, "top_k was 2 and is 1"),
-    ("--resume --tokens 9 --seed 3", 20, "seed was 0 and is 3, tokens was 8 and is 9"),
+    ("--resume --tokens 9 --seed 3", 20, "seed was 0 and is 3, tokens was 8 and is 9; give --tokens 8 and the same"),
     ("--resume --balance aux", 20, "balance was bias and is aux"),
     ("--resume", 10, "has 10 steps already; raise --steps"),
     ("", 20, "has checkpoints, the newest step-00000010; add --resume"),
@@ -149,6 +149,19 @@ def test_what_cannot_go_on_is_refused(whole, tmp_path, flags, steps, says):
     with pytest.raises(ep.CannotRun) as refused:
         run(copy_of(whole[1], tmp_path, 5, 10), flags, steps)
     assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_another_text_of_the_same_name_is_refused(tmp_path):
+    flags = f"--model lm --task text --text-file {tmp_path / 'a.txt'} --tokens 32 --num-heads 2"
+    (tmp_path / "a.txt").write_text("What's in a name? " * 40)
+    run(tmp_path / "kept", flags, 1)
+    assert any("resumed at step 1 " in line for line in run(tmp_path / "kept", f"{flags} --resume", 2)[1])
+    (tmp_path / "a.txt").write_text("What's in a rose? " * 40)
+    ep.read_text.cache_clear()  # as another process would begin
+    with pytest.raises(
+        ep.CannotRun, match="another run: checksum of the text was .* and is .*; give the same flags"
+    ):
+        run(tmp_path / "kept", f"{flags} --resume", 3)
 
 
 @pytest.mark.parametrize("checkpoints", [0, 1])
