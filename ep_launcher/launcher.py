@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "67255d2781d5474f87fc655a8197cee1b005bf499f1c346754a280c692254815"
+SOURCES_SHA256 = "78e92cf009904f45062c6a4fe7a4020a2924f848c1c964a34022ab35e26aff54"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1904,6 +1904,9 @@ class FlagParser(argparse.ArgumentParser):
         # --stepz may be --step or --steps; one that is further off stands alone.
         near = difflib.get_close_matches(given, known, 2, 0.8) or difflib.get_close_matches(given, known, 1)
         near = [known[name] for name in near]
+        if wrong and not near:  # --step 5
+            flag = message.split()[1].rstrip(":")
+            near = difflib.get_close_matches(flag, {*self._option_string_actions} - {flag}, 1, 0.9)
         hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the flags"
         raise ValueError(f"{message}; {hint}")
 

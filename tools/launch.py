@@ -66,7 +66,9 @@ def torchrun_flags(
 ) -> list[str]:
     """torchrun's own flags; nproc None: auto. LaunchError where they do not fit together."""
     for name, value, least in (("nproc", nproc, 1), ("nnodes", nnodes, 1), ("max_restarts", max_restarts, 0)):
-        if value is not None and not (isinstance(value, Integral) and value >= least):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, Integral) or value < least
+        ):
             raise LaunchError(f"{name} is {value!r}; take a whole number, {least} or more")
     flags = [f"--nproc_per_node={nproc or 'auto'}"] + [f"--max-restarts={max_restarts}"] * bool(max_restarts)
     if nnodes == 1:
@@ -129,7 +131,7 @@ def launch(
     arguments: Sequence[str] = (),
     **flags: Any,
 ) -> dict[str, Any]:
-    """Trains with torchrun, streams the output, returns the summary (DESIGN: `--summary`).
+    """Trains with torchrun, streams the output, returns the summary, a dictionary: what `--summary` writes.
 
     nproc: processes on this host; None is one a GPU where there are two or more, else two, on the CPU.
     nnodes, rdzv_endpoint: for several hosts; every host makes the same call. max_restarts: how often all ranks start

@@ -3,6 +3,7 @@
 import argparse
 import os
 import random
+import runpy
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,17 @@ def test_what_would_fail_late_or_do_nothing_is_refused(flags, says):
     assert says in said and "\n" not in said, said
 
 
+@pytest.mark.parametrize("word, code, says", [
+    ("--help", 0, "bench-inference [FLAG...]"), ("bench", 2, "takes bench-inference"),
+])  # fmt: skip
+def test_the_package_by_itself_says_what_it_takes(word, code, says, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["ep_launcher", word])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("ep_launcher", run_name="__main__")
+    assert left.value.code == code and says in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize("said", [
     "RANK=1", "RANK=-1", "WORLD_SIZE=abc", "WORLD_SIZE=0", "WORLD_SIZE=2", "RANK=2, WORLD_SIZE=2", "LOCAL_RANK=x",
     "LOCAL_RANK=-1", "LOCAL_WORLD_SIZE=0",
@@ -111,7 +123,8 @@ def test_an_environment_of_no_rank_is_one_line(said, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--stepz 3", "did you mean --step or --steps?"), ("--topk 3", "did you mean --top-k?"),
+    ("--step 5", "did you mean --steps?"), ("--stepz 3", "did you mean --step or --steps?"),
+    ("--topk 3", "did you mean --top-k?"),
     ("--dispatcher dedupe", "did you mean dedup?"), ("--dtype x --colour 3", "--help lists the flags"),
 ])  # fmt: skip
 def test_what_was_meant_is_named(flags, says):

@@ -54,8 +54,9 @@ def test_refused_before_anything_starts(flags, says, nothing_starts, capfd):
 def test_keywords_become_flags(nothing_starts):
     given = {"top_k": 2, "normalize": True, "fuse": False, "log_dir": None, "lr": -0.5}
     assert flag_arguments(given) == ["--top-k", "2", "--normalize", "--no-fuse", "--lr=-0.5"]
-    with pytest.raises(LaunchError, match="nproc is 'two'; take a whole number, 1 or more"):
-        launch("two")
+    for number in ("two", True):
+        with pytest.raises(LaunchError, match=f"nproc is {number!r}; take a whole number, 1 or more"):
+            launch(number)
 
 
 def test_a_stale_launcher_is_refused(nothing_starts, monkeypatch, capfd):

@@ -39,7 +39,8 @@ class RanksError(OneMessage, RuntimeError):
 
 
 def brief(value: Any, width: int = 90) -> str:
-    """A value on one line: a small tensor's numbers, a large one's type and shape; what lies too deep is `...`."""
+    """A value on one line: a small tensor's numbers, a large one's type and shape; a tuple looks like a list; what
+    lies too deep is `...`."""
     torch, inner = sys.modules.get("torch"), min(40, width - 2)
     if torch is not None and isinstance(value, torch.Tensor):
         kind = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
