@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "a3e5ad6e06d2eb7cfd591ce702b471e7c1e256a17a3d1f99dfe5e0b484248371"
+SOURCES_SHA256 = "ad22cd07b3157d0cda36aa5c4af989c398e8e87cf101b9f41a3abea878a6207c"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -417,13 +417,15 @@ def register(kind: str, name: str, implementation: Any = None) -> Any:
 class Choosable:
     """What `auto` may take: implementations of a kind that can do without being named."""
 
-    @staticmethod
-    def preference(*place: Any) -> float:
+    liking = 1  # how much `auto` likes it, where that is the same everywhere
+
+    @classmethod
+    def preference(cls, *place: Any) -> float:
         """How much `auto` likes this implementation in this place; 0 where it cannot run.
 
         place: a layer's config, device and ep_size; of a kind of step, run and model.
         """
-        return 1
+        return cls.liking
 
 
 def option_group(group: type[G]) -> type[G]:
@@ -2855,11 +2857,11 @@ class BlockProducts:
         return weighted_activation_backward_(activation, grad, gate, up, weights, num_rows)
 
     def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients gate, up [R, F] -> gate w1^T + up w3^T, [R, D], and what is left to add to it: nothing."""
-        out = self.times(gate, w1.transpose(1, 2))
-        for block, w, into in zip(self.blocks(up), w3.unbind(), self.blocks(out), strict=True):
-            torch.addmm(into, block, w.t(), out=into)
-        return out, None
+        """Gradients gate, up [R, F] -> gate w1^T and up w3^T, [R, D] each, whose sum is the gradient of the rows.
+
+        The sum over a token's rows adds the two; a kernel that makes their sum at once has None as the second.
+        """
+        return self.times(gate, w1.transpose(1, 2)), self.times(up, w3.transpose(1, 2))
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
@@ -2882,6 +2884,7 @@ class GroupedProducts:
 
     rows = staticmethod(BlockProducts.rows)
     gated, hidden_gradient = BlockProducts.gated, BlockProducts.hidden_gradient
+    x_gradient = BlockProducts.x_gradient
 
     @functools.cached_property
     def membership(self) -> Tensor:
@@ -2895,10 +2898,6 @@ class GroupedProducts:
             return rows.new_empty(0, weights.shape[2])
         out = F.grouped_mm(rows, weights, offs=self.offsets)
         return out if bias is None else torch.addmm(out, self.membership.to(out.dtype), bias)
-
-    def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
-        """gate w1^T, and up w3^T for the caller to add: grouped_mm adds nothing."""
-        return self.times(gate, w1.transpose(1, 2)), self.times(up, w3.transpose(1, 2))
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
@@ -3024,14 +3023,12 @@ class GroupedExperts(FusedExperts):
 
 @register("experts", "blocks")
 class BlockExperts(FusedExperts):
-    """One product per expert, into one buffer for all; the counts come to the host, if they are not there."""
+    """One product per expert, into one buffer for all; the counts come to the host, if they are not there.
 
-    products = BlockProducts
+    Runs everywhere; the first choice on a CPU, where the host has the counts anyway.
+    """
 
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Runs everywhere; the first choice on a CPU, where the host has the counts anyway."""
-        return 40 if device.type == "cpu" else 30
+    products, liking = BlockProducts, 30
 
 
 # %% notebooks/06_grouped_experts.ipynb #bmm-experts
@@ -3402,13 +3399,9 @@ class AllToAllDispatcher(Dispatcher):
     Ids never travel: rows arrive in the order of the counts, each with its weight.
     """
 
+    liking = 40  # it runs everywhere, and is the best so far on more than one rank
     counts_on_host = True
     rows_per_expert: int | None = None
-
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Runs everywhere; the best so far on more than one rank."""
-        return 40 if ep_size > 1 else 1
 
     def plan(self, topk_ids: Tensor, row_bytes: int) -> tuple[RowOrder, Callable[[], ExchangePlan]]:
         """topk_ids [T, K] -> which row each choice becomes, and a function that waits for the exchange's splits."""
@@ -3731,6 +3724,7 @@ class CapacityDispatcher(AllToAllDispatcher):
     """
 
     needs_capacity, syncs_host, records = True, False, True
+    liking = 0.5  # less than any other dispatcher's: `auto` does not take what wants a capacity
 
     def __init__(self, num_experts: int, comm: Communicator, capacity: int) -> None:
         super().__init__(num_experts, comm)
@@ -3743,11 +3737,6 @@ class CapacityDispatcher(AllToAllDispatcher):
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "CapacityDispatcher":
         """See Dispatcher. ValueError where nothing limits what a rank sends."""
         return cls(config.num_experts, comm, block_capacity(config))
-
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Less than any other dispatcher's: `auto` does not take what wants a capacity."""
-        return 0.5
 
     def plan(self, topk_ids: Tensor, row_bytes: int) -> tuple[RowOrder, Callable[[], ExchangePlan]]:
         """See AllToAllDispatcher. Everything but the order of the rows is known beforehand: nothing is announced."""
@@ -4474,12 +4463,7 @@ class SendCopies(torch.autograd.Function):
 class DedupDispatcher(AllToAllDispatcher):
     """Sends a token once to each rank that has any of its experts, with all their ids and weights (chapter 10)."""
 
-    counts_on_host = False
-
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Runs everywhere."""
-        return 20 if ep_size > 1 else 1
+    counts_on_host, liking = False, 20
 
     def order(self, topk_ids: Tensor) -> CopyOrder:
         """topk_ids [T, K] -> which copies there are, and which of them each choice shares."""
@@ -4563,6 +4547,7 @@ class TwoStageDispatcher(Dispatcher):
     """`dedup` between machines, to the rank of the same lane there; then `dedup` inside (chapter 10)."""
 
     uses_machines = True  # asks which ranks share one, so --ranks-per-host has a meaning
+    liking = 10
 
     def __init__(self, num_experts: int, comm: Communicator, ranks_per_host: int | None = None) -> None:
         super().__init__(num_experts, comm)
@@ -4574,11 +4559,6 @@ class TwoStageDispatcher(Dispatcher):
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "TwoStageDispatcher":
         """See Dispatcher. CannotRun where the ranks do not fill their machines. Collective at the first layer."""
         return cls(config.num_experts, comm, config.option(TrafficOptions).ranks_per_host)
-
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Runs everywhere."""
-        return 10 if ep_size > 1 else 1
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
         """See Dispatcher. A row for each (token, other machine); one host synchronisation."""
