@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "ad22cd07b3157d0cda36aa5c4af989c398e8e87cf101b9f41a3abea878a6207c"
+SOURCES_SHA256 = "5bfc068a623e029b7f900763d4f796dc5802b34308ee3f2758c6345e5e1b0c16"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -3045,57 +3045,49 @@ class BmmExperts(Experts):
         is_small = limit is not None and limit * config.num_experts <= BmmExperts.largest_fixed
         return 70 if device.type == "cuda" and is_small else 3
 
-    def hidden(self, padded: Tensor) -> Tensor:
-        """padded [L, C, D] -> [L, C, F]: first product and activation; 2 * L * C * D * F operations, 4 if gated."""
+    def hidden(self, padded: Tensor, weights: Tensor) -> Tensor:
+        """padded [L, C, D], weights [L, C] -> weighted hidden rows [L, C, F]: first product, activation, weights.
+
+        2 * L * C * D * F operations, 4 if gated.
+        """
         w1, b1, _, _, w3, b3 = self.in_dtype(padded.dtype)
         gate, up = (
             None if w is None else torch.bmm(padded, w) if b is None else torch.baddbmm(b[:, None], padded, w)
             for w, b in ((w1, b1), (w3, b3))
         )
-        return self.activation.apply(gate, up)
+        hidden = self.activation.apply(gate, up).to(weights.dtype) * weights.unsqueeze(2)
+        return hidden.to(padded.dtype)
 
     def forward(self, arrived: Arrived) -> Tensor:
         """See Experts. Every expert for every row, where those are few; one host sync where they are not, and the
         dispatcher does not bring every expert equally many."""
         x, weights, size = arrived.x, arrived.topk_weights, self.num_local
-        if arrived.rows_per_expert is not None:
-            return self.weighted(x, weights, arrived.rows_per_expert)
-        if len(x) * size <= self.largest_fixed:
-            return self.every_expert(arrived)
-        order = order_rows(arrived.topk_ids, size, arrived.max_pairs)
-        capacity = max(1, int(order.counts.max()))
-        expert, starts = arrived.topk_ids.clamp(min=0), order.counts.cumsum(0) - order.counts
-        slot = expert * capacity + order.row_of_choice - starts[expert]
-        slot = slot.masked_fill(arrived.topk_ids < 0, size * capacity)  # -1: the slot behind the last
-        row = torch.arange(len(x), device=x.device)
-        row_of_slot = row.new_full((size * capacity + 1,), len(x))
-        row_of_slot = row_of_slot.scatter(0, slot.flatten(), row.repeat_interleave(slot.shape[1]))[:-1]
-        padded = weights.new_zeros(size * capacity + 1).scatter(0, slot.flatten(), weights.flatten())[:-1]
-        results = self.weighted(F.pad(x, (0, 0, 0, 1))[row_of_slot], padded, capacity)
-        return F.pad(results.to(weights.dtype), (0, 0, 0, 1))[slot].sum(1).to(x.dtype)
-
-    def every_expert(self, arrived: Arrived) -> Tensor:
-        """y [R, D]: no sort, no copy to rows.
-
-        The weights, 0 for experts that were not chosen, go onto the hidden numbers: then the second product and the
-        sum over experts are one product, [R, L * F] times [L * F, D].
-        """
-        x, (_, _, w2, b2, _, _) = arrived.x, self.in_dtype(arrived.x.dtype)
-        if arrived.handle is not None:  # a row that travelled, and has no expert here, may hold anything
-            x = x.masked_fill(arrived.topk_ids.amax(1, keepdim=True) < 0, 0)
-        spread = spread_weights(arrived, self.num_local)
-        hidden = self.hidden(x.expand(self.num_local, *x.shape)).transpose(0, 1)
-        y = (hidden.to(spread.dtype) * spread.unsqueeze(2)).to(x.dtype).flatten(1) @ w2.flatten(0, 1)
-        return y if b2 is None else torch.addmm(y, spread.to(x.dtype), b2)
-
-    def weighted(self, rows: Tensor, weights: Tensor, capacity: int) -> Tensor:
-        """rows [L * C, D], C per expert, weights, L * C -> [L * C, D]: results times weights."""
-        _, _, w2, b2, _, _ = self.in_dtype(rows.dtype)
-        weights = weights.view(self.num_local, capacity, 1)
-        hidden = self.hidden(rows.view(self.num_local, capacity, -1)).to(weights.dtype) * weights
-        bias = None if b2 is None else (weights * b2.unsqueeze(1)).to(rows.dtype)
-        hidden = hidden.to(rows.dtype)
-        return (torch.bmm(hidden, w2) if bias is None else torch.baddbmm(bias, hidden, w2)).flatten(0, 1)
+        _, _, w2, b2, _, _ = self.in_dtype(x.dtype)
+        in_blocks = arrived.rows_per_expert is not None
+        is_few = not in_blocks and len(x) * size <= self.largest_fixed
+        spread = spread_weights(arrived, size) if is_few or b2 is not None else None
+        if in_blocks:
+            blocks = size, arrived.rows_per_expert
+            y = torch.bmm(self.hidden(x.view(*blocks, -1), weights.view(blocks)), w2).flatten(0, 1)
+        elif is_few:  # the second product and the sum over experts are one: [R, L * F] times [L * F, D]
+            if arrived.handle is not None:  # a row that travelled, and has no expert here, may hold anything
+                x = x.masked_fill(arrived.topk_ids.amax(1, keepdim=True) < 0, 0)
+            hidden = self.hidden(x.expand(size, *x.shape), spread.t())
+            y = hidden.transpose(0, 1).flatten(1) @ w2.flatten(0, 1)
+        else:
+            order = order_rows(arrived.topk_ids, size, arrived.max_pairs)
+            capacity = max(1, int(order.counts.max()))
+            expert, starts = arrived.topk_ids.clamp(min=0), order.counts.cumsum(0) - order.counts
+            slot = expert * capacity + order.row_of_choice - starts[expert]
+            slot = slot.masked_fill(arrived.topk_ids < 0, size * capacity)  # -1: the slot behind the last
+            row = torch.arange(len(x), device=x.device)
+            row_of_slot = row.new_full((size * capacity + 1,), len(x))
+            row_of_slot = row_of_slot.scatter(0, slot.flatten(), row.repeat_interleave(slot.shape[1]))[:-1]
+            padded = weights.new_zeros(size * capacity + 1).scatter(0, slot.flatten(), weights.flatten())[:-1]
+            rows = F.pad(x, (0, 0, 0, 1))[row_of_slot].view(size, capacity, -1)
+            results = torch.bmm(self.hidden(rows, padded.view(size, capacity)), w2).flatten(0, 1)
+            y = F.pad(results.to(weights.dtype), (0, 0, 0, 1))[slot].sum(1).to(x.dtype)
+        return y if b2 is None else torch.addmm(y, spread.to(y.dtype), b2)
 
 
 # %% notebooks/06_grouped_experts.ipynb #graph-step
@@ -3598,7 +3590,12 @@ class CapacityOptions(Options):
     def check(self, config: MoEConfig) -> None:
         """ValueError where the config's dispatcher needs a limit on each rank, and there is none."""
         if getattr(REGISTRIES["dispatcher"].get(config.dispatcher), "needs_capacity", False):
-            block_capacity(config)
+            buffers = f"dispatcher {config.dispatcher} has buffers of a fixed size"
+            if self.capacity_factor is None or self.capacity_scope != "local":
+                limit = "set --capacity-factor, and leave --capacity-scope local"
+                raise ValueError(f"{buffers}, which need a limit on each rank; {limit}")
+            if config.max_num_tokens is None:
+                raise ValueError(f"{buffers}; set max_num_tokens")
 
     def for_run(self, run: Run) -> "CapacityOptions":
         """These options, with the share of the run's tokens that a rank's capacity is counted for."""
@@ -3676,26 +3673,6 @@ def gather_choices(routing: Routing, comm: Communicator) -> tuple[Tensor, Tensor
     return topk_ids, probs, slice(start, start + num_tokens)
 
 
-# %% notebooks/08_capacity.ipynb #block-capacity
-def block_capacity(config: MoEConfig) -> int:
-    """Rows C of the block that one rank's buffer keeps for each expert, the same on all ranks and in all steps.
-
-    Counted for the run's share of tokens; without a run for max_num_tokens, which no share exceeds. ValueError
-    where nothing limits what a rank sends.
-    """
-    options = config.option(CapacityOptions)
-    if options.capacity_factor is None or options.capacity_scope != "local":
-        raise ValueError(
-            "dispatcher capacity has buffers of a fixed size, which need a limit on each rank; "
-            "set --capacity-factor, and leave --capacity-scope local"
-        )
-    if config.max_num_tokens is None:
-        raise ValueError("dispatcher capacity has buffers of a fixed size; set max_num_tokens")
-    share = config.max_num_tokens if options.capacity_share is None else options.capacity_share
-    capacity = expert_capacity(share, config, options.capacity_factor)
-    return max(1, min(capacity, config.max_num_tokens))  # a token comes to an expert once at most
-
-
 # %% notebooks/08_capacity.ipynb #block-slots
 def order_in_blocks(topk_ids: Tensor, num_experts: int, capacity: int) -> RowOrder:
     """topk_ids [T, K] -> RowOrder of a buffer of num_experts blocks, each of `capacity` rows. No host sync.
@@ -3735,8 +3712,17 @@ class CapacityDispatcher(AllToAllDispatcher):
 
     @classmethod
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "CapacityDispatcher":
-        """See Dispatcher. ValueError where nothing limits what a rank sends."""
-        return cls(config.num_experts, comm, block_capacity(config))
+        """See Dispatcher. Blocks of the same size on all ranks and in all steps, C rows for each expert.
+
+        Counted for the run's share of tokens; without a run for max_num_tokens, which no share exceeds. ValueError
+        where nothing limits what a rank sends.
+        """
+        options = config.option(CapacityOptions)
+        options.check(config)  # a config without these options has not asked them
+        share = config.max_num_tokens if options.capacity_share is None else options.capacity_share
+        capacity = expert_capacity(share, config, options.capacity_factor)
+        most = config.max_num_tokens  # a token comes to an expert once at most
+        return cls(config.num_experts, comm, max(1, min(capacity, most)))
 
     def plan(self, topk_ids: Tensor, row_bytes: int) -> tuple[RowOrder, Callable[[], ExchangePlan]]:
         """See AllToAllDispatcher. Everything but the order of the rows is known beforehand: nothing is announced."""
