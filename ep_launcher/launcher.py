@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "5bfc068a623e029b7f900763d4f796dc5802b34308ee3f2758c6345e5e1b0c16"
+SOURCES_SHA256 = "35816f3efbf822a8dd65da52131a0ae58e7a4ec9963de8bcbb5a8b9d8f07580c"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -4214,14 +4214,20 @@ class GatherTokensDispatcher(Dispatcher):
         reached = expected_distinct_ranks(config.num_experts, config.top_k, ep_size) / ep_size
         return 45 if device.type == "cuda" and ep_size > 1 and reached > 0.75 else 1
 
-    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
-        """See Dispatcher. Sends S rows to each other rank. ValueError where this rank has more than S tokens."""
-        num_slots, local = self.num_slots, self.num_local_experts
+    def agreed_slots(self, x: Tensor) -> int:
+        """S; where nobody has said it, the most tokens of a rank, by one host synchronisation. ValueError where this
+        rank has more."""
+        num_slots = self.num_slots
         if num_slots is None:
             length = torch.tensor([len(x)], device=x.device)
-            num_slots = int(self.comm.all_gather(length, "metadata").max())
+            num_slots = max(1, int(self.comm.all_gather(length, "metadata").max()))
         if len(x) > num_slots:
-            raise ValueError(f"{len(x)} tokens on one rank, and gather_tokens was made for {num_slots}")
+            raise ValueError(f"{len(x)} tokens on one rank, and its slots were made for {num_slots}")
+        return num_slots
+
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+        """See Dispatcher. Sends S rows to each other rank. ValueError where this rank has more than S tokens."""
+        num_slots, local = self.agreed_slots(x), self.num_local_experts
         at_home = rows_at_home(len(x), num_slots, self.comm.size, x.device)
         rows, weights, ids = GatherTokens.apply(x, topk_weights, topk_ids, at_home, num_slots, self.comm)
         own = ids - self.comm.rank * local  # below 0 too where no choice was sent
@@ -4238,7 +4244,7 @@ class GatherTokensDispatcher(Dispatcher):
     ) -> dict[str, Tensor]:
         """See Dispatcher: the slots, whatever is in them."""
         size, top_k = len(topk_ids), topk_ids[0].shape[1]
-        slots = torch.full((size, size), self.num_slots or max(map(len, topk_ids)))
+        slots = torch.full((size, size), self.num_slots or max(1, *map(len, topk_ids)))
         row, weights = hidden_dim * dtype.itemsize, top_k * torch.promote_types(dtype, torch.float32).itemsize
         rider = rider_columns(hidden_dim, dtype, 2 * top_k) * dtype.itemsize
         return bytes_by_pass(slots, slots, row, rider, row * x_needs_grad + weights)
@@ -5422,18 +5428,6 @@ def sum_in_memory(comm: Communicator, x: Tensor) -> None:
         comm.all_reduce = SmallSums(comm, x)
 
 
-# %% notebooks/11_peer_memory.ipynb #agreed-slots
-def agreed_slots(num_slots: int | None, x: Tensor, comm: Communicator) -> int:
-    """S; where nobody has said it, the most tokens of a rank, by one host synchronisation. ValueError where this rank
-    has more."""
-    if num_slots is None:
-        length = torch.tensor([len(x)], device=x.device)
-        num_slots = max(1, int(comm.all_gather(length, "metadata").max()))
-    if len(x) > num_slots:
-        raise ValueError(f"{len(x)} tokens on one rank, and its slots were made for {num_slots}")
-    return num_slots
-
-
 # %% notebooks/11_peer_memory.ipynb #peer-dispatcher
 @dataclass(frozen=True)
 class PeerHandle:
@@ -5488,7 +5482,7 @@ class PeerDispatcher(GatherTokensDispatcher):
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
         """See Dispatcher. Sends a row for each (token, other rank), and S * K weights and ids to each other rank."""
-        num_slots, size, top_k = agreed_slots(self.num_slots, x, self.comm), self.comm.size, topk_ids.shape[1]
+        num_slots, size, top_k = self.agreed_slots(x), self.comm.size, topk_ids.shape[1]
         num_rows, rider_bytes = size * num_slots, 2 * top_k * topk_weights.element_size()
         num_bytes = rider_start(num_rows, x.shape[1], x.dtype) + num_rows * rider_bytes
         plan = PeerPlan(self.comm, memory_of(self.comm, num_bytes, x), num_slots, self.num_local_experts)
@@ -5783,7 +5777,7 @@ class CopiesDispatcher(PeerDispatcher):
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
         """See Dispatcher. Sends S rows to each other rank, with K weights and K ids each."""
-        num_slots, d, k = agreed_slots(self.num_slots, x, self.comm), x.shape[1], topk_ids.shape[1]
+        num_slots, d, k = self.agreed_slots(x), x.shape[1], topk_ids.shape[1]
         wide = torch.promote_types(x.dtype, torch.float32)
         num_rows = self.comm.size * num_slots
         num_bytes = rider_start(num_rows, d, x.dtype) + num_rows * 2 * k * wide.itemsize
@@ -6323,11 +6317,6 @@ def choose_copies(topk_ids: Tensor, copies: Tensor) -> Tensor:
     return torch.where(topk_ids < 0, -1, of_choice.gather(2, number[:, :, None]).squeeze(2))
 
 
-def rank_loads(topk_ids: Tensor, num_physical: int, num_ranks: int) -> Tensor:
-    """topk_ids [T, K] of physical experts -> int64 [W]: the choices that each rank's experts get."""
-    return count_choices(topk_ids, num_physical).view(num_ranks, -1).sum(1)
-
-
 # %% notebooks/13_inference.ipynb #forward-step
 class ForwardStep:
     """What a forward pass of at most S tokens a rank does, with the kernels for that size.
@@ -6610,15 +6599,11 @@ def bench_inference(argv: list[str] | None = None) -> int:
         print("{tokens:6} tokens: layer {layer_us:10.1f} ({layer_p99_us:10.1f})   inference {inference_us:10.1f} "
               "({inference_p99_us:10.1f})   {experts:4} experts, {gb_per_s:7.1f} GB/s".format(**lines[-1]))  # fmt: skip
     facts = {"device": device_model(device), "torch": torch.__version__, "rounds": args.rounds}
-    replace_file(path, json.dumps(facts | {"config": bench_facts(config), "lines": lines}, indent=1) + "\n")
+    names = ("num_experts", "top_k", "hidden_dim", "ffn_dim", "dtype", "activation")
+    facts |= {"config": {name: getattr(config, name) for name in names}, "lines": lines}
+    replace_file(path, json.dumps(facts, indent=1) + "\n")
     print(f"written: {path}")
     return 0
-
-
-def bench_facts(config: MoEConfig) -> dict[str, Any]:
-    """The sizes of the layer that was measured."""
-    names = ("num_experts", "top_k", "hidden_dim", "ffn_dim", "dtype", "activation")
-    return {name: getattr(config, name) for name in names}
 
 
 # %% notebooks/13_inference.ipynb #cache-policies
