@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "d5b96317aae407df0fd13e8e4ea65f8c94faf71121449fdd63d3301e1403bd1c"
+SOURCES_SHA256 = "aaf47bd3241f3919f525fa49f7bb29eb2461d0f4af1da3e1d4bbe6768fa1659d"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -417,13 +417,15 @@ def register(kind: str, name: str, implementation: Any = None) -> Any:
 class Choosable:
     """What `auto` may take: implementations of a kind that can do without being named."""
 
-    @staticmethod
-    def preference(*place: Any) -> float:
+    liking = 1  # how much `auto` likes it, where that is the same everywhere
+
+    @classmethod
+    def preference(cls, *place: Any) -> float:
         """How much `auto` likes this implementation in this place; 0 where it cannot run.
 
         place: a layer's config, device and ep_size; of a kind of step, run and model.
         """
-        return 1
+        return cls.liking
 
 
 def option_group(group: type[G]) -> type[G]:
@@ -2157,7 +2159,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     rank, world_size, _, _ = world_from_env()
     try:
         log_dir = Path(options.log_dir or (make_log_dir() if rank == 0 else ""))
-        log = RunLog(log_dir, options.steps, rank, StepNotes(world_size))
+        log = RunLog(log_dir, options.steps, rank, StepNotes(world_size, options.steps))
     except (ValueError, OSError) as error:
         return refuse(str(error))
     if device.type == "cpu":
@@ -2232,20 +2234,21 @@ import mmap
 class StepNotes:
     """The memory of the file that `launch` names in EP_STEPS. Without EP_STEPS, memory that nobody reads.
 
-    warning: room for one line, 512 bytes. steps: int64 by rank, the steps that it has done. The file has its full size
-    from the beginning, so a full disk takes nothing from it.
+    warning: room for one line, 512 bytes. Then int64: num_steps, how many steps the run will make, and steps, by rank,
+    how many it has done. The file has its full size from the beginning, so a full disk takes nothing from it.
     """
 
     WARNING_BYTES = 512
 
-    def __init__(self, num_ranks: int) -> None:
-        self.path, num_bytes = os.environ.get("EP_STEPS"), self.WARNING_BYTES + 8 * num_ranks
+    def __init__(self, num_ranks: int, num_steps: int) -> None:
+        self.path, num_bytes = os.environ.get("EP_STEPS"), self.WARNING_BYTES + 8 * (1 + num_ranks)
         room = memoryview(bytearray(num_bytes))
         if self.path:
             with open(self.path, "r+b") as file:
                 file.truncate(max(num_bytes, os.path.getsize(self.path)))
                 room = memoryview(mmap.mmap(file.fileno(), 0))
-        self.warning, self.steps = room[: self.WARNING_BYTES], room[self.WARNING_BYTES :].cast("q")
+        self.warning, numbers = room[: self.WARNING_BYTES], room[self.WARNING_BYTES :].cast("q")
+        numbers[0], self.steps = num_steps, numbers[1:]
 
 
 # %% notebooks/05_launch.ipynb #heartbeat
@@ -2855,11 +2858,11 @@ class BlockProducts:
         return weighted_activation_backward_(activation, grad, gate, up, weights, num_rows)
 
     def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients gate, up [R, F] -> gate w1^T + up w3^T, [R, D], and what is left to add to it: nothing."""
-        out = self.times(gate, w1.transpose(1, 2))
-        for block, w, into in zip(self.blocks(up), w3.unbind(), self.blocks(out), strict=True):
-            torch.addmm(into, block, w.t(), out=into)
-        return out, None
+        """Gradients gate, up [R, F] -> gate w1^T and up w3^T, [R, D] each, whose sum is the gradient of the rows.
+
+        The sum over a token's rows adds the two; a kernel that makes their sum at once has None as the second.
+        """
+        return self.times(gate, w1.transpose(1, 2)), self.times(up, w3.transpose(1, 2))
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
@@ -2882,6 +2885,7 @@ class GroupedProducts:
 
     rows = staticmethod(BlockProducts.rows)
     gated, hidden_gradient = BlockProducts.gated, BlockProducts.hidden_gradient
+    x_gradient = BlockProducts.x_gradient
 
     @functools.cached_property
     def membership(self) -> Tensor:
@@ -2895,10 +2899,6 @@ class GroupedProducts:
             return rows.new_empty(0, weights.shape[2])
         out = F.grouped_mm(rows, weights, offs=self.offsets)
         return out if bias is None else torch.addmm(out, self.membership.to(out.dtype), bias)
-
-    def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
-        """gate w1^T, and up w3^T for the caller to add: grouped_mm adds nothing."""
-        return self.times(gate, w1.transpose(1, 2)), self.times(up, w3.transpose(1, 2))
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
@@ -3024,14 +3024,12 @@ class GroupedExperts(FusedExperts):
 
 @register("experts", "blocks")
 class BlockExperts(FusedExperts):
-    """One product per expert, into one buffer for all; the counts come to the host, if they are not there."""
+    """One product per expert, into one buffer for all; the counts come to the host, if they are not there.
 
-    products = BlockProducts
+    Runs everywhere; the first choice on a CPU, where the host has the counts anyway.
+    """
 
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Runs everywhere; the first choice on a CPU, where the host has the counts anyway."""
-        return 40 if device.type == "cpu" else 30
+    products, liking = BlockProducts, 30
 
 
 # %% notebooks/06_grouped_experts.ipynb #bmm-experts
@@ -3048,57 +3046,49 @@ class BmmExperts(Experts):
         is_small = limit is not None and limit * config.num_experts <= BmmExperts.largest_fixed
         return 70 if device.type == "cuda" and is_small else 3
 
-    def hidden(self, padded: Tensor) -> Tensor:
-        """padded [L, C, D] -> [L, C, F]: first product and activation; 2 * L * C * D * F operations, 4 if gated."""
+    def hidden(self, padded: Tensor, weights: Tensor) -> Tensor:
+        """padded [L, C, D], weights [L, C] -> weighted hidden rows [L, C, F]: first product, activation, weights.
+
+        2 * L * C * D * F operations, 4 if gated.
+        """
         w1, b1, _, _, w3, b3 = self.in_dtype(padded.dtype)
         gate, up = (
             None if w is None else torch.bmm(padded, w) if b is None else torch.baddbmm(b[:, None], padded, w)
             for w, b in ((w1, b1), (w3, b3))
         )
-        return self.activation.apply(gate, up)
+        hidden = self.activation.apply(gate, up).to(weights.dtype) * weights.unsqueeze(2)
+        return hidden.to(padded.dtype)
 
     def forward(self, arrived: Arrived) -> Tensor:
         """See Experts. Every expert for every row, where those are few; one host sync where they are not, and the
         dispatcher does not bring every expert equally many."""
         x, weights, size = arrived.x, arrived.topk_weights, self.num_local
-        if arrived.rows_per_expert is not None:
-            return self.weighted(x, weights, arrived.rows_per_expert)
-        if len(x) * size <= self.largest_fixed:
-            return self.every_expert(arrived)
-        order = order_rows(arrived.topk_ids, size, arrived.max_pairs)
-        capacity = max(1, int(order.counts.max()))
-        expert, starts = arrived.topk_ids.clamp(min=0), order.counts.cumsum(0) - order.counts
-        slot = expert * capacity + order.row_of_choice - starts[expert]
-        slot = slot.masked_fill(arrived.topk_ids < 0, size * capacity)  # -1: the slot behind the last
-        row = torch.arange(len(x), device=x.device)
-        row_of_slot = row.new_full((size * capacity + 1,), len(x))
-        row_of_slot = row_of_slot.scatter(0, slot.flatten(), row.repeat_interleave(slot.shape[1]))[:-1]
-        padded = weights.new_zeros(size * capacity + 1).scatter(0, slot.flatten(), weights.flatten())[:-1]
-        results = self.weighted(F.pad(x, (0, 0, 0, 1))[row_of_slot], padded, capacity)
-        return F.pad(results.to(weights.dtype), (0, 0, 0, 1))[slot].sum(1).to(x.dtype)
-
-    def every_expert(self, arrived: Arrived) -> Tensor:
-        """y [R, D]: no sort, no copy to rows.
-
-        The weights, 0 for experts that were not chosen, go onto the hidden numbers: then the second product and the
-        sum over experts are one product, [R, L * F] times [L * F, D].
-        """
-        x, (_, _, w2, b2, _, _) = arrived.x, self.in_dtype(arrived.x.dtype)
-        if arrived.handle is not None:  # a row that travelled, and has no expert here, may hold anything
-            x = x.masked_fill(arrived.topk_ids.amax(1, keepdim=True) < 0, 0)
-        spread = spread_weights(arrived, self.num_local)
-        hidden = self.hidden(x.expand(self.num_local, *x.shape)).transpose(0, 1)
-        y = (hidden.to(spread.dtype) * spread.unsqueeze(2)).to(x.dtype).flatten(1) @ w2.flatten(0, 1)
-        return y if b2 is None else torch.addmm(y, spread.to(x.dtype), b2)
-
-    def weighted(self, rows: Tensor, weights: Tensor, capacity: int) -> Tensor:
-        """rows [L * C, D], C per expert, weights, L * C -> [L * C, D]: results times weights."""
-        _, _, w2, b2, _, _ = self.in_dtype(rows.dtype)
-        weights = weights.view(self.num_local, capacity, 1)
-        hidden = self.hidden(rows.view(self.num_local, capacity, -1)).to(weights.dtype) * weights
-        bias = None if b2 is None else (weights * b2.unsqueeze(1)).to(rows.dtype)
-        hidden = hidden.to(rows.dtype)
-        return (torch.bmm(hidden, w2) if bias is None else torch.baddbmm(bias, hidden, w2)).flatten(0, 1)
+        _, _, w2, b2, _, _ = self.in_dtype(x.dtype)
+        in_blocks = arrived.rows_per_expert is not None
+        is_few = not in_blocks and len(x) * size <= self.largest_fixed
+        spread = spread_weights(arrived, size) if is_few or b2 is not None else None
+        if in_blocks:
+            blocks = size, arrived.rows_per_expert
+            y = torch.bmm(self.hidden(x.view(*blocks, -1), weights.view(blocks)), w2).flatten(0, 1)
+        elif is_few:  # the second product and the sum over experts are one: [R, L * F] times [L * F, D]
+            if arrived.handle is not None:  # a row that travelled, and has no expert here, may hold anything
+                x = x.masked_fill(arrived.topk_ids.amax(1, keepdim=True) < 0, 0)
+            hidden = self.hidden(x.expand(size, *x.shape), spread.t())
+            y = hidden.transpose(0, 1).flatten(1) @ w2.flatten(0, 1)
+        else:
+            order = order_rows(arrived.topk_ids, size, arrived.max_pairs)
+            capacity = max(1, int(order.counts.max()))
+            expert, starts = arrived.topk_ids.clamp(min=0), order.counts.cumsum(0) - order.counts
+            slot = expert * capacity + order.row_of_choice - starts[expert]
+            slot = slot.masked_fill(arrived.topk_ids < 0, size * capacity)  # -1: the slot behind the last
+            row = torch.arange(len(x), device=x.device)
+            row_of_slot = row.new_full((size * capacity + 1,), len(x))
+            row_of_slot = row_of_slot.scatter(0, slot.flatten(), row.repeat_interleave(slot.shape[1]))[:-1]
+            padded = weights.new_zeros(size * capacity + 1).scatter(0, slot.flatten(), weights.flatten())[:-1]
+            rows = F.pad(x, (0, 0, 0, 1))[row_of_slot].view(size, capacity, -1)
+            results = torch.bmm(self.hidden(rows, padded.view(size, capacity)), w2).flatten(0, 1)
+            y = F.pad(results.to(weights.dtype), (0, 0, 0, 1))[slot].sum(1).to(x.dtype)
+        return y if b2 is None else torch.addmm(y, spread.to(y.dtype), b2)
 
 
 # %% notebooks/06_grouped_experts.ipynb #graph-step
@@ -3402,13 +3392,9 @@ class AllToAllDispatcher(Dispatcher):
     Ids never travel: rows arrive in the order of the counts, each with its weight.
     """
 
+    liking = 40  # it runs everywhere, and is the best so far on more than one rank
     counts_on_host = True
     rows_per_expert: int | None = None
-
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Runs everywhere; the best so far on more than one rank."""
-        return 40 if ep_size > 1 else 1
 
     def plan(self, topk_ids: Tensor, row_bytes: int) -> tuple[RowOrder, Callable[[], ExchangePlan]]:
         """topk_ids [T, K] -> which row each choice becomes, and a function that waits for the exchange's splits."""
@@ -3605,7 +3591,12 @@ class CapacityOptions(Options):
     def check(self, config: MoEConfig) -> None:
         """ValueError where the config's dispatcher needs a limit on each rank, and there is none."""
         if getattr(REGISTRIES["dispatcher"].get(config.dispatcher), "needs_capacity", False):
-            block_capacity(config)
+            buffers = f"dispatcher {config.dispatcher} has buffers of a fixed size"
+            if self.capacity_factor is None or self.capacity_scope != "local":
+                limit = "set --capacity-factor, and leave --capacity-scope local"
+                raise ValueError(f"{buffers}, which need a limit on each rank; {limit}")
+            if config.max_num_tokens is None:
+                raise ValueError(f"{buffers}; set max_num_tokens")
 
     def for_run(self, run: Run) -> "CapacityOptions":
         """These options, with the share of the run's tokens that a rank's capacity is counted for."""
@@ -3683,26 +3674,6 @@ def gather_choices(routing: Routing, comm: Communicator) -> tuple[Tensor, Tensor
     return topk_ids, probs, slice(start, start + num_tokens)
 
 
-# %% notebooks/08_capacity.ipynb #block-capacity
-def block_capacity(config: MoEConfig) -> int:
-    """Rows C of the block that one rank's buffer keeps for each expert, the same on all ranks and in all steps.
-
-    Counted for the run's share of tokens; without a run for max_num_tokens, which no share exceeds. ValueError
-    where nothing limits what a rank sends.
-    """
-    options = config.option(CapacityOptions)
-    if options.capacity_factor is None or options.capacity_scope != "local":
-        raise ValueError(
-            "dispatcher capacity has buffers of a fixed size, which need a limit on each rank; "
-            "set --capacity-factor, and leave --capacity-scope local"
-        )
-    if config.max_num_tokens is None:
-        raise ValueError("dispatcher capacity has buffers of a fixed size; set max_num_tokens")
-    share = config.max_num_tokens if options.capacity_share is None else options.capacity_share
-    capacity = expert_capacity(share, config, options.capacity_factor)
-    return max(1, min(capacity, config.max_num_tokens))  # a token comes to an expert once at most
-
-
 # %% notebooks/08_capacity.ipynb #block-slots
 def order_in_blocks(topk_ids: Tensor, num_experts: int, capacity: int) -> RowOrder:
     """topk_ids [T, K] -> RowOrder of a buffer of num_experts blocks, each of `capacity` rows. No host sync.
@@ -3731,6 +3702,7 @@ class CapacityDispatcher(AllToAllDispatcher):
     """
 
     needs_capacity, syncs_host, records = True, False, True
+    liking = 0.5  # less than any other dispatcher's: `auto` does not take what wants a capacity
 
     def __init__(self, num_experts: int, comm: Communicator, capacity: int) -> None:
         super().__init__(num_experts, comm)
@@ -3741,13 +3713,17 @@ class CapacityDispatcher(AllToAllDispatcher):
 
     @classmethod
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "CapacityDispatcher":
-        """See Dispatcher. ValueError where nothing limits what a rank sends."""
-        return cls(config.num_experts, comm, block_capacity(config))
+        """See Dispatcher. Blocks of the same size on all ranks and in all steps, C rows for each expert.
 
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Less than any other dispatcher's: `auto` does not take what wants a capacity."""
-        return 0.5
+        Counted for the run's share of tokens; without a run for max_num_tokens, which no share exceeds. ValueError
+        where nothing limits what a rank sends.
+        """
+        options = config.option(CapacityOptions)
+        options.check(config)  # a config without these options has not asked them
+        share = config.max_num_tokens if options.capacity_share is None else options.capacity_share
+        capacity = expert_capacity(share, config, options.capacity_factor)
+        most = config.max_num_tokens  # a token comes to an expert once at most
+        return cls(config.num_experts, comm, max(1, min(capacity, most)))
 
     def plan(self, topk_ids: Tensor, row_bytes: int) -> tuple[RowOrder, Callable[[], ExchangePlan]]:
         """See AllToAllDispatcher. Everything but the order of the rows is known beforehand: nothing is announced."""
@@ -4239,14 +4215,20 @@ class GatherTokensDispatcher(Dispatcher):
         reached = expected_distinct_ranks(config.num_experts, config.top_k, ep_size) / ep_size
         return 45 if device.type == "cuda" and ep_size > 1 and reached > 0.75 else 1
 
-    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
-        """See Dispatcher. Sends S rows to each other rank. ValueError where this rank has more than S tokens."""
-        num_slots, local = self.num_slots, self.num_local_experts
+    def agreed_slots(self, x: Tensor) -> int:
+        """S; where nobody has said it, the most tokens of a rank, by one host synchronisation. ValueError where this
+        rank has more."""
+        num_slots = self.num_slots
         if num_slots is None:
             length = torch.tensor([len(x)], device=x.device)
-            num_slots = int(self.comm.all_gather(length, "metadata").max())
+            num_slots = max(1, int(self.comm.all_gather(length, "metadata").max()))
         if len(x) > num_slots:
-            raise ValueError(f"{len(x)} tokens on one rank, and gather_tokens was made for {num_slots}")
+            raise ValueError(f"{len(x)} tokens on one rank, and its slots were made for {num_slots}")
+        return num_slots
+
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+        """See Dispatcher. Sends S rows to each other rank. ValueError where this rank has more than S tokens."""
+        num_slots, local = self.agreed_slots(x), self.num_local_experts
         at_home = rows_at_home(len(x), num_slots, self.comm.size, x.device)
         rows, weights, ids = GatherTokens.apply(x, topk_weights, topk_ids, at_home, num_slots, self.comm)
         own = ids - self.comm.rank * local  # below 0 too where no choice was sent
@@ -4263,7 +4245,7 @@ class GatherTokensDispatcher(Dispatcher):
     ) -> dict[str, Tensor]:
         """See Dispatcher: the slots, whatever is in them."""
         size, top_k = len(topk_ids), topk_ids[0].shape[1]
-        slots = torch.full((size, size), self.num_slots or max(map(len, topk_ids)))
+        slots = torch.full((size, size), self.num_slots or max(1, *map(len, topk_ids)))
         row, weights = hidden_dim * dtype.itemsize, top_k * torch.promote_types(dtype, torch.float32).itemsize
         rider = rider_columns(hidden_dim, dtype, 2 * top_k) * dtype.itemsize
         return bytes_by_pass(slots, slots, row, rider, row * x_needs_grad + weights)
@@ -4474,12 +4456,7 @@ class SendCopies(torch.autograd.Function):
 class DedupDispatcher(AllToAllDispatcher):
     """Sends a token once to each rank that has any of its experts, with all their ids and weights (chapter 10)."""
 
-    counts_on_host = False
-
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Runs everywhere."""
-        return 20 if ep_size > 1 else 1
+    counts_on_host, liking = False, 20
 
     def order(self, topk_ids: Tensor) -> CopyOrder:
         """topk_ids [T, K] -> which copies there are, and which of them each choice shares."""
@@ -4563,6 +4540,7 @@ class TwoStageDispatcher(Dispatcher):
     """`dedup` between machines, to the rank of the same lane there; then `dedup` inside (chapter 10)."""
 
     uses_machines = True  # asks which ranks share one, so --ranks-per-host has a meaning
+    liking = 10
 
     def __init__(self, num_experts: int, comm: Communicator, ranks_per_host: int | None = None) -> None:
         super().__init__(num_experts, comm)
@@ -4574,11 +4552,6 @@ class TwoStageDispatcher(Dispatcher):
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "TwoStageDispatcher":
         """See Dispatcher. CannotRun where the ranks do not fill their machines. Collective at the first layer."""
         return cls(config.num_experts, comm, config.option(TrafficOptions).ranks_per_host)
-
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Runs everywhere."""
-        return 10 if ep_size > 1 else 1
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
         """See Dispatcher. A row for each (token, other machine); one host synchronisation."""
@@ -5458,18 +5431,6 @@ def sum_in_memory(comm: Communicator, x: Tensor) -> None:
         comm.all_reduce = SmallSums(comm, x)
 
 
-# %% notebooks/11_peer_memory.ipynb #agreed-slots
-def agreed_slots(num_slots: int | None, x: Tensor, comm: Communicator) -> int:
-    """S; where nobody has said it, the most tokens of a rank, by one host synchronisation. ValueError where this rank
-    has more."""
-    if num_slots is None:
-        length = torch.tensor([len(x)], device=x.device)
-        num_slots = max(1, int(comm.all_gather(length, "metadata").max()))
-    if len(x) > num_slots:
-        raise ValueError(f"{len(x)} tokens on one rank, and its slots were made for {num_slots}")
-    return num_slots
-
-
 # %% notebooks/11_peer_memory.ipynb #peer-dispatcher
 @dataclass(frozen=True)
 class PeerHandle:
@@ -5524,7 +5485,7 @@ class PeerDispatcher(GatherTokensDispatcher):
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
         """See Dispatcher. Sends a row for each (token, other rank), and S * K weights and ids to each other rank."""
-        num_slots, size, top_k = agreed_slots(self.num_slots, x, self.comm), self.comm.size, topk_ids.shape[1]
+        num_slots, size, top_k = self.agreed_slots(x), self.comm.size, topk_ids.shape[1]
         num_rows, rider_bytes = size * num_slots, 2 * top_k * topk_weights.element_size()
         num_bytes = rider_start(num_rows, x.shape[1], x.dtype) + num_rows * rider_bytes
         plan = PeerPlan(self.comm, memory_of(self.comm, num_bytes, x), num_slots, self.num_local_experts)
@@ -5819,7 +5780,7 @@ class CopiesDispatcher(PeerDispatcher):
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
         """See Dispatcher. Sends S rows to each other rank, with K weights and K ids each."""
-        num_slots, d, k = agreed_slots(self.num_slots, x, self.comm), x.shape[1], topk_ids.shape[1]
+        num_slots, d, k = self.agreed_slots(x), x.shape[1], topk_ids.shape[1]
         wide = torch.promote_types(x.dtype, torch.float32)
         num_rows = self.comm.size * num_slots
         num_bytes = rider_start(num_rows, d, x.dtype) + num_rows * 2 * k * wide.itemsize
@@ -6358,11 +6319,6 @@ def choose_copies(topk_ids: Tensor, copies: Tensor) -> Tensor:
     return torch.where(topk_ids < 0, -1, of_choice.gather(2, number[:, :, None]).squeeze(2))
 
 
-def rank_loads(topk_ids: Tensor, num_physical: int, num_ranks: int) -> Tensor:
-    """topk_ids [T, K] of physical experts -> int64 [W]: the choices that each rank's experts get."""
-    return count_choices(topk_ids, num_physical).view(num_ranks, -1).sum(1)
-
-
 # %% notebooks/13_inference.ipynb #forward-step
 class ForwardStep:
     """What a forward pass of at most S tokens a rank does, with the kernels for that size.
@@ -6645,19 +6601,14 @@ def bench_inference(argv: list[str] | None = None) -> int:
         print("{tokens:6} tokens: layer {layer_us:10.1f} ({layer_p99_us:10.1f})   inference {inference_us:10.1f} "
               "({inference_p99_us:10.1f})   {experts:4} experts, {gb_per_s:7.1f} GB/s".format(**lines[-1]))  # fmt: skip
     facts = {"device": device_model(device), "torch": torch.__version__, "rounds": args.rounds}
-    facts |= {"config": bench_facts(config), "lines": lines}
+    names = ("num_experts", "top_k", "hidden_dim", "ffn_dim", "dtype", "activation")
+    facts |= {"config": {name: getattr(config, name) for name in names}, "lines": lines}
     try:
         replace_file(path, json.dumps(facts, indent=1) + "\n")
     except ValueError as error:
         return refuse(str(error))
     print(f"written: {path}")
     return 0
-
-
-def bench_facts(config: MoEConfig) -> dict[str, Any]:
-    """The sizes of the layer that was measured."""
-    names = ("num_experts", "top_k", "hidden_dim", "ffn_dim", "dtype", "activation")
-    return {name: getattr(config, name) for name in names}
 
 
 # %% notebooks/13_inference.ipynb #cache-policies
@@ -8900,17 +8851,13 @@ def describe_frames(exception: BaseException, path: str, markers: list[tuple[int
 
     report = "".join(traceback.TracebackException.from_exception(exception).format())
     report = re.sub(r'^[ |+]*File "(.+)", line (\d+), in .+$', add_cell, report, flags=re.MULTILINE)
-    where, link, seen = "", exception, set()
-    while link is not None and id(link) not in seen and not where:
-        seen.add(id(link))
+    where, link = "", exception
+    while link is not None and not where:
         for frame, line in traceback.walk_tb(link.__traceback__):
             cell = place(frame.f_code.co_filename, line)
             where = f" ({cell}, in {frame.f_code.co_qualname})" if cell else where
         link = link.__cause__ or link.__context__
-    try:
-        message = " ".join(str(exception).split())
-    except Exception:
-        message = "(its message cannot be printed)"
+    message = " ".join(str(exception).split())
     return report, f"{type(exception).__name__}{': ' if message else ''}{message}{where}"
 
 

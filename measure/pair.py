@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 
 from tools import hosts
-from tools.ranks.flags import LAUNCHER, flag_arguments
-from tools.ranks.processes import Family
+from tools.launch import LAUNCHER, flag_arguments
+from tools.ranks.processes import Agent
 
 
 class BrokenPair:
@@ -32,15 +32,15 @@ class BrokenPair:
         self.program = [str(LAUNCHER), *arguments]
         self.outputs = [self.folder / f"machine{number}.log" for number in (1, 2)]
         self.namespaces: list[int] = []
-        self.machines: list[Family] = []
+        self.machines: list[Agent] = []
         self.opened = contextlib.ExitStack()
 
     def __enter__(self) -> BrokenPair:
         with contextlib.ExitStack() as opened:
             self.namespaces = opened.enter_context(hosts.two_namespaces())
             for number, (namespace, output) in enumerate(zip(self.namespaces, self.outputs, strict=True), 1):
-                self.machines.append(hosts.start_host(namespace, number, self.program, output))
-                opened.callback(self.machines[-1].end, patience_s=0)
+                host = hosts.start_host(namespace, number, self.program, output)
+                self.machines.append(opened.enter_context(host))
             self.opened = opened.pop_all()
         return self
 
@@ -51,7 +51,7 @@ class BrokenPair:
         """Until this step, one that is logged, is done. RuntimeError where it does not come."""
         deadline = time.monotonic() + limit_s
         while f"[step {step:05d}]" not in self.outputs[0].read_text("utf-8", "replace"):
-            if time.monotonic() > deadline or any(m.process.poll() is not None for m in self.machines):
+            if time.monotonic() > deadline or any(m.returncode is not None for m in self.machines):
                 raise RuntimeError(f"step {step} did not come:\n{self.outputs[0].read_text()[-2000:]}")
             time.sleep(0.005)
 
@@ -68,7 +68,8 @@ class BrokenPair:
 
     def finish(self, limit_s: float = 120) -> dict[str, Any]:
         """Waits until both torchruns have ended -> the summary, or {}. RuntimeError where one hangs."""
-        if not hosts.wait_for(self.machines, limit_s, other_s=limit_s):
+        hosts.wait_for(self.machines, limit_s)
+        if any(machine.returncode is None for machine in self.machines):
             raise RuntimeError(f"the two machines did not end in {limit_s:g} s")
         path = self.folder / "summary.json"
         return json.loads(path.read_text("utf-8")) if path.exists() else {}

@@ -92,7 +92,7 @@ def ctrl_c(folder: Path, times: float) -> Iterator[str]:
         "launch": ["tools/launch.py", "--nproc", "2", *flags],
         "alone": [LAUNCHER, *flags],
         "torchrun": [*TORCHRUN, LAUNCHER, *flags],
-        "notebooks": ["tools/notebooks.py", "notebooks/04_training.ipynb", f"--output-dir={folder / 'out'}"],
+        "notebooks": ["tools/notebooks.py", "notebooks/04_training.ipynb"],
     }
     draw = random.Random(1)
     for name, number in itertools.product(commands, range(max(1, round(20 * times)))):

@@ -60,10 +60,11 @@ def _choose_output(arguments: argparse.Namespace, root: Path) -> tuple[Path, str
             raise Refused(f"extract.py: --output is missing ({LAUNCHER} is the whole book's); name a file")
         return root / LAUNCHER, LAUNCHER
     path = Path(os.path.realpath(arguments.output))
-    if path in [Path(os.path.realpath(p)) for p in arguments.notebooks or reading.book_notebooks(root)]:
-        raise Refused(f"{arguments.output}: is one of the notebooks read; write to another file")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise Refused(f"{arguments.output}: is no regular file, so it cannot be written; name a file")
+    read = [Path(os.path.realpath(p)) for p in arguments.notebooks or reading.book_notebooks(root)]
+    if path in read or (os.path.exists(path) and not os.path.isfile(path)):
+        raise Refused(
+            f"{arguments.output}: is a notebook that is read, or no regular file; name another file"
+        )
     return path, one_line(arguments.output)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,16 +22,15 @@ from typing import Any
 
 import psutil
 
-from ep_launcher.launcher import StepNotes
-from tools.ranks.failures import LIBRARY_LOG
-from tools.ranks.flags import LAUNCHER, flag_arguments, torchrun_environment, torchrun_flags
-from tools.ranks.processes import start_agent
+from tools.launch import LAUNCHER, flag_arguments, torchrun_flags
+from tools.ranks.failures import last_lines
+from tools.ranks.output import NOTES_BYTES, read_notes
+from tools.ranks.processes import Agent
 
-STEPS_AT = StepNotes.WARNING_BYTES  # where rank 0 notes its steps
 PLUGIN = Path(__file__).with_name("faulty.py")
 
 
-class BrokenRun:
+class BrokenRun(Agent):
     """A run of nproc ranks in a new folder: checkpoints/ (unless the flags name another place), log/, output.
 
     flags: the launcher's; faults: (what, rank, step, attempt), from inside (tools/faulty.py).
@@ -50,26 +48,20 @@ class BrokenRun:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         self.checkpoints, self.steps = self.folder / "checkpoints", self.folder / "steps"
+        self.steps.write_bytes(bytes(NOTES_BYTES))
         places = {"checkpoint_dir": self.checkpoints, "log_dir": self.folder / "log", "device": "cpu"}
+        usual = places | {"summary": self.folder / "summary.json"}
         inside = {"plugin": PLUGIN, "step": "faulty"} if faults else {}
-        flags = places | {"summary": self.folder / "summary.json"} | inside | flags
-        self.steps.write_bytes(bytes(STEPS_AT + 8 * nproc))
-        of_torchrun = torchrun_flags(nproc, max_restarts=max_restarts)
-        words = [self.folder / "report.json", *of_torchrun, LAUNCHER, *flag_arguments(flags)]
-        environment = torchrun_environment(EP_STEPS=self.steps, EP_FAULTS=json.dumps(faults))
+        program = [LAUNCHER, *flag_arguments(usual | inside | flags)]
+        words = [self.folder / "report.json", *torchrun_flags(nproc, max_restarts=max_restarts), *program]
+        environment = {"EP_STEPS": self.steps, "EP_FAULTS": json.dumps(faults)}
         with (self.folder / "output").open("wb") as output:
-            self.family = start_agent("torchrun", *words, stdout=output, environment=environment)
-
-    def __enter__(self) -> BrokenRun:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.family.end(patience_s=0)
+            super().__init__(*words, environment=environment, stdout=output)
 
     @property
     def step(self) -> int:
         """Steps that the present attempt, or the one before, has done."""
-        return int.from_bytes(self.steps.read_bytes()[STEPS_AT : STEPS_AT + 8], "little")
+        return read_notes(self.steps)[2][0]
 
     def wait(self, found: Callable[[], Any], what: str, limit_s: float) -> Any:
         """Until found() is true -> what it found. RuntimeError where the run ends before, or is late."""
@@ -80,7 +72,7 @@ class BrokenRun:
                 return came
             if is_over:
                 raise RuntimeError(f"{what} did not come, after {self.step} steps:\n{self.last_lines()}")
-            self.family.note()
+            self.note()
             time.sleep(0.005)
 
     def wait_for_step(self, step: int, limit_s: float = 120) -> int:
@@ -91,21 +83,16 @@ class BrokenRun:
     def rank(self, rank: int) -> psutil.Process:
         """The process of this rank, in the attempt that runs."""
 
-        def found() -> psutil.Process | None:
-            self.family.note(every_s=0)
-            named = [member for member in self.family.alive() if member.name() == f"rank {rank}"]  # agent.py
-            return named[0] if named else None
+        def found() -> list[psutil.Process]:
+            self.note(every_s=0)
+            return [member for member in self.alive() if member.name() == f"rank {rank}"]  # agent.py
 
-        return self.wait(found, f"rank {rank}", 60)
+        return self.wait(found, f"rank {rank}", 60)[0]
 
     def send(self, rank: int, number: int) -> float:
         """Sends a signal to a rank -> when, in time.time()."""
         self.rank(rank).send_signal(number)
         return time.time()
-
-    def stop(self, number: int = signal.SIGTERM) -> None:
-        """Sends a signal to torchrun, as a scheduler does that wants the machine back."""
-        self.family.process.send_signal(number)
 
     def finish(self, limit_s: float = 300) -> dict[str, Any]:
         """Waits for the end -> the summary; {} where there is none. RuntimeError where it does not end in time."""
@@ -113,24 +100,14 @@ class BrokenRun:
         path = self.folder / "summary.json"
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
-    @property
-    def returncode(self) -> int | None:
-        """torchrun's, once it has ended."""
-        return self.family.process.poll()
-
-    def left(self) -> list[str]:
-        """Command lines of processes that have outlived the run; empty if all is well."""
-        return self.family.left()
-
     def log(self) -> list[str]:
         """The lines of train.log, of all attempts."""
         path = self.folder / "log" / "train.log"
         return path.read_text("utf-8").splitlines() if path.exists() else []
 
-    def last_lines(self, count: int = 12) -> str:
+    def last_lines(self) -> str:
         """What the ranks said last, without the libraries' logs."""
-        lines = (self.folder / "output").read_text("utf-8", "replace").splitlines()
-        return "\n".join([line for line in lines if not LIBRARY_LOG.match(line)][-count:])
+        return "\n".join(last_lines((self.folder / "output").read_text("utf-8", "replace").splitlines(), 12))
 
 
 @dataclass(frozen=True)

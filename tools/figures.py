@@ -82,19 +82,17 @@ def has_other_parameters() -> bool:
     return any(cell.startswith("# Parameters\n") for cell in cells)
 
 
-def save_figure(fig: Figure, name: str, alt: str | None = None) -> None:
+def save_figure(fig: Figure, name: str, alt: str) -> None:
     """Writes the figure to images/NAME (SVG): the same figure gives the same bytes, without a date.
 
     To build/images/NAME where the notebook runs with other parameters: then it is not the book's figure.
-    alt: what one sees, in words; the titles and labels of the axes by default. It is the picture's title, and the
-    text for it in the committed notebook and on the site.
+    alt: what one sees, in words. It is the picture's title, and the text for it in the committed notebook and on the
+    site.
     """
     folder = IMAGES.parent / "build" / "images" if has_other_parameters() else IMAGES
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [ax.get_title() or ax.get_ylabel() or ax.get_xlabel() for ax in fig.axes]
-    alt = alt or "; ".join(dict.fromkeys(" ".join(part.split()) for part in parts if part))
     svg, path = io.BytesIO(), folder / name
-    fig.savefig(svg, format="svg", metadata={"Date": None, "Creator": None} | ({"Title": alt} if alt else {}))
+    fig.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Title": alt})
     if not path.exists() or path.read_bytes() != svg.getvalue():  # another run may be looking at it
         path.write_bytes(svg.getvalue())
 

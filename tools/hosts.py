@@ -23,14 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.ranks.failures import LIBRARY_LOG, Interrupted, LaunchError
-from tools.ranks.flags import LAUNCHER, flag_arguments, torchrun_environment, torchrun_flags
-from tools.ranks.processes import Family, start_agent, uninterrupted
+from tools.launch import LAUNCHER, flag_arguments, torchrun_flags
+from tools.ranks.failures import Interrupted, LaunchError, how_ended, last_lines
+from tools.ranks.processes import Agent
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29400
 INTERFACE = "ep0"  # each end of the cable, inside its namespace
-OTHER_HOST_S = 6.0  # what one host gets to end by itself, once the other has
 
 
 class HostsUnavailable(RuntimeError):
@@ -118,41 +117,33 @@ def host_flags(number: int, nproc: int = 1) -> list[str]:
     return [*flags, f"--rdzv-conf=is_host={int(number == 1)}", f"--local-addr={ADDRESSES[number - 1]}"]
 
 
-def start_host(namespace: int, number: int, program: list[str], log: Path, nproc: int = 1) -> Family:
+def start_host(namespace: int, number: int, program: list[str], log: Path, nproc: int = 1) -> Agent:
     """torchrun inside a namespace. It ends when this process does (tools/ranks/agent.py)."""
     words = [log.with_suffix(".json"), *host_flags(number, nproc), *program]
-    environment = torchrun_environment(GLOO_SOCKET_IFNAME=INTERFACE, TP_SOCKET_IFNAME=INTERFACE)
+    environment = {"GLOO_SOCKET_IFNAME": INTERFACE, "TP_SOCKET_IFNAME": INTERFACE}
     with open(log, "wb") as file:
-        return start_agent("torchrun", *words, stdout=file, environment=environment, before=inside(namespace))
+        return Agent(*words, stdout=file, environment=environment, before=inside(namespace))
 
 
-def wait_for(hosts: list[Family], limit_s: float, other_s: float = OTHER_HOST_S) -> bool:
-    """Waits until both torchruns have ended -> whether they did in time.
-
-    A host whose partner has gone gets other_s: on a dead link torchrun can wait for minutes.
-    """
-    end = deadline = time.monotonic() + limit_s
-    while running := [host for host in hosts if host.process.poll() is None]:
-        if time.monotonic() > end:
-            return time.monotonic() <= deadline
-        if len(running) == 1:
-            end = min(end, time.monotonic() + other_s)
-        for host in running:
+def wait_for(hosts: list[Agent], limit_s: float) -> None:
+    """Waits until both torchruns have ended, or limit_s are over."""
+    deadline = time.monotonic() + limit_s
+    while any(host.returncode is None for host in hosts) and time.monotonic() < deadline:
+        for host in hosts:
             host.note()
         time.sleep(0.05)
-    return True
 
 
-def describe_hosts(codes: list[int | None], texts: list[str], limit_s: float, in_time: bool) -> LaunchError:
-    """What to tell of a run that failed. codes: of the torchruns, None where it had to be ended."""
-    for text in texts:
+def describe_hosts(ended: list[tuple[int | None, str]], limit_s: float) -> LaunchError:
+    """What to tell of a run that failed. ended: each torchrun's exit code, None if it had to be ended, and output."""
+    for _, text in ended:
         if said := re.search(r"^(?:\[rank\d+\]: ?)?error: (.+)$", text, re.MULTILINE):
             return LaunchError(said[1])
-    lines = [] if in_time else [f"the two hosts did not end within {limit_s:g} s and were stopped"]
-    for number, (code, text) in enumerate(zip(codes, texts, strict=True), 1):
-        how = "had to be stopped" if code is None else f"ended with exit code {code}"
-        said = [line for line in text.splitlines() if line.strip() and not LIBRARY_LOG.match(line)]
-        lines += [f"host {number} {how}", *(f"  {line}" for line in said[-4:])]
+    is_late = any(code is None for code, _ in ended)
+    lines = [f"the two hosts did not end within {limit_s:g} s and were stopped"] * is_late
+    for number, (code, text) in enumerate(ended, 1):
+        how = "had to be stopped" if code is None else how_ended(code)
+        lines += [f"host {number} {how}", *last_lines(text.splitlines(), 4)]
     return LaunchError(*lines)
 
 
@@ -161,25 +152,23 @@ def run_program(
 ) -> tuple[list[str], list[int]]:
     """Runs a program with its arguments on nproc ranks of each of two hosts -> what each host printed, and sent
     through the cable in bytes. See run_on_two_hosts."""
-    with tempfile.TemporaryDirectory(prefix="ep-hosts-") as folder, two_namespaces(mbit_per_s) as held:
-        logs = [Path(folder) / f"host{number}.log" for number in (1, 2)]
-        hosts: list[Family] = []
+    with contextlib.ExitStack() as at_end:
+        folder = at_end.enter_context(tempfile.TemporaryDirectory(prefix="ep-hosts-"))
+        held = at_end.enter_context(two_namespaces(mbit_per_s))
+        hosts, logs = [], [Path(folder) / f"host{number}.log" for number in (1, 2)]
         try:
             for number, (namespace, log) in enumerate(zip(held, logs, strict=True), 1):
-                hosts.append(start_host(namespace, number, program, log, nproc))
-            in_time = wait_for(hosts, limit_s)
-            codes = [host.process.poll() for host in hosts]
+                hosts.append(at_end.enter_context(start_host(namespace, number, program, log, nproc)))
+            wait_for(hosts, limit_s)
         except KeyboardInterrupt:
+            at_end.close()
             raise Interrupted(["both hosts have ended"]) from None
-        finally:
-            with uninterrupted():
-                for host in hosts:  # asked both at once, then each made sure of
-                    host.process.terminate()
-                for host in hosts:
-                    host.end()
-        texts = [log.read_text("utf-8", errors="replace") for log in logs]
-        if any(codes) or None in codes:
-            raise describe_hosts(codes, texts, limit_s, in_time)
+        codes, texts = (
+            [host.returncode for host in hosts],
+            [log.read_text("utf-8", "replace") for log in logs],
+        )
+        if codes != [0, 0]:
+            raise describe_hosts([*zip(codes, texts, strict=True)], limit_s)
         return texts, [bytes_sent(namespace) for namespace in held]
 
 
@@ -195,7 +184,7 @@ def run_on_two_hosts(
     about 5 s more than the steps.
     """
     if taken := {"device", "log_dir", "summary"} & set(flags):
-        raise LaunchError(f"{', '.join(sorted(taken))}: two hosts choose that themselves", returncode=2)
+        raise LaunchError(f"{', '.join(sorted(taken))}: two hosts choose that themselves")
     shown = [*flag_arguments(flags), "--device", "cpu"]
     with tempfile.TemporaryDirectory(prefix="ep-hosts-run-") as folder:
         summary = Path(folder) / "summary.json"

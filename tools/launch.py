@@ -20,11 +20,13 @@ import json
 import os
 import shlex
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -34,115 +36,85 @@ if __name__ == "__main__":  # Ctrl-C while modules are read is one line, too
 
 from tools import commands  # noqa: E402
 from tools.extract import assert_fresh, check_kernel_definitions  # noqa: E402
-from tools.ranks.failures import HERE, Interrupted, LaunchError, describe_failure, without_root  # noqa: E402
-from tools.ranks.flags import LAUNCHER, flag_arguments, torchrun_environment, torchrun_flags  # noqa: E402
-from tools.ranks.output import RankOutput, is_live_notebook, kernel  # noqa: E402
-from tools.ranks.processes import Family, start_agent  # noqa: E402
+from tools.ranks.failures import HERE, Interrupted, LaunchError, describe_failure, read_report  # noqa: E402
+from tools.ranks.output import NOTES_BYTES, RankOutput, is_live_notebook, kernel, read_notes  # noqa: E402
+from tools.ranks.processes import Agent  # noqa: E402
+from tools.stitch.reading import ROOT  # noqa: E402
 
 __all__ = ["LaunchError", "is_live_notebook", "launch", "load_ipython_extension"]
 
+LAUNCHER = ROOT / "ep_launcher" / "launcher.py"
 RUNS = LAUNCHER.parent / "runs"
-WARNING_BYTES = 512  # of EP_STEPS, before the steps (launcher.py, StepNotes)
 SILENT_S = 20.0  # so long without a first step, and a line says what is waited for
 
 
-def watch(run: Family, output: RankOutput, steps: Path, meeting: str | None, limit_s: float | None) -> None:
-    """Shows a run until it ends. Ends everything on any exception; TimeoutError after limit_s.
+def flag_arguments(flags: dict[str, Any]) -> list[str]:
+    """{"top_k": 2, "normalize_topk": True, "log_dir": None} -> ["--top-k", "2", "--normalize-topk"]."""
+    arguments = []
+    for name, value in flags.items():
+        flag, text = name.replace("_", "-"), str(value)
+        if value is True or value is False:
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            # A value that starts with a dash would pass for a flag, were it not tied to its own.
+            arguments += [f"--{flag}={text}"] if text.startswith("-") else [f"--{flag}", text]
+    return arguments
+
+
+def torchrun_flags(
+    nproc: int | None, nnodes: int = 1, rdzv_endpoint: str | None = None, max_restarts: int = 0
+) -> list[str]:
+    """torchrun's own flags; nproc None: auto. LaunchError where they do not fit together."""
+    for name, value, least in (("nproc", nproc, 1), ("nnodes", nnodes, 1), ("max_restarts", max_restarts, 0)):
+        if value is not None and not (isinstance(value, Integral) and value >= least):
+            raise LaunchError(f"{name} is {value!r}; take a whole number, {least} or more")
+    flags = [f"--nproc_per_node={nproc or 'auto'}"] + [f"--max-restarts={max_restarts}"] * bool(max_restarts)
+    if nnodes == 1:
+        return flags
+    if not rdzv_endpoint:
+        raise LaunchError(
+            f"{nnodes} hosts must find one another; give each the same --rdzv-endpoint HOST:PORT"
+        )
+    host = rdzv_endpoint.rpartition(":")[0].strip("[]") or rdzv_endpoint
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        mend = "give an --rdzv-endpoint that every host can reach"
+        raise LaunchError(f"no address is known for {host}; {mend}") from None
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={rdzv_endpoint}", "--rdzv-id=ep"]
+    return [f"--nnodes={nnodes}", *flags, *meeting]
+
+
+def watch(run: Agent, output: RankOutput, steps: Path, meeting: str | None, limit_s: float | None) -> bool:
+    """Shows a run until it ends, or until limit_s are over -> whether they are. Ends everything on any exception.
 
     steps: the file behind EP_STEPS; meeting: where several hosts meet.
     """
-    start, warning, is_silent = time.monotonic(), "", True
+    start, shown, is_silent = time.monotonic(), "", True
     try:
-        while run.process.poll() is None:
+        while run.returncode is None:
             run.note()
             output.poll()
-            now, notes = time.monotonic() - start, steps.read_bytes()
-            if done := max(memoryview(notes[WARNING_BYTES:]).cast("q")):
-                output.bar.update(done - output.bar.n)
-            if not warning and (warning := notes[:WARNING_BYTES].rstrip(b"\0").decode(errors="replace")):
+            now, (warning, num_steps, done) = time.monotonic() - start, read_notes(steps)
+            if num_steps and output.bar.total is None:
+                output.bar.reset(num_steps)
+            if furthest := max(done):
+                output.bar.update(furthest - output.bar.n)
+            if warning != shown:
+                shown = warning
                 output.show(warning, sys.stderr)
-            if is_silent and not done and now > SILENT_S:
+            if is_silent and not furthest and now > SILENT_S:
                 is_silent, ranks = False, len(list(output.folder.glob("*/attempt_*/*")))
                 where = f"; waiting at {meeting}" if meeting and not ranks else ""
                 line = f"after {SILENT_S:g} s no first step yet: {ranks} ranks have started{where}"
                 output.show(line, sys.stderr)
             if limit_s is not None and now > limit_s:
-                raise TimeoutError
+                return True
             time.sleep(0.05)
+        return False
     finally:
-        run.end(patience_s=0 if run.process.poll() is not None else 3.0)
+        run.end()
         output.poll(is_last=True)
-
-
-def failure(run: Family, output: RankOutput, report: Path, log_dir: Path) -> LaunchError:
-    """What to raise for a run that failed. A refusal, of one line, leaves nothing to look at."""
-    said = json.loads(report.read_text()) if report.exists() else {"ranks": [], "error": "it was killed"}
-    rank, lines = describe_failure(said, output.errors)
-    if len(lines) == 1:
-        return LaunchError(*lines, rank=rank, returncode=2)
-    logs = output.keep(log_dir)
-    lines = [*lines[:14], f"whole output: {without_root(logs)}"]
-    return LaunchError(*lines, rank=rank, log_dir=logs, returncode=max(run.process.returncode, 1))
-
-
-def run_command(
-    of_torchrun: dict[str, Any], arguments: list[str], script: Path, *, quiet: bool, limit_s: float | None
-) -> dict[str, Any]:
-    """One run, from flags to its summary. LaunchError where it fails."""
-    try:
-        if script == LAUNCHER:
-            assert_fresh()
-            if kernel() is not None:
-                check_kernel_definitions(kernel().user_ns)
-    except RuntimeError as error:
-        raise LaunchError(str(error), returncode=2) from None
-    flags, parser = torchrun_flags(**of_torchrun), commands.Parser(add_help=False, allow_abbrev=False)
-    for name in ("--steps", "--log-dir", "--summary"):
-        parser.add_argument(name)
-    asked = parser.parse_known_args(arguments)[0]
-    with contextlib.ExitStack() as at_end:
-        try:
-            folder = tempfile.TemporaryDirectory(prefix="ep-launch-", ignore_cleanup_errors=True)
-            scratch = Path(at_end.enter_context(folder))
-            steps, report, summary = scratch / "steps", scratch / "report.json", scratch / "summary.json"
-            options = report.with_suffix(".options")  # what the agent has found out
-            steps.write_bytes(bytes(2**13))  # for 960 ranks
-            own_folder = RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-            log_dir = Path(asked.log_dir or os.environ.get("TB_LOGDIR") or own_folder).expanduser()
-            output = RankOutput(scratch / "ranks", quiet)
-            at_end.callback(output.bar.close)
-            program = [script, "--summary", summary, *arguments]  # the last --summary counts
-            words = [*flags, "--redirects=3", f"--log-dir={output.folder}", *program]
-            environment = torchrun_environment(TB_LOGDIR=log_dir, EP_STEPS=steps)
-            with open(output.folder / "torchrun.log", "wb") as log:
-                run = start_agent("torchrun", report, *words, stdout=log, environment=environment)
-            at_end.callback(run.end, patience_s=0)
-        except OSError as error:
-            message = f"cannot write {error.filename} ({error.strerror}); set TMPDIR, or --log-dir"
-            raise LaunchError(message, returncode=2) from None
-        try:
-            while run.process.poll() is None and not options.exists():
-                time.sleep(0.005)
-            told = json.loads(options.read_text()) if options.exists() else {"nproc": "auto", "steps": None}
-            shown = shlex.join(["torchrun", *flags, str(script), *arguments]).replace(*HERE)
-            output.show(shown.replace("=auto", f"={told['nproc']}"), sys.stdout)
-            output.bar.reset(int(asked.steps) if (asked.steps or "").isdigit() else told["steps"])
-            watch(run, output, steps, of_torchrun["rdzv_endpoint"], limit_s)
-        except TimeoutError:
-            logs = output.keep(log_dir)
-            message = f"the run did not end within {limit_s:g} s and was stopped; whole output: {without_root(logs)}"
-            raise LaunchError(message, log_dir=logs) from None
-        except KeyboardInterrupt:
-            logs = without_root(output.keep(log_dir))
-            raise Interrupted([f"every rank has ended; logs in {logs}"]) from None
-        if run.process.returncode:
-            raise failure(run, output, report, log_dir)
-        output.keep(log_dir)
-        given = Path(asked.summary or summary).expanduser()
-        found = json.loads(given.read_text("utf-8")) if given.exists() else {}
-        if found and given == summary:
-            found["config"]["summary"] = None  # the file was ours, and goes
-        return found
 
 
 def launch(
@@ -154,6 +126,7 @@ def launch(
     quiet: bool = False,
     limit_s: float | None = None,
     script: str | os.PathLike[str] = LAUNCHER,
+    arguments: Sequence[str] = (),
     **flags: Any,
 ) -> dict[str, Any]:
     """Trains with torchrun, streams the output, returns the summary (DESIGN: `--summary`).
@@ -162,15 +135,66 @@ def launch(
     nnodes, rdzv_endpoint: for several hosts; every host makes the same call. max_restarts: how often all ranks start
     again once one has ended, from the last checkpoint where there is one (chapter 15). quiet: prints nothing.
     limit_s: ends the run after so long. script: another stitched launcher.
-    flags: launcher.py's, `top_k=2` for `--top-k 2`, True and False for `--x` and `--no-x`, None for leaving it out.
+    flags: launcher.py's, `top_k=2` for `--top-k 2`, True and False for `--x` and `--no-x`, None for leaving it out;
+    arguments: more of them, as a command line has them.
 
     Raises LaunchError, before anything starts, for a stale launcher and for definitions that differ from the kernel's;
     in one line for flags that the ranks refuse; and where the run fails, with the rank, its cells and its last lines.
     An interrupt ends every rank within 5 s. Costs about 2 s to start the processes.
     """
-    hosts = {"nnodes": nnodes, "rdzv_endpoint": rdzv_endpoint}
-    of_torchrun, script = {"nproc": nproc, "max_restarts": max_restarts} | hosts, Path(script).resolve()
-    return run_command(of_torchrun, flag_arguments(flags), script, quiet=quiet, limit_s=limit_s)
+    script = Path(script).resolve()
+    try:
+        if script == LAUNCHER:
+            assert_fresh()
+            if kernel() is not None:
+                check_kernel_definitions(kernel().user_ns)
+    except RuntimeError as error:
+        raise LaunchError(str(error)) from None
+    of_torchrun = torchrun_flags(nproc, nnodes, rdzv_endpoint, max_restarts)
+    arguments = [*flag_arguments(flags), *arguments]
+    parser = commands.Parser(add_help=False, allow_abbrev=False)
+    for name in ("--log-dir", "--summary"):
+        parser.add_argument(name)
+    asked = parser.parse_known_args(arguments)[0]
+    with contextlib.ExitStack() as at_end:
+        try:
+            folder = tempfile.TemporaryDirectory(prefix="ep-launch-", ignore_cleanup_errors=True)
+            scratch = Path(at_end.enter_context(folder))
+            steps, report, summary = scratch / "steps", scratch / "report.json", scratch / "summary.json"
+            steps.write_bytes(bytes(NOTES_BYTES))
+            own_folder = RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+            log_dir = Path(asked.log_dir or os.environ.get("TB_LOGDIR") or own_folder).expanduser()
+            output = RankOutput(scratch / "ranks", quiet)
+            at_end.callback(output.bar.close)
+            program = [script, "--summary", summary, *arguments]  # the last --summary counts
+            words = [report, *of_torchrun, "--redirects=3", f"--log-dir={output.folder}", *program]
+            with open(output.folder / "torchrun.log", "wb") as log:
+                environment = {"TB_LOGDIR": log_dir, "EP_STEPS": steps}
+                run = at_end.enter_context(Agent(*words, environment=environment, stdout=log))
+        except OSError as error:
+            mend = "set TMPDIR, or --log-dir"
+            raise LaunchError(f"cannot write {error.filename} ({error.strerror}); {mend}") from None
+        try:
+            while run.returncode is None and not report.exists():
+                time.sleep(0.005)
+            shown = shlex.join(["torchrun", *of_torchrun, str(script), *arguments]).replace(*HERE)
+            output.show(shown.replace("=auto", f"={read_report(report)['nproc']}", 1), sys.stdout)
+            is_late = watch(run, output, steps, rdzv_endpoint, limit_s)
+        except KeyboardInterrupt:
+            raise Interrupted([f"every rank has ended; logs in {output.keep(log_dir)}"]) from None
+        rank, lines = None, [f"the run did not end within {limit_s} s and was stopped"] * is_late
+        if run.returncode and not is_late:
+            rank, lines = describe_failure(read_report(report), output.error, output.errors)
+            if len(lines) == 1:  # a refusal leaves nothing to look at
+                raise LaunchError(*lines, rank=rank)
+        logs = output.keep(log_dir)
+        if lines:
+            raise LaunchError(*lines[:14], f"whole output: {logs}", rank=rank)
+        given = Path(asked.summary or summary).expanduser()
+        found = json.loads(given.read_text("utf-8")) if given.exists() else {}
+        if found and given == summary:
+            found["config"]["summary"] = None  # the file was ours, and goes
+        return found
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -180,42 +204,32 @@ def load_ipython_extension(shell: Any) -> None:
     shell.register_magic_function(ranks_magic, "cell", "ranks")
 
 
-def command_line(argv: Sequence[str] | None) -> int:
-    """Does what the command line asks for -> 0. Refused or LaunchError where that cannot be."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line -> exit code: 0, 1 for a run that fails, 2 for a refusal, 130 for an interrupt."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     parser = commands.Parser(
-        prog="launch.py", description="Trains with torchrun.", add_help=False, allow_abbrev=False
+        "launch.py", description="Trains with torchrun.", add_help=False, allow_abbrev=False
     )
     add = parser.add_argument
     add("-h", "--help", action="store_true", help="show this, and the flags of launcher.py")
-    add("--nproc", "--nproc-per-node", "--nproc_per_node", type=int, metavar="N",
-        help="processes on this host (default: one a GPU if there are 2 or more, else 2)")  # fmt: skip
+    few = "processes on this host (default: one a GPU if there are 2 or more, else 2)"
+    add("--nproc", "--nproc-per-node", "--nproc_per_node", type=int, metavar="N", help=few)
     add("--nnodes", type=int, default=1, metavar="N", help="hosts (default: 1)")
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where the hosts meet, the same on each")
-    add("--max-restarts", "--max_restarts", type=int, default=0, metavar="N",
-        help="how often all ranks start again once one has ended (default: 0)")  # fmt: skip
-    options, rest = parser.parse_known_args(argv)
-    of_torchrun = vars(options)
-    if of_torchrun.pop("help"):
-        from ep_launcher import launcher
-
-        print(
-            parser.format_help(),
-            "\nThe flags of launcher.py:\n",
-            launcher.make_parser().format_help(),
-            sep="\n",
-        )
-    else:
-        run_command(of_torchrun, rest, LAUNCHER, quiet=False, limit_s=None)
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line -> exit code: 0, 2 for a refusal, 130 for an interrupt, else torchrun's."""
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.default_int_handler)
+    again = "how often all ranks start again once one has ended (default: 0)"
+    add("--max-restarts", "--max_restarts", type=int, default=0, metavar="N", help=again)
     try:
-        return commands.run(lambda: command_line(argv))
+        options, rest = parser.parse_known_args(argv)
+        given = vars(options)
+        if given.pop("help"):
+            print(parser.format_help(), "The flags of launcher.py:", sep="\n", flush=True)
+            return subprocess.call([sys.executable, LAUNCHER, "--help"])
+        launch(**given, arguments=rest)
+        return 0
+    except commands.Refused as refused:
+        print(refused, file=sys.stderr)
+        return refused.code
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.returncode

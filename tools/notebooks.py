@@ -44,8 +44,10 @@ if str(ROOT) not in sys.path:  # works uninstalled, from any folder
 
 from tools import commands  # noqa: E402
 from tools.commands import Refused  # noqa: E402
+from tools.stitch.reading import book_notebooks  # noqa: E402
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+COPIES = ROOT / "build/notebooks"
 FOLDED = {"setup", "plot", "solution"}  # cells whose source JupyterLab and the site show on a click
 
 
@@ -200,9 +202,10 @@ def clean(notebook: NotebookNode, path: Path) -> None:
 def write(notebook: NotebookNode, path: Path) -> None:
     """Writes a notebook as a whole, or not at all, and is refused then."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         commands.replace_file(path, f"{nbformat.writes(notebook)}\n".encode())
     except OSError as error:
-        raise refuse(f"cannot write {shown(path)}: {error.strerror}; see --output-dir", 1) from None
+        raise refuse(f"cannot write {shown(path)}: {error.strerror}", 1) from None
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -214,34 +217,24 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--in-place", action="store_true", help="refresh the notebooks' own outputs, cleaned")
     add("--clean", action="store_true", help="clean the notebooks' outputs; execute nothing")
     add("--timeout", type=float, default=300.0, metavar="SECONDS", help="for each notebook (%(default)g)")
-    add("--output-dir", type=Path, default=ROOT / "build/notebooks", help="for copies (build/notebooks)")
     options = parser.parse_intermixed_args(argv)
-    folder = options.output_dir = options.output_dir.resolve()
-    chapters = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-    options.paths = [Path(name).resolve() for name in options.notebooks] or chapters
+    options.paths = [Path(name).resolve() for name in options.notebooks] or book_notebooks(ROOT)
     names = [path.name for path in options.paths]
     options.parameters = {name: read_value(value) for name, value in options.parameter}
     if sys.flags.optimize:
         raise refuse("without assertions (PYTHONOPTIMIZE, -O) no check can fail; leave that out")
-    if not options.timeout > 0:
-        raise refuse(f"--timeout is {options.timeout:g}, and must be positive")
     if options.parameters and (options.in_place or options.clean):
         raise refuse("what is committed has the notebooks' own parameters; leave -p out")
     if twice := [name for name in names if names.count(name) > 1]:
         raise refuse(f"{twice[0]} is given twice, and copies go by name; run one at a time")
-    if any(path.parent == folder for path in options.paths):
-        raise refuse(f"--output-dir {shown(folder)} holds the notebooks themselves; take another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise refuse(f"cannot write to --output-dir {shown(folder)}: {error.strerror}") from None
+    if any(path.parent == COPIES for path in options.paths):
+        raise refuse(f"{shown(COPIES)} is where copies go; name the notebooks that they are of")
     return options
 
 
 def run_one(path: Path, notebook: NotebookNode, options: argparse.Namespace) -> None:
     """Executes one notebook, as the options say, and prints a line about it."""
-    original, start, copy = path.read_text("utf-8"), time.monotonic(), options.output_dir / path.name
+    original, start, copy = path.read_text("utf-8"), time.monotonic(), COPIES / path.name
     where = ""
     if not options.clean:
         copy.unlink(missing_ok=True)

@@ -263,7 +263,7 @@ def run_case(
     if key not in known:
         known[key] = run_dense(model, case, x_all, target, micro, reference)
     dense, num_local = known[key], config.num_experts // mesh.ep.size
-    first = mesh.ep.rank * num_local
+    first, owners = mesh.ep.rank * num_local, topk_ids[topk_ids >= 0].cpu() // num_local
     errors = {
         "y": relative_error(torch.cat(ys), dense["y"][mine]),
         "aux": relative_error(aux_total, dense["aux"]),
@@ -273,20 +273,21 @@ def run_case(
         "errors": {name.removeprefix("layers.0."): error for name, error in errors.items()},
         "bytes": num_bytes,
         "bytes_agree": agrees,
-        "load": torch.bincount(topk_ids[topk_ids >= 0].cpu(), minlength=config.num_experts),
+        "rows_received": torch.bincount(owners, minlength=mesh.ep.size).tolist(),
     }
 
 
-def collect(facts: list[dict], mesh: ep.Mesh) -> list[dict]:
-    """Every rank's facts of some cases -> the worst of them, the same on all ranks. Collective."""
+def collect(results: list[dict], mesh: ep.Mesh) -> list[dict]:
+    """Every rank's results of some cases -> rank 0's, with the worst of all facts, on all ranks. Collective."""
     return [
-        {
+        by_rank[0]
+        | {
             "errors": {q: max(f["errors"].get(q, 0.0) for f in by_rank) for q in by_rank[0]["errors"]},
             "bytes": [sum(f["bytes"][which] for f in by_rank) for which in (0, 1)],
             "bytes_agree": all(f["bytes_agree"] for f in by_rank),
-            "rows_received": sum(f["load"] for f in by_rank).view(mesh.ep.size, -1).sum(1).tolist(),
+            "rows_received": [sum(rows) for rows in zip(*(f["rows_received"] for f in by_rank), strict=True)],
         }
-        for by_rank in zip(*gather_objects(facts, mesh.batch), strict=True)
+        for by_rank in zip(*gather_objects(results, mesh.batch), strict=True)
     ]
 
 
@@ -301,25 +302,25 @@ def run_suite(
     """
     results, size, known = [], mesh.batch.size, cases(mesh.batch.size)
     for parts in sorted({case["ep"] for case in known.values()}):
-        among, facts, ran, references = ep.init_ep(max(1, size // parts)), [], [], {}
+        among, ran, references = ep.init_ep(max(1, size // parts)), [], {}
         for kinds in variants(device, among.ep.size, dtypes, dispatcher):
             names, chosen = set(wanted(*kinds)), dict(zip(NAMES, kinds, strict=True))
             for name, case in cases_of(*kinds[2:], known).items():
                 if case["ep"] != parts or name not in names:
                     continue
                 changes = {k: case[k] for k in (*BASE, "num_shared_experts", "overlap") if k in case}
+                told = {"case": name, **chosen, "world_size": size, "device": device.type}
                 try:
                     config = ep.MoEConfig(**BASE | changes, **chosen, extras=extras)
-                    facts.append(run_case(case, config, among, device, known=references))
+                    found = run_case(case, config, among, device, known=references)
                 except Exception as error:
                     markers = ep.read_cell_markers(ep.__file__)
                     said = ep.describe_frames(error, ep.__file__, markers)[1]
                     what = f"rank {mesh.batch.rank}, {name} {kinds[3]} {' '.join(kinds[:3])}"
                     print(f"crashed: {what}: {said}", file=sys.stderr, flush=True)
                     raise
-                told = {"case": name, **chosen, "world_size": size, "device": device.type}
-                ran.append(told | {"limit": limit_of(kinds[1], kinds[3])})
-        results += [told | found for told, found in zip(ran, collect(facts, among), strict=True)]
+                ran.append(told | {"limit": limit_of(kinds[1], kinds[3])} | found)
+        results += collect(ran, among)
     return results
 
 

@@ -1,13 +1,11 @@
 """The book as static pages: `make site` -> build/site/index.html, to be opened without a server or a network.
 
-    python tools/site.py [--output DIR]
+    python tools/site.py
 
 Pages are made by nbconvert from the notebooks as they were executed and committed; nothing runs here. Frame, search and
 colours lie in tools/site_files/: no CDN, no web font, no MathJax, no require.js. Ends with 1 and one
 line where a page would fetch something from elsewhere, or shows a figure that is not there: then the old pages stay.
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -113,11 +111,8 @@ def build(folder: Path) -> int:
 
 
 def make_site() -> int:
-    parser = commands.Parser(prog="site.py", description="Build the book as static pages.")
-    parser.add_argument("--output", metavar="DIR", default=ROOT / "build" / "site", type=Path)
-    folder = parser.parse_args().output.resolve()
-    if folder in (ROOT, *ROOT.parents) or (folder.exists() and not (folder / "book.css").exists()):
-        raise Refused(f"error: {folder} holds something else; name a new folder")
+    commands.Parser(prog="site.py", description="Build the book as static pages.").parse_args()
+    folder = ROOT / "build/site"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".site-", dir=folder.parent) as aside:
@@ -127,8 +122,7 @@ def make_site() -> int:
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
     except OSError as error:
-        why = error.strerror or error
-        raise Refused(f"error: cannot write to --output {folder}: {why}", code=1) from None
+        raise Refused(f"error: cannot write {folder}: {error.strerror or error}", code=1) from None
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{count} pages, {size / 1e6:.1f} MB: open {folder / 'index.html'}")
     return 0

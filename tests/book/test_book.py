@@ -154,10 +154,10 @@ def test_a_picture_without_words_is_found():
 
 def test_the_site_is_built_and_needs_no_network(build):
     """Every notebook is a page; tools/site.py itself refuses a page that would fetch something or lacks a figure."""
-    done = run(sys.executable, "tools/site.py", "--output", str(build / "site-test"))
+    done = run(sys.executable, "tools/site.py")
     assert done.returncode == 0, done.stderr
     for path in NOTEBOOKS:
-        page = (build / "site-test" / f"{path.stem}.html").read_text(encoding="utf-8")
+        page = (build / "site" / f"{path.stem}.html").read_text(encoding="utf-8")
         silent = [src for alt, src in pictures_of(page) if len(alt.split()) < 12]
         assert not silent, f"{path.stem}.html does not say in words what one sees in {', '.join(silent)}"
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
@@ -196,11 +196,11 @@ def small_site(tmp_path, monkeypatch):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {name}"), cell])
         nbformat.write(notebook, tmp_path / "notebooks" / f"{name}.ipynb")
     monkeypatch.setattr(site, "ROOT", tmp_path)
-    monkeypatch.setattr(site.sys, "argv", ["site.py", "--output", str(tmp_path / "site")])
+    monkeypatch.setattr(site.sys, "argv", ["site.py"])
 
     def build() -> tuple[int, dict[str, str]]:
         code = commands.run(site.make_site)
-        return code, {path.name: path.read_text("utf-8") for path in (tmp_path / "site").glob("*.html")}
+        return code, {path.name: path.read_text("utf-8") for path in (tmp_path / "build/site").glob("*.html")}
 
     return build
 
@@ -220,7 +220,7 @@ def test_a_refused_build_keeps_the_old_pages(small_site, tmp_path, capsys):
     nbformat.write(wrong, tmp_path / "notebooks" / "02_two.ipynb")
     assert small_site() == (1, before)
     assert capsys.readouterr().err == "error: 02_two.html shows images/none.svg, which is not there\n"
-    assert not list(tmp_path.glob(".site*"))
+    assert not list((tmp_path / "build").glob(".site*"))
 
 
 def test_a_figure_with_other_parameters_leaves_the_books_alone(tmp_path, monkeypatch):
@@ -233,9 +233,9 @@ def test_a_figure_with_other_parameters_leaves_the_books_alone(tmp_path, monkeyp
     monkeypatch.setattr(figures, "IMAGES", tmp_path / "images")
     monkeypatch.setattr(figures, "get_ipython", lambda: SimpleNamespace(user_ns={"In": cells}))
     fig = plt.figure()
-    figures.save_figure(fig, "a.svg")
+    figures.save_figure(fig, "a.svg", "nothing")
     cells.append("# Parameters\nranks = 2\n")
-    figures.save_figure(fig, "b.svg")
+    figures.save_figure(fig, "b.svg", "nothing")
     plt.close(fig)
     made = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.svg"))
     assert made == ["build/images/b.svg", "images/a.svg"]
@@ -248,16 +248,11 @@ def test_a_figure_carries_its_title(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figures, "IMAGES", tmp_path / "images")
     monkeypatch.setattr(notebooks, "ROOT", tmp_path)
-    fig, (left, right) = plt.subplots(1, 2)
-    left.set_title("Rows [sent]\n& kept")
-    right.set_ylabel("ms")
-    figures.save_figure(fig, "a.svg")
-    figures.save_figure(fig, "b.svg", "Two bars")
+    fig = plt.figure()
+    figures.save_figure(fig, "a.svg", "Rows [sent]\n& kept")
     plt.close(fig)
-    shown = [notebooks.show_image(name, tmp_path / "notebooks" / "x.ipynb") for name in ("a.svg", "b.svg")]
-    assert [output.data["text/markdown"] for output in shown] == [
-        "![Rows sent & kept; ms](../images/a.svg)", "![Two bars](../images/b.svg)",
-    ]  # fmt: skip
+    shown = notebooks.show_image("a.svg", tmp_path / "notebooks" / "x.ipynb")
+    assert shown.data["text/markdown"] == "![Rows sent & kept](../images/a.svg)"
 
 
 def tracked_changes() -> str:

@@ -74,8 +74,7 @@ DISPATCHERS = {  # {the fault: (what stands in the solution, what stands there n
     "the wrong experts": (
         "local[mine], w",
         "local[mine].roll(1, 0), w",
-        "topk_ids names other experts",
-        "rank 0",
+        "rank 0, even: expert 0 misses the row of token 0",
     ),
     "global ids": (
         "local[mine], w",
@@ -83,7 +82,12 @@ DISPATCHERS = {  # {the fault: (what stands in the solution, what stands there n
         "topk_ids has [",
         "local experts are 0 to 1, and -1 is none",
     ),
-    "no line for each row": ("local[mine], w", "local, w", "Arrived.topk_ids is [", "a line for each row"),
+    "no line for each row": (
+        "local[mine], w",
+        "local, w",
+        "Arrived.topk_ids is torch.int64 [",
+        ", expected ",
+    ),
     "a count that is not true": (
         "AllGatherHandle(everyones[mine], len(x)))",
         "AllGatherHandle(everyones[mine], len(x)), [1] * self.num_local_experts)",
@@ -109,8 +113,8 @@ DISPATCHERS = {  # {the fault: (what stands in the solution, what stands there n
     "another weight": (
         WEIGHTS,
         "mine], local[mine], weights[mine].flip(1), ",
-        "weighs expert",
-        "'s result with the weight of expert",
+        "counts expert",
+        " times what its weight says",
     ),
     "weighed twice": (
         "    def predict_bytes",
@@ -230,24 +234,20 @@ BUSY = "ids[ids >= 0].unique().tolist() or [0]"
 EXPERTS = {
     "forgets the empty rank": (" or [0]", "", "no rows: ", "is not part of the graph"),
     "runs the empty ones": (BUSY, "range(self.num_local)", "4 matrix products had no rows"),
-    "another expert's weights": ("w1[e].t(), b1[e]", "w1[0].t(), b1[0]", "row 0, of expert 2, is off by"),
-    "another expert's rows": (
-        "(ids == e)",
-        "(ids == 5 - e)",
-        "row 0 is of expert 2, and expert 3 computed it",
-    ),
-    "not weighted": (" * weights[row, j, None]", "", "row 0 is not weighted; the experts apply topk_weights"),
+    "another expert's weights": ("w1[e].t(), b1[e]", "w1[0].t(), b1[0]", "row 0, of experts [2], is off by"),
+    "another expert's rows": ("(ids == e)", "(ids == 5 - e)", "row 0, of experts [2], is off by"),
+    "not weighted": (" * weights[row, j, None]", "", "row 0, of experts [2], is off by"),
     "order": (
         "(0, row, F.linear",
         "(0, row.flip(0), F.linear",
-        "the result of row 5 came back in the place of row 0",
+        "one expert per row: row 0, of experts [2], is",
     ),
     "two choices only": (
         "(ids == e)",
         "(ids[:, :2] == e)",
-        "three experts per row: row",
-        "came out without the result of",
+        "three experts per row: row 1, of experts [0, 2]",
     ),
+    "no number": ("weights[row, j, None]", "(weights[row, j, None] / 0 * 0)", "is off by nan"),
     "no gradient for the router": (
         "weights[row, j, None]",
         "weights[row, j, None].detach()",

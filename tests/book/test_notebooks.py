@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,12 @@ from tools.commands import Refused
 SETUP = (
     f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tools.launch import launch\n%load_ext tools.launch"
 )
+
+
+@pytest.fixture(autouse=True)
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Executed copies go into the test's own folder."""
+    monkeypatch.setattr(notebooks, "COPIES", tmp_path / "out")
 
 
 def make_notebook(path: Path, *cells: tuple[str, str, str], **parameters: object) -> Path:
@@ -72,16 +79,15 @@ def test_unknown_parameters_are_refused_before_anything_starts(tmp_path, nothing
             ["{folder}/a.ipynb", "--in-place", "-p", "ranks", "1"],
             "what is committed has the notebooks' own parameters",
         ),
-        (["{folder}/a.ipynb", "--output-dir", "{folder}/text.ipynb/x"], "cannot write to --output-dir"),
-        (["{folder}/a.ipynb", "--output-dir", "{folder}"], "holds the notebooks themselves"),
-        (["{folder}/a.ipynb", "--output-dir", "/proc"], "cannot write to --output-dir"),
-        (["{folder}/a.ipynb", "--timeout", "0"], "--timeout is 0, and must be positive"),
+        (["{folder}/out/a.ipynb"], "out is where copies go; name the notebooks that they are of"),
         (["{folder}/a.ipynb", "-p", "ranks", "-1e-3"], "argument -p/--parameter: expected 2 arguments"),
         (["{folder}/a.ipynb", "--inplace"], "unrecognized arguments: --inplace"),
     ],
 )
 def test_bad_input_is_one_line(arguments, says, tmp_path, nothing_starts, capsys):
     path = make_notebook(tmp_path / "a.ipynb", ranks=2)
+    (tmp_path / "out").mkdir()
+    shutil.copy(path, tmp_path / "out")
     (tmp_path / "text.ipynb").write_text("no notebook")
     foreign = json.loads(path.read_text())
     foreign["metadata"] = {"kernelspec": {"name": "ir", "display_name": "R", "language": "R"}}
@@ -118,7 +124,7 @@ def test_executes_with_parameters_from_any_folder(tmp_path, capsys, monkeypatch)
     cell = ("where", "demo", "import os\nprint(ranks + 1, os.path.basename(os.getcwd()))")
     path = make_notebook(tmp_path / "books" / "a.ipynb", cell, ranks=2)
     before = path.read_bytes()
-    assert run("books/a.ipynb", "-p", "ranks", "40", "--output-dir", "out") == 0
+    assert run("books/a.ipynb", "-p", "ranks", "40") == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"{path}: 3 cells, ") and err == ""
     executed = nbformat.read(tmp_path / "out" / "a.ipynb", 4)
@@ -134,7 +140,7 @@ def test_a_failed_cell_is_named_with_the_ranks_own_error(tmp_path, capsys):
     ]
     path = make_notebook(tmp_path / "a.ipynb", *cells, ("after", "demo", "print('never')"))
     before = path.read_bytes()
-    assert run(path, "--in-place", "--output-dir", tmp_path / "out") == 1
+    assert run(path, "--in-place") == 1
     first, last = capsys.readouterr().err.splitlines()
     assert first == f"error: {path} #broken: RanksError: rank 1, line 3 of the cell: ValueError: no good"
     assert last == f"  executed copy: {tmp_path / 'out' / 'a.ipynb'}"
@@ -153,7 +159,7 @@ def test_the_line_of_a_plain_failure():
 
 def test_a_dead_kernel_is_named_with_its_cell(tmp_path, capsys):
     path = make_notebook(tmp_path / "{a}.ipynb", ("deadly", "demo", "import os\nos._exit(3)"), ranks=2)
-    assert run(path, "-p", "ranks", "(1, 2)", "--output-dir", tmp_path / "out") == 1
+    assert run(path, "-p", "ranks", "(1, 2)") == 1
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith(f"error: {path} #deadly: the kernel died") and last.startswith(
         "  executed copy: "
@@ -169,7 +175,7 @@ subprocess.Popen(command, start_new_session=True)
 open({str(tmp_path / "started")!r}, "w").close()
 time.sleep(600)"""
     path = make_notebook(tmp_path / "a.ipynb", ("stuck", "demo", cell))
-    assert run(path, "--timeout", "8", "--output-dir", tmp_path / "out") == 1
+    assert run(path, "--timeout", "8") == 1
     assert (tmp_path / "started").exists()
     first = capsys.readouterr().err.splitlines()[0]
     assert first == f"error: {path} #stuck: did not end within 8 s; it was ended"
@@ -182,7 +188,7 @@ def test_an_interrupt_or_a_kill_leaves_no_process(number, tmp_path):
        log_dir={str(tmp_path / "run")!r})"""
     path = make_notebook(tmp_path / "a.ipynb", ("setup", "setup", SETUP), ("train", "launch", cell))
     program = subprocess.Popen(
-        [sys.executable, "tools/notebooks.py", str(path), "--output-dir", str(tmp_path / "out")],
+        [sys.executable, "tools/notebooks.py", str(path)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     log = tmp_path / "run" / "train.log"
@@ -223,7 +229,7 @@ display({"text/plain": ""}, raw=True)
     }
     path.write_text(json.dumps(stored))
     path.chmod(0o640)
-    assert run(path, "--in-place", "--output-dir", tmp_path / "out") == 0
+    assert run(path, "--in-place") == 0
     text = path.read_text("utf-8")
     assert json.loads(text)["metadata"] == {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -249,7 +255,7 @@ display({"text/plain": ""}, raw=True)
         and "é" in text
     )
     assert path.stat().st_mode & 0o777 == 0o640
-    assert run(path, "--in-place", "--output-dir", tmp_path / "out") == 0
+    assert run(path, "--in-place") == 0
     assert path.read_text("utf-8") == text  # nothing changed, so nothing differs
     assert not list(tmp_path.glob(".*"))
 
@@ -279,6 +285,6 @@ def test_a_figure_that_stands_in_images_is_shown_by_its_name(tmp_path, monkeypat
 def test_a_notebook_saved_meanwhile_is_not_overwritten(tmp_path, capsys, monkeypatch):
     path = make_notebook(tmp_path / "a.ipynb", ("x", "demo", "1"))
     monkeypatch.setattr(notebooks, "execute", lambda *_: path.write_text(path.read_text() + " "))
-    assert run(path, "--in-place", "--output-dir", tmp_path / "out") == 1
+    assert run(path, "--in-place") == 1
     assert "was changed while it ran; run it again" in one_line(capsys.readouterr().err)
     assert path.read_text().endswith(" ")

@@ -250,12 +250,6 @@ def test_check_says_fresh_stale_missing(book, run):
     assert launcher.read_text() == stale
 
 
-def test_seed_output_imports_from_any_folder(book, launcher, tmp_path, run):
-    assert run("--tags", "seed", "--output", book / "build/seed.py")[0] == 0
-    script = f"import sys; sys.path.insert(0, {str(book / 'build')!r}); import seed; print(seed.slow_area(1))"
-    assert command("-c", script, cwd=tmp_path) == (0, "3.141592653589793\n", "")
-
-
 def test_a_notebook_without_a_number_is_no_chapter(book, launcher, run):
     write_book(book, Untitled="{", Untitled1=one("= 1"), notes=notebook(minor=2))
     assert run("--check") == (0, "ep_launcher/launcher.py is up to date: 3 cells from 2 notebooks\n", "")
@@ -273,7 +267,7 @@ def test_without_ruff_one_line_says_so(book, launcher, run, monkeypatch):
 
 # ---- Refusals: one line each, exit 2, the old file as it was
 
-LONG = "X = [\n" + "    0,\n" * 39 + "]\n"
+LONG = "def f(x):\n" + "    x += 1\n" * 39
 
 
 def class_of(lines):
@@ -289,34 +283,25 @@ AREA_1 = "notebooks/01_disc.ipynb #area:1"
 # Of an exported cell in a third chapter: (its source, what the line says after its notebook and #culprit)
 BAD_SOURCES = [
     ("x = 1\ny = = 2", ":2: syntax error: "),
-    ("return 1", ":1: syntax error: 'return' outside function"),
-    ("X = '\0'", ":1: syntax error: "),
     ("X = '\ud800'", ":1: syntax error: "),
     ("type X = int", ":1: "),
-    ("X = " + "(" * 500 + ")" * 500, ":1: syntax error: "),
     ("X = 1\n%matplotlib inline", ":2: `%matplotlib inline` is a notebook magic"),
-    ("X = !ls", ":1: `X = !ls` is a notebook magic"),
-    ("X = 1\nX?", ":2: `X?` is a notebook magic"),
-    ("from __future__ import annotations", ":1: `from __future__` would change"),
+    ("from __future__ import annotations", ":1: stitched, a syntax error: from __future__ imports must"),
     ("X = 1\nprint(X)", ":2: `print(X)` runs when the file is imported; move it"),
     ("for X in range(3):\n    pass", ":1: `for X in range(3):` runs when"),
-    ("X = [1, {2: open('f')}]", ":1: `open('f')` runs when"),
-    ("def f(x=open('f')):\n    return x", ":1: `open('f')` runs when"),
     ("class C:\n    x: int = 1\n    print(x)", ":3: `print(x)` runs when"),
-    ("if True:\n    print()", ":2: `print()` runs when"),
-    ("X = {}\nX['a'] = 1", ":2: `X['a']` runs when"),
+    ("try:\n    X = 1\nexcept OSError:\n    print()", ":4: `print()` runs when"),
+    ("X = {}\nX['a'] = 1", ":2: `X['a'] = 1` runs when"),
     ("from math import *", ":1: `from math import *` used; unable to detect undefined names; mend"),
     ("SOURCES_SHA256 = 1", ":1: `SOURCES_SHA256` is a name of tools/extract.py's"),
-    (LONG, f":1: 41 {COUNT} 40 is the most; split"),
+    (LONG + "    return x\n", f":1: 41 {COUNT} 40 is the most; split"),
     (class_of(61), f":1: 61 {COUNT} 60 is the most; split"),
     (f"{KINDS}\n\n\n@register('routers', 'x')\nclass A: ...", ":7: there is no kind 'routers' to register; take"),
     ("# %% a.ipynb #b\nX = 1", ":1: this line reads like a cell marker"),
     ("X = 1\n\n\ndef area(): ...", f":4: `area` is defined a second time, first in {AREA_1}"),
-    ("X = 1\nX = 2", ":2: `X` is defined a second time, first in notebooks/03_bad.ipynb #culprit:1"),
     ("import cmath as math", ":1: `math` is defined a second time, first in notebooks/01_disc.ipynb #constants:1"),
     ("def f(x):\n    return x\n\n\ndef g():\n    return x  # noqa", ":6: `x` is not defined in any"),
     ("class A(B): ...\n\n\nclass B: ...", ":1: `B` is needed at import, but defined further down, in"),
-    ("def f(x=Y): ...\n\n\nY = 1", ":1: `Y` is needed at import, but defined further down, in"),
     ("from ep_launcher.launcher import area as a", ":1: the launcher cannot import itself so; write"),
     ("import ep_launcher.launcher", ":1: the launcher cannot import itself so; write"),
     ("from ep_launcher.launcher import area; X = 1", ":1: an import shares its line; give it"),
@@ -328,31 +313,22 @@ BAD_CELLS = {
 BROKEN = code("culprit", "theory", "def f(:"), code("user", "theory", "def g():\n    return f()")
 X = code("culprit", "theory", "X = 1")
 R = {"kernelspec": {"language": "R"}}
-NO_NOTEBOOK = ": is not a notebook of format 4"
+NO_NOTEBOOK = ": is not a notebook of format 4 ("
 BAD_CELLS |= {
     "broken, and one that needs it": (chapter(*BROKEN), "#culprit:1: syntax error: "),
     "seed takes a name": (one("def area(): ...", "seed"), "#culprit:1: `area` is defined a second time, first in"),
     "no tag": (one("X = 1", ["hide-input"]), "#culprit:1: no role tag; give it exactly one of theory, all_to_all,"),
     "unknown tag": (one("X = 1", ["theory", "thoery"]), "#culprit:1: unknown tag `thoery`; the tags are theory,"),
-    "a tag that hides errors": (one("1 / 0", ["demo", "raises-exception"]), "#culprit:1: unknown tag `raises-"),
     "two role tags": (one("X = 1", ["demo", "theory"]), "#culprit:1: two role tags, `theory` and `demo`"),
-    "tags no list": (notebook(prose("p"), X | {"metadata": {"tags": "theory"}}), "#culprit:1: no role tag"),
-    "role on prose": (notebook(prose("p") | X | {"cell_type": "markdown"}), "#culprit:1: the tag `theory` is for code"),
     "no prose": (notebook(X), "#culprit:1: no prose stands before this code"),
-    "empty prose": (notebook(prose("p", " \n"), X), "#culprit:1: no prose stands before this code cell"),
     "id taken": (one("X = 1", cell_id="area"), "#area:1: its id is taken by a cell of notebooks/01_disc.ipynb"),
     "id no slug": (one("X = 1", cell_id="Big_Id"), "#Big_Id:1: its id 'Big_Id' is generated, or no slug"),
     "id generated": (one("X = 1", cell_id="8f2a9c1d"), "#8f2a9c1d:1: its id '8f2a9c1d' is generated, or no"),
     "id missing": (notebook(prose("p"), without(X, "id")), " is generated, or no slug; give it one"),
     "source a number": (notebook(prose("culprit", 3)), NO_NOTEBOOK),
     "other language": (notebook(prose("p"), X, metadata=R), "#culprit:1: is written in r, not Python"),
-    "empty file": ("", ": is not JSON ("),
-    "merge conflict": ("<<<<<<< HEAD\n" + json.dumps(FIRST), ": is not JSON ("),
-    "long number": ("1" * 5000, ": is not JSON ("),
-    "deep": ("[" * 100_000, ": is not JSON ("),
-    "a list": ("[]", NO_NOTEBOOK),
-    "no cells": ('{"nbformat": 4, "nbformat_minor": 5}', NO_NOTEBOOK),
-    "cells no objects": (json.dumps(notebook() | {"cells": [1]}), NO_NOTEBOOK),
+    "merge conflict": ("<<<<<<< HEAD\n" + json.dumps(FIRST), NO_NOTEBOOK),
+    "deep": ("[" * 100_000, NO_NOTEBOOK),
     "version 3": ('{"nbformat": 3, "worksheets": []}', NO_NOTEBOOK),
 }
 # fmt: on
@@ -419,11 +395,11 @@ def test_command_line_refusals(book, tmp_path, run, monkeypatch):
         ([nb, f"{book}/{nb}", "--output", output], "is given twice"),
         (["no.ipynb", "--output", output], "no.ipynb: cannot be read (No such file or directory)"),
         (["notebooks", "--output", output], "notebooks: cannot be read (Is a directory)"),
-        ([nb, "--output", nb], "is one of the notebooks read"),
-        (["--output", nb], "is one of the notebooks read"),
+        ([nb, "--output", nb], "is a notebook that is read, or no regular file"),
+        (["--output", nb], "is a notebook that is read, or no regular file"),
         ([nb], "--output is missing"),
         (["--tags", "seed"], "--output is missing"),
-        ([nb, "--output", str(tmp_path)], "is no regular file"),
+        ([nb, "--output", str(tmp_path)], "or no regular file"),
         ([nb, "--output", str(tmp_path / "file/out.py")], "cannot be written"),
         ([nb, "--output", "/proc/version/out.py"], "cannot be written"),
         ([nb, "--output", str(tmp_path / ("x" * 300))], "(File name too long)"),
@@ -439,17 +415,12 @@ def test_command_line_refusals(book, tmp_path, run, monkeypatch):
 
 
 GOOD_SOURCES = [
-    LONG.replace("    0,\n", "", 1),
+    LONG,
     class_of(60),
     f"{KINDS}\n\n\ndef rule(f):\n    return f\n\n\n@rule\nclass Fast:\n    pass",
     "try:\n    import triton\nexcept ImportError:\n    triton = None",
-    "import re\nfrom typing import TypeVar\n\nWORD = re.compile(r'\\w+')\nT = TypeVar('T')\nSEEN = dict(a=1)",
-    "from pathlib import Path\n\nHERE = Path(__file__).resolve().parent if '__file__' in globals() else None",
-    "'Words.'\nA, B = range(2)\nC: int = max(A, B)\nf = lambda: print(C)  # noqa: E731",
-    "from dataclasses import dataclass, field\n\n\n@dataclass\nclass D:\n"
-    "    xs: list[int] = field(default_factory=list)\n    me: 'D | None' = None",
+    "'Words.'\nA, B = range(2)\nC: int = max(A, B)\nD = E = dict(a=[C])",
     "def f(n: int) -> int:\n    return g(n - 1) if n else 0\n\n\ndef g(n: int) -> int:\n    return f(n)",
-    "X = " + " + ".join("1" * 2000),
     'def f(x):\n    """' + "words\n" * 80 + '    """\n' + "    # why\n\n" * 60 + "    return x",
 ]
 
@@ -477,45 +448,26 @@ def of(source, *more, cell_id="a", **extra):
     return notebook(code(cell_id, "t", source), *more, **extra)
 
 
-FUTURE = code("b", "t", "from __future__ import division, annotations\ny = 2")
 OWN_MAIN = "def main():\n    pass\n\nif __name__ == '__main__':\n    main()"
 # fmt: off
 # name: (notebook or its bytes, exit code, what the output or the refusal holds)
 FOREIGN = {
     "4.0 without ids": (notebook(NO_ID, minor=0), 0, NO_ID_CELL),
-    "minor is nonsense": (notebook(NO_ID, minor="latest"), 0, NO_ID_CELL),
     "source as list": (of(["x = 1\n", "y = 2"]), 0, "#a\nx = 1\ny = 2\n"),
     "CRLF": (of("x = 1\r\ny = \'\'\'a\r\nb\'\'\'\r\n"), 0, "#a\nx = 1\ny = \'\'\'a\nb\'\'\'\n"),
-    "lone CR": (of("x = 1\ry = 2"), 0, "#a\nx = 1\ny = 2\n"),
     "BOM": (b"\xef\xbb\xbf" + json.dumps(of("x = 1")).encode(), 0, "#a\nx = 1\n"),
-    "UTF-16": (json.dumps(of("x = 1")).encode("utf-16"), 2, "nb.ipynb: is not UTF-8 text (byte 0); save it"),
-    "no metadata": (of("x", without(NO_ID, "metadata"), metadata=None), 0, "#a\nx\n"),
-    "no tags at all": (notebook(without(NO_ID, "metadata")), 2, "no code cell is tagged t;"),
+    "UTF-16": (json.dumps(of("x = 1")).encode("utf-16"), 2, NO_NOTEBOOK),
     "tags as string": (notebook(NO_ID | {"metadata": {"tags": "s, t"}}), 2, "no code cell is tagged t;"),
-    "tags of all kinds": (notebook(code("a", [None, 3, ["t"], {}, "t"], "x = 1")), 0, "#a\nx = 1\n"),
-    "same id": (of("x1 = 1", code("a", "t", "x2 = 1")), 0, "#a\nx1 = 1\n\n\n# %% nb.ipynb #a\nx2"),
     "id breaks a line": (of("x = 1", cell_id="a\nimport evil"), 0, NO_ID_CELL),
     "tagged prose": (notebook(prose("p") | {"metadata": {"tags": ["t"]}}, NO_ID), 0, NO_ID_CELL),
-    "raw cell": (notebook(code("r", "t", "<b>", cell_type="raw"), NO_ID), 0, NO_ID_CELL),
-    "no cell type": (notebook(without(code("r", "t", "?"), "cell_type"), NO_ID), 0, NO_ID_CELL),
     "R": (of("x", metadata=R), 2, "#a:1: is written in r,"),
-    "language no string": (notebook(NO_ID, metadata={"kernelspec": {"language": 3}}), 0, NO_ID_CELL),
-    "print of Python 2": (of("print 'x'"), 2, "#a:1: syntax error: Missing parentheses"),
     "magic elsewhere": (notebook(code("m", [], "%%bash\nls"), NO_ID), 0, NO_ID_CELL),
-    "cell magic": (of("%%bash\nls"), 2, "#a:1: `%%bash` is a notebook magic"),
-    "percent that is Python": (of("x = (7\n%2)\ny = \'\'\'\n!ls\n\'\'\'"), 0, "x = (7\n%2)\ny = \'\'\'\n!"),
-    "effects": (of("x = []\nfor i in y:\n    x.append(i)"), 0, "for i in y:\n"),
-    "future hoisted": (of("x = 1", FUTURE), 0, "import annotations, division\n\n# Stitched from:|#b\n\ny = 2\n"),
-    "future on a shared line": (of("from __future__ import division; y = 2"), 2, "#a:1: an import shares its line; "),
     "comment ends in a backslash": (of("x = 1  # \\", NO_ID), 0, "# \\\n\n\n# %%"),
-    "form feed": (of("x = 1\n\x0c\ny = 1\n\n\n"), 0, "#a\nx = 1\n\x0c\ny = 1\n"),
     "line separator": (of("x = '\u2028\u0085'\ny = 1"), 0, "x = '\u2028\u0085'\ny"),
     "names in Chinese": (of("专家 = '令牌'"), 0, "专家 = '令牌'\n"),
-    "deep minus": (of("x = " + "-" * 60_000 + "1"), 2, "#a:1: syntax error: "),
     "source missing": (notebook(without(code("a", "t", ""), "source")), 2, NO_NOTEBOOK),
     "own main and guard": (of(OWN_MAIN), 0, "if __name__ == '__main__':\n    main()\n"),
     "global after use": (of("x = 1", code("b", "t", "global x\nx = 2")), 2, "#b:1: stitched, a syntax error: "),
-    "takes a name of ours": (of("locate_cell = 1"), 2, "#a:1: `locate_cell` is a name of"),
 }
 # fmt: on
 
@@ -747,8 +699,7 @@ def edit(book, name, old, new):
 
 def test_assert_fresh(book, run):
     with pytest.raises(
-        RuntimeError,
-        match="^ep_launcher/launcher.py cannot be read .No such file or directory.: run `make launcher`",
+        RuntimeError, match="^ep_launcher/launcher.py differs from notebooks/01_disc.ipynb #c"
     ):
         extract.assert_fresh(book)
     run()
@@ -783,7 +734,7 @@ def test_assert_fresh_sees_edits_by_hand_and_broken_notebooks(book, launcher):
     with pytest.raises(RuntimeError, match="launcher.py differs from notebooks/01_disc.ipynb #area: "):
         extract.assert_fresh(book)
     edit(book, "01_disc", "{", "")
-    with pytest.raises(RuntimeError, match="^notebooks/01_disc.ipynb: is not JSON"):
+    with pytest.raises(RuntimeError, match="^notebooks/01_disc.ipynb: is not a notebook"):
         extract.assert_fresh(book)
 
 
@@ -806,11 +757,6 @@ def executed(*sources):
 
 def test_check_kernel_definitions(book, run):
     check, other = extract.check_kernel_definitions, AREA.replace("TAU / 2", "TAU / 3")
-    with pytest.raises(
-        RuntimeError,
-        match="^ep_launcher/launcher.py cannot be read .No such file or directory.: run `make launcher`$",
-    ):
-        check(executed(AREA), book)
     run()
     check({}, book)
     check(executed("!ls\n" + AREA.replace("def", "\n# a comment\ndef")), str(book))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ep_launcher import launcher as ep
+from tools.ranks.output import read_notes
 
 
 def write_much(log: ep.RunLog, before_line_50=lambda: None) -> None:
@@ -31,7 +32,7 @@ def test_the_log_is_lost_and_the_run_goes_on(what, is_launched, tmp_path, capfd,
     if is_launched:
         monkeypatch.setenv("EP_STEPS", str(notes))
     before, usual = resource.getrlimit(resource.RLIMIT_FSIZE), threading.excepthook
-    log = ep.RunLog(tmp_path / "log", 100, 0, ep.StepNotes(1))
+    log = ep.RunLog(tmp_path / "log", 100, 0, ep.StepNotes(1, 100))
     try:
         if what == "full":  # as a disk with room for 8 KB
             resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
@@ -49,7 +50,7 @@ def test_the_log_is_lost_and_the_run_goes_on(what, is_launched, tmp_path, capfd,
     noted = notes.read_bytes()[:512].rstrip(b"\0").decode()
     assert (noted, err) == ((line, "") if is_launched else ("", line + "\n"))
     assert out.count("\n") == 100 and threading.excepthook is usual
-    assert int.from_bytes(notes.read_bytes()[512:520], "little") == (100 if is_launched else 0)
+    assert read_notes(notes)[1:] == ((100, [100, *[0] * 958]) if is_launched else (0, [0] * 959))
 
 
 def test_a_disk_that_is_full_at_the_start_is_refused(tmp_path, capfd):

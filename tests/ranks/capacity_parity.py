@@ -187,7 +187,7 @@ def run_all(
     dtypes: list[str], names: list[str] | None, mesh: Mesh, device: torch.device, only: str | None = None
 ) -> list[dict]:
     """Every policy, kind, dtype and case -> results; only: of this dispatcher."""
-    ran, facts, comm = [], [], mesh.batch
+    ran, comm = [], mesh.batch
     known = limited_cases(comm.size)
     for policy, dtype in product(policies(), dtypes):
         seen: set[bool] = set()
@@ -205,15 +205,16 @@ def run_all(
                 config = MoEConfig(**BASE | changes, dispatcher=dispatcher, experts=experts, dtype=dtype,
                                    max_num_tokens=128, extras=(options,))  # fmt: skip
                 reference = LimitedReference(sizes)
-                facts.append(run_case(case, config, mesh, device, reference))
+                found = run_case(case, config, mesh, device, reference)
                 ran.append(
                     policy
                     | {"case": name, "dtype": dtype, "dispatcher": dispatcher, "experts": experts}
                     | {"activation": config.activation, "limit": limit_of(experts, dtype)}
                     | {"world_size": comm.size, "same_choices": reference.is_same}
                     | {"lost": reference.num_lost, "moved": reference.num_moved}
+                    | found
                 )
-    return [told | found for told, found in zip(ran, collect(facts, mesh), strict=True)]
+    return collect(ran, mesh)
 
 
 def main() -> int:

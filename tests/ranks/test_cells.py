@@ -84,15 +84,12 @@ def test_ranks_sends_definitions_along(shell, capsys):
     body = "out = double(rank + 4), SeedEPMoE.__mro__[1].__name__, 'secret' in globals(), Pair().both(), await late()"
     run_cell(shell, f"%%ranks 1 --with double SeedEPMoE --with Pair late --collect out\n{body}")
     assert shell.user_ns["out"][0] == (8, "Module", False, 6, 5)
-    with pytest.raises(RanksError, match="--with nowhere: no cell that you have executed defines it"):
-        run_cell(shell, "%%ranks 1 --with nowhere\npass")
-    with pytest.raises(RanksError, match="--with Pair,late: .*; names are separated by spaces"):
-        run_cell(shell, "%%ranks 1 --with Pair,late\npass")
-    with pytest.raises(
-        RanksError, match="--with x_kernel: it is a variable, of type builtin_function"
-    ) as caught:
-        run_cell(shell, "%%ranks 1 --with x_kernel\npass")
-    assert len(caught.value.lines) == 1
+    for names, first in (("nowhere", "nowhere"), ("Pair,late", "Pair,late"), ("Pair x_kernel", "x_kernel")):
+        with pytest.raises(
+            RanksError, match=f"--with {first}: no such definition; .* spaces between$"
+        ) as caught:
+            run_cell(shell, f"%%ranks 1 --with {names}\npass")
+        assert len(caught.value.lines) == 1
 
 
 ANY_PYTHON = """
@@ -219,18 +216,8 @@ def test_nothing_that_a_rank_started_outlives_its_cell(shell):
 def test_a_killed_worker_is_told_from_one_that_could_not_start(shell):
     with pytest.raises(RanksError) as caught:
         run_cell(shell, "%%ranks 2\nimport os, time\nos.kill(os.getppid(), 9)\ntime.sleep(60)")
-    said = "%%ranks: while the ranks ran, the process that started them was ended by SIGKILL"
-    assert caught.value.lines == [said]
+    assert caught.value.lines == ["%%ranks: torchrun failed: it was killed"]
     wait_until(lambda: not ranks_left())
-
-
-def test_a_kernel_whose_folder_is_gone_is_one_line(tmp_path, monkeypatch):
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    with pytest.raises(RanksError) as caught:
-        cells.run_cell_on_ranks("pass", 1)
-    assert caught.value.lines == ["%%ranks: the kernel's folder is gone; os.chdir to one that exists"]
 
 
 def test_what_holds_itself_is_shown_to_some_depth():
@@ -247,7 +234,7 @@ def test_what_holds_itself_is_shown_to_some_depth():
 def test_ranks_refuses_and_expects(shell, capsys):
     with pytest.raises(UsageError, match="unrecognized arguments: --colect"):
         run_cell(shell, "%%ranks 2 --colect rows\nrows = 1")
-    with pytest.raises(RanksError, match="take 1 or more"):
+    with pytest.raises(RanksError, match="take 1 or more ranks"):
         run_cell(shell, "%%ranks 0\npass")
     for time_limit in ("nan", "inf", "1e20"):
         with pytest.raises(RanksError, match="at most 604800 s, a week"):

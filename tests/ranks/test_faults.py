@@ -106,7 +106,7 @@ def test_torchrun_is_asked_to_stop_and_the_run_is_saved(tmp_path):
     """As a scheduler does, which sends SIGTERM to torchrun: all ranks save; `--resume` goes on from there."""
     with BrokenRun(tmp_path / "run", **FLAGS | {"steps": 10**6, "checkpoint_interval": None}) as run:
         run.wait_for_step(20)
-        run.stop()
+        run.process.terminate()
         assert run.finish() == {} and not run.left()
     (saved,) = run.checkpoints.glob("step-*")
     stopped_at = int(saved.name.removeprefix("step-"))

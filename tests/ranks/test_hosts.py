@@ -114,11 +114,11 @@ def test_the_commands_name_the_same_meeting_point():
 
 
 def test_a_failure_tells_the_first_error_line_once_else_each_host():
-    one = hosts.describe_hosts([1, 1], ["error: 7 experts\n", "error: 7 experts\n"], 9, True)
+    one = hosts.describe_hosts([(1, "error: 7 experts\n")] * 2, 9)
     assert one.lines == ["7 experts"]
-    both = hosts.describe_hosts([None, 1], ["[W1124 library talk\n", "a\nb\n"], 9, False)
+    both = hosts.describe_hosts([(None, "[W1124 library talk\n"), (1, "a\nb\n")], 9)
     assert both.lines[0] == "the two hosts did not end within 9 s and were stopped"
-    assert both.lines[1:] == ["host 1 had to be stopped", "host 2 ended with exit code 1", "  a", "  b"]
+    assert both.lines[1:] == ["host 1 had to be stopped", "host 2 exited with code 1", "  a", "  b"]
 
 
 @needs_hosts

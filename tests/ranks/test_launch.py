@@ -18,10 +18,10 @@ import pytest
 from support import ROOT, gone, processes, wait_until
 
 from tools import launch as launching
-from tools.launch import LaunchError, launch
+from tools.launch import LaunchError, flag_arguments, launch, torchrun_flags
 from tools.ranks.agent import torchrun_options
 from tools.ranks.failures import describe_failure
-from tools.ranks.flags import flag_arguments, torchrun_environment, torchrun_flags
+from tools.ranks.processes import Agent
 
 SMALL = {"hidden_dim": 16, "ffn_dim": 16, "device": "cpu"}
 SMALL_FLAGS = ["--hidden-dim", "16", "--ffn-dim", "16", "--device", "cpu"]
@@ -32,7 +32,7 @@ SMALL_FLAGS = ["--hidden-dim", "16", "--ffn-dim", "16", "--device", "cpu"]
 
 @pytest.fixture
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "start_agent", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr(launching, "Agent", lambda *_, **__: pytest.fail("started"))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,8 @@ def test_one_host_meets_on_the_loopback_and_reads_no_pickles(monkeypatch):
     from torch.distributed.run import config_from_args
 
     monkeypatch.setenv("PET_NNODES", "2")
-    assert not [name for name in torchrun_environment() if name.startswith("PET_")]
+    with Agent() as agent:
+        assert not [name for name in psutil.Process(agent.process.pid).environ() if name.startswith("PET_")]
     monkeypatch.delenv("PET_NNODES")
     options = torchrun_options([*torchrun_flags(2), "x.py"])
     config = config_from_args(options)[0]
@@ -141,43 +142,45 @@ LATE = "rank 1 stayed behind at step 2"
         ([2, None], {0: ["error: no good"]}, [], 0, "no good"),
         ([], {0: ["error: no good"]}, [], 0, "no good"),  # which has ended torchrun, too
         ([1, None], {0: ["error: the world stands still"]}, [], 0, "the world stands still"),  # no rank named
-        ([None, None, 7], {2: ["bye"]}, [], 2, "rank 2 ended with exit code 7"),
+        ([None, None, 7], {2: ["bye"]}, [], 2, "rank 2 exited with code 7"),
         ([], {}, [], None, "torchrun failed"),
     ],
 )  # fmt: skip
 def test_the_culprit_stands_first(codes, errors, stopped, rank, first):
     """codes: each rank's exit code, None for those that torchrun had to end."""
     ranks = [{"rank": r, "exitcode": code, "is_stopped": r in stopped} for r, code in enumerate(codes)]
-    found, lines = describe_failure({"ranks": ranks, "error": "no agent"}, errors)
+    said = [
+        (r, line.removeprefix("error: "))
+        for r, lines in errors.items()
+        for line in lines
+        if "error: " in line
+    ]
+    found, lines = describe_failure(
+        {"ranks": ranks, "error": "no agent"}, *(said or [(None, "")])[:1], errors
+    )
     assert found == rank and lines[0].startswith(first)
     assert (len(lines) == 1) == (first == "no good")  # a refusal is one line, all else says what to do
     assert ("  notebooks/01_a.ipynb #b:2, in f: 1/0" in lines) == (rank == 2 and codes[2] == 1)
 
 
 @pytest.mark.parametrize(
-    ("through", "to_do"),
+    ("through", "place"),
     [
-        (["cell", "plugin"], "to do: mend mine.py, line 7, and launch again"),
-        (
-            ["plugin", "cell"],
-            "to do: look at mine.py, line 7, first, from where the cells below it were called",
-        ),
-        (["cell"], "to do: mend the last of these cells"),
-        (
-            ["plugin", *["cell"] * 10],
-            "to do: look at mine.py, line 7, first",
-        ),  # also where its frame is cut off
+        (["cell", "plugin"], "mine.py, line 7"),
+        (["plugin", "cell"], "mine.py, line 7"),  # whose call it was
+        (["cell"], "notebooks/01_a.ipynb #b:2"),
+        (["plugin", *["cell"] * 10], "mine.py, line 7"),  # also where its frame is cut off
     ],
 )
-def test_what_to_mend_is_the_readers_own(through, to_do):
+def test_what_to_mend_is_the_readers_own(through, place):
     frames = {
         "cell": TRACEBACK[1:],
         "plugin": ['  File "mine.py", line 7, in g (mine.py, line 7)', "    h()"],
     }
-    lines = [TRACEBACK[0], *(line for kind in through for line in frames[kind]), "error: rank 3: E (x)"]
+    lines = [TRACEBACK[0], *(line for kind in through for line in frames[kind])]
     report = {"ranks": [{"rank": 3, "exitcode": 1, "is_stopped": False}], "error": ""}
-    found = describe_failure(report, {3: lines})[1]
-    assert found[-1].startswith(to_do) and len(found) <= 10
+    found = describe_failure(report, (3, "rank 3: E (x)"), {3: lines})[1]
+    assert found[-1].startswith(f"to do: look at {place} first; mend it") and len(found) <= 10
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -270,8 +273,8 @@ def test_an_error_in_a_rank_names_its_cell(tmp_path, capfd, monkeypatch):
     assert re.match(rf"rank 1: IndexError: list index out of range \({at}, in train\)$", error.lines[0])
     assert any(re.search(rf"{at}, in train: .*\[\]\[step\]", line) for line in error.lines[1:])
     assert error.lines[-1] == f"whole output: {tmp_path / 'run' / 'ranks'}" and len(error.lines) <= 15
-    assert error.lines[-2].startswith("to do: mend the last of these cells, save, `make launcher`")
-    assert error.rank == 1 and "Traceback" in (error.log_dir / "rank1.err").read_text()
+    assert re.match(rf"to do: look at {at} first; mend it \(a cell: save, `make launcher`\)", error.lines[-2])
+    assert error.rank == 1 and "Traceback" in (tmp_path / "run" / "ranks" / "rank1.err").read_text()
     assert re.fullmatch(r"after 0 s no first step yet: \d ranks have started\n", capfd.readouterr().err)
     assert error._render_traceback_()[0] == f"LaunchError: {error.lines[0]}"
 
@@ -303,7 +306,7 @@ def test_a_plugins_mistake_is_shown_where_it_is(tmp_path, capfd):
         lines[0] == f"rank 1: ZeroDivisionError: division by zero ({plugin}, line 6, in Fails.end_dispatch)"
     )
     assert lines[-3].startswith(f"  {plugin}, line 6, in end_dispatch: return 1 / ")
-    assert lines[-2] == f"to do: mend {plugin}, line 6, and launch again"
+    assert lines[-2].startswith(f"to do: look at {plugin}, line 6 first; mend it")
     with pytest.raises(LaunchError) as caught:
         launch(2, task="stuck", log_dir=tmp_path / "stuck", **flags)
     lines = caught.value.lines

@@ -1,8 +1,5 @@
 """A dispatcher, traced: tokens that wear their own number are sent, computed, brought home and differentiated."""
 
-from __future__ import annotations
-
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +59,10 @@ class Traced:
         self.pull = torch.rand(self.total, self.width, generator=generator).double()  # d loss / d y
         self.first = sum(self.sizes[: self.rank])
         self.mine = slice(self.first, self.first + self.sizes[self.rank])
+        self.sent, self.at = (self.ids >= 0).double(), self.ids.clamp(min=0)
+        # [N, E]: what every token gives every expert.
+        self.gives = torch.zeros(self.total, self.num_experts, dtype=torch.float64)
+        self.gives.scatter_add_(1, self.at, self.weights * self.sent)
 
     def want(self, is_so: Any, what: str) -> None:
         """NotYet with `what`, where it is not so."""
@@ -73,17 +74,12 @@ class Traced:
         home = next(r for r in range(self.size) if token < sum(self.sizes[: r + 1]))
         return f"token {token - sum(self.sizes[:home])}" + f" of rank {home}" * (home != self.rank)
 
-    def compare_weight(self, token: int, expert: int, found: float) -> None:
-        """NotYet where a weight is not what the token gives the expert: whose it is, or how far it is off."""
-        weights = dict(zip(self.ids[token].tolist(), self.weights[token].tolist(), strict=True))
-        if abs(found - weights[expert]) <= LIMIT:
-            return
-        for other, weight in weights.items():
-            whose = f"expert {other}" if other >= 0 else "a choice that is not sent"
-            said = f"{self.who(token)} weighs expert {expert}'s result with the weight of {whose}"
-            self.want(abs(found - weight) > LIMIT, said)
-        times = f"{found / weights[expert]:.3g} times what its weight says"
-        self.want(False, f"{self.who(token)} counts expert {expert}'s result {times}")
+    def compare_weights(self, found: Tensor, tokens: slice, experts: slice) -> None:
+        """NotYet where these tokens count these experts' results with other weights than they gave them."""
+        right = self.gives[tokens, experts]
+        for t, e in (~((found - right).abs() <= LIMIT)).nonzero().tolist():
+            whose = f"{self.who(t + (tokens.start or 0))} counts expert {e + (experts.start or 0)}'s result"
+            self.want(False, f"{whose} {found[t, e] / right[t, e]:.3g} times what its weight says")
 
 
 def trace(answer: type, comm: Communicator, meet: Callable[[str], Any] = lambda where: None) -> None:
@@ -102,8 +98,14 @@ def trace(answer: type, comm: Communicator, meet: Callable[[str], Any] = lambda 
         arrived = dispatcher.end_dispatch(dispatcher.begin_dispatch(x, case.ids[case.mine], weights))
         meet(f"the end of dispatch, {name}")
         look_at_form(case, arrived)
-        look_at_rows(case, arrived)
-        results = apply_experts(case, arrived, scale)
+        row, place = (arrived.topk_ids >= 0).nonzero(as_tuple=True)
+        local = arrived.topk_ids[row, place]
+        look_at_rows(case, arrived, local, arrived.x.detach()[row], arrived.topk_weights.detach()[row, place])
+        # Each expert puts its mark on a row; y [R, D] is a row's weighted sum over its experts.
+        marks = torch.eye(case.num_experts, dtype=torch.float64)[case.rank * case.num_local + local]
+        results = arrived.x[row] * scale[local, None] + F.pad(marks, (case.total, 0))
+        results = results * arrived.topk_weights[row, place, None]
+        results = results.new_zeros(arrived.x.shape).index_add(0, row, results)
         y = dispatcher.end_combine(dispatcher.begin_combine(results, arrived.handle))
         meet(f"the end of combine, {name}")
         look_at_tokens(case, y)
@@ -118,47 +120,32 @@ def trace(answer: type, comm: Communicator, meet: Callable[[str], Any] = lambda 
 
 def look_at_form(case: Traced, arrived: Any) -> None:
     """The form of dispatch's result. By names: a notebook may have an Arrived of its own."""
-    has_all = all(hasattr(arrived, name) for name in ("x", "topk_ids", "topk_weights", "handle"))
-    case.want(has_all, f"end_dispatch returned {type(arrived).__name__}, expected Arrived")
     x, ids, weights = arrived.x, arrived.topk_ids, arrived.topk_weights
-    is_right = isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == case.width
-    case.want(is_right, f"Arrived.x is {shape_of(x)}, expected [R, {case.width}]")
-    is_right = isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.dim() == 2 and len(ids) == len(x)
-    wanted = f"expected int64 [{len(x)}, J], a line for each row"
-    case.want(is_right, f"Arrived.topk_ids is {shape_of(ids)}, {wanted}")
-    kind = f"{getattr(weights, 'dtype', '')} {shape_of(weights)}"
-    wanted = f"{torch.float64} {shape_of(ids)}"
-    said = f"Arrived.topk_weights is {kind}, expected {wanted}, as topk_ids and as wide as it was"
-    case.want(kind == wanted, said)
+    for name, found, wanted in (
+        ("x", shape_of(x)[1:], [case.width]),
+        ("topk_ids", f"{ids.dtype} [{len(ids)}, J]", f"{torch.int64} [{len(x)}, J]"),
+        ("topk_weights", f"{weights.dtype} {shape_of(weights)}", f"{torch.float64} {shape_of(ids)}"),
+    ):
+        case.want(found == wanted, f"Arrived.{name} is {found}, expected {wanted}")
     for row in ((ids < -1) | (ids >= case.num_local)).any(dim=1).nonzero().flatten().tolist():
         local = f"local experts are 0 to {case.num_local - 1}, and -1 is none"
         case.want(False, f"Arrived.topk_ids has {ids[row].tolist()} in row {row}; {local}")
 
 
-def look_at_rows(case: Traced, arrived: Any) -> None:
-    """Which (token, expert) pairs came to this rank, with which weights, and what Arrived says besides."""
-    row, place = (arrived.topk_ids >= 0).nonzero(as_tuple=True)
-    local = arrived.topk_ids[row, place]
-    expert = (local + case.rank * case.num_local).tolist()
-    worn = arrived.x.detach()[row][:, : case.total]  # rows without experts are nobody's business
-    for e, number in zip(expert, worn.sum(dim=1).tolist(), strict=True):
-        case.want(number, f"expert {e} got rows of nobody, all zeros: padding passed for data")
-    token = worn.argmax(dim=1).tolist() if case.total else []
-    got = Counter(zip(token, expert, strict=True))
-    chosen = [(t, e) for t, ids in enumerate(case.ids.tolist()) for e in ids]
-    wanted = Counter(pair for pair in chosen if pair[1] // case.num_local == case.rank)
-    are_rows_right = Counter(token) == Counter(t for t, _ in wanted)
-    others = "the right rows came, and topk_ids names other experts for them than their tokens chose"
-    case.want(got == wanted or not are_rows_right, others)
-    for t, e in sorted(got - wanted, key=lambda pair: pair[::-1]):
-        chose = f"a row of {case.who(t)}, which chose experts {case.ids[t].tolist()}"
-        twice = f"the row of {case.who(t)} {got[t, e]} times"
-        case.want(False, f"expert {e} got {twice if (t, e) in wanted else chose}")
-    for t, e in sorted(wanted - got, key=lambda pair: pair[::-1]):
-        case.want(False, f"expert {e} misses the row of {case.who(t)}")
-    weights = arrived.topk_weights.detach()[row, place].tolist()
-    for t, e, found in zip(token, expert, weights, strict=True):
-        case.compare_weight(t, e, found)
+def look_at_rows(case: Traced, arrived: Any, local: Tensor, rows: Tensor, weights: Tensor) -> None:
+    """Which rows came to which local experts of this rank, with which weights, and what Arrived says besides."""
+    own = slice(case.rank * case.num_local, (case.rank + 1) * case.num_local)
+    worn = rows[:, : case.total].T  # [N, pairs]; rows without experts are nobody's business
+    for e in local[worn.sum(dim=0) == 0].tolist():
+        case.want(False, f"expert {own.start + e} got rows of nobody, all zeros: padding passed for data")
+    by_expert = F.one_hot(local, case.num_local).double()
+    got, right = worn @ by_expert, case.gives[:, own] > 0
+    for e, t in (got != right).T.nonzero().tolist():
+        expert, chosen = f"expert {own.start + e}", case.ids[t].tolist()
+        said = f"{expert} got a row of {case.who(t)}, which chose experts {chosen}"
+        said = f"{expert} got the row of {case.who(t)} {got[t, e]:g} times" if right[t, e] else said
+        case.want(False, f"{expert} misses the row of {case.who(t)}" if got[t, e] == 0 else said)
+    case.compare_weights((worn * weights) @ by_expert, slice(None), own)
     counts, most = getattr(arrived, "counts_on_host", None), getattr(arrived, "max_pairs", None)
     true = local.bincount(minlength=case.num_local).tolist()
     is_true = counts is None or list(counts) == true
@@ -167,37 +154,23 @@ def look_at_rows(case: Traced, arrived: Any) -> None:
     case.want(is_true, f"max_pairs is {most}, and there are {sum(true)} pairs of a row and an expert")
 
 
-def apply_experts(case: Traced, arrived: Any, scale: Tensor) -> Tensor:
-    """What the experts of a trace make of Arrived: y [R, D], each result with its expert's mark, weighted."""
-    row, place = (arrived.topk_ids >= 0).nonzero(as_tuple=True)
-    local = arrived.topk_ids[row, place]
-    marks = torch.eye(case.num_experts, dtype=torch.float64)[case.rank * case.num_local + local]
-    results = arrived.x[row] * scale[local, None] + F.pad(marks, (case.total, 0))
-    weighted = results * arrived.topk_weights[row, place, None]
-    return weighted.new_zeros(arrived.x.shape).index_add(0, row, weighted)
-
-
 def look_at_tokens(case: Traced, y: Any) -> None:
     """What came home to this rank."""
     wanted = [case.sizes[case.rank], case.width]
     case.want(shape_of(y) == wanted, f"combine returned {shape_of(y)}, expected {wanted}")
-    for t, line in enumerate(y.detach(), case.first):
-        for stranger in (line[: case.total].abs() > LIMIT).nonzero().flatten().tolist():
-            case.want(stranger == t, f"a row of {case.who(stranger)} came back to {case.who(t)}")
-        for e in (e for e in case.ids[t].tolist() if e >= 0):
-            counted = line[case.total + e].item()
-            case.want(abs(counted) > LIMIT, f"{case.who(t)} came home without the result of expert {e}")
-            case.compare_weight(t, e, counted)
+    whose, counted = y.detach().split([case.total, case.num_experts], dim=1)
+    for t, stranger in (~(whose.abs() <= LIMIT)).nonzero().tolist():
+        token = case.first + t
+        case.want(stranger == token, f"a row of {case.who(stranger)} came back to {case.who(token)}")
+    case.compare_weights(counted, case.mine, slice(None))
 
 
 def look_at_gradients(case: Traced, of_x: Tensor, of_weights: Tensor, of_experts: Tensor) -> None:
     """The three gradients, each worked out from the case alone: missing, so many times too large, or wrong."""
-    ids, sent = case.ids.clamp(min=0), (case.ids >= 0).double()
     own = case.pull.diagonal()[:, None]  # of token n's loss in its own number
-    x = (case.weights * sent).sum(dim=1, keepdim=True) * case.pull
-    weights = (own + case.pull.gather(1, case.total + ids)) * sent
-    experts = torch.zeros(case.num_experts, dtype=torch.float64)
-    experts = experts.index_add(0, ids.flatten(), (case.weights * sent * own).flatten()).split(case.num_local)
+    x = case.gives.sum(dim=1, keepdim=True) * case.pull
+    weights = (own + case.pull.gather(1, case.total + case.at)) * case.sent
+    experts = (case.gives * own).sum(dim=0).split(case.num_local)
     for name, found, wanted, hint in (
         ("x", of_x, x[case.mine], "an exchange on the way there has no backward"),
         ("topk_weights", of_weights, weights[case.mine], "then the router cannot learn"),
@@ -209,8 +182,8 @@ def look_at_gradients(case: Traced, of_x: Tensor, of_weights: Tensor, of_experts
         if (found - wanted).abs().max() <= LIMIT:
             continue
         times = ((found * wanted).sum() / wanted.square().sum()).item()
-        size = ", the number of ranks" * (abs(times - case.size) < LIMIT)
         is_factor = (found - times * wanted).abs().max() <= LIMIT
+        size = ", the number of ranks" * (abs(times - case.size) < LIMIT)
         wrong = f"{times:.3g} times what it must be{size}" if is_factor else "wrong"
         case.want(False, f"the gradient of {name} is {wrong}")
 
@@ -228,8 +201,6 @@ def look_at_bytes(case: Traced, dispatcher: Any, comm: Communicator, before: dic
     wanted = f"expected a table for each of {', '.join(PASSES)}"
     case.want(said == sorted(PASSES), f"predict_bytes returned {said}, {wanted}")
     for name, table in predicted.items():
-        is_right = shape_of(table) == [case.size, case.size]
-        case.want(is_right, f"predict_bytes' {name} is {shape_of(table)}, expected [W, W]")
         for rank, says in enumerate(table[case.rank].tolist()):
             now, then = (sent.get(name, none)[comm.ranks[rank]] for sent in (comm.meter.sent, before))
             what = f"{says} bytes for {name} from rank {case.rank} to rank {rank}"

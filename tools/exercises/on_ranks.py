@@ -1,7 +1,5 @@
 """Takes an answer to real ranks: every case of tools/parity.py, with the answer in the place of a registered kind."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The order in which a layer sends, computes and receives, as it happens: for chapter 12, and for its exercise."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """Ranks that are threads of this process: quick enough to try an answer at several sizes."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import threading

@@ -5,9 +5,6 @@
 It shows what a kernel reads and writes, and not what a compiler makes of it: that is tested on GPUs.
 """
 
-from __future__ import annotations
-
-import functools
 import inspect
 import itertools
 import math
@@ -28,7 +25,7 @@ class Pointer:
         self.name, self.flat, self.owner, self.at = name, flat, owner, at
         self.dtype = SimpleNamespace(element_ty=flat.dtype)
 
-    def __add__(self, offsets: Tensor | int) -> Pointer:
+    def __add__(self, offsets: Tensor | int) -> "Pointer":
         return Pointer(self.name, self.flat, self.owner, self.at + offsets)
 
     def places(self, mask: Tensor | bool | None, does: str) -> tuple[Tensor, Tensor]:
@@ -48,10 +45,8 @@ class PlayedLanguage:
     static_range = staticmethod(range)
     sigmoid, exp, where, maximum = torch.sigmoid, torch.exp, torch.where, torch.maximum
     sum, cumsum, zeros = torch.sum, torch.cumsum, torch.zeros
-
-    def __init__(self) -> None:
-        self.program: tuple[int, ...] = ()
-        self.number = 0  # of this program among all
+    program: tuple[int, ...] = ()
+    number = 0  # of this program among all
 
     def program_id(self, axis: int) -> Tensor:
         return torch.tensor(self.program[axis])
@@ -100,7 +95,7 @@ def play_kernel(kernel: Callable, grid: tuple[int, ...], *arguments: Any) -> int
     if not isinstance(function, FunctionType):
         raise NotYet(f"this wants a kernel, a function, and got {type(kernel).__name__}")
     language = PlayedLanguage()
-    played = functools.update_wrapper(in_language(function, language), function)
+    played = in_language(function, language)
     try:
         given = inspect.signature(function).bind(*arguments)
     except TypeError as error:

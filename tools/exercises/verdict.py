@@ -1,7 +1,5 @@
 """One sentence about an answer, whatever it is: "right", or "not yet: " and what is wrong."""
 
-from __future__ import annotations
-
 import functools
 import traceback
 from collections.abc import Callable
@@ -45,7 +43,7 @@ def plain_verdict(*types: type) -> Callable[[Callable[..., str]], Callable[..., 
     def decorate(check: Callable[..., str]) -> Callable[..., str]:
         @functools.wraps(check)
         def checked(answer: Any, *arguments: Any, **options: Any) -> str:
-            came, is_class = [answer], isinstance(answer, type)
+            came = [answer]
 
             def watched(*given: Any, **named: Any) -> Any:
                 try:
@@ -56,8 +54,8 @@ def plain_verdict(*types: type) -> Callable[[Callable[..., str]], Callable[..., 
                     raise NotYet(describe_error(error, answer)) from None
                 return expect(came[-1])
 
+            is_class, is_function = isinstance(answer, type), callable(answer) and type not in types
             try:
-                is_function = callable(answer) and type not in types
                 given = answer if is_class else watched if is_function else expect(answer)
                 return check(given, *arguments, **options)
             except NotYet as wrong:
@@ -65,11 +63,9 @@ def plain_verdict(*types: type) -> Callable[[Callable[..., str]], Callable[..., 
             except (
                 Exception,
                 SystemExit,
-            ) as error:  # of a class's code, or of the check, at what it did not expect
-                what = f"the check cannot use {' '.join(repr(came[-1]).split())[:80]} "
-                return (
-                    "not yet: " + what * (not is_class) + describe_error(error, answer if is_class else None)
-                )
+            ) as error:  # a class's own, or the check's at what it did not expect
+                what = f"the check cannot use {' '.join(repr(came[-1]).split())[:80]} " * (not is_class)
+                return f"not yet: {what}{describe_error(error, answer if is_class else None)}"
 
         return checked
 

@@ -1,7 +1,7 @@
 """torchrun in one process with what it starts: torch is imported once, and the ranks are forked from there.
 
-    python tools/ranks/agent.py torchrun PARENT REPORT ARGUMENT...   one run
-    python tools/ranks/agent.py cells PARENT                         the runs of a kernel's %%ranks cells (cells.py)
+    python tools/ranks/agent.py PARENT REPORT ARGUMENT...   one run
+    python tools/ranks/agent.py PARENT                      the runs of a kernel's %%ranks cells (cells.py)
 
 Nobody starts this file by hand. Importing torch is most of a start: `torchrun ep_launcher/launcher.py` starts each rank
 as a new Python, and takes longer. A fork has to come before anything uses a GPU.
@@ -24,9 +24,11 @@ import threading
 import time
 import types
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 
@@ -34,7 +36,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # in the place of tools/ranks/
 
 from tools.commands import replace_file  # noqa: E402
-from tools.ranks.failures import clean_message  # noqa: E402
+from tools.ranks.failures import clean_message, how_ended  # noqa: E402
 from tools.ranks.processes import end_with_parent, kill  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
@@ -43,11 +45,6 @@ FAILED_S = 6  # what ranks get once one has failed; torchrun would wait 30 s for
 
 # torchrun's own settings depend on the GPUs it sees, but no fork can use what a process has opened of a GPU.
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-
-
-def replace_environment(environment: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def prctl(option: int, value: Any) -> None:
@@ -63,9 +60,10 @@ class ForkedRank(FORK.Process):
     it had been started anew. Its name, in `ps -o comm`, is `rank N`.
     """
 
-    def __init__(self, command: list[str], environment: dict[str, str], outputs: list[Any]) -> None:
+    def __init__(self, handler: Any, command: tuple[str, ...], environment: dict[str, str]) -> None:
         super().__init__()
-        self.command, self.environment, self.outputs = command, environment, outputs
+        self.handler, self.command, self.environment = handler, command[2:], environment  # after python -u
+        self.rank = int(environment["RANK"])
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # until torchrun's handlers are gone
         self.start()
         os.setpgid(self.pid, self.pid)  # torchrun ends ranks by their groups
@@ -75,14 +73,14 @@ class ForkedRank(FORK.Process):
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number, file in enumerate(self.outputs, 1):
+        for number, file in enumerate((self.handler._stdout, self.handler._stderr), 1):
             if file:
                 os.dup2(file.fileno(), number)
         faulthandler.register(signal.SIGUSR1, all_threads=False)  # writes where it is; also while C code runs
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
         atexit._clear()  # temporary folders, say, are torchrun's to remove
-        replace_environment(self.environment)
-        prctl(PR_SET_NAME, f"rank {os.environ['RANK']}".encode())
+        os.environ.update(self.environment)
+        prctl(PR_SET_NAME, f"rank {self.rank}".encode())
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # where torchrun is killed, nobody else would end it
         if os.getppid() != multiprocessing.parent_process().pid:
             return
@@ -122,21 +120,13 @@ def run_script(script: str, *arguments: str) -> None:
 # ------------------------------------------------------------------------------------------- torchrun
 
 
-def look_around() -> tuple[int, int]:
-    """(GPUs here, the launcher's usual number of steps), in a process that may open a GPU and import the launcher."""
-    import torch
-
-    from ep_launcher.launcher import TrainingOptions
-
-    return torch.cuda.device_count(), TrainingOptions().steps
-
-
-def torchrun_options(arguments: list[str]) -> Any:
+def torchrun_options(arguments: Sequence[str]) -> Any:
     """torchrun's options. auto is one rank a GPU where there are two or more, else two.
 
     On one host the ranks meet on the loopback, at a free port, in a static rendezvous: it asks no name server, waits
     for nobody, and reads no pickles, as the c10d rendezvous of several hosts (and of --standalone) does.
     """
+    import torch
     from torch.distributed.run import parse_args
 
     options = parse_args(arguments)
@@ -146,14 +136,9 @@ def torchrun_options(arguments: list[str]) -> Any:
         with socket.socket() as probe:
             probe.bind(("", 0))
             options.master_port = probe.getsockname()[1]
-    is_told = any(word.startswith("--steps") for word in options.training_script_args)
-    if options.nproc_per_node == "auto" or (
-        "EP_STEPS" in os.environ and not is_told
-    ):  # whose bar wants a total
-        with ProcessPoolExecutor(1, FORK) as pool:
-            num_gpus, options.steps = pool.submit(look_around).result()
-        if options.nproc_per_node == "auto":
-            options.nproc_per_node = str(max(2, num_gpus))
+    if options.nproc_per_node == "auto":
+        with ProcessPoolExecutor(1, FORK) as pool:  # counting may open a GPU
+            options.nproc_per_node = str(max(2, pool.submit(torch.cuda.device_count).result()))
     return options
 
 
@@ -167,61 +152,50 @@ def fork_ranks(failed_s: float, ended_s: float) -> dict[Any, list[dict[str, Any]
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
     # torch's public way to fork ranks, a function in the place of a script, records one failed rank alone, and waits
-    # for ever for a rank that leaves by os._exit(0). A command of another program (numactl) is started as it is.
-    start, close = SubprocessHandler._popen, SubprocessContext._close
-    attempts: dict[Any, list[dict[str, Any]]] = {}
-
-    def start_rank(handler: SubprocessHandler, command: tuple[str, ...], env: dict[str, str]) -> Any:
-        handler.rank = int(env["RANK"])
-        if command[:2] == (sys.executable, "-u"):
-            return ForkedRank(list(command[2:]), env, [handler._stdout, handler._stderr])
-        return start(handler, command, env)
+    # for ever for a rank that leaves by os._exit(0).
+    close, attempts = SubprocessContext._close, {}
 
     def close_ranks(context: SubprocessContext, death_sig: signal.Signals, timeout: float = 30) -> None:
         known = []
-        for handler in context.subprocess_handlers.values():
-            known.append({"rank": handler.rank, "exitcode": handler.proc.poll(), "is_stopped": False})
-            if known[-1]["exitcode"] is None:
-                known[-1]["is_stopped"] = psutil.Process(handler.proc.pid).status() == psutil.STATUS_STOPPED
-                if isinstance(handler.proc, ForkedRank):
-                    os.kill(handler.proc.pid, signal.SIGUSR1)
-                    time.sleep(0.02)  # it writes where it is
+        for rank in [handler.proc for handler in context.subprocess_handlers.values()]:
+            known.append({"rank": rank.rank, "exitcode": rank.poll(), "is_stopped": False})
+            if rank.poll() is None:
+                known[-1]["is_stopped"] = psutil.Process(rank.pid).status() == psutil.STATUS_STOPPED
+                os.kill(rank.pid, signal.SIGUSR1)
+                time.sleep(0.02)  # it writes where it is
         attempts.setdefault(context, known)
         close(context, death_sig, min(timeout, failed_s if context._failures else ended_s))
 
-    SubprocessHandler._popen, SubprocessContext._close = start_rank, close_ranks
+    SubprocessHandler._popen = lambda handler, command, env: ForkedRank(handler, command, env)
+    SubprocessContext._close = close_ranks
     return attempts
 
 
 def run_torchrun(report: str, *arguments: str, ended_s: float = 30) -> None:
-    """torchrun with these arguments, in this process; where it fails, what is known goes to the file `report`.
-
-    What the flags left open stands, before anything starts, in `report` with the ending .options.
-    """
+    """torchrun with these arguments, in this process. What is known of the run goes to the file `report`: its nproc
+    before anything starts, its ranks and its error where it fails."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args
 
-    options, error = torchrun_options(list(arguments)), ""
-    told = {"nproc": options.nproc_per_node, "steps": getattr(options, "steps", None)}
-    replace_file(Path(report).with_suffix(".options"), json.dumps(told).encode())
+    options = torchrun_options(arguments)
+    known = {"nproc": options.nproc_per_node, "ranks": [], "error": "it was killed"}
+    replace_file(Path(report), json.dumps(known).encode())
     attempts = fork_ranks(30 if options.max_restarts else FAILED_S, ended_s)
     try:
-        usual = dict(os.environ)
-        os.environ.update(NO_GPU)
-        config, program, words = config_from_args(options)
-        replace_environment(usual)
+        with mock.patch.dict(os.environ, NO_GPU):
+            config, program, words = config_from_args(options)
         elastic_launch(config, program)(*words)
         return
     except ChildFailedError:
-        pass
+        known["error"] = "a rank has failed"
     except SignalException as ended:
-        error = f"ended by {signal.Signals(ended.sigval).name}"
+        known["error"] = how_ended(-ended.sigval)
     except Exception as failed:
-        error = clean_message(f"{type(failed).__name__}: {failed}")
-    ranks = list(attempts.values())[-1] if attempts else []
-    replace_file(Path(report), json.dumps({"ranks": ranks, "error": error}).encode())
+        known["error"] = clean_message(f"{type(failed).__name__}: {failed}")
+    known["ranks"] = list(attempts.values())[-1] if attempts else []
+    replace_file(Path(report), json.dumps(known).encode())
     for rank in multiprocessing.active_children():  # or the end of this process would wait for them
         rank.kill()
     sys.exit(1)
@@ -241,15 +215,10 @@ def run_cell(limit_s: float, arguments: list[str]) -> None:
     run_torchrun(*arguments, ended_s=1)
 
 
-def leave(*_: Any) -> None:
-    kill(psutil.Process().children(recursive=True))
-    os._exit(1)
-
-
 def serve_cells() -> None:
     """Runs what stdin asks for, [limit_s, [report, argument...]] a line, and says of each its exit code on stdout, once
     nothing that it started is left; ends when the kernel does, which closes stdin."""
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or nobody would end the children (end_with_parent)
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a rank started stays below this process when the rank ends
     import torch.distributed.run  # noqa: F401
 
@@ -266,10 +235,10 @@ def serve_cells() -> None:
 
 
 if __name__ == "__main__":
-    mode, parent, *arguments = sys.argv[1:]
+    parent, *arguments = sys.argv[1:]
     warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # as Python 3.12 puts it
     threading.Thread(target=end_with_parent, args=(int(parent),), daemon=True).start()
-    if mode == "torchrun":
+    if arguments:
         run_torchrun(*arguments)
     else:
         serve_cells()

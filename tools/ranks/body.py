@@ -1,6 +1,6 @@
 """What a rank of a %%ranks cell runs; cells.py has torchrun start it, and reads what it leaves in its folder.
 
-body.py FOLDER      spec.json: what to run; rankN.json: its failure, or null; rankN.pickle: what it collected
+body.py FOLDER      spec.json: what to run; rankN.json: its failure, "" for none; rankN.pickle: what it collected
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import traceback
 import types
 import warnings
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +26,32 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # in the place of tools/
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from torch.distributed.elastic.utils.store import barrier  # noqa: E402
 
 from ep_launcher import launcher  # noqa: E402
-from tools.extract import cell_of  # noqa: E402
 from tools.ranks.failures import CELL_FILE, clean_message  # noqa: E402
 from tools.stitch.reading import parse_leniently  # noqa: E402
+from tools.stitch.trace import cell_of  # noqa: E402
 
 CELL_MODULE = "ranks_cell"  # where a cell's classes live
 GRACE_S = 1.0  # what the other ranks get, to fail or end by themselves, once one rank has failed
 COLLECTIVES = ("Communicator.", "Pending.", "TrafficMeter.")  # whose frames are a collective's own
 
 
-def describe_error(error: BaseException, sent: dict[str, Any]) -> dict[str, Any]:
-    """{"line": of the cell or None, "what": type and message, "where": innermost cell of the launcher or ""}."""
-    if isinstance(error, SyntaxError) and error.filename == CELL_FILE:
-        return {"line": error.lineno, "what": f"{type(error).__name__}: {error.msg}", "where": ""}
-    line, where = None, ""
+def describe_error(error: BaseException, sent: dict[str, Any]) -> str:
+    """ ", line 4 of the cell: ValueError: no good (innermost cell of the launcher)", to stand behind "rank 1"."""
+    line, where, message = "", "", clean_message(str(error))
     for frame, number in traceback.walk_tb(error.__traceback__):
         name, function = frame.f_code.co_filename, frame.f_code.co_qualname
         if name == CELL_FILE:
-            line = number
+            line = f", line {number} of the cell"
         elif name in sent:
-            where = f"{name}, line {number}, in {function}"
+            where = f" ({name}, line {number}, in {function})"
         elif name == launcher.__file__ and not function.startswith(COLLECTIVES):
-            where = f"{cell_of(name, number) or 'launcher.py'}, in {function}"
-    message = clean_message(str(error))
-    return {"line": line, "what": type(error).__name__ + (f": {message}" if message else ""), "where": where}
+            where = f" ({cell_of(name, number) or 'launcher.py'}, in {function})"
+    if isinstance(error, SyntaxError) and error.filename == CELL_FILE:
+        line, where, message = f", line {error.lineno} of the cell", "", error.msg
+    return f"{line}: {type(error).__name__}{': ' if message else ''}{message}{where}"
 
 
 class CpuPickler(pickle.Pickler):
@@ -64,14 +63,6 @@ class CpuPickler(pickle.Pickler):
         return value.detach().cpu().clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
-def meet(store: dist.Store | None, what: str, limit_s: float) -> None:
-    """Waits until all ranks have come here; DistStoreError after limit_s."""
-    if store is not None:
-        store.set(f"{what} {os.environ['RANK']}", "")
-        everybody = [f"{what} {rank}" for rank in range(int(os.environ["WORLD_SIZE"]))]
-        store.wait(everybody, timedelta(seconds=limit_s))
-
-
 def start_group(device: torch.device, limit_s: float) -> dist.Store | None:
     """Joins the other ranks -> a store of all of them; None at world size 1."""
     if device.type == "cpu":
@@ -79,7 +70,8 @@ def start_group(device: torch.device, limit_s: float) -> dist.Store | None:
     store = launcher.init_distributed(device, limit_s / 2)
     # A rank is through when its own connections stand. One that then dies at once, as a cell may want, would break
     # what its peers still do: nobody starts the cell before everybody is through.
-    meet(store, "connected", limit_s)
+    if store is not None:
+        barrier(store, dist.get_world_size(), "connected", limit_s)
     return store
 
 
@@ -132,17 +124,18 @@ def main(folder: Path) -> None:
     sys.stderr = sys.stdout  # what libraries log is shown nowhere
     # A warning as one line without paths: outputs are the same on every machine.
     warnings.showwarning = lambda message, category, *_, **__: print(f"{category.__name__}: {message}")
-    store = failure = None
+    store, failure = None, ""
     try:
         device = launcher.choose_device(spec["device"])
         store = start_group(device, spec["timeout_s"])
         execute_cell(spec, device, own.with_suffix(".pickle"))
     except BaseException as error:
         is_over = isinstance(error, SystemExit) and error.code in (None, 0) and not spec["collect"]
-        failure = None if is_over else describe_error(error, spec["sent"])
+        failure = "" if is_over else describe_error(error, spec["sent"])
     own.write_text(json.dumps(failure))
-    with contextlib.suppress(dist.DistError):
-        meet(store, "ended", GRACE_S if failure else 2 * spec["timeout_s"])
+    if store is not None:
+        with contextlib.suppress(dist.DistError):
+            barrier(store, spec["nproc"], "ended", GRACE_S if failure else 2 * spec["timeout_s"])
     if failure:
         os.kill(os.getppid(), signal.SIGTERM)  # torchrun ends all ranks
     while failure:

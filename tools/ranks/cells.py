@@ -15,26 +15,21 @@ import json
 import os
 import pickle
 import re
-import select
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
-from tools.ranks.failures import CELL_FILE, HERE, Interrupted, OneMessage, last_stack, signal_name
-from tools.ranks.flags import torchrun_environment
+from tools.ranks.failures import CELL_FILE, Interrupted, OneMessage, how_ended, last_stack, read_report
 from tools.ranks.output import kernel
-from tools.ranks.processes import ROOT, start_agent
+from tools.ranks.processes import Agent
 from tools.stitch.fresh import assert_fresh, check_kernel_definitions
-from tools.stitch.reading import find_bindings, parse_leniently, read_book
+from tools.stitch.reading import ROOT, find_bindings, parse_leniently, read_book
 
-STARTUP_S = 120.0  # importing torch, on a busy machine
 LONGEST_S = 604_800.0
 BODY = Path(__file__).with_name("body.py")
 
@@ -71,9 +66,7 @@ class Collected(dict):
     """{name: ByRank} of a %%ranks cell that collects several names. Shown as one line a name and rank."""
 
     def __repr__(self) -> str:
-        return "\n".join(
-            f"{name}, {line}" for name, ranks in self.items() for line in repr(ranks).splitlines()
-        )
+        return "\n".join(f"{name}, {line}" for name in self for line in repr(self[name]).splitlines())
 
 
 # ------------------------------------------------------------------------------------------- --with
@@ -98,7 +91,8 @@ def find_definitions(
         bound[label] = [(found.name, found.statement) for found in find_bindings(parse_leniently(source))]
         defined |= {name: (label, part) for name, part in bound[label] if getattr(part, "name", "") == name}
     if unknown := [name for name in names if name not in defined]:
-        raise RanksError([f"%%ranks: --with {unknown[0]}: {why_not_sent(unknown[0], namespace)}"])
+        which = "functions and classes of cells that you have executed, and the original tutorial's, are sent"
+        raise RanksError([f"%%ranks: --with {unknown[0]}: no such definition; {which}, with spaces between"])
     sent: dict[str, set[int]] = {}
     wanted = [defined[name] for name in names]
     while wanted:
@@ -106,12 +100,9 @@ def find_definitions(
         if statement.lineno in sent.setdefault(label, set()):
             continue
         sent[label].add(statement.lineno)
-        loaded = [
-            node
-            for node in ast.walk(statement)
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-        ]
-        used = {node.id for node in loaded} | {"annotations"}  # of a `from __future__`
+        nodes = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        used = {node.id for node in nodes if isinstance(node.ctx, ast.Load)}
+        used.add("annotations")  # of a `from __future__`
         here = [(name, part) for name, part in bound[label] if name in used]
         wanted += [(label, part) for _, part in here]
         wanted += [defined[name] for name in used & (defined.keys() - provided) - {name for name, _ in here}]
@@ -119,116 +110,94 @@ def find_definitions(
     return {label: (source, sorted(sent[label])) for label, source in sources.items() if label in sent}
 
 
-def why_not_sent(name: str, namespace: dict[str, Any]) -> str:
-    value = namespace.get(name)
-    if name not in namespace or isinstance(value, (type, FunctionType)):
-        spaces = "; names are separated by spaces" * ("," in name)
-        return f"no cell that you have executed defines it, and none of the original tutorial's{spaces}"
-    return f"it is a variable, of type {type(value).__name__}; functions and classes are sent: make it in the cell"
-
-
 # ------------------------------------------------------------------------------------------- what went wrong
 
 
-def left_at(folder: Path, rank: int) -> str:
-    """Where a rank was when torchrun ended it, of what it wrote then (agent.py)."""
-    logs = [log.read_text(errors="replace") for log in folder.glob(f"logs/*/*/{rank}/stderr.log")]
-    stack = "\n".join(last_stack("".join(logs).splitlines()))
-    found = re.search(rf'File "{CELL_FILE}", line (\d+)', stack)
-    return f"was at line {found[1]}" if found else "was outside the cell"
-
-
-def problems(spec: dict[str, Any], folder: Path, is_over: bool) -> list[str]:
+def problems(spec: dict[str, Any], folder: Path, code: int) -> list[str]:
     """One line per problem, for the reader; empty where all is well. Ranks that failed alike share a line.
 
-    is_over: torchrun did not come to its end by itself.
+    code: torchrun's exit code; not 0 where it did not come to its end by itself.
     """
-    timeout_s, report = spec["timeout_s"], folder / "report.json"
-    found = {"ranks": [], "error": "ended by SIGTERM"}  # so early that it could not say it
-    found |= json.loads(report.read_text()) if report.exists() else {}
+    found, timeout_s = read_report(folder / "report.json"), spec["timeout_s"]
     known = {one["rank"]: one for one in found["ranks"]}
-    alike: dict[tuple, list[int]] = {}
+    alike: dict[str, list[str]] = {}
     others = []
     for rank in range(spec["nproc"]):
-        said, one, failure = folder / f"rank{rank}.json", known.get(rank), None
+        said, one = folder / f"rank{rank}.json", known.get(rank, {"exitcode": None if code else 0})
         if said.exists():
             failure = json.loads(said.read_text())
-            others += [f"rank {rank} ended the cell"] * (failure is None)
-        elif is_over and (one is None or one["exitcode"] is None):
-            where = "was stopped by SIGSTOP" if one and one["is_stopped"] else left_at(folder, rank)
-            others.append(f"rank {rank} {where}")
+            others += [f"rank {rank} ended the cell"] * (not failure)
+        elif one["exitcode"] is not None:
+            failure = f": {how_ended(one['exitcode'])}"
         else:
-            code = one["exitcode"] if one else 0
-            how = f"ended by {signal_name(-code)}" if code < 0 else f"exited with code {code}"
-            failure = {"line": None, "what": how, "where": ""}
+            failure = ""
+            logs = [log.read_text(errors="replace") for log in folder.glob(f"logs/*/*/{rank}/stderr.log")]
+            at = [
+                f"at line {line}"
+                for file, line, _ in last_stack("".join(logs).splitlines())
+                if file == CELL_FILE
+            ]
+            where = "stopped by SIGSTOP" if one.get("is_stopped") else [*at, "outside the cell"][0]
+            others.append(f"rank {rank} was {where}")
         if failure:
-            alike.setdefault(tuple(failure.values()), []).append(rank)
-    if is_over and not alike:
-        if found["error"] != "ended by SIGTERM":
-            return [f"%%ranks: the ranks could not start: {found['error']}"]
-        return [
-            f"the time limit of {timeout_s:g} s is over: {'; '.join(others)}; raise --timeout, or mend the wait"
-        ]
+            alike.setdefault(failure, []).append(str(rank))
+    if code and not alike:
+        if "ended by SIGTERM" not in (found["error"], how_ended(code)):
+            return [f"%%ranks: torchrun failed: {found['error']}"]
+        mend = "raise --timeout, or mend the wait"
+        return [f"the time limit of {timeout_s:g} s is over: {'; '.join(others)}; {mend}"]
     lines = []
-    for (line, what, where), ranks in alike.items():
-        who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-        place = f", line {line} of the cell" if line else ""
-        lines.append(f"{who}{place}: {what}" + f" ({where})" * bool(where))
-        if re.search(r"CollectiveError|[Tt]imed? ?out|DistBackendError|DistNetworkError", what):
+    for failure, ranks in alike.items():
+        lines.append(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}{failure}")
+        if re.search(r"CollectiveError|[Tt]imed? ?out|DistBackendError|DistNetworkError", failure):
             lines[-1] = "; ".join([lines[-1], *others])
         half = f"; a collective waits for half of --timeout, {timeout_s / 2:g} s"
-        lines[-1] += half * ("Timed out waiting" in what)
+        lines[-1] += half * ("Timed out waiting" in failure)
     return sorted(lines, key=lambda line: ": CollectiveError" in line)  # who waited in vain is not the cause
 
 
 # ------------------------------------------------------------------------------------------- the call
 
 
-class Server:
+class Server(Agent):
     """The process that has imported torch and the launcher, and runs every cell (agent.py); it ends with the kernel.
     Where the kernel's environment has changed since, the next cell starts another one."""
 
     running: Server | None = None
 
+    @classmethod
+    def find(cls) -> Server:
+        """The one that runs, or a new one."""
+        if (running := cls.running) and running.returncode is None:
+            if running.variables == dict(os.environ):
+                return running
+            running.end(patience_s=0)
+        cls.running = cls()
+        return cls.running
+
     def __init__(self) -> None:
-        self.environment, self.log = dict(os.environ), tempfile.TemporaryFile()
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
-        self.family = start_agent("cells", environment=torchrun_environment(), **streams)
-        Server.running = self
+        self.variables, self.log = dict(os.environ), tempfile.TemporaryFile()
+        super().__init__(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
 
     def run(self, limit_s: float, arguments: list[str]) -> int:
-        """torchrun, for limit_s at most -> its exit code. An interrupt ends this process, and the ranks with it.
-        RanksError where this process ends."""
-        process, code = self.family.process, b""
+        """torchrun, which agent.py ends after limit_s -> its exit code. An interrupt ends this process, and the ranks
+        with it. RanksError where this process ends."""
+        code = b""
         try:
             with contextlib.suppress(BrokenPipeError):  # it has ended, and its log says why
-                process.stdin.write(json.dumps([limit_s, arguments]).encode() + b"\n")
-                process.stdin.flush()
-            if select.select([process.stdout], [], [], STARTUP_S + limit_s)[0]:
-                code = process.stdout.readline()
+                self.process.stdin.write(json.dumps([limit_s, arguments]).encode() + b"\n")
+                self.process.stdin.flush()
+            code = self.process.stdout.readline()
         except KeyboardInterrupt:
             raise Interrupted(["every rank has ended"]) from None
         finally:
             if not code:
-                self.family.end(patience_s=1.0)
+                self.end(patience_s=0)
         if code:
             return int(code)
-        raise RanksError([f"%%ranks: the ranks could not start: {self.last_line()}"])
-
-    def last_line(self) -> str:
-        """What it has said last."""
         self.log.seek(0)
-        said = self.log.read().decode(errors="replace").strip().splitlines()
-        return said[-1].replace(*HERE) if said else "it was ended before it could say why"
-
-
-def server() -> Server:
-    """The one that runs, or a new one."""
-    if (running := Server.running) and running.family.process.poll() is None:
-        if running.environment == dict(os.environ):
-            return running
-        running.family.end()
-    return Server()
+        said = self.log.read().decode(errors="replace").strip().splitlines() or [how_ended(self.returncode)]
+        raise RanksError([f"%%ranks: the ranks could not start: {said[-1]}"])
 
 
 def run_cell_on_ranks(
@@ -247,12 +216,9 @@ def run_cell_on_ranks(
     is still inside after timeout_s; a collective gives up after half of that. The first call waits for an import.
     """
     if nproc < 1 or not 0 < timeout_s <= LONGEST_S:
-        most = f"take 1 or more of each, at most {LONGEST_S:g} s, a week"
-        raise RanksError([f"%%ranks: {nproc} ranks for {timeout_s:g} s cannot run; {most}"])
-    try:
-        cwd = os.getcwd()
-    except FileNotFoundError:
-        raise RanksError(["%%ranks: the kernel's folder is gone; os.chdir to one that exists"]) from None
+        raise RanksError(
+            [f"%%ranks: take 1 or more ranks, and a time limit of at most {LONGEST_S:g} s, a week"]
+        )
     namespace = namespace or {}
     try:
         assert_fresh()
@@ -263,21 +229,17 @@ def run_cell_on_ranks(
 
     provided = {name for name in vars(launcher) if not name.startswith("_")}
     spec = {"body": body, "nproc": nproc, "collect": list(collect), "timeout_s": timeout_s, "device": device,
-            "cwd": cwd, "sent": find_definitions(sent, namespace, provided) if sent else {}}  # fmt: skip
+            "cwd": os.getcwd(), "sent": find_definitions(sent, namespace, provided) if sent else {}}  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="ep-cell-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         (folder / "spec.json").write_text(json.dumps(spec))
         flags = [f"--nproc_per_node={nproc}", "--redirects=3", f"--log-dir={folder / 'logs'}"]
-        running, report = server(), folder / "report.json"
-        code = running.run(timeout_s, [str(report), *flags, str(BODY), name])
+        code = Server.find().run(timeout_s, [str(folder / "report.json"), *flags, str(BODY), name])
         for rank in range(nproc):
             for path in folder.glob(f"logs/*/*/{rank}/stdout.log"):
                 for line in path.read_text("utf-8", errors="replace").splitlines():
                     print(f"rank {rank}: {line}")
-        if code not in (0, -signal.SIGTERM) and not report.exists():
-            how = f"was ended by {signal_name(-code)}" if code < 0 else f"failed: {running.last_line()}"
-            raise RanksError([f"%%ranks: while the ranks ran, the process that started them {how}"])
-        if wrong := problems(spec, folder, is_over=code != 0):
+        if wrong := problems(spec, folder, code):
             raise RanksError(wrong)
         found = [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in range(nproc)]
         return Collected(zip(collect, map(ByRank, zip(*found, strict=True)), strict=True))
@@ -286,12 +248,8 @@ def run_cell_on_ranks(
 @magic_arguments("%%ranks")
 @argument("nproc", nargs="?", type=int, default=2, metavar="N", help="ranks")
 @argument("--collect", nargs="+", action="extend", default=[], metavar="NAME", help="names to bring back")
-@argument(
-    "--with", nargs="+", action="extend", default=[], metavar="NAME", dest="sent", help="definitions to send"
-)
-@argument(
-    "--timeout", type=float, default=60.0, metavar="SECONDS", dest="timeout_s", help="a rank that waits fails"
-)
+@argument("--with", nargs="+", action="extend", default=[], metavar="NAME", dest="sent", help="what to send")
+@argument("--timeout", type=float, default=60.0, metavar="SECONDS", dest="timeout_s", help="for the cell")
 @argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="gloo or NCCL")
 @argument("--expect-failure", action="store_true", help="show the failure in place of raising it")
 def ranks_magic(line: str, cell: str) -> Any:

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from tools.ranks.failures import HERE, LIBRARY_LOG
 
+NOTES_BYTES = 2**13  # of the file behind EP_STEPS: for 959 ranks
 RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch's, on the lines of an uncaught exception
 
 
@@ -32,6 +34,14 @@ def is_live_notebook() -> bool:
         return False
 
 
+def read_notes(path: Path) -> tuple[str, int, list[int]]:
+    """(a warning or "", the number of steps, how many each rank has done), of the file behind EP_STEPS (launcher.py,
+    StepNotes)."""
+    notes = path.read_bytes()
+    num_steps, *done = memoryview(notes[512:]).cast("q")
+    return notes[:512].rstrip(b"\0").decode(errors="replace"), num_steps, done
+
+
 def attempt_of(path: Path) -> int:
     """The attempt whose output it is, of a file .../attempt_N/RANK/stderr.log."""
     return int(path.parents[1].name.removeprefix("attempt_"))
@@ -40,7 +50,7 @@ def attempt_of(path: Path) -> int:
 class RankOutput:
     """Follows the files into which torchrun sends every rank's output; keeps them; shows what a reader needs.
 
-    errors: {rank: its lines on stderr}, the first to report an error first; attempt: torchrun's count of restarts.
+    Of the attempt that runs: errors, {rank: its lines on stderr}; error, the rank and text of the first "error: ...".
     """
 
     def __init__(self, folder: Path, quiet: bool) -> None:
@@ -57,8 +67,7 @@ class RankOutput:
 
     def begin_attempt(self, number: int) -> None:
         """What went wrong before is the failure no more."""
-        self.attempt, self.has_error = number, False
-        self.errors: dict[int, list[str]] = {}
+        self.attempt, self.error, self.errors = number, (None, ""), defaultdict(list)
         self.in_report: set[int] = set()  # ranks that print a traceback: held back for the failure's message
 
     def poll(self, *, is_last: bool = False) -> None:
@@ -66,9 +75,7 @@ class RankOutput:
         files = self.folder.glob("*/attempt_*/*/std*.log")
         for path in sorted(files, key=lambda path: (attempt_of(path), path)):
             if attempt_of(path) > self.attempt:  # the ranks of the one before have ended
-                lines = [line for of_rank in self.errors.values() for line in of_rank]
-                said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-                why = said[0] if said else "a rank has ended"
+                why = self.error[1] or "a rank has ended"
                 self.show(f"restart {attempt_of(path)}, after this: {why}", sys.stderr)
                 self.begin_attempt(attempt_of(path))
             with path.open("rb") as file:
@@ -85,9 +92,9 @@ class RankOutput:
         if path.stem == "stdout":
             self.show(line if rank == 0 else f"rank {rank}: {line}", sys.stdout)
             return
-        if line.startswith("error: ") and not self.has_error:
-            self.has_error, self.errors = True, {rank: self.errors.get(rank, [])} | self.errors
-        self.errors.setdefault(rank, []).append(line)
+        self.errors[rank].append(line)
+        if line.startswith("error: ") and not self.error[1]:
+            self.error = rank, line.removeprefix("error: ")
         if line.startswith(
             ("error: ", "Traceback (most recent call last)", "Stack (most recent call first)")
         ):

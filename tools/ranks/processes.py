@@ -1,7 +1,7 @@
 """Starting, watching and ending a process with all that it starts.
 
-torchrun gives every rank a session of its own, and a killed notebook kernel cannot say goodbye. So whoever starts a
-family keeps a list of it, and every process that agent.py runs ends once its parent is gone.
+torchrun gives every rank a session of its own, and a killed notebook kernel cannot say goodbye. So whoever starts an
+agent keeps a list of what it has started, and every process that agent.py runs ends once its parent is gone.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
 AGENT = Path(__file__).with_name("agent.py")
-STOP_S = 3.0  # what a run gets to stop by itself before it is killed
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
@@ -31,11 +29,42 @@ def kill(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
-class Family:
-    """A process with all its descendants, also those that others have adopted since."""
+class Agent:
+    """tools/ranks/agent.py in a session of its own, and all its descendants, also those that others have adopted. It
+    ends where its `with` block does, or this process.
 
-    def __init__(self, process: subprocess.Popen) -> None:
-        self.process, self.members, self.checked = process, set(), 0.0
+    words: a file for its report and torchrun's arguments, or nothing for a server of cells; environment: variables
+    besides this process's; before: `nsenter --net=...`; streams: Popen's stdin, stdout and stderr.
+    """
+
+    def __init__(
+        self,
+        *words: Any,
+        environment: dict[str, Any] | None = None,
+        before: Sequence[str] = (),
+        **streams: Any,
+    ) -> None:
+        # torchrun's PET_ variables change its flags unseen; OMP_NUM_THREADS is read when torch is imported.
+        usual = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
+        usual = {"OMP_NUM_THREADS": "1"} | usual | {"PYTHONUNBUFFERED": "1"} | (environment or {})
+        self.process = subprocess.Popen(
+            [*before, sys.executable, *map(str, (AGENT, os.getpid(), *words))],
+            env={name: str(value) for name, value in usual.items()},
+            start_new_session=True,
+            **{"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT} | streams,
+        )
+        self.members, self.checked = set(), 0.0
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end(patience_s=0)
+
+    @property
+    def returncode(self) -> int | None:
+        """torchrun's, once it has ended."""
+        return self.process.poll()
 
     def note(self, every_s: float = 0.5) -> None:
         """Remembers the descendants; looking through all processes is dear, so not at each call."""
@@ -54,16 +83,19 @@ class Family:
         return found
 
     def left(self, limit_s: float = 5.0) -> list[str]:
-        """Command lines of the descendants that still live limit_s later; a killed one takes a moment to go."""
+        """Command lines of the descendants that still live limit_s later, as a killed one takes a moment to go; empty
+        if all is well."""
         deadline = time.monotonic() + limit_s
         while (alive := self.alive()) and time.monotonic() < deadline:
             time.sleep(0.05)
         return [" ".join(process.as_dict(["cmdline"], "")["cmdline"][:3]) for process in alive]
 
-    def end(self, patience_s: float = STOP_S) -> None:
+    def end(self, patience_s: float = 3.0) -> None:
         """SIGTERM to the process, which ends its ranks; after patience_s SIGKILL to all that is left."""
         self.note(every_s=0)
-        with uninterrupted():
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
+        try:  # a second Ctrl-C changes nothing
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(patience_s)
@@ -71,30 +103,9 @@ class Family:
             self.process.kill()
             self.process.wait()
             self.left()  # a killed rank takes a moment to go, too
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """While processes are being ended, a second Ctrl-C changes nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def start_agent(
-    *arguments: Any, environment: dict[str, str], before: Sequence[str] = (), **streams: Any
-) -> Family:
-    """tools/ranks/agent.py in a session of its own; it ends when this process does. streams: Popen's stdin, stdout and
-    stderr. before: `nsenter --net=...`."""
-    mode, *rest = map(str, arguments)
-    command = [*before, sys.executable, str(AGENT), mode, str(os.getpid()), *rest]
-    streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT} | streams
-    return Family(subprocess.Popen(command, env=environment, start_new_session=True, **streams))
+        finally:
+            if is_main:
+                signal.signal(signal.SIGINT, before)
 
 
 def end_with_parent(parent: int) -> None:

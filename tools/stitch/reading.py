@@ -52,27 +52,33 @@ class Cell:
         return f"{self.label}:{line}: {what}"
 
     @functools.cached_property
+    def tree(self) -> ast.Module:
+        """The cell's Python. Raises one of NOT_PYTHON where it is none: see refusals."""
+        return compiled(self.text + "\n")
+
+    @functools.cached_property
     def bindings(self) -> list[Binding]:
         return list(find_bindings(self.tree))
 
     @functools.cached_property
-    def tree(self) -> ast.Module:
-        """The cell's Python. Raises Refused, with one line, where it is none that can be stitched."""
+    def refusals(self) -> list[str]:
+        """Why the cell cannot be stitched, in one line; nothing where it can."""
         lines = self.text.split("\n")
         if markers := find_cell_markers(self.text):
-            number, what = markers[0][0], "this line reads like a cell marker of the stitched file; reword it"
-        elif not re.fullmatch(r"(i?python[\d.]*)?", self.language):
-            number, what = 1, f"is written in {self.language:.40}, not Python; take the tag off"
-        else:
-            try:
-                return compiled(self.text + "\n")
-            except NOT_PYTHON as error:
-                number = min(max(getattr(error, "lineno", None) or 1, 1), len(lines))
-                what = f"syntax error: {why(error)}; mend the cell"
-                if isinstance(error, SyntaxError) and MAGIC.match(lines[number - 1]):
-                    code = f"`{lines[number - 1].strip():.40}`"
-                    what = f"{code} is a notebook magic, not Python; move it to a cell that stays, a demo"
-        raise Refused(self.refusal(number, what))
+            what = "this line reads like a cell marker of the stitched file; reword it"
+            return [self.refusal(markers[0][0], what)]
+        if not re.fullmatch(r"(i?python[\d.]*)?", self.language):
+            return [self.refusal(1, f"is written in {self.language:.40}, not Python; take the tag off")]
+        try:
+            self.tree  # noqa: B018
+            return []
+        except NOT_PYTHON as error:
+            number = min(max(getattr(error, "lineno", None) or 1, 1), len(lines))
+            line, what = lines[number - 1], f"syntax error: {why(error)}; mend the cell"
+            magic = (
+                f"`{line.strip():.40}` is a notebook magic, not Python; move it to a cell that stays, a demo"
+            )
+            return [self.refusal(number, magic if MAGIC.match(line) else what)]
 
 
 def _dig(data: object, *keys: str) -> Any:
@@ -96,20 +102,17 @@ def read_notebook(path: Path, name: str) -> list[Cell]:
     """The cells of one notebook of format 4. Raises Refused, with one line, for anything else."""
     try:
         data = json.loads(path.read_bytes().decode("utf-8-sig"))
-        language = _dig(data, "metadata", "kernelspec", "language")
-        language = language or _dig(data, "metadata", "language_info", "name")
-        language = language.lower() if isinstance(language, str) else ""
         if _dig(data, "nbformat") != 4:
-            raise TypeError
-        return [_read_cell(name, language, cell) for cell in data["cells"]]
+            raise TypeError("its nbformat is not 4")
+        language = _dig(data, "metadata", "kernelspec", "language")
+        language = language or _dig(data, "metadata", "language_info", "name") or ""
+        return [_read_cell(name, str(language).lower(), cell) for cell in data["cells"]]
     except OSError as error:
         what = f"cannot be read ({error.strerror or type(error).__name__}); check the path"
-    except UnicodeDecodeError as error:
-        what = f"is not UTF-8 text (byte {error.start}); save it as UTF-8"
-    except (ValueError, RecursionError) as error:
-        what = f"is not JSON ({error}); save it again from Jupyter"
-    except (TypeError, KeyError):
-        what = "is not a notebook of format 4 whose cells have text; save it in a current Jupyter"
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        what = (
+            f"is not a notebook of format 4 ({type(error).__name__}: {error}); save it in a current Jupyter"
+        )
     raise Refused(f"{name}: {what}")
 
 

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 from tools.commands import Refused
 from tools.stitch import reading
-from tools.stitch.program import RESERVED_NAMES, assemble, check_compiles
-from tools.stitch.reading import EXPORTED_TAGS, LAUNCHER_MODULE, ROLE_TAGS, Binding, Cell
+from tools.stitch.program import RESERVED_NAMES, assemble
+from tools.stitch.reading import EXPORTED_TAGS, LAUNCHER_MODULE, NOT_PYTHON, ROLE_TAGS, Binding, Cell
 from tools.stitch.trace import find_cell_markers, locate_cell
 
 MAX_CODE_LINES, MAX_CLASS_LINES = 40, 60  # of a cell, and of a cell with a class
@@ -20,15 +20,6 @@ OLDEST_PYTHON = "py311"  # the book's cells must run on it, whatever Python stit
 SLUG = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 # What Jupyter makes up by itself: eight hex digits (one of them a digit, so that a word may pass), or a UUID.
 GENERATED_ID = re.compile(r"(?=.*\d)[0-9a-f]{8}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-# What a constant's value may call while the file is imported, `math` besides: it makes a value and does nothing else.
-PURE_CALLS = set(
-    """
-    abs bool bytes dict float frozenset getattr globals int isinstance len list max min object pow range round set
-    sorted str sum tuple type zip field partial namedtuple TypeVar NewType Path cwd resolve joinpath Counter
-    defaultdict deque Lock local compile getLogger find_spec device finfo iinfo Size constexpr property staticmethod
-    classmethod items keys values get join split
-    """.split()
-)
 
 
 def check_structure(cells: Sequence[Cell]) -> Iterator[str]:
@@ -59,59 +50,37 @@ def _problems(cell: Cell, before: Cell | None, owners: dict[str, str]) -> Iterat
 
 
 def _code_lines(cell: Cell) -> int:
-    """Lines with code on them: not blank, not only comment, not a docstring."""
-    lines = cell.text.split("\n")
-    covered = {n for n, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")}
-    for node in ast.walk(cell.tree):
-        is_scope = isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-        if is_scope and ast.get_docstring(node, clean=False) is not None:
-            covered -= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
-    return len(covered)
+    """Lines on which code begins: not blank, no comment, no docstring, no line of constants alone."""
+    nodes = (node for node in ast.walk(cell.tree) if not isinstance(node, (ast.Expr, ast.Constant)))
+    return len({node.lineno for node in nodes if isinstance(node, (ast.stmt, ast.expr))})
 
 
-def _is_effect(node: ast.AST, classes: set[str]) -> bool:
-    match node:
-        case ast.Call():
-            name = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
-            is_math = getattr(getattr(node.func, "value", None), "id", "") == "math"
-            return not (name in PURE_CALLS or name in classes or is_math)
-        case ast.Attribute(ctx=ast.Store()) | ast.Subscript(ctx=ast.Store()):
-            return True
-        case ast.Import() | ast.ImportFrom() | ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-            return False
-        case ast.Assign() | ast.AnnAssign() | ast.If() | ast.Try() | ast.Pass() | ast.Expr(ast.Constant()):
-            return False  # `if` and `try` may hold these too, as in `try: import triton`
-    return isinstance(node, ast.stmt)
+def _effects(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """What runs when a cell is imported, and is neither an import, nor a constant, nor a definition."""
+    for node in body:
+        match node:
+            case ast.Import() | ast.ImportFrom() | ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Pass():
+                pass
+            case ast.Expr(ast.Constant()) | ast.AnnAssign(ast.Name()):
+                pass
+            case ast.Assign() if not any(isinstance(n, (ast.Attribute, ast.Subscript)) for n in node.targets):
+                pass
+            case ast.ClassDef() | ast.If() | ast.Try() | ast.ExceptHandler():  # as in `try: import triton`
+                parts = ast.iter_child_nodes(node)
+                yield from _effects([n for n in parts if isinstance(n, (ast.stmt, ast.ExceptHandler))])
+            case _:
+                yield node
 
 
-def _effects(tree: ast.Module, classes: set[str]) -> Iterator[ast.AST]:
-    """What runs when a cell is imported, and is neither an import, nor a constant, nor a definition; decorators may."""
-    waiting: list[ast.AST] = [tree]
-    while waiting:
-        node = waiting.pop()
-        parts = list(ast.iter_child_nodes(node))
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            parts = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
-        elif isinstance(node, ast.ClassDef):
-            parts = [*node.bases, *node.keywords, *node.body]
-        if _is_effect(node, classes):
-            yield node
-        else:
-            waiting += reversed(parts)
-
-
-def check_cell(cell: Cell, tag: str, classes: set[str]) -> Iterator[str]:
-    """The rules for one exported cell (or one of the seed) on its own."""
-    for node in cell.tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-            yield cell.refusal(node.lineno, "`from __future__` would change the whole file; leave it out")
-    for node in _effects(cell.tree, classes):
+def check_cell(cell: Cell) -> Iterator[str]:
+    """The rules for one exported cell on its own."""
+    for node in _effects(cell.tree.body):
         code = " ".join(ast.get_source_segment(cell.text, node).split("\n")[0].split())
         what = f"`{code:.60}` runs when the file is imported; move it into a function or a demo cell"
         yield cell.refusal(node.lineno, what)
     has_class = any(isinstance(node, ast.ClassDef) for node in cell.tree.body)
     limit = MAX_CLASS_LINES if has_class else MAX_CODE_LINES
-    if tag in EXPORTED_TAGS and (count := _code_lines(cell)) > limit:
+    if (count := _code_lines(cell)) > limit:
         what = f"{count} lines of code, docstrings and comments not counted, and {limit} is the most"
         yield cell.refusal(1, f"{what}; split the cell")
 
@@ -139,6 +108,9 @@ def check_duplicates(cells: Sequence[Cell]) -> Iterator[str]:
     """A top-level name is defined once; the same import may stand in many cells."""
     owners: dict[str, tuple[Cell, Binding]] = {}
     for cell, b in _own_bindings(cells):
+        if b.name in RESERVED_NAMES:
+            what = f"`{b.name}` is a name of tools/extract.py's; rename it"
+            yield cell.refusal(b.node.lineno, what)
         first, known = owners.setdefault(b.name, (cell, b))
         if known.statement is b.statement or (b.what and b.what == known.what) or b.name == "_":
             continue
@@ -174,10 +146,9 @@ def check_names(text: str, cells: Sequence[Cell]) -> Iterator[str]:
         return
     options = ["--isolated", "--ignore-noqa", "--exit-zero", "--select=F821,F403", "--output-format=json"]
     command = [sys.executable, "-m", "ruff", "check", *options, f"--target-version={OLDEST_PYTHON}", "-"]
-    done = subprocess.run(command, input=text.encode(), capture_output=True)
+    done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8")
     if done.returncode:
-        why = done.stderr.decode(errors="replace").strip()
-        raise Refused(f"extract.py: ruff failed ({why[-200:]}); mend it, or install another")
+        raise Refused(f"extract.py: ruff failed ({done.stderr.strip()[-200:]}); mend it, or install another")
     owners = {b.name: cell.label for cell in reversed(cells) for b in cell.bindings}
     for finding in json.loads(done.stdout):
         what = f"{finding['message']}; mend the cell"
@@ -197,27 +168,21 @@ def stitch(all_cells: Sequence[Cell], tags: Sequence[str], is_book: bool) -> tup
     chosen = reading.select(all_cells, tags)
     cells = [cell for cell, _ in chosen]
     book = [cell for cell, _ in reading.select(all_cells, EXPORTED_TAGS)] if is_book else []
-    ruled = reading.select(all_cells, [*EXPORTED_TAGS, "seed", *tags] if is_book else tags)
+    ruled = [cell for cell, _ in reading.select(all_cells, [*EXPORTED_TAGS, "seed"])] if is_book else cells
     problems = [*check_structure(all_cells)] if is_book else []
-    names, are_read = [], True
-    for cell, _ in ruled:
-        try:
-            names += [(cell, b) for b in cell.bindings]
-        except Refused as refused:
-            problems, are_read = problems + refused.lines, False
-    for cell, b in names:
-        if b.name in RESERVED_NAMES:
-            problems.append(
-                cell.refusal(b.node.lineno, f"`{b.name}` is a name of tools/extract.py's; rename it")
-            )
-    text = assemble(chosen, is_launcher=is_book and {*tags} == {*EXPORTED_TAGS}) if are_read else ""
-    if is_book and are_read:  # with a cell missing, its names would seem to be undefined
-        classes = {b.name for _, b in names if isinstance(b.node, ast.ClassDef)}
-        for cell, tag in chosen:
-            problems += check_cell(cell, tag, classes)
-        problems += [*check_duplicates([cell for cell, _ in ruled]), *check_registrations(book)]
+    unread = [line for cell in dict.fromkeys([*ruled, *cells]) for line in cell.refusals]
+    if unread:  # with a cell missing, its names would seem to be undefined
+        raise Refused(*problems, *unread)
+    text = assemble(chosen, is_launcher=is_book and {*tags} == {*EXPORTED_TAGS})
+    if is_book:
+        problems += [line for cell in book for line in check_cell(cell)]
+        problems += [*check_duplicates(ruled), *check_registrations(book)]
         problems += [*check_launcher_imports(all_cells, book), *check_names(text, cells)]
     if problems:
         raise Refused(*problems)
-    check_compiles(text)
+    try:
+        reading.compiled(text)
+    except NOT_PYTHON as error:  # of cells that each compile
+        place = locate_cell(find_cell_markers(text), getattr(error, "lineno", None) or 1) or "extract.py"
+        raise Refused(f"{place}: stitched, a syntax error: {reading.why(error)}; mend it") from None
     return text, cells

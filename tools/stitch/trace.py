@@ -3,8 +3,6 @@
 So these functions use nothing of this module, and import what they need where they need it.
 """
 
-from __future__ import annotations
-
 import os
 
 
@@ -52,17 +50,13 @@ def describe_frames(exception: BaseException, path: str, markers: list[tuple[int
 
     report = "".join(traceback.TracebackException.from_exception(exception).format())
     report = re.sub(r'^[ |+]*File "(.+)", line (\d+), in .+$', add_cell, report, flags=re.MULTILINE)
-    where, link, seen = "", exception, set()
-    while link is not None and id(link) not in seen and not where:
-        seen.add(id(link))
+    where, link = "", exception
+    while link is not None and not where:
         for frame, line in traceback.walk_tb(link.__traceback__):
             cell = place(frame.f_code.co_filename, line)
             where = f" ({cell}, in {frame.f_code.co_qualname})" if cell else where
         link = link.__cause__ or link.__context__
-    try:
-        message = " ".join(str(exception).split())
-    except Exception:
-        message = "(its message cannot be printed)"
+    message = " ".join(str(exception).split())
     return report, f"{type(exception).__name__}{': ' if message else ''}{message}{where}"
 
 
