@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "aaf47bd3241f3919f525fa49f7bb29eb2461d0f4af1da3e1d4bbe6768fa1659d"
+SOURCES_SHA256 = "ee5e84bfea954f87ece57c2a9d4d5c8d24646f613bffbc79eb76b62cc71c718a"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -661,18 +661,20 @@ class AllGather(torch.autograd.Function):
 
 
 # %% notebooks/02_all_to_all.ipynb #gather-padded
-def gather_padded(rows: Tensor, metadata: Tensor, comm: Communicator, purpose: str) -> tuple[Tensor, Tensor]:
-    """Every rank's rows on every rank: [n, D], [n, 4] -> [W * m, D], [W * m, 4], m the longest rank's n.
+def gather_padded(metadata: Tensor, comm: Communicator, purpose: str, *tensors: Tensor) -> list[Tensor]:
+    """Every rank's rows on every rank: metadata [n, 4], tensors [n, ...] -> all of them, [W * m, ...] each.
 
-    n may differ from rank to rank, and be 0. Padding is marked IS_PADDING. One host synchronisation, for m.
+    m is the longest rank's n, which may differ from rank to rank, and be 0. Padding is marked IS_PADDING. A message
+    for m, and one for each tensor. One host synchronisation, for m.
     """
-    lengths = comm.all_gather(torch.tensor([len(rows)], device=rows.device), "metadata").flatten().tolist()
-    missing = (0, 0, 0, max(lengths) - len(rows))  # none before, behind and above; so many rows below
+    n = len(metadata)
+    lengths = comm.all_gather(torch.tensor([n], device=metadata.device), "metadata")
+    missing = (0, 0, 0, int(lengths.max()) - n)  # none before, behind and above; so many rows below
     metadata = F.pad(metadata, missing)
-    metadata[len(rows) :, IS_PADDING] = 1
-    all_metadata = comm.all_gather(metadata, "metadata")
-    all_rows = AllGather.apply(F.pad(rows, missing), comm, purpose)
-    return all_rows.flatten(0, 1), all_metadata.flatten(0, 1)
+    metadata[n:, IS_PADDING] = 1
+    gathered = [comm.all_gather(metadata, "metadata")]
+    gathered += [AllGather.apply(F.pad(tensor, missing), comm, purpose) for tensor in tensors]
+    return [blocks.flatten(0, 1) for blocks in gathered]
 
 
 # %% notebooks/02_all_to_all.ipynb #all-gather-dispatcher
@@ -692,11 +694,11 @@ class AllGatherDispatcher(Dispatcher):
     """
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
-        """See Dispatcher. Sends (W - 1) * max over ranks of T * K rows and weights; three host synchronisations."""
+        """See Dispatcher. Sends (W - 1) * max over ranks of T * K rows and weights; two host synchronisations."""
         metadata = make_metadata(topk_ids, self.comm.rank)
         rows = x.repeat_interleave(topk_ids.shape[1], dim=0)
-        rows, everyones = gather_padded(rows, metadata, self.comm, "dispatch")
-        weights, _ = gather_padded(topk_weights.reshape(-1, 1), metadata, self.comm, "dispatch")
+        own = rows, topk_weights.reshape(-1, 1)
+        everyones, rows, weights = gather_padded(metadata, self.comm, "dispatch", *own)
         expert = everyones[:, EXPERT] - self.comm.rank * self.num_local_experts
         is_mine = (expert >= 0) & (expert < self.num_local_experts) & (everyones[:, IS_PADDING] == 0)
         mine = is_mine.nonzero().squeeze(1)
@@ -706,7 +708,7 @@ class AllGatherDispatcher(Dispatcher):
 
     def begin_combine(self, y: Tensor, handle: AllGatherHandle) -> Tensor:
         """See Dispatcher. Sends (W - 1) * max over ranks of R rows; two host synchronisations."""
-        rows, metadata = gather_padded(y, handle.metadata, self.comm, "combine")
+        metadata, rows = gather_padded(handle.metadata, self.comm, "combine", y)
         is_mine = (metadata[:, SOURCE_RANK] == self.comm.rank) & (metadata[:, IS_PADDING] == 0)
         mine = is_mine.nonzero().squeeze(1)
         wide = rows[mine].to(torch.promote_types(y.dtype, torch.float32))
@@ -1648,15 +1650,6 @@ class LoadHistory:
         history = torch.stack([row[:, :-1].flatten() for row in self.rows], dim=1).float()
         return 1 - (history / history.amax(dim=0).clamp(min=1))[None]
 
-    def show(self, log: RunLog, step: int) -> None:
-        """The last interval as histogram. All of them as an image at the 1st, 2nd, 4th, 8th ... time: each image holds
-        everything before it, and the files would grow with the square of the intervals."""
-        if log.writer:
-            load = self.rows[-1][:, :-1].double()
-            log.show("histogram", step, {"load/per_expert": load / load.mean(1, keepdim=True).clamp(min=1)})
-            if len(self.rows).bit_count() == 1:
-                log.show("image", step, {"load/over_time": self.image()})
-
 
 # %% notebooks/04_training.ipynb #step-bytes
 def bytes_of_layer(layer: EPMoE, topk_ids: Tensor, x_needs_grad: bool = True) -> dict[str, Tensor]:
@@ -1698,6 +1691,7 @@ class Run:
     """Everything that one rank needs to train; made by `main`, or by hand in a notebook.
 
     step: the training step it is in. fail: says on the screen why it ends, and returns the exit code; for threads.
+    num_global_tokens: tokens a step over all ranks, from the options.
     """
 
     config: MoEConfig
@@ -1707,16 +1701,13 @@ class Run:
     log: RunLog
     step: int = 0
     fail: Callable[[Exception], int] | None = None
+    num_global_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         """Later chapters' option groups fit themselves to this run."""
+        self.num_global_tokens = self.options.tokens or 32 * self.mesh.batch.size
         extras = (e.for_run(self) if hasattr(e, "for_run") else e for e in self.config.extras)
         self.config = replace(self.config, extras=tuple(extras))
-
-    @property
-    def num_global_tokens(self) -> int:
-        """Tokens a step over all ranks."""
-        return self.options.tokens or 32 * self.mesh.batch.size
 
 
 # %% notebooks/04_training.ipynb #record
@@ -1755,7 +1746,11 @@ class Record:
         self.run.log.advance(step)
 
     def end_interval(self, step: int, losses: Tensor) -> None:
-        """The log line, TensorBoard's scalars, the load of the interval. One all-reduce."""
+        """The log line, TensorBoard's scalars, the load of the interval as histogram. One all-reduce.
+
+        All intervals as an image at the 1st, 2nd, 4th, 8th ... time: each image holds everything before it, and the
+        files would grow with the square of the intervals.
+        """
         log, now, (task, aux) = self.run.log, time.perf_counter(), losses.tolist()
         total, seconds = task + self.run.options.aux_alpha * aux, now - self.interval_start
         self.logged.append((task, aux))
@@ -1765,7 +1760,10 @@ class Record:
         scalars = {"loss/task": task, "loss/aux": aux, "loss/total": total, "time/interval_s": seconds}
         log.show("scalar", step, scalars)
         self.history.end_interval(self.run.mesh.batch)
-        self.history.show(log, step)
+        load = self.history.rows[-1][:, :-1].double()
+        log.show("histogram", step, {"load/per_expert": load / load.mean(1, keepdim=True).clamp(min=1)})
+        if len(self.history.rows).bit_count() == 1:
+            log.show("image", step, {"load/over_time": self.history.image()})
         for show in self.run.config.hooks("show"):
             for layer in self.layers:
                 show(log, step, layer)
@@ -1779,8 +1777,7 @@ def measured_summary(record: Record) -> dict[str, Any]:
     metadata = meter.total("metadata") // (record.timer.num_marks - 1)  # a step of this process
     sent, metadata = batch.all_reduce(torch.tensor([sent, metadata], device=run.device)).tolist()
     record.history.end_interval(batch)
-    if run.log.writer:
-        run.log.show("image", run.options.steps, {"load/over_time": record.history.image()})
+    run.log.show("image", run.options.steps, {"load/over_time": record.history.image()})
     tail = torch.stack(record.tail)
     max_load_over_mean, dropped_fraction = record.history.newest()
     return {
