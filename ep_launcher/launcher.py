@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "ee5e84bfea954f87ece57c2a9d4d5c8d24646f613bffbc79eb76b62cc71c718a"
+SOURCES_SHA256 = "0e30b5aeaf5f409395278ffed5a8a6e487d72c0911e428e9fa670ea58f13fe71"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2357,6 +2357,9 @@ def interrupt(signum: int, frame: Any) -> None:
 
 
 # %% notebooks/05_launch.ipynb #init-distributed
+import atexit
+
+
 def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | None:
     """Joins the process group that torchrun announced: NCCL for GPUs, gloo for CPUs.
 
@@ -2384,6 +2387,8 @@ def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | Non
         if notes.add("reported", 1) > 1:
             time.sleep(5)  # one rank says it; when it leaves, torchrun ends the others
         raise CollectiveError(f"rank {', '.join(absent)} did not join within {timeout_s:g} s") from None
+    if backend == "gloo":
+        atexit.register(time.sleep, 0.1)  # its threads let go of the last tensors, for which Python must live
     return notes
 
 
