@@ -32,16 +32,6 @@ from tools.stitch.reading import EXPORTED_TAGS, LAUNCHER, Cell  # noqa: E402
 from tools.stitch.trace import cell_of  # noqa: E402, F401
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = commands.Parser("extract.py", description="Stitch tagged notebook cells into one Python file.")
-    add = parser.add_argument
-    add("notebooks", nargs="*", metavar="NB", help="what to read (default: the chapters, rules checked)")
-    add("--tags", nargs="+", metavar="TAG", help=f"tags to export (default: {' '.join(EXPORTED_TAGS)})")
-    add("--output", metavar="F", help=f"file to write (default, without NB and TAG: {LAUNCHER})")
-    add("--check", action="store_true", help="write nothing; exit 1 and show a diff where F is stale")
-    return parser.parse_intermixed_args(argv)
-
-
 def _read_given(given: Sequence[str], root: Path) -> list[Cell]:
     """The notebooks of the command line, named without the machine: as in the repo, or the file's."""
     paths: dict[str, Path] = {}
@@ -69,7 +59,13 @@ def _choose_output(arguments: argparse.Namespace, root: Path) -> tuple[Path, str
 
 
 def _run(argv: Sequence[str] | None, root: Path) -> int:
-    arguments = _arguments(argv)
+    parser = commands.Parser("extract.py", description="Stitch tagged notebook cells into one Python file.")
+    add = parser.add_argument
+    add("notebooks", nargs="*", metavar="NB", help="what to read (default: the chapters, rules checked)")
+    add("--tags", nargs="+", metavar="TAG", help=f"tags to export (default: {' '.join(EXPORTED_TAGS)})")
+    add("--output", metavar="F", help=f"file to write (default, without NB and TAG: {LAUNCHER})")
+    add("--check", action="store_true", help="write nothing; exit 1 and show a diff where F is stale")
+    arguments = parser.parse_intermixed_args(argv)
     tags = list(dict.fromkeys(arguments.tags or EXPORTED_TAGS))
     read = _read_given(arguments.notebooks, root) if arguments.notebooks else reading.read_book(root)
     names = ", ".join(dict.fromkeys(cell.notebook for cell in read)) or "the notebooks (NN_name.ipynb)"

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import nbformat
 from bs4 import BeautifulSoup, NavigableString, Tag
@@ -38,15 +38,6 @@ ELSEWHERE = re.compile(
 )
 
 
-class Page(NamedTuple):
-    """One page: its file's name, its title, its body, and its sections as the search wants them."""
-
-    file: str
-    title: str
-    body: str
-    sections: list[dict[str, str]]
-
-
 def find_sections(body: str) -> list[dict[str, str]]:
     """Cuts a page's body at its headings, for the contents and the search: each one's id, title, and text up to the
     next."""
@@ -60,15 +51,16 @@ def find_sections(body: str) -> list[dict[str, str]]:
     return [section | {"text": " ".join(section["text"].split())} for section in found]
 
 
-def make_page(file: str, notebook: NotebookNode) -> Page:
-    """A notebook -> its page, with links that lead to pages."""
+def make_page(file: str, notebook: NotebookNode) -> SimpleNamespace:
+    """A notebook -> its page, with links that lead to pages: file's name, title, body, and sections for the search."""
     loaders = [FileSystemLoader(FILES)]
     exporter = HTMLExporter(template_name="basic", template_file="cell.html.j2", extra_loaders=loaders)
     body, _ = exporter.from_notebook_node(notebook, resources={"exported": EXPORTED_TAGS})
     body = re.sub(r'href="(?:\./|notebooks/)?(\w+)\.ipynb(#[^"]*)?"', r'href="\1.html\2"', body)
     body = re.sub(r'<a class="anchor-link"[^>]*>.*?</a>', "", body).replace('src="../images/', 'src="images/')
     sections = find_sections(body)
-    return Page(file, sections[0]["title"] if sections else file, body, sections)
+    title = sections[0]["title"] if sections else file
+    return SimpleNamespace(file=file, title=title, body=body, sections=sections)
 
 
 def foreign_addresses(page: str) -> list[str]:

@@ -69,10 +69,11 @@ def text_of(cell: dict) -> str:
 
 def ranks_of(book: Path) -> list[psutil.Process]:
     """The processes of the copy's runs: torchrun, and the ranks forked from it, which keep its command line."""
-    found, ours = [], {str(book / "tools" / "ranks" / "agent.py"), "torchrun"}
-    for process in psutil.process_iter(["cmdline", "status"]):
+    found, agent = [], str(book / "tools" / "ranks" / "agent.py")
+    for process in psutil.process_iter(["name", "cmdline", "status"]):
+        of_a_run = process.info["name"] == "torchrun" or process.info["name"].startswith("rank ")
         words = {os.path.normpath(word) for word in process.info["cmdline"] or ()}
-        if ours <= words and process.info["status"] != psutil.STATUS_ZOMBIE:
+        if of_a_run and agent in words and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
 

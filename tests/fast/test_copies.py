@@ -33,7 +33,7 @@ def test_slots_hold_the_share_of_a_run_or_the_largest_batch():
     assert asks.syncs_host and not asks.records
     fixed = gather.for_layer(ep.replace(config, extras=(ep.TrafficOptions(slot_tokens=3),)), comm)
     assert fixed.records and not fixed.syncs_host and fixed.num_slots == 3
-    with pytest.raises(ValueError, match="4 tokens on one rank, and gather_tokens was made for 3"):
+    with pytest.raises(ValueError, match="4 tokens on one rank, and its slots were made for 3"):
         fixed.dispatch(torch.zeros(4, 8), torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2))
     assert gather.for_layer(ep.replace(config, max_num_tokens=9), comm).num_slots == 9
 

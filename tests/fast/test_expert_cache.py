@@ -116,7 +116,7 @@ def test_the_planner_spreads_one_hot_expert():
     assert (plan == 0).sum() == 5 and set(plan.tolist()) == set(range(8))
     copies = ep.copies_of(plan, 8)
     ids = torch.zeros(100, 1, dtype=torch.int64)
-    by_rank = ep.rank_loads(ep.choose_copies(ids, copies), 12, 4)
+    by_rank = ep.count_choices(ep.choose_copies(ids, copies), 12).view(4, 3).sum(1)
     assert by_rank.sum() == 100 and by_rank.max() <= 40
     assert ep.choose_copies(torch.tensor([[-1, 3]]), copies).tolist() == [[-1, (plan == 3).nonzero().item()]]
     for wrong in (loads[None], -loads, loads * float("nan")):

@@ -44,8 +44,10 @@ SMALL = "--hidden-dim 8 --ffn-dim 8 --num-experts 4".split()
 
 def run_a_step(argv: list[str], folder: Path) -> torch.Tensor:
     """One step with these flags, on one rank -> the task loss."""
-    config, options = ep.parse_flags([*SMALL, *argv, "--steps", "1", "--device", "cpu"])
-    run = ep.Run(config, options, ep.init_ep(), ep.check_run(config, options), ep.RunLog(folder, 1, rank=1))
+    config, options = ep.parse_flags([*SMALL, *argv, "--device", "cpu"])
+    device = ep.check_run(config, options)
+    options = ep.replace(options, steps=1)
+    run = ep.Run(config, options, ep.init_ep(), device, ep.RunLog(folder, 1, rank=1))
     return torch.tensor(ep.train(run)["task_loss"])
 
 

@@ -190,11 +190,22 @@ def test_fixed_buffers_want_a_capacity_on_each_rank():
         config(dispatcher="capacity", max_num_tokens=None)
 
 
+def test_auto_likes_what_wants_a_capacity_least():
+    device, kinds = torch.device("cpu"), ep.REGISTRIES["dispatcher"]
+    liking = {name: kind.preference(ep.MoEConfig(), device, 2) for name, kind in kinds.items()}
+    assert (
+        0
+        < liking["capacity"]
+        < min(likes for name, likes in liking.items() if name not in ("capacity", "local"))
+    )
+    assert max(liking, key=liking.get) == "all_to_all" and liking["local"] == 0
+
+
 def test_a_layer_alone_keeps_buffers_for_its_largest_batch():
-    assert ep.block_capacity(config(1.0, max_num_tokens=128)) == 32
-    assert ep.block_capacity(config(1.0, max_num_tokens=128, capacity_share=10)) == 3
-    assert ep.block_capacity(config(1000.0, max_num_tokens=128)) == 128  # a token comes once at most
-    assert ep.block_capacity(config(1.0, capacity_share=0)) == 1
+    for factor, share, block in ((1.0, None, 32), (1.0, 10, 3), (1.0, 0, 1), (1000.0, None, 128)):
+        limited = config(factor, "capacity", max_num_tokens=128, capacity_share=share)
+        dispatcher = ep.CapacityDispatcher.for_layer(limited, ep.Communicator())
+        assert dispatcher.capacity == block  # with a large factor 128: a token comes once at most
 
 
 def test_a_library_layer_without_a_largest_batch_has_a_capacity_too():

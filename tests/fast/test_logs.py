@@ -65,12 +65,13 @@ def test_a_disk_that_is_full_at_the_start_is_refused(tmp_path, capfd):
 
 
 def test_the_picture_of_loads_comes_a_dozen_times_in_3000_lines():
-    shown, history = [], ep.LoadHistory(1, 4)
-    log = SimpleNamespace(writer=True, show=lambda kind, step, values: shown.append((kind, step)))
+    shown = []
+    log = SimpleNamespace(write=lambda line: None, show=lambda kind, step, values: shown.append((kind, step)))
+    run = ep.Run(ep.MoEConfig(num_experts=4), ep.TrainingOptions(), ep.init_ep(), torch.device("cpu"), log)
+    record = ep.Record(run, torch.nn.ModuleList([ep.EPMoE(run.config, run.mesh, seed=0)]))
     for step in range(3000):
-        history.add(0, torch.tensor([[0, 1]]))
-        history.end_interval(ep.Communicator.alone())
-        history.show(log, step)
+        record.history.add(0, torch.tensor([[0, 1]]))
+        record.end_interval(step, torch.zeros(2))
     assert [step for kind, step in shown if kind == "image"] == [2**n - 1 for n in range(12)]
     assert sum(kind == "histogram" for kind, _ in shown) == 3000
 

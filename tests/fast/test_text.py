@@ -95,7 +95,7 @@ def test_a_position_sees_what_is_before_it_alone():
     changed = ids.clone()
     changed[:, 7] = (ids[:, 7] + 1) % 256
     moved = (model(ids) - model(changed)).abs().amax((0, 2))
-    assert (moved[:7] == 0).all() and (moved[7:] > 0).all()
+    assert (moved[:7] < 1e-12).all() and (moved[7:] > 1e-9).all()  # up to rounding
 
 
 def test_no_sequences_are_no_trouble():

@@ -75,6 +75,22 @@ def test_the_code_in_the_readme_runs_as_printed(played):
         assert numbers == pytest.approx(whole, rel=1e-5)
 
 
+LEAVES_AT_ONCE = """
+import sys, torch
+from ep_launcher import init_ep
+sys.setswitchinterval(1000)  # nothing takes the interpreter from this thread, until it waits
+init_ep().batch.all_gather(torch.ones(256, 256), "dispatch")
+"""
+
+
+def test_a_program_may_end_right_behind_an_exchange(tmp_path):
+    """gloo's thread gives its tensors back to an interpreter that lives: else the process ends by SIGABRT."""
+    script = tmp_path / "leaves.py"
+    script.write_text(LEAVES_AT_ONCE)
+    done = torchrun(4, str(script), PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 IMPORT_ALONE = """
 import sys
 class Refuse:

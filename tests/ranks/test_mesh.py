@@ -86,5 +86,5 @@ def test_the_cells_of_the_chapter_on_cuda():
 
     notebook = json.loads((ROOT / "notebooks/15_mesh.ipynb").read_text("utf-8"))
     cells = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"]}
-    bodies = [cells[f"{name}-check"].partition("\n")[2] for name in ("zero", "fsdp", "dtensor")]
+    bodies = [cells[f"{name}-demo"].partition("\n")[2] for name in ("zero", "fsdp", "dtensor")]
     run_cell_on_ranks("\n".join(bodies), nproc=NUM_GPUS // 2 * 2, device="cuda", timeout_s=120)

@@ -239,6 +239,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # as Python 3.12 puts it
     threading.Thread(target=end_with_parent, args=(int(parent),), daemon=True).start()
     if arguments:
+        prctl(PR_SET_NAME, b"torchrun")
         run_torchrun(*arguments)
     else:
         serve_cells()
