@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "78e92cf009904f45062c6a4fe7a4020a2924f848c1c964a34022ab35e26aff54"
+SOURCES_SHA256 = "47c31bd807d737d4a9718932d0510761f27b8d1743a8b0b0934c7e1d368a16bb"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -425,13 +425,15 @@ def register(kind: str, name: str, implementation: Any = None) -> Any:
 class Choosable:
     """What `auto` may take: implementations of a kind that can do without being named."""
 
-    @staticmethod
-    def preference(*place: Any) -> float:
+    liking = 1  # how much `auto` likes it, where that is the same everywhere
+
+    @classmethod
+    def preference(cls, *place: Any) -> float:
         """How much `auto` likes this implementation in this place; 0 where it cannot run.
 
         place: a layer's config, device and ep_size; of a kind of step, run and model.
         """
-        return 1
+        return cls.liking
 
 
 def option_group(group: type[G]) -> type[G]:
@@ -667,18 +669,20 @@ class AllGather(torch.autograd.Function):
 
 
 # %% notebooks/02_all_to_all.ipynb #gather-padded
-def gather_padded(rows: Tensor, metadata: Tensor, comm: Communicator, purpose: str) -> tuple[Tensor, Tensor]:
-    """Every rank's rows on every rank: [n, D], [n, 4] -> [W * m, D], [W * m, 4], m the longest rank's n.
+def gather_padded(metadata: Tensor, comm: Communicator, purpose: str, *tensors: Tensor) -> list[Tensor]:
+    """Every rank's rows on every rank: metadata [n, 4], tensors [n, ...] -> all of them, [W * m, ...] each.
 
-    n may differ from rank to rank, and be 0. Padding is marked IS_PADDING. One host synchronisation, for m.
+    m is the longest rank's n, which may differ from rank to rank, and be 0. Padding is marked IS_PADDING. A message
+    for m, and one for each tensor. One host synchronisation, for m.
     """
-    lengths = comm.all_gather(torch.tensor([len(rows)], device=rows.device), "metadata").flatten().tolist()
-    missing = (0, 0, 0, max(lengths) - len(rows))  # none before, behind and above; so many rows below
+    n = len(metadata)
+    lengths = comm.all_gather(torch.tensor([n], device=metadata.device), "metadata")
+    missing = (0, 0, 0, int(lengths.max()) - n)  # none before, behind and above; so many rows below
     metadata = F.pad(metadata, missing)
-    metadata[len(rows) :, IS_PADDING] = 1
-    all_metadata = comm.all_gather(metadata, "metadata")
-    all_rows = AllGather.apply(F.pad(rows, missing), comm, purpose)
-    return all_rows.flatten(0, 1), all_metadata.flatten(0, 1)
+    metadata[n:, IS_PADDING] = 1
+    gathered = [comm.all_gather(metadata, "metadata")]
+    gathered += [AllGather.apply(F.pad(tensor, missing), comm, purpose) for tensor in tensors]
+    return [blocks.flatten(0, 1) for blocks in gathered]
 
 
 # %% notebooks/02_all_to_all.ipynb #all-gather-dispatcher
@@ -698,11 +702,11 @@ class AllGatherDispatcher(Dispatcher):
     """
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
-        """See Dispatcher. Sends (W - 1) * max over ranks of T * K rows and weights; three host synchronisations."""
+        """See Dispatcher. Sends (W - 1) * max over ranks of T * K rows and weights; two host synchronisations."""
         metadata = make_metadata(topk_ids, self.comm.rank)
         rows = x.repeat_interleave(topk_ids.shape[1], dim=0)
-        rows, everyones = gather_padded(rows, metadata, self.comm, "dispatch")
-        weights, _ = gather_padded(topk_weights.reshape(-1, 1), metadata, self.comm, "dispatch")
+        own = rows, topk_weights.reshape(-1, 1)
+        everyones, rows, weights = gather_padded(metadata, self.comm, "dispatch", *own)
         expert = everyones[:, EXPERT] - self.comm.rank * self.num_local_experts
         is_mine = (expert >= 0) & (expert < self.num_local_experts) & (everyones[:, IS_PADDING] == 0)
         mine = is_mine.nonzero().squeeze(1)
@@ -712,7 +716,7 @@ class AllGatherDispatcher(Dispatcher):
 
     def begin_combine(self, y: Tensor, handle: AllGatherHandle) -> Tensor:
         """See Dispatcher. Sends (W - 1) * max over ranks of R rows; two host synchronisations."""
-        rows, metadata = gather_padded(y, handle.metadata, self.comm, "combine")
+        metadata, rows = gather_padded(handle.metadata, self.comm, "combine", y)
         is_mine = (metadata[:, SOURCE_RANK] == self.comm.rank) & (metadata[:, IS_PADDING] == 0)
         mine = is_mine.nonzero().squeeze(1)
         wide = rows[mine].to(torch.promote_types(y.dtype, torch.float32))
@@ -1654,15 +1658,6 @@ class LoadHistory:
         history = torch.stack([row[:, :-1].flatten() for row in self.rows], dim=1).float()
         return 1 - (history / history.amax(dim=0).clamp(min=1))[None]
 
-    def show(self, log: RunLog, step: int) -> None:
-        """The last interval as histogram. All of them as an image at the 1st, 2nd, 4th, 8th ... time: each image holds
-        everything before it, and the files would grow with the square of the intervals."""
-        if log.writer:
-            load = self.rows[-1][:, :-1].double()
-            log.show("histogram", step, {"load/per_expert": load / load.mean(1, keepdim=True).clamp(min=1)})
-            if len(self.rows).bit_count() == 1:
-                log.show("image", step, {"load/over_time": self.image()})
-
 
 # %% notebooks/04_training.ipynb #step-bytes
 def bytes_of_layer(layer: EPMoE, topk_ids: Tensor, x_needs_grad: bool = True) -> dict[str, Tensor]:
@@ -1704,6 +1699,7 @@ class Run:
     """Everything that one rank needs to train; made by `main`, or by hand in a notebook.
 
     step: the training step it is in. fail: says on the screen why it ends, and returns the exit code; for threads.
+    num_global_tokens: tokens a step over all ranks, from the options.
     """
 
     config: MoEConfig
@@ -1713,16 +1709,13 @@ class Run:
     log: RunLog
     step: int = 0
     fail: Callable[[Exception], int] | None = None
+    num_global_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         """Later chapters' option groups fit themselves to this run."""
+        self.num_global_tokens = self.options.tokens or 32 * self.mesh.batch.size
         extras = (e.for_run(self) if hasattr(e, "for_run") else e for e in self.config.extras)
         self.config = replace(self.config, extras=tuple(extras))
-
-    @property
-    def num_global_tokens(self) -> int:
-        """Tokens a step over all ranks."""
-        return self.options.tokens or 32 * self.mesh.batch.size
 
 
 # %% notebooks/04_training.ipynb #record
@@ -1761,7 +1754,11 @@ class Record:
         self.run.log.advance(step)
 
     def end_interval(self, step: int, losses: Tensor) -> None:
-        """The log line, TensorBoard's scalars, the load of the interval. One all-reduce."""
+        """The log line, TensorBoard's scalars, the load of the interval as histogram. One all-reduce.
+
+        All intervals as an image at the 1st, 2nd, 4th, 8th ... time: each image holds everything before it, and the
+        files would grow with the square of the intervals.
+        """
         log, now, (task, aux) = self.run.log, time.perf_counter(), losses.tolist()
         total, seconds = task + self.run.options.aux_alpha * aux, now - self.interval_start
         self.logged.append((task, aux))
@@ -1771,7 +1768,10 @@ class Record:
         scalars = {"loss/task": task, "loss/aux": aux, "loss/total": total, "time/interval_s": seconds}
         log.show("scalar", step, scalars)
         self.history.end_interval(self.run.mesh.batch)
-        self.history.show(log, step)
+        load = self.history.rows[-1][:, :-1].double()
+        log.show("histogram", step, {"load/per_expert": load / load.mean(1, keepdim=True).clamp(min=1)})
+        if len(self.history.rows).bit_count() == 1:
+            log.show("image", step, {"load/over_time": self.history.image()})
         for show in self.run.config.hooks("show"):
             for layer in self.layers:
                 show(log, step, layer)
@@ -1785,8 +1785,7 @@ def measured_summary(record: Record) -> dict[str, Any]:
     metadata = meter.total("metadata") // (record.timer.num_marks - 1)  # a step of this process
     sent, metadata = batch.all_reduce(torch.tensor([sent, metadata], device=run.device)).tolist()
     record.history.end_interval(batch)
-    if run.log.writer:
-        run.log.show("image", run.options.steps, {"load/over_time": record.history.image()})
+    run.log.show("image", run.options.steps, {"load/over_time": record.history.image()})
     tail = torch.stack(record.tail)
     max_load_over_mean, dropped_fraction = record.history.newest()
     return {
@@ -2370,6 +2369,9 @@ def interrupt(signum: int, frame: Any) -> None:
 
 
 # %% notebooks/05_launch.ipynb #init-distributed
+import atexit
+
+
 def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | None:
     """Joins the process group that torchrun announced: NCCL for GPUs, gloo for CPUs.
 
@@ -2397,6 +2399,8 @@ def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | Non
         if notes.add("reported", 1) > 1:
             time.sleep(5)  # one rank says it; when it leaves, torchrun ends the others
         raise CollectiveError(f"rank {', '.join(absent)} did not join within {timeout_s:g} s") from None
+    if backend == "gloo":
+        atexit.register(time.sleep, 0.1)  # its threads let go of the last tensors, for which Python must live
     return notes
 
 
@@ -2868,11 +2872,11 @@ class BlockProducts:
         return weighted_activation_backward_(activation, grad, gate, up, weights, num_rows)
 
     def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients gate, up [R, F] -> gate w1^T + up w3^T, [R, D], and what is left to add to it: nothing."""
-        out = self.times(gate, w1.transpose(1, 2))
-        for block, w, into in zip(self.blocks(up), w3.unbind(), self.blocks(out), strict=True):
-            torch.addmm(into, block, w.t(), out=into)
-        return out, None
+        """Gradients gate, up [R, F] -> gate w1^T and up w3^T, [R, D] each, whose sum is the gradient of the rows.
+
+        The sum over a token's rows adds the two; a kernel that makes their sum at once has None as the second.
+        """
+        return self.times(gate, w1.transpose(1, 2)), self.times(up, w3.transpose(1, 2))
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
@@ -2895,6 +2899,7 @@ class GroupedProducts:
 
     rows = staticmethod(BlockProducts.rows)
     gated, hidden_gradient = BlockProducts.gated, BlockProducts.hidden_gradient
+    x_gradient = BlockProducts.x_gradient
 
     @functools.cached_property
     def membership(self) -> Tensor:
@@ -2908,10 +2913,6 @@ class GroupedProducts:
             return rows.new_empty(0, weights.shape[2])
         out = F.grouped_mm(rows, weights, offs=self.offsets)
         return out if bias is None else torch.addmm(out, self.membership.to(out.dtype), bias)
-
-    def x_gradient(self, gate: Tensor, up: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor | None]:
-        """gate w1^T, and up w3^T for the caller to add: grouped_mm adds nothing."""
-        return self.times(gate, w1.transpose(1, 2)), self.times(up, w3.transpose(1, 2))
 
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
@@ -3037,14 +3038,12 @@ class GroupedExperts(FusedExperts):
 
 @register("experts", "blocks")
 class BlockExperts(FusedExperts):
-    """One product per expert, into one buffer for all; the counts come to the host, if they are not there."""
+    """One product per expert, into one buffer for all; the counts come to the host, if they are not there.
 
-    products = BlockProducts
+    Runs everywhere; the first choice on a CPU, where the host has the counts anyway.
+    """
 
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Runs everywhere; the first choice on a CPU, where the host has the counts anyway."""
-        return 40 if device.type == "cpu" else 30
+    products, liking = BlockProducts, 30
 
 
 # %% notebooks/06_grouped_experts.ipynb #bmm-experts
@@ -3061,57 +3060,49 @@ class BmmExperts(Experts):
         is_small = limit is not None and limit * config.num_experts <= BmmExperts.largest_fixed
         return 70 if device.type == "cuda" and is_small else 3
 
-    def hidden(self, padded: Tensor) -> Tensor:
-        """padded [L, C, D] -> [L, C, F]: first product and activation; 2 * L * C * D * F operations, 4 if gated."""
+    def hidden(self, padded: Tensor, weights: Tensor) -> Tensor:
+        """padded [L, C, D], weights [L, C] -> weighted hidden rows [L, C, F]: first product, activation, weights.
+
+        2 * L * C * D * F operations, 4 if gated.
+        """
         w1, b1, _, _, w3, b3 = self.in_dtype(padded.dtype)
         gate, up = (
             None if w is None else torch.bmm(padded, w) if b is None else torch.baddbmm(b[:, None], padded, w)
             for w, b in ((w1, b1), (w3, b3))
         )
-        return self.activation.apply(gate, up)
+        hidden = self.activation.apply(gate, up).to(weights.dtype) * weights.unsqueeze(2)
+        return hidden.to(padded.dtype)
 
     def forward(self, arrived: Arrived) -> Tensor:
         """See Experts. Every expert for every row, where those are few; one host sync where they are not, and the
         dispatcher does not bring every expert equally many."""
         x, weights, size = arrived.x, arrived.topk_weights, self.num_local
-        if arrived.rows_per_expert is not None:
-            return self.weighted(x, weights, arrived.rows_per_expert)
-        if len(x) * size <= self.largest_fixed:
-            return self.every_expert(arrived)
-        order = order_rows(arrived.topk_ids, size, arrived.max_pairs)
-        capacity = max(1, int(order.counts.max()))
-        expert, starts = arrived.topk_ids.clamp(min=0), order.counts.cumsum(0) - order.counts
-        slot = expert * capacity + order.row_of_choice - starts[expert]
-        slot = slot.masked_fill(arrived.topk_ids < 0, size * capacity)  # -1: the slot behind the last
-        row = torch.arange(len(x), device=x.device)
-        row_of_slot = row.new_full((size * capacity + 1,), len(x))
-        row_of_slot = row_of_slot.scatter(0, slot.flatten(), row.repeat_interleave(slot.shape[1]))[:-1]
-        padded = weights.new_zeros(size * capacity + 1).scatter(0, slot.flatten(), weights.flatten())[:-1]
-        results = self.weighted(F.pad(x, (0, 0, 0, 1))[row_of_slot], padded, capacity)
-        return F.pad(results.to(weights.dtype), (0, 0, 0, 1))[slot].sum(1).to(x.dtype)
-
-    def every_expert(self, arrived: Arrived) -> Tensor:
-        """y [R, D]: no sort, no copy to rows.
-
-        The weights, 0 for experts that were not chosen, go onto the hidden numbers: then the second product and the
-        sum over experts are one product, [R, L * F] times [L * F, D].
-        """
-        x, (_, _, w2, b2, _, _) = arrived.x, self.in_dtype(arrived.x.dtype)
-        if arrived.handle is not None:  # a row that travelled, and has no expert here, may hold anything
-            x = x.masked_fill(arrived.topk_ids.amax(1, keepdim=True) < 0, 0)
-        spread = spread_weights(arrived, self.num_local)
-        hidden = self.hidden(x.expand(self.num_local, *x.shape)).transpose(0, 1)
-        y = (hidden.to(spread.dtype) * spread.unsqueeze(2)).to(x.dtype).flatten(1) @ w2.flatten(0, 1)
-        return y if b2 is None else torch.addmm(y, spread.to(x.dtype), b2)
-
-    def weighted(self, rows: Tensor, weights: Tensor, capacity: int) -> Tensor:
-        """rows [L * C, D], C per expert, weights, L * C -> [L * C, D]: results times weights."""
-        _, _, w2, b2, _, _ = self.in_dtype(rows.dtype)
-        weights = weights.view(self.num_local, capacity, 1)
-        hidden = self.hidden(rows.view(self.num_local, capacity, -1)).to(weights.dtype) * weights
-        bias = None if b2 is None else (weights * b2.unsqueeze(1)).to(rows.dtype)
-        hidden = hidden.to(rows.dtype)
-        return (torch.bmm(hidden, w2) if bias is None else torch.baddbmm(bias, hidden, w2)).flatten(0, 1)
+        _, _, w2, b2, _, _ = self.in_dtype(x.dtype)
+        in_blocks = arrived.rows_per_expert is not None
+        is_few = not in_blocks and len(x) * size <= self.largest_fixed
+        spread = spread_weights(arrived, size) if is_few or b2 is not None else None
+        if in_blocks:
+            blocks = size, arrived.rows_per_expert
+            y = torch.bmm(self.hidden(x.view(*blocks, -1), weights.view(blocks)), w2).flatten(0, 1)
+        elif is_few:  # the second product and the sum over experts are one: [R, L * F] times [L * F, D]
+            if arrived.handle is not None:  # a row that travelled, and has no expert here, may hold anything
+                x = x.masked_fill(arrived.topk_ids.amax(1, keepdim=True) < 0, 0)
+            hidden = self.hidden(x.expand(size, *x.shape), spread.t())
+            y = hidden.transpose(0, 1).flatten(1) @ w2.flatten(0, 1)
+        else:
+            order = order_rows(arrived.topk_ids, size, arrived.max_pairs)
+            capacity = max(1, int(order.counts.max()))
+            expert, starts = arrived.topk_ids.clamp(min=0), order.counts.cumsum(0) - order.counts
+            slot = expert * capacity + order.row_of_choice - starts[expert]
+            slot = slot.masked_fill(arrived.topk_ids < 0, size * capacity)  # -1: the slot behind the last
+            row = torch.arange(len(x), device=x.device)
+            row_of_slot = row.new_full((size * capacity + 1,), len(x))
+            row_of_slot = row_of_slot.scatter(0, slot.flatten(), row.repeat_interleave(slot.shape[1]))[:-1]
+            padded = weights.new_zeros(size * capacity + 1).scatter(0, slot.flatten(), weights.flatten())[:-1]
+            rows = F.pad(x, (0, 0, 0, 1))[row_of_slot].view(size, capacity, -1)
+            results = torch.bmm(self.hidden(rows, padded.view(size, capacity)), w2).flatten(0, 1)
+            y = F.pad(results.to(weights.dtype), (0, 0, 0, 1))[slot].sum(1).to(x.dtype)
+        return y if b2 is None else torch.addmm(y, spread.to(y.dtype), b2)
 
 
 # %% notebooks/06_grouped_experts.ipynb #graph-step
@@ -3415,13 +3406,9 @@ class AllToAllDispatcher(Dispatcher):
     Ids never travel: rows arrive in the order of the counts, each with its weight.
     """
 
+    liking = 40  # it runs everywhere, and is the best so far on more than one rank
     counts_on_host = True
     rows_per_expert: int | None = None
-
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Runs everywhere; the best so far on more than one rank."""
-        return 40 if ep_size > 1 else 1
 
     def plan(self, topk_ids: Tensor, row_bytes: int) -> tuple[RowOrder, Callable[[], ExchangePlan]]:
         """topk_ids [T, K] -> which row each choice becomes, and a function that waits for the exchange's splits."""
@@ -3618,7 +3605,12 @@ class CapacityOptions(Options):
     def check(self, config: MoEConfig) -> None:
         """ValueError where the config's dispatcher needs a limit on each rank, and there is none."""
         if getattr(REGISTRIES["dispatcher"].get(config.dispatcher), "needs_capacity", False):
-            block_capacity(config)
+            buffers = f"dispatcher {config.dispatcher} has buffers of a fixed size"
+            if self.capacity_factor is None or self.capacity_scope != "local":
+                limit = "set --capacity-factor, and leave --capacity-scope local"
+                raise ValueError(f"{buffers}, which need a limit on each rank; {limit}")
+            if config.max_num_tokens is None:
+                raise ValueError(f"{buffers}; set max_num_tokens")
 
     def for_run(self, run: Run) -> "CapacityOptions":
         """These options, with the share of the run's tokens that a rank's capacity is counted for."""
@@ -3696,26 +3688,6 @@ def gather_choices(routing: Routing, comm: Communicator) -> tuple[Tensor, Tensor
     return topk_ids, probs, slice(start, start + num_tokens)
 
 
-# %% notebooks/08_capacity.ipynb #block-capacity
-def block_capacity(config: MoEConfig) -> int:
-    """Rows C of the block that one rank's buffer keeps for each expert, the same on all ranks and in all steps.
-
-    Counted for the run's share of tokens; without a run for max_num_tokens, which no share exceeds. ValueError
-    where nothing limits what a rank sends.
-    """
-    options = config.option(CapacityOptions)
-    if options.capacity_factor is None or options.capacity_scope != "local":
-        raise ValueError(
-            "dispatcher capacity has buffers of a fixed size, which need a limit on each rank; "
-            "set --capacity-factor, and leave --capacity-scope local"
-        )
-    if config.max_num_tokens is None:
-        raise ValueError("dispatcher capacity has buffers of a fixed size; set max_num_tokens")
-    share = config.max_num_tokens if options.capacity_share is None else options.capacity_share
-    capacity = expert_capacity(share, config, options.capacity_factor)
-    return max(1, min(capacity, config.max_num_tokens))  # a token comes to an expert once at most
-
-
 # %% notebooks/08_capacity.ipynb #block-slots
 def order_in_blocks(topk_ids: Tensor, num_experts: int, capacity: int) -> RowOrder:
     """topk_ids [T, K] -> RowOrder of a buffer of num_experts blocks, each of `capacity` rows. No host sync.
@@ -3744,6 +3716,7 @@ class CapacityDispatcher(AllToAllDispatcher):
     """
 
     needs_capacity, syncs_host, records = True, False, True
+    liking = 0.5  # less than any other dispatcher's: `auto` does not take what wants a capacity
 
     def __init__(self, num_experts: int, comm: Communicator, capacity: int) -> None:
         super().__init__(num_experts, comm)
@@ -3754,13 +3727,17 @@ class CapacityDispatcher(AllToAllDispatcher):
 
     @classmethod
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "CapacityDispatcher":
-        """See Dispatcher. ValueError where nothing limits what a rank sends."""
-        return cls(config.num_experts, comm, block_capacity(config))
+        """See Dispatcher. Blocks of the same size on all ranks and in all steps, C rows for each expert.
 
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Less than any other dispatcher's: `auto` does not take what wants a capacity."""
-        return 0.5
+        Counted for the run's share of tokens; without a run for max_num_tokens, which no share exceeds. ValueError
+        where nothing limits what a rank sends.
+        """
+        options = config.option(CapacityOptions)
+        options.check(config)  # a config without these options has not asked them
+        share = config.max_num_tokens if options.capacity_share is None else options.capacity_share
+        capacity = expert_capacity(share, config, options.capacity_factor)
+        most = config.max_num_tokens  # a token comes to an expert once at most
+        return cls(config.num_experts, comm, max(1, min(capacity, most)))
 
     def plan(self, topk_ids: Tensor, row_bytes: int) -> tuple[RowOrder, Callable[[], ExchangePlan]]:
         """See AllToAllDispatcher. Everything but the order of the rows is known beforehand: nothing is announced."""
@@ -4252,14 +4229,20 @@ class GatherTokensDispatcher(Dispatcher):
         reached = expected_distinct_ranks(config.num_experts, config.top_k, ep_size) / ep_size
         return 45 if device.type == "cuda" and ep_size > 1 and reached > 0.75 else 1
 
-    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
-        """See Dispatcher. Sends S rows to each other rank. ValueError where this rank has more than S tokens."""
-        num_slots, local = self.num_slots, self.num_local_experts
+    def agreed_slots(self, x: Tensor) -> int:
+        """S; where nobody has said it, the most tokens of a rank, by one host synchronisation. ValueError where this
+        rank has more."""
+        num_slots = self.num_slots
         if num_slots is None:
             length = torch.tensor([len(x)], device=x.device)
-            num_slots = int(self.comm.all_gather(length, "metadata").max())
+            num_slots = max(1, int(self.comm.all_gather(length, "metadata").max()))
         if len(x) > num_slots:
-            raise ValueError(f"{len(x)} tokens on one rank, and gather_tokens was made for {num_slots}")
+            raise ValueError(f"{len(x)} tokens on one rank, and its slots were made for {num_slots}")
+        return num_slots
+
+    def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+        """See Dispatcher. Sends S rows to each other rank. ValueError where this rank has more than S tokens."""
+        num_slots, local = self.agreed_slots(x), self.num_local_experts
         at_home = rows_at_home(len(x), num_slots, self.comm.size, x.device)
         rows, weights, ids = GatherTokens.apply(x, topk_weights, topk_ids, at_home, num_slots, self.comm)
         own = ids - self.comm.rank * local  # below 0 too where no choice was sent
@@ -4276,7 +4259,7 @@ class GatherTokensDispatcher(Dispatcher):
     ) -> dict[str, Tensor]:
         """See Dispatcher: the slots, whatever is in them."""
         size, top_k = len(topk_ids), topk_ids[0].shape[1]
-        slots = torch.full((size, size), self.num_slots or max(map(len, topk_ids)))
+        slots = torch.full((size, size), self.num_slots or max(1, *map(len, topk_ids)))
         row, weights = hidden_dim * dtype.itemsize, top_k * torch.promote_types(dtype, torch.float32).itemsize
         rider = rider_columns(hidden_dim, dtype, 2 * top_k) * dtype.itemsize
         return bytes_by_pass(slots, slots, row, rider, row * x_needs_grad + weights)
@@ -4487,12 +4470,7 @@ class SendCopies(torch.autograd.Function):
 class DedupDispatcher(AllToAllDispatcher):
     """Sends a token once to each rank that has any of its experts, with all their ids and weights (chapter 10)."""
 
-    counts_on_host = False
-
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Runs everywhere."""
-        return 20 if ep_size > 1 else 1
+    counts_on_host, liking = False, 20
 
     def order(self, topk_ids: Tensor) -> CopyOrder:
         """topk_ids [T, K] -> which copies there are, and which of them each choice shares."""
@@ -4576,6 +4554,7 @@ class TwoStageDispatcher(Dispatcher):
     """`dedup` between machines, to the rank of the same lane there; then `dedup` inside (chapter 10)."""
 
     uses_machines = True  # asks which ranks share one, so --ranks-per-host has a meaning
+    liking = 10
 
     def __init__(self, num_experts: int, comm: Communicator, ranks_per_host: int | None = None) -> None:
         super().__init__(num_experts, comm)
@@ -4587,11 +4566,6 @@ class TwoStageDispatcher(Dispatcher):
     def for_layer(cls, config: MoEConfig, comm: Communicator) -> "TwoStageDispatcher":
         """See Dispatcher. CannotRun where the ranks do not fill their machines. Collective at the first layer."""
         return cls(config.num_experts, comm, config.option(TrafficOptions).ranks_per_host)
-
-    @staticmethod
-    def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Runs everywhere."""
-        return 10 if ep_size > 1 else 1
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
         """See Dispatcher. A row for each (token, other machine); one host synchronisation."""
@@ -5471,18 +5445,6 @@ def sum_in_memory(comm: Communicator, x: Tensor) -> None:
         comm.all_reduce = SmallSums(comm, x)
 
 
-# %% notebooks/11_peer_memory.ipynb #agreed-slots
-def agreed_slots(num_slots: int | None, x: Tensor, comm: Communicator) -> int:
-    """S; where nobody has said it, the most tokens of a rank, by one host synchronisation. ValueError where this rank
-    has more."""
-    if num_slots is None:
-        length = torch.tensor([len(x)], device=x.device)
-        num_slots = max(1, int(comm.all_gather(length, "metadata").max()))
-    if len(x) > num_slots:
-        raise ValueError(f"{len(x)} tokens on one rank, and its slots were made for {num_slots}")
-    return num_slots
-
-
 # %% notebooks/11_peer_memory.ipynb #peer-dispatcher
 @dataclass(frozen=True)
 class PeerHandle:
@@ -5537,7 +5499,7 @@ class PeerDispatcher(GatherTokensDispatcher):
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
         """See Dispatcher. Sends a row for each (token, other rank), and S * K weights and ids to each other rank."""
-        num_slots, size, top_k = agreed_slots(self.num_slots, x, self.comm), self.comm.size, topk_ids.shape[1]
+        num_slots, size, top_k = self.agreed_slots(x), self.comm.size, topk_ids.shape[1]
         num_rows, rider_bytes = size * num_slots, 2 * top_k * topk_weights.element_size()
         num_bytes = rider_start(num_rows, x.shape[1], x.dtype) + num_rows * rider_bytes
         plan = PeerPlan(self.comm, memory_of(self.comm, num_bytes, x), num_slots, self.num_local_experts)
@@ -5832,7 +5794,7 @@ class CopiesDispatcher(PeerDispatcher):
 
     def begin_dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
         """See Dispatcher. Sends S rows to each other rank, with K weights and K ids each."""
-        num_slots, d, k = agreed_slots(self.num_slots, x, self.comm), x.shape[1], topk_ids.shape[1]
+        num_slots, d, k = self.agreed_slots(x), x.shape[1], topk_ids.shape[1]
         wide = torch.promote_types(x.dtype, torch.float32)
         num_rows = self.comm.size * num_slots
         num_bytes = rider_start(num_rows, d, x.dtype) + num_rows * 2 * k * wide.itemsize
@@ -6371,11 +6333,6 @@ def choose_copies(topk_ids: Tensor, copies: Tensor) -> Tensor:
     return torch.where(topk_ids < 0, -1, of_choice.gather(2, number[:, :, None]).squeeze(2))
 
 
-def rank_loads(topk_ids: Tensor, num_physical: int, num_ranks: int) -> Tensor:
-    """topk_ids [T, K] of physical experts -> int64 [W]: the choices that each rank's experts get."""
-    return count_choices(topk_ids, num_physical).view(num_ranks, -1).sum(1)
-
-
 # %% notebooks/13_inference.ipynb #forward-step
 class ForwardStep:
     """What a forward pass of at most S tokens a rank does, with the kernels for that size.
@@ -6658,19 +6615,14 @@ def bench_inference(argv: list[str] | None = None) -> int:
         print("{tokens:6} tokens: layer {layer_us:10.1f} ({layer_p99_us:10.1f})   inference {inference_us:10.1f} "
               "({inference_p99_us:10.1f})   {experts:4} experts, {gb_per_s:7.1f} GB/s".format(**lines[-1]))  # fmt: skip
     facts = {"device": device_model(device), "torch": torch.__version__, "rounds": args.rounds}
-    facts |= {"config": bench_facts(config), "lines": lines}
+    names = ("num_experts", "top_k", "hidden_dim", "ffn_dim", "dtype", "activation")
+    facts |= {"config": {name: getattr(config, name) for name in names}, "lines": lines}
     try:
         replace_file(path, json.dumps(facts, indent=1) + "\n")
     except ValueError as error:
         return refuse(str(error))
     print(f"written: {path}")
     return 0
-
-
-def bench_facts(config: MoEConfig) -> dict[str, Any]:
-    """The sizes of the layer that was measured."""
-    names = ("num_experts", "top_k", "hidden_dim", "ffn_dim", "dtype", "activation")
-    return {name: getattr(config, name) for name in names}
 
 
 # %% notebooks/13_inference.ipynb #cache-policies
