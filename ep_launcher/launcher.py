@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "d5b96317aae407df0fd13e8e4ea65f8c94faf71121449fdd63d3301e1403bd1c"
+SOURCES_SHA256 = "d88103bfb08e959147796f9819215b1f7c08745659ddcec38a0737ed1bbc351f"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1235,9 +1235,10 @@ def share_of_mean(mean: Tensor, num_tokens: int, mesh: Mesh) -> Tensor:
 
 
 # %% notebooks/03_experts.ipynb #refuse-wrappers
-def owners(model: nn.Module) -> dict[int, Experts]:
+def owners(model: nn.Module, mesh: Mesh) -> dict[int, Experts]:
     """{id of a parameter that mesh.ep shares out: the Experts that hold it}. TypeError where FSDP has sharded a
-    model's parameters, RuntimeError where the model is in DistributedDataParallel."""
+    model's parameters, RuntimeError where the model is in DistributedDataParallel, ValueError where a layer was made
+    with other groups of ranks than this mesh has."""
     owner = {}
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -1245,6 +1246,11 @@ def owners(model: nn.Module) -> dict[int, Experts]:
                 "the model is in DistributedDataParallel, which overwrites experts; take it out"
             )
         if isinstance(module, EPMoE):
+            if (module.mesh.ep.ranks, module.mesh.batch.ranks) != (mesh.ep.ranks, mesh.batch.ranks):
+                raise ValueError(
+                    f"a layer's mesh, of ep_size {module.mesh.ep.size}, has other ranks than this mesh, of ep_size "
+                    f"{mesh.ep.size}; give both the same: EPMoE(config, mesh, seed=...)"
+                )
             owner |= {id(p): module.experts for p in module.experts.parameters()}
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):
@@ -1266,7 +1272,7 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
     (`optimizer.zero_grad()`) before the next backward.
     """
     check_ended(mesh.meter)
-    owner, trained = owners(model), [p for p in model.parameters() if p.requires_grad]
+    owner, trained = owners(model, mesh), [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -1474,7 +1480,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
     on every rank: each expert counts on its rank, everything else once. After sync_gradients. No host sync; one
     all-reduce of one number over mesh.ep.
     """
-    local = owners(model)
+    local = owners(model, mesh)
     squares = {True: [], False: []}
     for p in model.parameters():
         if p.grad is not None:
@@ -2157,7 +2163,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     rank, world_size, _, _ = world_from_env()
     try:
         log_dir = Path(options.log_dir or (make_log_dir() if rank == 0 else ""))
-        log = RunLog(log_dir, options.steps, rank, StepNotes(world_size))
+        log = RunLog(log_dir, options.steps, rank, StepNotes(world_size, options.steps))
     except (ValueError, OSError) as error:
         return refuse(str(error))
     if device.type == "cpu":
@@ -2232,20 +2238,21 @@ import mmap
 class StepNotes:
     """The memory of the file that `launch` names in EP_STEPS. Without EP_STEPS, memory that nobody reads.
 
-    warning: room for one line, 512 bytes. steps: int64 by rank, the steps that it has done. The file has its full size
-    from the beginning, so a full disk takes nothing from it.
+    warning: room for one line, 512 bytes. Then int64: num_steps, how many steps the run will make, and steps, by rank,
+    how many it has done. The file has its full size from the beginning, so a full disk takes nothing from it.
     """
 
     WARNING_BYTES = 512
 
-    def __init__(self, num_ranks: int) -> None:
-        self.path, num_bytes = os.environ.get("EP_STEPS"), self.WARNING_BYTES + 8 * num_ranks
+    def __init__(self, num_ranks: int, num_steps: int) -> None:
+        self.path, num_bytes = os.environ.get("EP_STEPS"), self.WARNING_BYTES + 8 * (1 + num_ranks)
         room = memoryview(bytearray(num_bytes))
         if self.path:
             with open(self.path, "r+b") as file:
                 file.truncate(max(num_bytes, os.path.getsize(self.path)))
                 room = memoryview(mmap.mmap(file.fileno(), 0))
-        self.warning, self.steps = room[: self.WARNING_BYTES], room[self.WARNING_BYTES :].cast("q")
+        self.warning, numbers = room[: self.WARNING_BYTES], room[self.WARNING_BYTES :].cast("q")
+        numbers[0], self.steps = num_steps, numbers[1:]
 
 
 # %% notebooks/05_launch.ipynb #heartbeat
@@ -7581,7 +7588,7 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh
 
     As model/experts.w1 and optimizer/experts.w1/exp_avg. Names and shapes do not depend on the mesh.
     """
-    shared_out, saved = owners(model), model.state_dict()
+    shared_out, saved = owners(model, mesh), model.state_dict()
     tensors = {f"model/{name}": buffer for name, buffer in model.named_buffers() if name in saved}
     for name, p in model.named_parameters():
         state = optimizer.state.get(p, {})
@@ -8129,7 +8136,7 @@ def full_state_dict(model: nn.Module, mesh: Mesh, optimizer: torch.optim.Optimiz
 
     With an optimizer also {"optimizer": {parameter's name: its state}}. Sends each rank's experts to all of mesh.ep.
     """
-    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
+    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model, mesh)
     state = {re.sub(r"(\.[wb]\d)\.\d+-\d+$", r"\1", name): t for name, t in model.state_dict().items()}
     known = {} if optimizer is None else optimizer.state
     moments = {name: dict(known[p]) for name, p in named.items() if p in known}
@@ -8149,7 +8156,7 @@ def load_full_state_dict(
 
     RuntimeError where names, shapes or the number of experts differ from the model's, as load_state_dict has it.
     """
-    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
+    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model, mesh)
     state = dict(state)
     moments = state.pop("optimizer", {})
     model.load_state_dict(state)

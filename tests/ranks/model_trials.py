@@ -270,6 +270,25 @@ def summed_once(mesh: ep.Mesh, folder: Path) -> None:
 
 
 @trial(2, 4)
+def another_mesh(mesh: ep.Mesh, folder: Path) -> None:
+    """A layer that made its own mesh is refused together with another one, and taken with an equal one."""
+    layer, halves, equal = ep.EPMoE(config(), seed=1), ep.init_ep(mesh.batch.size // 2), ep.init_ep()
+    layer(tokens(5, mesh.batch.rank, mesh.batch.size, torch.float32)).sum().backward()
+    state = layer.state_dict()
+    for call in (
+        lambda: ep.sync_gradients(layer, halves),
+        lambda: ep.clip_grad_norm_(layer, 1.0, halves),
+        lambda: ep.full_state_dict(layer, halves),
+        lambda: ep.load_full_state_dict(layer, state, halves),
+    ):
+        with refused(ValueError, "a layer's mesh", "EPMoE(config, mesh, seed=...)"):
+            call()
+    ep.sync_gradients(layer, equal)
+    ep.clip_grad_norm_(layer, 1.0, equal)
+    ep.load_full_state_dict(layer, ep.full_state_dict(layer, equal), equal)
+
+
+@trial(2, 4)
 def wide_sums(mesh: ep.Mesh, folder: Path) -> None:
     """Gradients in bfloat16 are added up in float32 and rounded once, in whatever order the ranks come."""
     size = mesh.batch.size
