@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "d88103bfb08e959147796f9819215b1f7c08745659ddcec38a0737ed1bbc351f"
+SOURCES_SHA256 = "248a4e47000eee723a013ddbccf41b723cf86bf1e72fb6e3b0a43fbc0236562d"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1048,14 +1048,15 @@ def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
     """
     # torch's own checkpoint asks the same way; there is no public one. A compiled forward is never run again so.
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
-        if not layer.recorded_aux:
+        # The backward that runs it again: of a reentrant checkpoint, its own node.
+        if type(torch._C._current_autograd_node()).__name__ == "CheckpointFunctionBackward":
             raise RuntimeError(
                 "a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)"
             )
         return
-    layer.recorded_aux, shares = torch.is_grad_enabled(), layer.aux_shares
-    if not layer.recorded_aux:
+    if not torch.is_grad_enabled():
         return
+    shares = layer.aux_shares
     if len(shares) >= MAX_AUX_SHARES:
         if any(kept.requires_grad for kept in shares):
             raise RuntimeError(
@@ -1113,7 +1114,7 @@ class EPMoE(nn.Module):
         self.experts = experts(config, self.mesh.ep, seed, device)
         self.shared = SharedExperts(config, seed, device) if config.num_shared_experts else None
         self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
-        self.aux_shares, self.recorded_aux = [], True
+        self.aux_shares: list[Tensor] = []
         self.overlap = REGISTRIES["overlap"][pick("overlap", config, device, self.mesh.ep.size)]
 
     def reset_parameters(self) -> None:

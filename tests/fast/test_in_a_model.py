@@ -61,6 +61,23 @@ def test_a_reentrant_checkpoint_is_refused():
     y = checkpoint(layer, torch.randn(4, 16, requires_grad=True), use_reentrant=True)
     with refused(RuntimeError, "reentrant checkpoint", "use_reentrant=False"):
         y.sum().backward()
+    y = layer(checkpoint(layer, torch.randn(4, 16, requires_grad=True), use_reentrant=True))  # and plainly
+    with refused(RuntimeError, "reentrant checkpoint", "use_reentrant=False"):
+        y.sum().backward()
+
+
+def test_a_forward_without_gradients_between_a_checkpoint_and_its_backward_changes_nothing():
+    layer, x = ep.EPMoE(config(), seed=0), torch.randn(4, 16, requires_grad=True)
+    gradients = []
+    for looks_on in (False, True):
+        y, aux = checkpoint(layer, x, use_reentrant=False), ep.aux_loss(layer)
+        if looks_on:
+            with torch.no_grad():
+                layer(x)
+        (y.sum() + aux).backward()
+        gradients.append(layer.router.gate.weight.grad)
+        layer.zero_grad()
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0 and ep.aux_loss(layer) == 0
 
 
 def test_aux_losses_that_nobody_takes_are_an_error(monkeypatch):
