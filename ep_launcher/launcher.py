@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "248a4e47000eee723a013ddbccf41b723cf86bf1e72fb6e3b0a43fbc0236562d"
+SOURCES_SHA256 = "28ba28b32da03352acdde415038103ae521a2e49d6e7ae933b9b08ea95c5ab59"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -8136,6 +8136,8 @@ def full_state_dict(model: nn.Module, mesh: Mesh, optimizer: torch.optim.Optimiz
     """What world size 1 holds, whatever this one is: {name: tensor}, copies, the same on every rank. Collective.
 
     With an optimizer also {"optimizer": {parameter's name: its state}}. Sends each rank's experts to all of mesh.ep.
+    ValueError where a layer has another mesh; where the optimizer's state is neither a tensor nor a number; and where,
+    of an expert's parameter, a tensor has neither its shape nor one number: nobody knows which experts it is of.
     """
     named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model, mesh)
     state = {re.sub(r"(\.[wb]\d)\.\d+-\d+$", r"\1", name): t for name, t in model.state_dict().items()}
@@ -8144,29 +8146,57 @@ def full_state_dict(model: nn.Module, mesh: Mesh, optimizer: torch.optim.Optimiz
     places = [(state, name, named.get(name)) for name in state]
     places += [(held, key, named[name]) for name, held in moments.items() for key in held]
     for held, key, p in places:  # all ranks in the same order
-        tensor = held[key].detach()
-        is_stacked = id(p) in owner and tensor.shape == p.shape
-        held[key] = (mesh.ep.all_gather(tensor, "state").flatten(0, 1) if is_stacked else tensor).clone()
+        value = held[key]
+        if isinstance(value, Tensor):
+            value = held[key] = value.detach().clone()
+            if id(p) in owner and value.shape == p.shape:
+                held[key] = mesh.ep.all_gather(value, "state").flatten(0, 1)
+            elif id(p) in owner and value.numel() > 1:
+                shapes = f"{list(value.shape)}, of an expert's parameter {list(p.shape)}"
+                raise ValueError(
+                    f"the optimizer's {key} has shape {shapes}; it cannot be shared out by expert"
+                )
+        elif p is not None and not isinstance(value, (int, float, type(None))):
+            raise ValueError(
+                f"the optimizer's {key} is a {type(value).__name__}; only tensors and numbers go along"
+            )
     return state if optimizer is None else state | {"optimizer": moments}
 
 
+# %% notebooks/15_mesh.ipynb #load-full-state
 def load_full_state_dict(
     model: nn.Module, state: dict, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
     """Loads what full_state_dict gave, at any world size: every rank takes its own experts' part.
 
-    RuntimeError where names, shapes or the number of experts differ from the model's, as load_state_dict has it.
+    The optimizer takes its state as its own load_state_dict does, in the parameters' dtype, and forgets what it had for
+    parameters of which this state has none. RuntimeError where names, shapes or the number of experts differ from the
+    model's, as load_state_dict has it; ValueError where the optimizer's state of experts is not cut by expert, or a
+    layer has another mesh.
     """
     named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model, mesh)
     state = dict(state)
     moments = state.pop("optimizer", {})
     model.load_state_dict(state)
-    for name, kept in moments.items() if optimizer is not None else ():
-        p = named[name]
-        if id(p) in owner:
-            own = owner[id(p)].own
-            kept = {key: v[own] if v.shape[1:] == p.shape[1:] else v for key, v in kept.items()}
-        optimizer.state[p] = {key: value.clone() for key, value in kept.items()}
+    if optimizer is None:
+        return
+    known, params = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
+    number = {id(p): i for i, p in enumerate(params)}
+    for name, p in named.items():
+        known["state"].pop(number.get(id(p)), None)
+        taken = dict(moments.get(name, {}))
+        for key, value in taken.items():
+            if id(p) in owner and isinstance(value, Tensor) and value.numel() > 1:
+                if value.shape != (owner[id(p)].config.num_experts, *p.shape[1:]):
+                    shapes = f"{list(value.shape)}, and this rank's parameter {list(p.shape)}"
+                    raise ValueError(
+                        f"the optimizer's {key} of {name} has shape {shapes}; it is not cut by expert"
+                    )
+                value = value[owner[id(p)].own]
+            taken[key] = value.clone() if isinstance(value, Tensor) else value
+        if taken and id(p) in number:
+            known["state"][number[id(p)]] = taken
+    optimizer.load_state_dict(known)
 
 
 # ==========================================================================================================

@@ -132,6 +132,76 @@ def test_full_state_dict_refuses_another_shape():
             ep.load_full_state_dict(ep.EPMoE(config(**changes), seed=1), state, mesh)
 
 
+def losses(model, optimizer, dtype=torch.float32, steps=3) -> list[float]:
+    """Of these steps, on the same tokens each time."""
+    found, x = [], torch.randn(6, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(x).square().mean() + ep.aux_loss(model)
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_moments_that_a_full_state_does_not_have_are_forgotten(with_optimizer):
+    mesh, layer = ep.init_ep(), ep.EPMoE(config(), seed=0)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    state = ep.full_state_dict(layer, mesh, optimizer if with_optimizer else None)
+    first = losses(layer, optimizer)
+    ep.load_full_state_dict(layer, state, mesh, optimizer)
+    assert losses(layer, optimizer) == first
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_moments_take_the_dtype_of_their_parameters(dtype):
+    mesh, layer = ep.init_ep(), ep.EPMoE(config(), seed=0)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
+    losses(layer, optimizer)
+    other = ep.EPMoE(config(dtype=dtype), seed=1)
+    moved = torch.optim.AdamW(other.parameters(), lr=0.01)
+    ep.load_full_state_dict(other, ep.full_state_dict(layer, mesh, optimizer), mesh, moved)
+    assert all(moved.state[p]["exp_avg"].dtype == p.dtype for p in other.parameters())
+    wanted, found = losses(layer, optimizer), losses(other, moved, ep.DTYPES[dtype])
+    assert wanted == pytest.approx(found, rel=0.05 if dtype == "bfloat16" else 1e-5)
+
+
+class Counting(torch.optim.SGD):
+    """Keeps what optimizers of other packages keep: a number, or something that nobody can cut."""
+
+    def __init__(self, parameters, kept) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.kept = kept
+
+    def step(self):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["kept"] = self.kept(p)
+
+
+def test_optimizer_state_is_carried_or_refused():
+    mesh, layer = ep.init_ep(), ep.EPMoE(config(), seed=0)
+    for kept in (lambda p: 7, lambda p: None, lambda p: torch.tensor(7.0)):
+        optimizer = Counting(layer.parameters(), kept)
+        losses(layer, optimizer, steps=1)
+        state = ep.full_state_dict(layer, mesh, optimizer)
+        optimizer.state.clear()
+        ep.load_full_state_dict(layer, state, mesh, optimizer)
+        assert all(optimizer.state[p]["kept"] == kept(p) for p in layer.parameters())
+    optimizer = Counting(layer.parameters(), lambda p: [p])
+    losses(layer, optimizer, steps=1)
+    with refused(ValueError, "the optimizer's kept is a list"):
+        ep.full_state_dict(layer, mesh, optimizer)
+    optimizer = torch.optim.Adafactor(layer.parameters())
+    losses(layer, optimizer, steps=1)
+    with refused(ValueError, "of an expert's parameter [8, 16, 32]", "cannot be shared out"):
+        ep.full_state_dict(layer, mesh, optimizer)
+    state = ep.full_state_dict(layer, mesh) | {"optimizer": {"experts.w1": {"row_var": torch.ones(8, 16, 1)}}}
+    with refused(ValueError, "row_var of experts.w1", "not cut by expert"):
+        ep.load_full_state_dict(layer, state, mesh, optimizer)
+
+
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_second_backwards_and_second_derivatives_are_right_or_refused(experts):
     """Against the dense reference, at world size 1; over an exchange tests/ranks/model_trials.py does it."""
