@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "28ba28b32da03352acdde415038103ae521a2e49d6e7ae933b9b08ea95c5ab59"
+SOURCES_SHA256 = "4a29db755ba296cd7160d7e5120d027ebe7c9ec99c605f58604a9a09bbf91a4d"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -261,7 +261,8 @@ def init_ep(ep_size: int | None = None, device: str = "auto", timeout_s: float =
     """Joins torchrun's group, where that has not been done; alone without torchrun. Then groups of ep_size -> Mesh.
 
     Ranks r with equal r // ep_size share out the experts; those with equal r % ep_size hold the same ones. None:
-    all ranks share the experts. Collective. ValueError where ep_size does not divide the number of ranks.
+    all ranks share the experts. timeout_s: seconds that a rank waits for another in the groups that are made here.
+    Collective. ValueError where ep_size does not divide the number of ranks.
     """
     if world_from_env()[1] > 1 and not dist.is_initialized():
         init_distributed(choose_device(device), timeout_s)
@@ -273,7 +274,8 @@ def init_ep(ep_size: int | None = None, device: str = "auto", timeout_s: float =
     if ep_size in (1, batch.size):
         return Mesh(*((batch, batch, alone) if ep_size == batch.size else (alone, batch, batch)))
     ranks = torch.arange(batch.size).view(-1, ep_size)
-    groups = (dist.new_subgroups_by_enumeration(part.tolist())[0] for part in (ranks, ranks.t()))
+    make, limit = dist.new_subgroups_by_enumeration, timedelta(seconds=timeout_s)
+    groups = (make(part.tolist(), timeout=limit)[0] for part in (ranks, ranks.t()))
     ep, replicas = (Communicator(group, batch.meter) for group in groups)
     return Mesh(ep, batch, replicas)
 
@@ -2170,7 +2172,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     if device.type == "cpu":
         schedule_in_batches()
     store = init_distributed(device, options.timeout_s)
-    run = Run(config, options, init_ep(options.ep_size), device, log)
+    run = Run(config, options, init_ep(options.ep_size, timeout_s=options.timeout_s), device, log)
     heartbeat = Heartbeat(store, run)
     run.fail = functools.partial(report_failure, heartbeat)
     usual, logs = signal.getsignal(signal.SIGINT), f"logs in {os.path.relpath(log_dir, LAUNCHER_DIR.parent)}"

@@ -288,6 +288,15 @@ def another_mesh(mesh: ep.Mesh, folder: Path) -> None:
     ep.load_full_state_dict(layer, ep.full_state_dict(layer, equal), equal)
 
 
+@trial(4)
+def time_limits(mesh: ep.Mesh, folder: Path) -> None:
+    """The groups of a mesh have the limit that it was made with, and not the library's 30 minutes."""
+    halves = ep.init_ep(2, timeout_s=8)
+    for comm in (halves.ep, halves.replicas):
+        limit = comm.group._get_backend(torch.device("cpu")).options._timeout
+        assert limit.total_seconds() == 8, limit
+
+
 @trial(2, 4)
 def wide_sums(mesh: ep.Mesh, folder: Path) -> None:
     """Gradients in bfloat16 are added up in float32 and rounded once, in whatever order the ranks come."""
