@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "4a29db755ba296cd7160d7e5120d027ebe7c9ec99c605f58604a9a09bbf91a4d"
+SOURCES_SHA256 = "72db8cf83e8d563101a2d06a61312749fd69d767cfb7dcaa1f202cfc451976e0"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -6455,7 +6455,7 @@ class InferenceMoE(nn.Module):
         ):  # the largest first: the others find their memory in its pool
             config = replace(self.config, max_num_tokens=size)
             run = ForwardStep(self.layer, config, step.experts, step.copies)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
                 self.batches[size] = FixedBatch(run, size, like, pool)
             pool = self.batches[size].graph and self.batches[size].graph.pool()
         self.made_of = self.state()
@@ -6469,11 +6469,19 @@ class InferenceMoE(nn.Module):
     def forward(self, x: Tensor, largest: int | None = None) -> Tensor:
         """x [..., D] -> y [..., D]: what the layer gives in eval mode, without a gradient. Collective.
 
+        Under autocast x is rounded to its dtype and y has it, as in the layer; everything between is computed in the
+        weights' dtype, the router too.
+
         largest: the tokens of the rank that has most in this step, the same number on all ranks; a scheduler knows it.
         By default max_num_tokens, on several ranks. RuntimeError where a weight has moved; ValueError where x does not
         fit.
         """
         check_tokens(x, self.config)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # which autocast leaves alone
+            dtype = torch.get_autocast_dtype(kind)
+            with torch.autocast(kind, enabled=False):
+                return self(x.to(dtype).to(self.layer.experts.w1.dtype), largest).to(dtype)
         check_inference(x, self.layer)
         if self.state() != self.made_of:
             raise RuntimeError("weights of the layer have moved or changed; call for_inference again")

@@ -275,6 +275,21 @@ def test_autocast_behind_a_linear(experts):
         assert p.grad.dtype == p.dtype and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [(), (2048,)])
+def test_the_inference_path_routes_under_autocast_as_the_layer_does(dtype, sizes):
+    layer = ep.EPMoE(config(dtype=dtype), seed=0).eval()
+    torch.manual_seed(0)
+    for x in (torch.randn(2000, 16), torch.randn(2000, 16).bfloat16()):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            y, fast = layer(x), ep.for_inference(layer, 2048, sizes)(x)
+        assert y.dtype == fast.dtype == torch.bfloat16
+        apart = (y.float() - fast.float()).norm(dim=1) / y.float().norm(dim=1)
+        assert apart.max() < 0.1, f"{(apart > 0.1).sum()} tokens went elsewhere"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="floating-point"):
+        ep.for_inference(layer, 8)(torch.ones(2, 16, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("convert", ["bfloat16", "to"])
 def test_bfloat16_leaves_router_and_statistics_wide(experts, convert):
