@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "72db8cf83e8d563101a2d06a61312749fd69d767cfb7dcaa1f202cfc451976e0"
+SOURCES_SHA256 = "b61fb945468a17e66d882c21d81609e5031969fad439f87e10b2a9e1f7e8df60"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -489,6 +489,8 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden_dim", "ffn_dim", "max_num_tokens", "num_shared_experts"):
             value, least = getattr(self, name), int(name != "num_shared_experts")
+            if not hasattr(value, "__index__") and (value, name) != (None, "max_num_tokens"):
+                raise ValueError(f"{name} is {value!r}, and must be a whole number")
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, and must be at least {least}")
         if self.top_k > self.num_experts:
@@ -500,6 +502,8 @@ class MoEConfig:
                 raise ValueError(
                     f"extras has a {type(extra).__name__}, and takes option groups, made from Options"
                 )
+            if sum(type(other).__qualname__ == type(extra).__qualname__ for other in self.extras) > 1:
+                raise ValueError(f"extras has two {type(extra).__name__}, and takes one of a kind")
         for check in self.hooks("check"):
             check(self)
 
@@ -1109,6 +1113,9 @@ class EPMoE(nn.Module):
         self.took = {
             kind: pick(kind, config, device, self.mesh.ep.size) for kind in ("dispatcher", "experts")
         }
+        for kind in ("router", "balance", "activation"):  # which have no auto
+            if (name := getattr(config, kind)) not in (known := REGISTRIES[kind]):
+                raise ValueError(f"{kind} is {name!r}; take one of {', '.join(sorted(known))}")
         dispatcher, experts = (REGISTRIES[kind][name] for kind, name in self.took.items())
         self.router = REGISTRIES["router"][config.router](config, seed, device)
         self.balance = REGISTRIES["balance"][config.balance](config, self.mesh.batch, device)
