@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "b61fb945468a17e66d882c21d81609e5031969fad439f87e10b2a9e1f7e8df60"
+SOURCES_SHA256 = "d6869a63461e8dd8912489edd6b952c57943b1dcdda04af65fc6bf8694daa83f"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -934,7 +934,7 @@ class LoopExperts(Experts):
         w1, b1, w2, b2, w3, b3 = (
             [None] * self.num_local if p is None else p.unbind(0) for p in self.in_dtype(x.dtype)
         )
-        y = topk_weights.new_zeros(x.shape)  # float32 or wider
+        y = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, topk_weights.dtype))  # float32 or wider
         for e in range(self.num_local):
             row, j = (arrived.topk_ids == e).nonzero(as_tuple=True)
             block = x[row]
@@ -3013,7 +3013,11 @@ class FusedExperts(Experts):
         """See Experts. A second backward is refused: the first one writes over what was kept."""
         w1, b1, w2, b2, w3, b3 = self.in_dtype(arrived.x.dtype)
         order = order_rows(arrived.topk_ids, self.num_local, arrived.max_pairs)
-        products = self.products(order.counts, len(order.choice_of_row), arrived.counts_on_host)
+        dtype = DTYPES[
+            self.config.dtype
+        ]  # for which this kind was taken; wider tokens need products that take any
+        kind = self.products if torch.promote_types(arrived.x.dtype, dtype) == dtype else BlockProducts
+        products = kind(order.counts, len(order.choice_of_row), arrived.counts_on_host)
         y = ExpertsOnTokens.apply(
             arrived.x, arrived.topk_weights, w1, b1, w2, w3, b3, order, products, self.activation
         )

@@ -275,6 +275,29 @@ def test_autocast_behind_a_linear(experts):
         assert p.grad.dtype == p.dtype and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize(
+    "dtype, wider", [("float32", "float64"), ("bfloat16", "float32"), ("bfloat16", "float64")]
+)
+def test_tokens_may_be_wider_than_the_layer(experts, activation, dtype, wider):
+    layer = ep.EPMoE(
+        config(experts=experts, activation=activation, dtype=dtype, num_shared_experts=1), seed=0
+    )
+    torch.manual_seed(0)
+    x = torch.randn(32, 16, dtype=ep.DTYPES[wider], requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    whole = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+    z = x.detach().double().requires_grad_()
+    wanted = ep.dense_moe(z, whole, 2, layer.topk_ids, activation)[0] + layer.shared.double()(z)
+    wanted.square().sum().backward()
+    assert y.dtype == x.grad.dtype == x.dtype
+    close(y, wanted, 1e-6)  # the router computes in float32
+    close(x.grad, z.grad, 1e-5)
+    close(layer.experts.w1.grad, whole["experts.w1"].grad, 1e-5 if dtype == "float32" else 1e-2)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sizes", [(), (2048,)])
 def test_the_inference_path_routes_under_autocast_as_the_layer_does(dtype, sizes):
