@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "d6869a63461e8dd8912489edd6b952c57943b1dcdda04af65fc6bf8694daa83f"
+SOURCES_SHA256 = "8d1094495c5c90fc732c6ec4712d1af6d334f903a8ae02f86673cd9bff4b9654"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1138,7 +1138,8 @@ class EPMoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> y [..., D]. What the balance adds to the loss waits for `aux_loss`.
 
-        The number of tokens may differ from rank to rank, and be 0. Under autocast the experts compute in its
+        The number of tokens may differ from rank to rank, and be 0; whether x requires a gradient must not, since all
+        ranks or none send it back. Under autocast the experts compute in its
         dtype, and the router in float32 as ever. ValueError where x does not fit the config.
         """
         check_tokens(x, self.config)
@@ -1237,7 +1238,9 @@ def share_of_mean(mean: Tensor, num_tokens: int, mesh: Mesh) -> Tensor:
     """A mean over this rank's num_tokens tokens -> its share of the mean over all ranks' tokens.
 
     The shares of all ranks add up to that mean, and so do their gradients; a rank without tokens has 0, and still
-    a graph to go back through. One all-reduce of one number. Collective.
+    a graph to go back through. Of tokens under a mask take `values[mask].mean()` and `int(mask.sum())`: with
+    `(values * mask).sum() / mask.sum()`, gradients are NaN where a rank's mask is empty. One all-reduce of one number.
+    Collective.
     """
     total = mesh.batch.all_reduce(torch.full((), num_tokens, device=mean.device)).clamp(min=1)
     total = total.to(torch.promote_types(mean.dtype, torch.float32))
@@ -1277,9 +1280,10 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
     others over mesh.batch, in one message each, in float32 or wider. Once an update, after the last micro-batch's
     backward. Collective.
 
-    extra: further tensors (losses, say) that ride along and are summed over the batch, in place. A parameter
-    without a gradient counts as zeros. RuntimeError where gradients have been summed already: set them to None
-    (`optimizer.zero_grad()`) before the next backward.
+    extra: further tensors (losses, say) that ride along and are summed over the batch, in place; whole numbers have a
+    message of their own, and are exact. A parameter without a gradient counts as zeros. RuntimeError where gradients
+    have been summed already: set them to None (`optimizer.zero_grad()`, not `set_to_none=False`) before the next
+    backward. ValueError where a layer has another mesh.
     """
     check_ended(mesh.meter)
     owner, trained = owners(model, mesh), [p for p in model.parameters() if p.requires_grad]
@@ -1288,14 +1292,19 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
             parameter.grad = torch.zeros_like(parameter)
         if getattr(parameter.grad, "is_summed", False):
             raise RuntimeError(
-                "gradients are summed over the ranks already; zero_grad() before the next backward"
+                "gradients are summed over the ranks already; zero_grad(set_to_none=True) before the next backward"
             )
         parameter.grad.is_summed = True
     shared, own = [p.grad for p in trained if id(p) not in owner], [p.grad for p in trained if id(p) in owner]
-    for comm, tensors in ((mesh.batch, [*shared, *extra]), (mesh.replicas, own)):
+    counts, losses = ([t for t in extra if t.is_floating_point() == is_float] for is_float in (False, True))
+    for comm, tensors, least in (
+        (mesh.batch, [*shared, *losses], torch.float32),
+        (mesh.batch, counts, torch.int64),
+        (mesh.replicas, own, torch.float32),
+    ):
         if comm.size == 1 or not tensors:
             continue
-        wide = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+        wide = functools.reduce(torch.promote_types, (t.dtype for t in tensors), least)
         bucket = comm.all_reduce(torch.cat([t.reshape(-1).to(wide) for t in tensors]))
         for tensor, summed in zip(tensors, bucket.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(summed.view_as(tensor))
@@ -1488,7 +1497,7 @@ def train_step(
 def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
     """Scales all gradients down to max_norm together, where theirs is larger -> the norm before, 0-dim, the same
     on every rank: each expert counts on its rank, everything else once. After sync_gradients. No host sync; one
-    all-reduce of one number over mesh.ep.
+    all-reduce of one number over mesh.ep. ValueError where a layer has another mesh.
     """
     local = owners(model, mesh)
     squares = {True: [], False: []}
