@@ -147,6 +147,13 @@ def test_cells_share_an_import_until_something_changes(shell, monkeypatch):
     wait_until(lambda: not ranks_left() and cell()[0] != second[0])
 
 
+def test_ranks_are_forked_before_any_of_them_meets_another(shell):
+    """A rank that joins has the forking process look up a name, and a fork in that moment would wait for its lock."""
+    for _ in range(10):
+        run_cell(shell, "%%ranks 8 --timeout 30 --collect got\ngot = comm.size")
+        assert shell.user_ns["got"] == [8] * 8
+
+
 MEETING = """
 import os, sys, time
 from pathlib import Path
