@@ -157,12 +157,17 @@ def test_moments_that_a_full_state_does_not_have_are_forgotten(with_optimizer):
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_moments_take_the_dtype_of_their_parameters(dtype):
     mesh, layer = ep.init_ep(), ep.EPMoE(config(), seed=0)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
+    optimizer = torch.optim.NAdam(layer.parameters(), lr=0.01)
     losses(layer, optimizer)
     other = ep.EPMoE(config(dtype=dtype), seed=1)
-    moved = torch.optim.AdamW(other.parameters(), lr=0.01)
+    moved = torch.optim.NAdam(other.parameters(), lr=0.01)
     ep.load_full_state_dict(other, ep.full_state_dict(layer, mesh, optimizer), mesh, moved)
     assert all(moved.state[p]["exp_avg"].dtype == p.dtype for p in other.parameters())
+    for p, q in zip(layer.parameters(), other.parameters(), strict=True):
+        kept, taken = optimizer.state[p]["mu_product"], moved.state[q]["mu_product"]
+        assert taken.dtype == torch.float32 and taken == kept and taken is not kept, (
+            "a number keeps its digits"
+        )
     wanted, found = losses(layer, optimizer), losses(other, moved, ep.DTYPES[dtype])
     assert wanted == pytest.approx(found, rel=0.05 if dtype == "bfloat16" else 1e-5)
 
