@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "ae221b2b274470d1558186ccbfa7e2c402e4ba73fa20e391c668cef2ac55db6e"
+SOURCES_SHA256 = "3d0604b06030802bde0ce579ea782a72d4690a72ab69ec02ffd7387d16723994"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -8170,10 +8170,10 @@ def load_full_state_dict(
 ) -> None:
     """Loads what full_state_dict gave, at any world size: every rank takes its own experts' part.
 
-    The optimizer takes its state as its own load_state_dict does, in the parameters' dtype, and forgets what it had for
-    parameters of which this state has none. RuntimeError where names, shapes or the number of experts differ from the
-    model's, as load_state_dict has it; ValueError where the optimizer's state of experts is not cut by expert, or a
-    layer has another mesh.
+    The optimizer takes its state as its own load_state_dict does, moments in the parameters' dtype and single numbers
+    in theirs, and forgets what it had for parameters of which this state has none. RuntimeError where names, shapes or
+    the number of experts differ from the model's, as load_state_dict has it; ValueError where the optimizer's state of
+    experts is not cut by expert, or a layer has another mesh.
     """
     named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model, mesh)
     state = dict(state)
@@ -8198,6 +8198,10 @@ def load_full_state_dict(
         if taken and id(p) in number:
             known["state"][number[id(p)]] = taken
     optimizer.load_state_dict(known)
+    for name, kept in moments.items():
+        for key, value in optimizer.state.get(named[name], {}).items():
+            if isinstance(value, Tensor) and value.numel() == 1:  # a number keeps its own dtype
+                optimizer.state[named[name]][key] = kept[key].to(value.device, copy=True)
 
 
 # ==========================================================================================================
