@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "47c31bd807d737d4a9718932d0510761f27b8d1743a8b0b0934c7e1d368a16bb"
+SOURCES_SHA256 = "3d0604b06030802bde0ce579ea782a72d4690a72ab69ec02ffd7387d16723994"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -269,7 +269,8 @@ def init_ep(ep_size: int | None = None, device: str = "auto", timeout_s: float =
     """Joins torchrun's group, where that has not been done; alone without torchrun. Then groups of ep_size -> Mesh.
 
     Ranks r with equal r // ep_size share out the experts; those with equal r % ep_size hold the same ones. None:
-    all ranks share the experts. Collective. ValueError where ep_size does not divide the number of ranks.
+    all ranks share the experts. timeout_s: seconds that a rank waits for another in the groups that are made here.
+    Collective. ValueError where ep_size does not divide the number of ranks.
     """
     if world_from_env()[1] > 1 and not dist.is_initialized():
         init_distributed(choose_device(device), timeout_s)
@@ -281,7 +282,8 @@ def init_ep(ep_size: int | None = None, device: str = "auto", timeout_s: float =
     if ep_size in (1, batch.size):
         return Mesh(*((batch, batch, alone) if ep_size == batch.size else (alone, batch, batch)))
     ranks = torch.arange(batch.size).view(-1, ep_size)
-    groups = (dist.new_subgroups_by_enumeration(part.tolist())[0] for part in (ranks, ranks.t()))
+    make, limit = dist.new_subgroups_by_enumeration, timedelta(seconds=timeout_s)
+    groups = (make(part.tolist(), timeout=limit)[0] for part in (ranks, ranks.t()))
     ep, replicas = (Communicator(group, batch.meter) for group in groups)
     return Mesh(ep, batch, replicas)
 
@@ -497,6 +499,8 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden_dim", "ffn_dim", "max_num_tokens", "num_shared_experts"):
             value, least = getattr(self, name), int(name != "num_shared_experts")
+            if not hasattr(value, "__index__") and (value, name) != (None, "max_num_tokens"):
+                raise ValueError(f"{name} is {value!r}, and must be a whole number")
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, and must be at least {least}")
         if self.top_k > self.num_experts:
@@ -508,6 +512,8 @@ class MoEConfig:
                 raise ValueError(
                     f"extras has a {type(extra).__name__}, and takes option groups, made from Options"
                 )
+            if sum(type(other).__qualname__ == type(extra).__qualname__ for other in self.extras) > 1:
+                raise ValueError(f"extras has two {type(extra).__name__}, and takes one of a kind")
         for check in self.hooks("check"):
             check(self)
 
@@ -940,7 +946,7 @@ class LoopExperts(Experts):
         w1, b1, w2, b2, w3, b3 = (
             [None] * self.num_local if p is None else p.unbind(0) for p in self.in_dtype(x.dtype)
         )
-        y = topk_weights.new_zeros(x.shape)  # float32 or wider
+        y = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, topk_weights.dtype))  # float32 or wider
         for e in range(self.num_local):
             row, j = (arrived.topk_ids == e).nonzero(as_tuple=True)
             block = x[row]
@@ -1060,14 +1066,15 @@ def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
     """
     # torch's own checkpoint asks the same way; there is no public one. A compiled forward is never run again so.
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
-        if not layer.recorded_aux:
+        # The backward that runs it again: of a reentrant checkpoint, its own node.
+        if type(torch._C._current_autograd_node()).__name__ == "CheckpointFunctionBackward":
             raise RuntimeError(
                 "a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)"
             )
         return
-    layer.recorded_aux, shares = torch.is_grad_enabled(), layer.aux_shares
-    if not layer.recorded_aux:
+    if not torch.is_grad_enabled():
         return
+    shares = layer.aux_shares
     if len(shares) >= MAX_AUX_SHARES:
         if any(kept.requires_grad for kept in shares):
             raise RuntimeError(
@@ -1118,6 +1125,9 @@ class EPMoE(nn.Module):
         self.took = {
             kind: pick(kind, config, device, self.mesh.ep.size) for kind in ("dispatcher", "experts")
         }
+        for kind in ("router", "balance", "activation"):  # which have no auto
+            if (name := getattr(config, kind)) not in (known := REGISTRIES[kind]):
+                raise ValueError(f"{kind} is {name!r}; take one of {', '.join(sorted(known))}")
         dispatcher, experts = (REGISTRIES[kind][name] for kind, name in self.took.items())
         self.router = REGISTRIES["router"][config.router](config, seed, device)
         self.balance = REGISTRIES["balance"][config.balance](config, self.mesh.batch, device)
@@ -1125,7 +1135,7 @@ class EPMoE(nn.Module):
         self.experts = experts(config, self.mesh.ep, seed, device)
         self.shared = SharedExperts(config, seed, device) if config.num_shared_experts else None
         self.topk_ids = self.probs = None  # of the last forward pass, for whoever watches the load
-        self.aux_shares, self.recorded_aux = [], True
+        self.aux_shares: list[Tensor] = []
         self.overlap = REGISTRIES["overlap"][pick("overlap", config, device, self.mesh.ep.size)]
 
     def reset_parameters(self) -> None:
@@ -1140,7 +1150,8 @@ class EPMoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> y [..., D]. What the balance adds to the loss waits for `aux_loss`.
 
-        The number of tokens may differ from rank to rank, and be 0. Under autocast the experts compute in its
+        The number of tokens may differ from rank to rank, and be 0; whether x requires a gradient must not, since all
+        ranks or none send it back. Under autocast the experts compute in its
         dtype, and the router in float32 as ever. ValueError where x does not fit the config.
         """
         check_tokens(x, self.config)
@@ -1239,7 +1250,9 @@ def share_of_mean(mean: Tensor, num_tokens: int, mesh: Mesh) -> Tensor:
     """A mean over this rank's num_tokens tokens -> its share of the mean over all ranks' tokens.
 
     The shares of all ranks add up to that mean, and so do their gradients; a rank without tokens has 0, and still
-    a graph to go back through. One all-reduce of one number. Collective.
+    a graph to go back through. Of tokens under a mask take `values[mask].mean()` and `int(mask.sum())`: with
+    `(values * mask).sum() / mask.sum()`, gradients are NaN where a rank's mask is empty. One all-reduce of one number.
+    Collective.
     """
     total = mesh.batch.all_reduce(torch.full((), num_tokens, device=mean.device)).clamp(min=1)
     total = total.to(torch.promote_types(mean.dtype, torch.float32))
@@ -1247,9 +1260,10 @@ def share_of_mean(mean: Tensor, num_tokens: int, mesh: Mesh) -> Tensor:
 
 
 # %% notebooks/03_experts.ipynb #refuse-wrappers
-def owners(model: nn.Module) -> dict[int, Experts]:
+def owners(model: nn.Module, mesh: Mesh) -> dict[int, Experts]:
     """{id of a parameter that mesh.ep shares out: the Experts that hold it}. TypeError where FSDP has sharded a
-    model's parameters, RuntimeError where the model is in DistributedDataParallel."""
+    model's parameters, RuntimeError where the model is in DistributedDataParallel, ValueError where a layer was made
+    with other groups of ranks than this mesh has."""
     owner = {}
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -1257,6 +1271,11 @@ def owners(model: nn.Module) -> dict[int, Experts]:
                 "the model is in DistributedDataParallel, which overwrites experts; take it out"
             )
         if isinstance(module, EPMoE):
+            if (module.mesh.ep.ranks, module.mesh.batch.ranks) != (mesh.ep.ranks, mesh.batch.ranks):
+                raise ValueError(
+                    f"a layer's mesh, of ep_size {module.mesh.ep.size}, has other ranks than this mesh, of ep_size "
+                    f"{mesh.ep.size}; give both the same: EPMoE(config, mesh, seed=...)"
+                )
             owner |= {id(p): module.experts for p in module.experts.parameters()}
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):
@@ -1273,25 +1292,31 @@ def sync_gradients(model: nn.Module, mesh: Mesh, *extra: Tensor) -> None:
     others over mesh.batch, in one message each, in float32 or wider. Once an update, after the last micro-batch's
     backward. Collective.
 
-    extra: further tensors (losses, say) that ride along and are summed over the batch, in place. A parameter
-    without a gradient counts as zeros. RuntimeError where gradients have been summed already: set them to None
-    (`optimizer.zero_grad()`) before the next backward.
+    extra: further tensors (losses, say) that ride along and are summed over the batch, in place; whole numbers have a
+    message of their own, and are exact. A parameter without a gradient counts as zeros. RuntimeError where gradients
+    have been summed already: set them to None (`optimizer.zero_grad()`, not `set_to_none=False`) before the next
+    backward. ValueError where a layer has another mesh.
     """
     check_ended(mesh.meter)
-    owner, trained = owners(model), [p for p in model.parameters() if p.requires_grad]
+    owner, trained = owners(model, mesh), [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if getattr(parameter.grad, "is_summed", False):
             raise RuntimeError(
-                "gradients are summed over the ranks already; zero_grad() before the next backward"
+                "gradients are summed over the ranks already; zero_grad(set_to_none=True) before the next backward"
             )
         parameter.grad.is_summed = True
     shared, own = [p.grad for p in trained if id(p) not in owner], [p.grad for p in trained if id(p) in owner]
-    for comm, tensors in ((mesh.batch, [*shared, *extra]), (mesh.replicas, own)):
+    counts, losses = ([t for t in extra if t.is_floating_point() == is_float] for is_float in (False, True))
+    for comm, tensors, least in (
+        (mesh.batch, [*shared, *losses], torch.float32),
+        (mesh.batch, counts, torch.int64),
+        (mesh.replicas, own, torch.float32),
+    ):
         if comm.size == 1 or not tensors:
             continue
-        wide = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+        wide = functools.reduce(torch.promote_types, (t.dtype for t in tensors), least)
         bucket = comm.all_reduce(torch.cat([t.reshape(-1).to(wide) for t in tensors]))
         for tensor, summed in zip(tensors, bucket.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(summed.view_as(tensor))
@@ -1484,9 +1509,9 @@ def train_step(
 def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
     """Scales all gradients down to max_norm together, where theirs is larger -> the norm before, 0-dim, the same
     on every rank: each expert counts on its rank, everything else once. After sync_gradients. No host sync; one
-    all-reduce of one number over mesh.ep.
+    all-reduce of one number over mesh.ep. ValueError where a layer has another mesh.
     """
-    local = owners(model)
+    local = owners(model, mesh)
     squares = {True: [], False: []}
     for p in model.parameters():
         if p.grad is not None:
@@ -2174,7 +2199,7 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
     if device.type == "cpu":
         schedule_in_batches()
     store = init_distributed(device, options.timeout_s)
-    run = Run(config, options, init_ep(options.ep_size), device, log)
+    run = Run(config, options, init_ep(options.ep_size, timeout_s=options.timeout_s), device, log)
     heartbeat = Heartbeat(store, run)
     run.fail = functools.partial(report_failure, heartbeat)
     usual, logs = signal.getsignal(signal.SIGINT), f"logs in {os.path.relpath(log_dir, LAUNCHER_DIR.parent)}"
@@ -3010,7 +3035,11 @@ class FusedExperts(Experts):
         """See Experts. A second backward is refused: the first one writes over what was kept."""
         w1, b1, w2, b2, w3, b3 = self.in_dtype(arrived.x.dtype)
         order = order_rows(arrived.topk_ids, self.num_local, arrived.max_pairs)
-        products = self.products(order.counts, len(order.choice_of_row), arrived.counts_on_host)
+        dtype = DTYPES[
+            self.config.dtype
+        ]  # for which this kind was taken; wider tokens need products that take any
+        kind = self.products if torch.promote_types(arrived.x.dtype, dtype) == dtype else BlockProducts
+        products = kind(order.counts, len(order.choice_of_row), arrived.counts_on_host)
         y = ExpertsOnTokens.apply(
             arrived.x, arrived.topk_weights, w1, b1, w2, w3, b3, order, products, self.activation
         )
@@ -6415,7 +6444,7 @@ class InferenceMoE(nn.Module):
         ):  # the largest first: the others find their memory in its pool
             config = replace(self.config, max_num_tokens=size)
             run = ForwardStep(self.layer, config, step.experts, step.copies)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
                 self.batches[size] = FixedBatch(run, size, like, pool)
             pool = self.batches[size].graph and self.batches[size].graph.pool()
         self.made_of = self.state()
@@ -6429,11 +6458,19 @@ class InferenceMoE(nn.Module):
     def forward(self, x: Tensor, largest: int | None = None) -> Tensor:
         """x [..., D] -> y [..., D]: what the layer gives in eval mode, without a gradient. Collective.
 
+        Under autocast x is rounded to its dtype and y has it, as in the layer; everything between is computed in the
+        weights' dtype, the router too.
+
         largest: the tokens of the rank that has most in this step, the same number on all ranks; a scheduler knows it.
         By default max_num_tokens, on several ranks. RuntimeError where a weight has moved; ValueError where x does not
         fit.
         """
         check_tokens(x, self.config)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # which autocast leaves alone
+            dtype = torch.get_autocast_dtype(kind)
+            with torch.autocast(kind, enabled=False):
+                return self(x.to(dtype).to(self.layer.experts.w1.dtype), largest).to(dtype)
         check_inference(x, self.layer)
         if self.state() != self.made_of:
             raise RuntimeError("weights of the layer have moved or changed; call for_inference again")
@@ -7546,7 +7583,7 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh
 
     As model/experts.w1 and optimizer/experts.w1/exp_avg. Names and shapes do not depend on the mesh.
     """
-    shared_out, saved = owners(model), model.state_dict()
+    shared_out, saved = owners(model, mesh), model.state_dict()
     tensors = {f"model/{name}": buffer for name, buffer in model.named_buffers() if name in saved}
     for name, p in model.named_parameters():
         state = optimizer.state.get(p, {})
@@ -8100,37 +8137,71 @@ def full_state_dict(model: nn.Module, mesh: Mesh, optimizer: torch.optim.Optimiz
     """What world size 1 holds, whatever this one is: {name: tensor}, copies, the same on every rank. Collective.
 
     With an optimizer also {"optimizer": {parameter's name: its state}}. Sends each rank's experts to all of mesh.ep.
+    ValueError where a layer has another mesh; where the optimizer's state is neither a tensor nor a number; and where,
+    of an expert's parameter, a tensor has neither its shape nor one number: nobody knows which experts it is of.
     """
-    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
+    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model, mesh)
     state = {re.sub(r"(\.[wb]\d)\.\d+-\d+$", r"\1", name): t for name, t in model.state_dict().items()}
     known = {} if optimizer is None else optimizer.state
     moments = {name: dict(known[p]) for name, p in named.items() if p in known}
     places = [(state, name, named.get(name)) for name in state]
     places += [(held, key, named[name]) for name, held in moments.items() for key in held]
     for held, key, p in places:  # all ranks in the same order
-        tensor = held[key].detach()
-        is_stacked = id(p) in owner and tensor.shape == p.shape
-        held[key] = (mesh.ep.all_gather(tensor, "state").flatten(0, 1) if is_stacked else tensor).clone()
+        value = held[key]
+        if isinstance(value, Tensor):
+            value = held[key] = value.detach().clone()
+            if id(p) in owner and value.shape == p.shape:
+                held[key] = mesh.ep.all_gather(value, "state").flatten(0, 1)
+            elif id(p) in owner and value.numel() > 1:
+                shapes = f"{list(value.shape)}, of an expert's parameter {list(p.shape)}"
+                raise ValueError(
+                    f"the optimizer's {key} has shape {shapes}; it cannot be shared out by expert"
+                )
+        elif p is not None and not isinstance(value, (int, float, type(None))):
+            raise ValueError(
+                f"the optimizer's {key} is a {type(value).__name__}; only tensors and numbers go along"
+            )
     return state if optimizer is None else state | {"optimizer": moments}
 
 
+# %% notebooks/15_mesh.ipynb #load-full-state
 def load_full_state_dict(
     model: nn.Module, state: dict, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
     """Loads what full_state_dict gave, at any world size: every rank takes its own experts' part.
 
-    RuntimeError where names, shapes or the number of experts differ from the model's, as load_state_dict has it.
+    The optimizer takes its state as its own load_state_dict does, moments in the parameters' dtype and single numbers
+    in theirs, and forgets what it had for parameters of which this state has none. RuntimeError where names, shapes or
+    the number of experts differ from the model's, as load_state_dict has it; ValueError where the optimizer's state of
+    experts is not cut by expert, or a layer has another mesh.
     """
-    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model)
+    named, owner = dict(model.named_parameters(remove_duplicate=False)), owners(model, mesh)
     state = dict(state)
     moments = state.pop("optimizer", {})
     model.load_state_dict(state)
-    for name, kept in moments.items() if optimizer is not None else ():
-        p = named[name]
-        if id(p) in owner:
-            own = owner[id(p)].own
-            kept = {key: v[own] if v.shape[1:] == p.shape[1:] else v for key, v in kept.items()}
-        optimizer.state[p] = {key: value.clone() for key, value in kept.items()}
+    if optimizer is None:
+        return
+    known, params = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
+    number = {id(p): i for i, p in enumerate(params)}
+    for name, p in named.items():
+        known["state"].pop(number.get(id(p)), None)
+        taken = dict(moments.get(name, {}))
+        for key, value in taken.items():
+            if id(p) in owner and isinstance(value, Tensor) and value.numel() > 1:
+                if value.shape != (owner[id(p)].config.num_experts, *p.shape[1:]):
+                    shapes = f"{list(value.shape)}, and this rank's parameter {list(p.shape)}"
+                    raise ValueError(
+                        f"the optimizer's {key} of {name} has shape {shapes}; it is not cut by expert"
+                    )
+                value = value[owner[id(p)].own]
+            taken[key] = value.clone() if isinstance(value, Tensor) else value
+        if taken and id(p) in number:
+            known["state"][number[id(p)]] = taken
+    optimizer.load_state_dict(known)
+    for name, kept in moments.items():
+        for key, value in optimizer.state.get(named[name], {}).items():
+            if isinstance(value, Tensor) and value.numel() == 1:  # a number keeps its own dtype
+                optimizer.state[named[name]][key] = kept[key].to(value.device, copy=True)
 
 
 # ==========================================================================================================

@@ -141,3 +141,17 @@ def test_what_was_meant_is_named(flags, says):
 ])  # fmt: skip
 def test_what_is_accepted_at_the_edge_trains(flags, tmp_path):
     assert run_a_step(flags.split(), tmp_path).isfinite().all()
+
+
+def test_the_time_limit_reaches_the_groups_of_the_mesh(tmp_path, monkeypatch):
+    class Made(Exception):
+        pass
+
+    def init_ep(ep_size, **more):
+        raise Made(ep_size, more)
+
+    monkeypatch.setattr(ep, "init_ep", init_ep)
+    config, options = ep.parse_flags(["--timeout-s", "7", "--ep-size", "1", "--log-dir", str(tmp_path)])
+    with pytest.raises(Made) as made:
+        ep.run_training(config, options, torch.device("cpu"))
+    assert made.value.args == (1, {"timeout_s": 7})

@@ -61,6 +61,23 @@ def test_a_reentrant_checkpoint_is_refused():
     y = checkpoint(layer, torch.randn(4, 16, requires_grad=True), use_reentrant=True)
     with refused(RuntimeError, "reentrant checkpoint", "use_reentrant=False"):
         y.sum().backward()
+    y = layer(checkpoint(layer, torch.randn(4, 16, requires_grad=True), use_reentrant=True))  # and plainly
+    with refused(RuntimeError, "reentrant checkpoint", "use_reentrant=False"):
+        y.sum().backward()
+
+
+def test_a_forward_without_gradients_between_a_checkpoint_and_its_backward_changes_nothing():
+    layer, x = ep.EPMoE(config(), seed=0), torch.randn(4, 16, requires_grad=True)
+    gradients = []
+    for looks_on in (False, True):
+        y, aux = checkpoint(layer, x, use_reentrant=False), ep.aux_loss(layer)
+        if looks_on:
+            with torch.no_grad():
+                layer(x)
+        (y.sum() + aux).backward()
+        gradients.append(layer.router.gate.weight.grad)
+        layer.zero_grad()
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0 and ep.aux_loss(layer) == 0
 
 
 def test_aux_losses_that_nobody_takes_are_an_error(monkeypatch):
@@ -113,6 +130,81 @@ def test_full_state_dict_refuses_another_shape():
     for changes in ({"num_experts": 4}, {"num_experts": 16}, {"ffn_dim": 16}, {"activation": "swiglu"}):
         with pytest.raises(RuntimeError, match="experts.w1|size mismatch|Missing"):
             ep.load_full_state_dict(ep.EPMoE(config(**changes), seed=1), state, mesh)
+
+
+def losses(model, optimizer, dtype=torch.float32, steps=3) -> list[float]:
+    """Of these steps, on the same tokens each time."""
+    found, x = [], torch.randn(6, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(x).square().mean() + ep.aux_loss(model)
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_moments_that_a_full_state_does_not_have_are_forgotten(with_optimizer):
+    mesh, layer = ep.init_ep(), ep.EPMoE(config(), seed=0)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    state = ep.full_state_dict(layer, mesh, optimizer if with_optimizer else None)
+    first = losses(layer, optimizer)
+    ep.load_full_state_dict(layer, state, mesh, optimizer)
+    assert losses(layer, optimizer) == first
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_moments_take_the_dtype_of_their_parameters(dtype):
+    mesh, layer = ep.init_ep(), ep.EPMoE(config(), seed=0)
+    optimizer = torch.optim.NAdam(layer.parameters(), lr=0.01)
+    losses(layer, optimizer)
+    other = ep.EPMoE(config(dtype=dtype), seed=1)
+    moved = torch.optim.NAdam(other.parameters(), lr=0.01)
+    ep.load_full_state_dict(other, ep.full_state_dict(layer, mesh, optimizer), mesh, moved)
+    assert all(moved.state[p]["exp_avg"].dtype == p.dtype for p in other.parameters())
+    for p, q in zip(layer.parameters(), other.parameters(), strict=True):
+        kept, taken = optimizer.state[p]["mu_product"], moved.state[q]["mu_product"]
+        assert taken.dtype == torch.float32 and taken == kept and taken is not kept, (
+            "a number keeps its digits"
+        )
+    wanted, found = losses(layer, optimizer), losses(other, moved, ep.DTYPES[dtype])
+    assert wanted == pytest.approx(found, rel=0.05 if dtype == "bfloat16" else 1e-5)
+
+
+class Counting(torch.optim.SGD):
+    """Keeps what optimizers of other packages keep: a number, or something that nobody can cut."""
+
+    def __init__(self, parameters, kept) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.kept = kept
+
+    def step(self):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["kept"] = self.kept(p)
+
+
+def test_optimizer_state_is_carried_or_refused():
+    mesh, layer = ep.init_ep(), ep.EPMoE(config(), seed=0)
+    for kept in (lambda p: 7, lambda p: None, lambda p: torch.tensor(7.0)):
+        optimizer = Counting(layer.parameters(), kept)
+        losses(layer, optimizer, steps=1)
+        state = ep.full_state_dict(layer, mesh, optimizer)
+        optimizer.state.clear()
+        ep.load_full_state_dict(layer, state, mesh, optimizer)
+        assert all(optimizer.state[p]["kept"] == kept(p) for p in layer.parameters())
+    optimizer = Counting(layer.parameters(), lambda p: [p])
+    losses(layer, optimizer, steps=1)
+    with refused(ValueError, "the optimizer's kept is a list"):
+        ep.full_state_dict(layer, mesh, optimizer)
+    optimizer = torch.optim.Adafactor(layer.parameters())
+    losses(layer, optimizer, steps=1)
+    with refused(ValueError, "of an expert's parameter [8, 16, 32]", "cannot be shared out"):
+        ep.full_state_dict(layer, mesh, optimizer)
+    state = ep.full_state_dict(layer, mesh) | {"optimizer": {"experts.w1": {"row_var": torch.ones(8, 16, 1)}}}
+    with refused(ValueError, "row_var of experts.w1", "not cut by expert"):
+        ep.load_full_state_dict(layer, state, mesh, optimizer)
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
@@ -186,6 +278,44 @@ def test_autocast_behind_a_linear(experts):
     (y.float().square().sum() + ep.aux_loss(model)).backward()
     for name, p in model.named_parameters():
         assert p.grad.dtype == p.dtype and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize(
+    "dtype, wider", [("float32", "float64"), ("bfloat16", "float32"), ("bfloat16", "float64")]
+)
+def test_tokens_may_be_wider_than_the_layer(experts, activation, dtype, wider):
+    layer = ep.EPMoE(
+        config(experts=experts, activation=activation, dtype=dtype, num_shared_experts=1), seed=0
+    )
+    torch.manual_seed(0)
+    x = torch.randn(32, 16, dtype=ep.DTYPES[wider], requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    whole = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+    z = x.detach().double().requires_grad_()
+    wanted = ep.dense_moe(z, whole, 2, layer.topk_ids, activation)[0] + layer.shared.double()(z)
+    wanted.square().sum().backward()
+    assert y.dtype == x.grad.dtype == x.dtype
+    close(y, wanted, 1e-6)  # the router computes in float32
+    close(x.grad, z.grad, 1e-5)
+    close(layer.experts.w1.grad, whole["experts.w1"].grad, 1e-5 if dtype == "float32" else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [(), (2048,)])
+def test_the_inference_path_routes_under_autocast_as_the_layer_does(dtype, sizes):
+    layer = ep.EPMoE(config(dtype=dtype), seed=0).eval()
+    torch.manual_seed(0)
+    for x in (torch.randn(2000, 16), torch.randn(2000, 16).bfloat16()):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            y, fast = layer(x), ep.for_inference(layer, 2048, sizes)(x)
+        assert y.dtype == fast.dtype == torch.bfloat16
+        apart = (y.float() - fast.float()).norm(dim=1) / y.float().norm(dim=1)
+        assert apart.max() < 0.1, f"{(apart > 0.1).sum()} tokens went elsewhere"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="floating-point"):
+        ep.for_inference(layer, 8)(torch.ones(2, 16, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("experts", EXPERTS)

@@ -47,11 +47,21 @@ def test_meter_counts_by_the_number_in_the_whole_job():
 
 @pytest.mark.parametrize("changes, words", [
     ({"top_k": 9}, "top_k is 9"), ({"num_experts": 0}, "num_experts is 0"), ({"dtype": "int8"}, "dtype"),
-    ({"hidden_dim": -1}, "hidden_dim is -1"),
+    ({"hidden_dim": -1}, "hidden_dim is -1"), ({"num_experts": 4.0}, "num_experts is 4.0, and must be a whole number"),
+    ({"num_experts": "4"}, "num_experts is '4'"), ({"hidden_dim": None}, "hidden_dim is None"),
+    ({"extras": (ep.CapacityOptions(1.0), ep.RoutingOptions(), ep.CapacityOptions(2.0))}, "two CapacityOptions"),
 ])  # fmt: skip
 def test_config_refuses(changes, words):
     with pytest.raises(ValueError, match=words):
         config(**changes)
+
+
+@pytest.mark.parametrize(
+    "kind", ["router", "balance", "activation", "dispatcher", "experts", "choice", "overlap"]
+)
+def test_a_layer_names_what_there_is_where_a_name_is_unknown(kind):
+    with pytest.raises(ValueError, match=f"^{kind} is 'x'; take one of .*{min(ep.REGISTRIES[kind])}"):
+        ep.EPMoE(config(**{kind: "x"}), seed=0)
 
 
 def test_config_refuses_uneven_experts():

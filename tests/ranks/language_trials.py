@@ -162,7 +162,7 @@ def compare(
 
 def gathered_gradients(model: nn.Module, mesh: ep.Mesh) -> dict[str, Tensor]:
     """{name: gradient}, the experts' of all ranks."""
-    local = ep.owners(model)
+    local = ep.owners(model, mesh)
     return {
         name: mesh.ep.all_gather(p.grad, "check").flatten(0, 1) if id(p) in local else p.grad
         for name, p in model.named_parameters()

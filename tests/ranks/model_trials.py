@@ -259,14 +259,42 @@ def summed_once(mesh: ep.Mesh, folder: Path) -> None:
     x = tokens(3, mesh.batch.rank, mesh.batch.size, torch.float32)
     layer(x).sum().backward()
     ep.sync_gradients(layer, mesh)
-    with refused(RuntimeError, "summed over the ranks already", "zero_grad()"):
+    with refused(RuntimeError, "summed over the ranks already", "zero_grad(set_to_none=True)"):
         ep.sync_gradients(layer, mesh)
     layer(x).sum().backward()  # on top of the sum: it would be summed again
-    with refused(RuntimeError, "summed over the ranks already", "zero_grad()"):
+    with refused(RuntimeError, "summed over the ranks already", "zero_grad(set_to_none=True)"):
         ep.sync_gradients(layer, mesh)
     layer.zero_grad()
     layer(x).sum().backward()
     ep.sync_gradients(layer, mesh)
+
+
+@trial(2, 4)
+def another_mesh(mesh: ep.Mesh, folder: Path) -> None:
+    """A layer that made its own mesh is refused together with another one, and taken with an equal one."""
+    layer, halves, equal = ep.EPMoE(config(), seed=1), ep.init_ep(mesh.batch.size // 2), ep.init_ep()
+    layer(tokens(5, mesh.batch.rank, mesh.batch.size, torch.float32)).sum().backward()
+    state = layer.state_dict()
+    for call in (
+        lambda: ep.sync_gradients(layer, halves),
+        lambda: ep.clip_grad_norm_(layer, 1.0, halves),
+        lambda: ep.full_state_dict(layer, halves),
+        lambda: ep.load_full_state_dict(layer, state, halves),
+    ):
+        with refused(ValueError, "a layer's mesh", "EPMoE(config, mesh, seed=...)"):
+            call()
+    ep.sync_gradients(layer, equal)
+    ep.clip_grad_norm_(layer, 1.0, equal)
+    ep.load_full_state_dict(layer, ep.full_state_dict(layer, equal), equal)
+
+
+@trial(4)
+def time_limits(mesh: ep.Mesh, folder: Path) -> None:
+    """The groups of a mesh have the limit that it was made with, and not the library's 30 minutes."""
+    halves = ep.init_ep(2, timeout_s=8)
+    for comm in (halves.ep, halves.replicas):
+        limit = comm.group._get_backend(torch.device("cpu")).options._timeout
+        assert limit.total_seconds() == 8, limit
 
 
 @trial(2, 4)
@@ -282,6 +310,11 @@ def wide_sums(mesh: ep.Mesh, folder: Path) -> None:
     third = torch.tensor([1 / 3], dtype=torch.float64)
     ep.sync_gradients(nn.Module(), mesh, third, mine)
     assert abs(third.item() - mesh.batch.size / 3) < 1e-15, "float64 beside bfloat16"
+    count, several = torch.tensor(20_000_001), torch.tensor([[True, False]])
+    third = torch.tensor(1 / 3)
+    ep.sync_gradients(nn.Module(), mesh, count, third, several)
+    assert count.item() == 20_000_001 * mesh.batch.size, "a count in float32"
+    assert abs(third.item() - mesh.batch.size / 3) < 1e-6 and several.tolist() == [[True, False]]
 
 
 def every_kind(mesh: ep.Mesh) -> Iterator[tuple[str, ep.EPMoE, torch.Tensor]]:
@@ -487,6 +520,9 @@ def mean_shares(mesh: ep.Mesh, folder: Path) -> None:
     everyones = torch.cat([torch.arange(5 * r, dtype=torch.float64) for r in range(mesh.batch.size)])
     close(total, everyones.square().mean(), what="the mean")
     close(x.grad, 2 * x.detach() / len(everyones), what="its gradient") if rank else None
+    values, mask = torch.ones(4, requires_grad=True), torch.full((4,), rank > 0)
+    ep.share_of_mean(values[mask].mean(), int(mask.sum()), mesh).backward()
+    assert values.grad.isfinite().all(), "a mean under an empty mask"
     layer = ep.EPMoE(config(dtype="float64"), mesh, seed=1)
     y = layer(torch.ones(3 * rank, 16, dtype=torch.float64))
     (ep.share_of_mean(y.mean(), len(y), mesh) + ep.aux_loss(layer)).backward()

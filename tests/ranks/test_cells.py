@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,6 +18,7 @@ from support import ROOT, processes, torchrun, wait_until
 
 from tools.launch import LaunchError
 from tools.ranks import cells
+from tools.ranks.agent import ForkedRank
 from tools.ranks.cells import ByRank, RanksError
 
 AGENT = str(ROOT / "tools" / "ranks" / "agent.py")  # of this checkout: others may run beside it
@@ -145,6 +148,19 @@ def test_cells_share_an_import_until_something_changes(shell, monkeypatch):
     assert second[1] == "thing" and second[0] != first[0] and not psutil.pid_exists(first[0])
     psutil.Process(second[0]).kill()
     wait_until(lambda: not ranks_left() and cell()[0] != second[0])
+
+
+def test_no_rank_goes_on_before_all_are_forked(tmp_path):
+    """A rank that joins has the forking process look up a name; a fork in that moment would wait for its lock."""
+    script, ranks = tmp_path / "script.py", []
+    script.write_text("import pathlib, sys\npathlib.Path(sys.argv[1]).touch()\n")
+    for rank in range(3):
+        time.sleep(0.5)
+        assert list(tmp_path.iterdir()) == [script]
+        places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"}
+        command = (sys.executable, "-u", str(script), str(tmp_path / f"rank{rank}"))
+        ranks.append(ForkedRank(SimpleNamespace(_stdout=None, _stderr=None), command, places))
+    assert [rank.wait(30) for rank in ranks] == [0, 0, 0] and len(list(tmp_path.iterdir())) == 4
 
 
 MEETING = """

@@ -58,15 +58,25 @@ def prctl(option: int, value: Any) -> None:
 class ForkedRank(FORK.Process):
     """What torchrun has in the place of a subprocess.Popen: a process, in a group of its own, that runs a script as if
     it had been started anew. Its name, in `ps -o comm`, is `rank N`.
+
+    None goes on before all are forked: who meets the others has torch's store, in a thread of this process, look up a
+    name, and a process that is forked meanwhile would wait for the lock of that for ever.
     """
+
+    gate: tuple[int, int] = (-1, -1)  # a pipe, closed once all are there
 
     def __init__(self, handler: Any, command: tuple[str, ...], environment: dict[str, str]) -> None:
         super().__init__()
         self.handler, self.command, self.environment = handler, command[2:], environment  # after python -u
-        self.rank = int(environment["RANK"])
+        self.rank, local = int(environment["RANK"]), int(environment["LOCAL_RANK"])
+        if local == 0:
+            ForkedRank.gate = os.pipe()
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # until torchrun's handlers are gone
         self.start()
         os.setpgid(self.pid, self.pid)  # torchrun ends ranks by their groups
+        if local + 1 == int(environment["LOCAL_WORLD_SIZE"]):
+            for end in self.gate:
+                os.close(end)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
 
     def run(self) -> None:
@@ -84,6 +94,9 @@ class ForkedRank(FORK.Process):
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # where torchrun is killed, nobody else would end it
         if os.getppid() != multiprocessing.parent_process().pid:
             return
+        os.close(self.gate[1])
+        os.read(self.gate[0], 1)
+        os.close(self.gate[0])
         try:
             run_script(*self.command)
         finally:
