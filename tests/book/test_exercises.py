@@ -72,7 +72,7 @@ NO_TOKENS = """topk_weights):
             return Arrived(x, topk_ids, topk_weights, AllGatherHandle(none, 0))
 """
 NARROW = """    def begin_combine(self, y, handle):
-        rows, lines = gather_padded(y, handle.metadata, self.comm, "combine")
+        lines, rows = gather_padded(handle.metadata, self.comm, "combine", y)
         mine = (lines[:, SOURCE_RANK] == self.comm.rank) & (lines[:, IS_PADDING] == 0)
         return y.new_zeros(handle.num_tokens, y.shape[1]).index_add(0, lines[mine, SOURCE_TOKEN], rows[mine])
 
@@ -165,7 +165,7 @@ DISPATCHERS = {  # {the fault: (what stands in the solution, what stands there n
         "tokens without gradient: predict_bytes says",
         "bytes for dispatch backward from rank 0 to rank 1, and the meter counted",
     ),
-    "a purpose of its own": ('self.comm, "metadata")', 'self.comm, "ids")', "bytes went out as 'ids'"),
+    "a purpose of its own": ('self.comm, "metadata", t', 'self.comm, "ids", t', "bytes went out as 'ids'"),
     "narrow sums": (
         "    def predict_bytes",
         NARROW + "    def predict_bytes",
