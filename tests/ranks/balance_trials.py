@@ -163,7 +163,7 @@ def make_config(
         )  # fmt: skip
         extras = [options]
         if getattr(ep.REGISTRIES["dispatcher"].get(more.get("dispatcher")), "needs_capacity", False):
-            more["max_num_tokens"] = 16
+            more["max_num_tokens"] = 128
             extras.append(ep.CapacityOptions(float(sizes["num_experts"])))  # room for everything
         return ep.MoEConfig(**sizes, router=router, balance=balance, extras=tuple(extras), **more)
     except ValueError:
