@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "3d0604b06030802bde0ce579ea782a72d4690a72ab69ec02ffd7387d16723994"
+SOURCES_SHA256 = "5a3cf2f4b4973c8ba79a4e27a93ce09c9c2ff4b9fd1b33dd9fe71fece61b2681"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -3035,9 +3035,7 @@ class FusedExperts(Experts):
         """See Experts. A second backward is refused: the first one writes over what was kept."""
         w1, b1, w2, b2, w3, b3 = self.in_dtype(arrived.x.dtype)
         order = order_rows(arrived.topk_ids, self.num_local, arrived.max_pairs)
-        dtype = DTYPES[
-            self.config.dtype
-        ]  # for which this kind was taken; wider tokens need products that take any
+        dtype = DTYPES[self.config.dtype]  # this kind was taken for; wider tokens need products that take any
         kind = self.products if torch.promote_types(arrived.x.dtype, dtype) == dtype else BlockProducts
         products = kind(order.counts, len(order.choice_of_row), arrived.counts_on_host)
         y = ExpertsOnTokens.apply(
@@ -8200,7 +8198,7 @@ def load_full_state_dict(
     optimizer.load_state_dict(known)
     for name, kept in moments.items():
         for key, value in optimizer.state.get(named[name], {}).items():
-            if isinstance(value, Tensor) and value.numel() == 1:  # a number keeps its own dtype
+            if isinstance(value, Tensor) and value.dim() == 0:  # a number keeps its own dtype
                 optimizer.state[named[name]][key] = kept[key].to(value.device, copy=True)
 
 
@@ -8946,8 +8944,9 @@ def describe_frames(exception: BaseException, path: str, markers: list[tuple[int
 
     report = "".join(traceback.TracebackException.from_exception(exception).format())
     report = re.sub(r'^[ |+]*File "(.+)", line (\d+), in .+$', add_cell, report, flags=re.MULTILINE)
-    where, link = "", exception
-    while link is not None and not where:
+    where, link, seen = "", exception, set()
+    while link is not None and id(link) not in seen and not where:  # a chain may be a circle
+        seen.add(id(link))
         for frame, line in traceback.walk_tb(link.__traceback__):
             cell = place(frame.f_code.co_filename, line)
             where = f" ({cell}, in {frame.f_code.co_qualname})" if cell else where

@@ -50,8 +50,9 @@ def describe_frames(exception: BaseException, path: str, markers: list[tuple[int
 
     report = "".join(traceback.TracebackException.from_exception(exception).format())
     report = re.sub(r'^[ |+]*File "(.+)", line (\d+), in .+$', add_cell, report, flags=re.MULTILINE)
-    where, link = "", exception
-    while link is not None and not where:
+    where, link, seen = "", exception, set()
+    while link is not None and id(link) not in seen and not where:  # a chain may be a circle
+        seen.add(id(link))
         for frame, line in traceback.walk_tb(link.__traceback__):
             cell = place(frame.f_code.co_filename, line)
             where = f" ({cell}, in {frame.f_code.co_qualname})" if cell else where
