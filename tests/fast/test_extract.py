@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tools import extract
-from tools.stitch import program, rules
+from tools.stitch import program, rules, trace
 
 REPO = Path(__file__).resolve().parents[2]
 PYTHON = {"language_info": {"name": "python"}}
@@ -772,3 +772,9 @@ def test_check_kernel_definitions(book, run):
         assert str(error.value) == what
     with pytest.raises(RuntimeError, match="another `area`, `ring` than"):
         check(executed("def ring(): ...\ndef area(): ..."), book)
+
+
+def test_a_circle_of_causes_ends():
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert trace.describe_frames(first, "launcher.py", [])[1].startswith("ValueError: first")

@@ -91,6 +91,37 @@ def test_a_program_may_end_right_behind_an_exchange(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+LOADS_NUMBERS = """
+import torch
+from ep_launcher import *
+mesh = init_ep()
+layer = EPMoE(MoEConfig(num_experts=2, top_k=1, hidden_dim=8, ffn_dim=1, dtype="float64"), mesh, seed=1)
+optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+x = torch.arange(32, dtype=torch.float64).sin().view(4, 8)
+def step():
+    share_of_mean(layer(x).square().mean(), len(x), mesh).backward()
+    sync_gradients(layer, mesh)
+    optimizer.step()
+    optimizer.zero_grad()
+    after_step(layer)
+step()
+state = full_state_dict(layer, mesh, optimizer)
+step()
+right = full_state_dict(layer, mesh)
+load_full_state_dict(layer, state, mesh, optimizer)
+step()
+again = full_state_dict(layer, mesh)
+assert all(right[name].equal(again[name]) for name in right)
+"""
+
+
+def test_moments_of_one_number_are_cut_by_expert(tmp_path):
+    script = tmp_path / "loads.py"
+    script.write_text(LOADS_NUMBERS)
+    done = torchrun(2, str(script), PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 IMPORT_ALONE = """
 import sys
 class Refuse:
