@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "5a3cf2f4b4973c8ba79a4e27a93ce09c9c2ff4b9fd1b33dd9fe71fece61b2681"
+SOURCES_SHA256 = "9514931dec450d4e4d93e47a7ac2ba05148955f113be8dc2539537a9d7bd6445"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2572,9 +2572,9 @@ def order_rows(topk_ids: Tensor, num_experts: int, max_pairs: int | None = None)
     """topk_ids int64 [T, K], -1 where a choice is not sent -> RowOrder, stable: ties by (token, k). No host sync.
 
     max_pairs: so many choices are sent at most, and R; by default R is T * K. On a GPU four launches, and 4 * (E + 1)
-    bytes for every 64 choices.
+    bytes for every 128 choices.
     """
-    num_choices, chunk, width = topk_ids.numel(), 64, 16
+    num_choices, chunk, width = topk_ids.numel(), 128, 4
     num_rows = num_choices if max_pairs is None else min(max_pairs, num_choices)
     if not uses_kernels(topk_ids) or not num_choices:
         expert = topk_ids.reshape(-1) % (num_experts + 1)  # -1, a choice not sent, becomes the last
@@ -2590,12 +2590,11 @@ def order_rows(topk_ids: Tensor, num_experts: int, max_pairs: int | None = None)
     counts, choice_of_row = topk_ids.new_empty(num_experts + 1), topk_ids.new_empty(num_rows)
     row_of_choice = torch.empty_like(topk_ids)
     sizes = num_choices, num_experts
-    rank_kernel[(num_chunks,)](topk_ids, row_of_choice, table, *sizes, chunk, num_warps=4)
-    scan_kernel[(-(-(num_experts + 1) // width),)](
-        table, counts, num_chunks, num_experts, 512, width, num_warps=8
-    )
+    rank_kernel[(num_chunks,)](topk_ids, row_of_choice, table, *sizes, chunk, num_warps=2)
+    num_columns = -(-(num_experts + 1) // width)
+    scan_kernel[(num_columns,)](table, counts, num_chunks, num_experts, 512, width, num_warps=4)
     place_kernel[(num_chunks,)](
-        topk_ids, table, counts, row_of_choice, choice_of_row, num_choices, num_rows, num_experts, chunk, 64,
+        topk_ids, table, counts, row_of_choice, choice_of_row, num_choices, num_rows, num_experts, chunk, 32,
         num_warps=4,
     )  # fmt: skip
     return RowOrder(row_of_choice, choice_of_row, counts[:num_experts])
