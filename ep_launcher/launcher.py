@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "9514931dec450d4e4d93e47a7ac2ba05148955f113be8dc2539537a9d7bd6445"
+SOURCES_SHA256 = "50e85d2513e30425e1891e828c1d5187aed2efe5a33e55fd4d647013fb14ec8f"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2232,6 +2232,9 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
 
 
 # %% notebooks/05_launch.ipynb #main
+import gc
+
+
 def main(argv: list[str] | None = None) -> int:
     """The program that torchrun starts on every rank -> exit code. A bad setting is one line on the screen."""
     die_with_parent()
@@ -2254,6 +2257,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(code)  # a failed group's threads may hold up a normal exit
     if dist.is_initialized():
+        gc.collect()  # NCCL waits for every graph that holds its collectives: that of a recorded step (chapter 06)
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()

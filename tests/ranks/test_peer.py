@@ -211,3 +211,38 @@ def test_a_stopped_rank_of_a_recorded_run_is_named(tmp_path):
     assert re.search(
         r"error: rank 1 stands still, last heard of at step [0-5]: stopped, or .*; replay 1 of the", line
     ), line
+
+
+LEAVES = """
+import weakref
+import torch.distributed as dist
+from ep_launcher.launcher import REGISTRIES, register
+
+made, destroy = [], dist.destroy_process_group
+
+@register("step", "recorded")
+class Recorded(REGISTRIES["step"]["graph"]):
+    preference = classmethod(lambda *_: 1)
+
+    def __init__(self, *given):
+        self.eager, self.at_end = REGISTRIES["step"]["eager"](*given), []
+        made.append(weakref.ref(self))
+
+    def __call__(self):
+        return self.eager()
+
+def destroy_process_group():
+    print("a recorded step is left:", made[0]() is not None)
+    destroy()
+
+dist.destroy_process_group = destroy_process_group
+"""
+
+
+def test_a_recorded_step_goes_before_its_group(tmp_path):
+    """NCCL waits for graphs that hold its collectives, for ever. Here without a GPU, nor a graph in the step."""
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    flags = f"--plugin {tmp_path / 'leaves.py'} --step recorded --steps 3 --device cpu --log-dir {tmp_path / 'run'}"
+    done = torchrun(2, "ep_launcher/launcher.py", *flags.split())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("a recorded step is left: False") == 2, done.stdout
