@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "50e85d2513e30425e1891e828c1d5187aed2efe5a33e55fd4d647013fb14ec8f"
+SOURCES_SHA256 = "c20145d0e8ea94f94a5f9b4f08a3777c2b3cb3331669a2e9b52f49b485013edd"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -7540,7 +7540,7 @@ class QuackExperts(GroupedExperts):
 
     @staticmethod
     def preference(config: MoEConfig, device: torch.device, ep_size: int) -> float:
-        """Before fused, where the package is installed: faster at two sizes (results/h100_hot_parts*.json)."""
+        """Before fused, where the package is installed: faster at all three sizes (results/h100_parts.json)."""
         is_possible = TiledExperts.preference(config, device, ep_size) and importlib.util.find_spec("quack")
         return 60 if is_possible else 0
 

@@ -240,11 +240,11 @@ def covered_ms(spans: list[tuple[float, float]]) -> tuple[float, list[tuple[floa
 def exchange_of(run: Callable[[], object], kernels: Sequence[str], passes: int = 3) -> dict[str, float]:
     """Per pass, in ms, by torch.profiler: exchange_ms, in which a kernel of the exchange runs (its name holds a word of
     `kernels`); exposed_ms, of that, in which no other kernel does; idle_ms, in which none does."""
-    run()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for _ in range(passes):
-            run()
-        torch.cuda.synchronize()
+    for _ in range(2):  # the profiler's first start takes a while, and not on every rank as long
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            for _ in range(passes):
+                run()
+            torch.cuda.synchronize()
     events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     spans = [
         (e.name, e.time_range.start, e.time_range.end)

@@ -162,7 +162,7 @@ def test_products_that_do_more(sizes):
 
 
 def test_what_auto_prefers_on_a_hopper(monkeypatch):
-    """By results/h100_parts.json and h100_hot_parts*.json: fused before grouped, and quack where it is installed."""
+    """By results/h100_parts.json: fused before grouped, and quack where it is installed."""
     monkeypatch.setattr(ep, "is_hopper", lambda device: True)
     monkeypatch.setattr(ep, "triton", ep.triton or object())
     installed = {"quack": None}
