@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "50e85d2513e30425e1891e828c1d5187aed2efe5a33e55fd4d647013fb14ec8f"
+SOURCES_SHA256 = "f83c93a38472763923e7a4bc97fc189d39b2c9c32bb293b9ad7c64549dfbe53a"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1685,32 +1685,33 @@ class LoadHistory:
 
 
 # %% notebooks/04_training.ipynb #step-bytes
-def bytes_of_layer(layer: EPMoE, topk_ids: Tensor, x_needs_grad: bool = True) -> dict[str, Tensor]:
-    """This rank's topk_ids [T, K] -> the dispatcher's prediction from every rank's, {pass: bytes [W, W]}, summed over
-    the parts into which the layer cuts its tokens (chapter 12; mostly one). Collective."""
-    comm, own_length = layer.mesh.ep, torch.tensor([len(topk_ids)], device=topk_ids.device)
-    lengths = comm.all_gather(own_length, "metadata").flatten().tolist()
-    padded = F.pad(topk_ids, (0, 0, 0, max(lengths) - len(topk_ids)))
-    gathered = zip(comm.all_gather(padded, "metadata").cpu(), lengths, strict=True)
-    cut = [block[:length].tensor_split(layer.overlap.num_parts) for block, length in gathered]
-    rest = layer.config.hidden_dim, DTYPES[layer.config.dtype], x_needs_grad
-    parts = [layer.dispatcher.predict_bytes(list(ids), *rest) for ids in zip(*cut, strict=True)]
-    return {name: sum(part[name] for part in parts) for name in PASSES}
+def gather_uneven(comm: Communicator, *tensors: Tensor) -> list[list[Tensor]]:
+    """tensors [n, k] of this rank -> of each, every rank's, a list by rank; n may differ from rank to rank.
+
+    A message for n, and one for each tensor, padded to the longest; one host synchronisation, for n. No gradient.
+    """
+    n, device = len(tensors[0]), tensors[0].device
+    lengths = comm.all_gather(torch.tensor([n], device=device), "metadata").flatten().tolist()
+    missing = (0, 0, 0, max(lengths) - n)
+    gathered = (comm.all_gather(F.pad(t, missing), "metadata") for t in tensors)
+    return [[block[:length] for block, length in zip(blocks, lengths, strict=True)] for blocks in gathered]
 
 
-def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, int]:
-    """Bytes that the last step's forward and backward send over all ranks, by pass, from topk_ids alone.
+def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, Tensor]:
+    """{pass: bytes int64 [W, W] from rank i to rank j of mesh.ep} of the last step, from topk_ids alone.
 
-    Summed over the layers. x_needs_grad: of the first layer, whose tokens are a batch's, unless the model says
-    tokens_are_computed; what comes to the others was computed. Collective: every rank enters.
+    Summed over the layers, and over the parts into which a layer cuts its tokens (chapter 12; mostly one).
+    x_needs_grad: of the first layer, whose tokens are a batch's, unless the model says tokens_are_computed; what comes
+    to the others was computed. Collective: every rank enters.
     """
     x_needs_grad = x_needs_grad or getattr(model, "tokens_are_computed", False)
-    layers, totals = moe_layers(model), torch.zeros(len(PASSES), dtype=torch.int64)
-    for number, layer in enumerate(layers):
-        sent = bytes_of_layer(layer, layer.topk_ids, x_needs_grad or number > 0)
-        totals += torch.stack([sent[name][layer.mesh.ep.rank].sum() for name in PASSES])
-    totals = layers[0].mesh.batch.all_reduce(totals.to(layers[0].topk_ids.device))
-    return dict(zip(PASSES, totals.tolist(), strict=True))
+    parts = []
+    for number, layer in enumerate(moe_layers(model)):
+        (everyones,) = gather_uneven(layer.mesh.ep, layer.topk_ids)
+        cut = (topk_ids.cpu().tensor_split(layer.overlap.num_parts) for topk_ids in everyones)
+        rest = layer.config.hidden_dim, DTYPES[layer.config.dtype], x_needs_grad or number > 0
+        parts += [layer.dispatcher.predict_bytes(list(ids), *rest) for ids in zip(*cut, strict=True)]
+    return {name: sum(part[name] for part in parts) for name in PASSES}
 
 
 # %% notebooks/04_training.ipynb #non-finite
@@ -1808,7 +1809,11 @@ def measured_summary(record: Record) -> dict[str, Any]:
     run, batch, meter = record.run, record.run.mesh.batch, record.run.mesh.meter
     sent = meter.total(*PASSES) - record.bytes_before
     metadata = meter.total("metadata") // (record.timer.num_marks - 1)  # a step of this process
-    sent, metadata = batch.all_reduce(torch.tensor([sent, metadata], device=run.device)).tolist()
+    predicted = sum(
+        int(from_to[run.mesh.ep.rank].sum()) for from_to in predicted_bytes(record.model).values()
+    )
+    numbers = torch.tensor([predicted, sent, metadata], device=run.device)
+    predicted, sent, metadata = batch.all_reduce(numbers).tolist()
     record.history.end_interval(batch)
     run.log.show("image", run.options.steps, {"load/over_time": record.history.image()})
     tail = torch.stack(record.tail)
@@ -1818,10 +1823,7 @@ def measured_summary(record: Record) -> dict[str, Any]:
         "final_task_loss": float(tail[:, 0].mean()),
         "aux_loss": float(tail[:, 1].mean()),
         "ms_per_step": record.timer.median_ms(),
-        "bytes_sent_per_step": {
-            "predicted": sum(predicted_bytes(record.model).values()),
-            "counted": sent,
-        },
+        "bytes_sent_per_step": {"predicted": predicted, "counted": sent},
         "metadata_bytes_per_step": metadata,
         "dropped_fraction": dropped_fraction,
         "max_load_over_mean": max_load_over_mean,
@@ -3652,15 +3654,20 @@ class CapacityOptions(Options):
         elsewhere.
 
         A dropped choice has the weight 0, and so has its gradient; the kept ones' weights stay as they are. Costs
-        nothing on the wire where the scope is local and the share known; see local_capacity and gather_choices.
+        nothing on the wire where the scope is local and the share known (see local_capacity); in global scope
+        8 + m * (8 * K + itemsize * E) bytes to each other rank, m the tokens of the longest rank.
         """
         if self.capacity_factor is None:
             return routing
         overflow = REGISTRIES["overflow"][self.overflow]
         if self.capacity_scope == "global":
-            topk_ids, probs, mine = gather_choices(routing, batch)
-            capacity = expert_capacity(len(topk_ids), config, self.capacity_factor)
-            topk_ids = overflow(topk_ids, probs, capacity, self.drop_order)[mine]
+            ids, probs = gather_uneven(
+                batch, routing.topk_ids, routing.probs.detach()
+            )  # by rank: the global queue
+            lengths = [len(part) for part in ids]
+            capacity = expert_capacity(sum(lengths), config, self.capacity_factor)
+            kept = overflow(torch.cat(ids), torch.cat(probs), capacity, self.drop_order)
+            topk_ids = kept.split(lengths)[batch.rank]
         else:
             capacity = local_capacity(len(routing.topk_ids), config, batch, routing.topk_ids.device)
             if isinstance(capacity, int) and capacity >= len(routing.topk_ids):
@@ -3696,26 +3703,6 @@ def local_capacity(
         total = comm.all_reduce(torch.full((), num_tokens, device=device))
         share = (total + comm.size - 1) // comm.size
     return expert_capacity(share, config, options.capacity_factor)
-
-
-# %% notebooks/08_capacity.ipynb #gather-choices
-def gather_choices(routing: Routing, comm: Communicator) -> tuple[Tensor, Tensor, slice]:
-    """All ranks' topk_ids [N, K] and probs [N, E], by rank and token, and which rows are this rank's.
-
-    Sends 8 + m * (8 * K + itemsize * E) bytes to each other rank, m the tokens of the longest rank; one host
-    synchronisation, for m.
-    """
-    tensors = routing.topk_ids, routing.probs.detach()
-    num_tokens = len(routing.topk_ids)
-    length = torch.tensor([num_tokens], device=tensors[0].device)
-    lengths = comm.all_gather(length, "metadata").flatten().tolist()
-    padding = (0, 0, 0, max(lengths) - num_tokens)
-    gathered = (comm.all_gather(F.pad(t, padding), "metadata") for t in tensors)
-    topk_ids, probs = (
-        torch.cat([block[:n] for block, n in zip(blocks, lengths, strict=True)]) for blocks in gathered
-    )
-    start = sum(lengths[: comm.rank])
-    return topk_ids, probs, slice(start, start + num_tokens)
 
 
 # %% notebooks/08_capacity.ipynb #block-slots
