@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "f83c93a38472763923e7a4bc97fc189d39b2c9c32bb293b9ad7c64549dfbe53a"
+SOURCES_SHA256 = "4092f6bb6072db292b68d1b15a32eeca94b335f3fd5fc868cf0710fb2669cd4e"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2198,8 +2198,6 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
         log = RunLog(log_dir, options.steps, rank, StepNotes(world_size, options.steps))
     except (ValueError, OSError) as error:
         return refuse(str(error))
-    if device.type == "cpu":
-        schedule_in_batches()
     store = init_distributed(device, options.timeout_s)
     run = Run(config, options, init_ep(options.ep_size, timeout_s=options.timeout_s), device, log)
     heartbeat = Heartbeat(store, run)
@@ -2407,12 +2405,18 @@ def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | Non
     """Joins the process group that torchrun announced: NCCL for GPUs, gloo for CPUs.
 
     Returns the rendezvous store, through which ranks tell one another where they are; None at world size 1,
-    where no group is needed. CollectiveError, which names them, where ranks do not come within timeout_s.
+    where no group is needed. CollectiveError, which names them, where ranks do not come within timeout_s. On Linux,
+    threads that this one starts from then on do not push others off their cores where ranks run on CPUs.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_from_env()[1] == 1:
         return None
+    if device.type == "cpu":
+        # Gloo's event loop, where it wakes up in the place of the thread that holds a connection's lock, asks for that
+        # lock again and again until its own turn is over (Pair::handleEvents). A sandbox may forbid it.
+        with contextlib.suppress(AttributeError, OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     timeout = timedelta(seconds=timeout_s)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     if world_from_env()[3] == world_size:  # on one machine, where all ranks are restarted equally often
@@ -2463,17 +2467,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(m_trim_threshold, largest)
         libc.mallopt(m_mmap_max, 0)
-
-
-def schedule_in_batches() -> None:
-    """On Linux: no thread that this one starts from now on pushes another off its core when it wakes up.
-
-    Call it before gloo starts. Its event loop, where it wakes up in the place of the thread that holds a
-    connection's lock, asks for that lock again and again until its own turn is over (gloo, Pair::handleEvents).
-    """
-    if hasattr(os, "sched_setscheduler"):
-        with contextlib.suppress(OSError):  # a sandbox may forbid it: then it stays slow
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 # ==========================================================================================================
