@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "4092f6bb6072db292b68d1b15a32eeca94b335f3fd5fc868cf0710fb2669cd4e"
+SOURCES_SHA256 = "0cadde7a98dca646bab87de983937d8391a1d27d6e4730f886404706d8e8da80"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -998,7 +998,8 @@ class Balance(KeepsPrecision):
     """What keeps the experts' load even. This one does nothing about the load; the others inherit from it.
 
     batch: the ranks that share the batch, over which losses and loads are counted. bias: a buffer [E] or None, which
-    the router adds to the scores for the choice alone (chapter 09).
+    the router adds to the scores for the choice alone (chapter 09). load: a buffer int64 [E] or None, to which the
+    layer adds this rank's choices of every training forward, and not again where the forward is recomputed.
     """
 
     def __init__(
@@ -1007,13 +1008,11 @@ class Balance(KeepsPrecision):
         super().__init__()
         self.config, self.batch = config, batch
         self.register_buffer("bias", None)
+        self.register_buffer("load", None, persistent=False)
 
     def forward(self, routing: Routing) -> Tensor:
         """Routing -> this rank's share of a loss, 0-dim; here a zero."""
         return routing.probs.new_zeros(())
-
-    def count(self, routing: Routing) -> None:
-        """Called once for every training forward, and not again where the forward is recomputed."""
 
     def after_step(self) -> None:
         """Called on every rank after every update of the parameters."""
@@ -1082,8 +1081,9 @@ def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
                 "loss, call after_step(model) after each update, or take balance='none'"
             )
         shares[:] = [torch.stack(shares).sum()]
-    layer.balance.count(routing)
     shares.append(aux)
+    if (load := layer.balance.load) is not None:
+        load += count_choices(routing.topk_ids, len(load))
 
 
 # %% notebooks/03_experts.ipynb #in-order
@@ -3914,10 +3914,6 @@ class BiasBalance(Balance):
         """No bias, and nothing counted."""
         self.bias.zero_()
         self.load.zero_()
-
-    def count(self, routing: Routing) -> None:
-        """Adds this rank's choices, of all micro-batches of a step."""
-        self.load += count_choices(routing.topk_ids, len(self.load))
 
     def after_step(self) -> None:
         """bias_e += speed * sign(mean load - load_e), and counting starts again. In place, for CUDA graphs."""

@@ -434,7 +434,7 @@ def graph(mesh: ep.Mesh, folder: Path) -> dict | None:
     def step(balance: ep.BiasBalance) -> Tensor:
         routing = router(x, balance.bias)
         loss = balance(routing) + options.added_loss(routing, config, comm)
-        balance.count(routing)
+        balance.load += ep.count_choices(routing.topk_ids, config.num_experts)
         balance.after_step()
         return loss
 
