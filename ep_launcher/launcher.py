@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "7b1fcc3311ae53f8ca73760b88c612cb2b4fe9a80e36d7dce4935252fa7a97cc"
+SOURCES_SHA256 = "9d0a26be709f8d161aa8cdc93b197d1659ab6613d1438bc51d552ccae09c0009"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -4020,8 +4020,15 @@ class RoutingOptions(Options):
         return total / batch.all_reduce(total.new_full((), len(routing.probs))).clamp(min=1)
 
     def show(self, log: RunLog, step: int, layer: EPMoE) -> None:
-        """The log's hook: the router's entropy and, where there is one, the bias. Collective."""
-        log.show("scalar", step, {"routing/entropy": float(mean_entropy(layer.probs, layer.mesh.batch))})
+        """The log's hook: the entropy of the router's probabilities and, where there is one, the bias.
+
+        The entropy is a mean over all ranks' tokens, over log E: 0 where one expert has it all, or without tokens, 1
+        where all are alike. One all-reduce of two numbers.
+        """
+        probs, largest = layer.probs, max(math.log(layer.probs.shape[1]), 1e-9)
+        sums = torch.stack([torch.special.entr(probs).sum() / largest, probs.new_tensor(len(probs))])
+        entropy, num_tokens = layer.mesh.batch.all_reduce(sums).tolist()
+        log.show("scalar", step, {"routing/entropy": entropy / max(1, num_tokens)})
         if layer.balance.bias is not None:
             log.show("histogram", step, {"routing/bias": layer.balance.bias})
 
@@ -4053,17 +4060,6 @@ def sequence_loss_sum(routing: Routing, top_k: int, length: int) -> Tensor:
     empty = probs.new_zeros(-(-num_tokens // length), num_experts)
     counts, masses = empty.index_add(0, sequence, chosen), empty.index_add(0, sequence, probs)
     return num_experts * (counts / counts.sum(1, keepdim=True) * masses).sum()
-
-
-# %% notebooks/09_balance.ipynb #show-routing
-def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
-    """How undecided the router is: the mean over all ranks' tokens of the entropy of probs [T, E], over log E.
-
-    0-dim, between 0 (one expert has it all) and 1 (all alike); 0 without tokens. One all-reduce of two numbers.
-    """
-    entropy = torch.special.entr(probs).sum() / max(math.log(probs.shape[1]), 1e-9)
-    total, num_tokens = comm.all_reduce(torch.stack([entropy, entropy.new_tensor(len(probs))]))
-    return total / num_tokens.clamp(min=1)
 
 
 # ==========================================================================================================
