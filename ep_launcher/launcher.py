@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "9d0a26be709f8d161aa8cdc93b197d1659ab6613d1438bc51d552ccae09c0009"
+SOURCES_SHA256 = "20b06b15eb1251bf3ef63be6351e8a5fb9b2e8718437e1ac5827cd520b52f4bd"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2850,23 +2850,19 @@ class BlockProducts:
 
     def __init__(self, counts: Tensor, num_rows: int, counts_on_host: list[int] | None = None) -> None:
         self.splits = counts.tolist() if counts_on_host is None else counts_on_host
-        self.behind = num_rows - sum(self.splits)  # rows behind the last one sent
+        self.sizes = [*self.splits, num_rows - sum(self.splits)]  # at the end: rows behind the last one sent
 
     rows = staticmethod(
         copy_to_rows
     )  # x [T, D], order -> the sorted rows [R, D], as the products below take them
 
-    def blocks(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """rows [R, n] -> each expert's block."""
-        return rows.split_with_sizes([*self.splits, self.behind])[:-1]
-
     def times(self, rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
         """rows [R, i], weights [L, i, o], bias [L, o] -> [R, o]. 2 * R * i * o operations."""
         out = rows.new_empty(rows.shape[0], weights.shape[2])
         biases = [None] * len(self.splits) if bias is None else bias.unbind()
-        for block, w, b, into in zip(
-            self.blocks(rows), weights.unbind(), biases, self.blocks(out), strict=True
-        ):
+        *blocks, _ = rows.split(self.sizes)
+        *results, _ = out.split(self.sizes)
+        for block, w, b, into in zip(blocks, weights.unbind(), biases, results, strict=True):
             torch.mm(block, w, out=into) if b is None else torch.addmm(b, block, w, out=into)
         return out
 
@@ -2897,7 +2893,9 @@ class BlockProducts:
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
         out = rows.new_empty(len(self.splits), rows.shape[1], grad.shape[1])
-        for block, g, into in zip(self.blocks(rows), self.blocks(grad), out.unbind(), strict=True):
+        *blocks, _ = rows.split(self.sizes)
+        *grads, _ = grad.split(self.sizes)
+        for block, g, into in zip(blocks, grads, out.unbind(), strict=True):
             torch.mm(block.t(), g, out=into)
         return out
 
