@@ -10,6 +10,7 @@ too. Losses
 and loads do not depend on the load of the machine; no times are taken.
 """
 
+import math
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -132,7 +133,7 @@ def train(method: dict[str, Any], seed: int, steps: int, lr: float) -> dict[str,
         "max_over_mean": max_over_mean(loads[-newest:]),
         "max_over_mean_tail": max_over_mean(loads[-tail:]),
         "dropped_fraction": float(over),
-        "entropy": float(ep.mean_entropy(model.probs, mesh.batch)),
+        "entropy": float(torch.special.entr(model.probs).sum(1).mean()) / math.log(config.num_experts),
         "z_loss": float(z_loss),
         "task_loss_with_capacity": loss_with_capacity(model, stream),
     }

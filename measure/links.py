@@ -32,7 +32,6 @@ MARK, ALONE = "links: ", ", rows alone"
 
 def work(rounds: int) -> None:
     """One rank of four: prints the result, by rank 0, as a line that begins with MARK."""
-    ep.schedule_in_batches()
     mesh, d, num_experts = init(), SHAPE["hidden_dim"], SHAPE["num_experts"]
     comm, found = mesh.ep, {}
     others = [r for r in range(4) if r // 2 != comm.rank // 2]

@@ -140,7 +140,7 @@ class Recorder:
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = False
         else:
-            ep.schedule_in_batches()
+            self.schedule("")
         if needs_group or ep.world_from_env()[1] > 1:
             self.join_group()
         self.before = getattr(args, "before", None)

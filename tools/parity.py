@@ -193,13 +193,16 @@ def dense_reference(layer: ep.EPMoE, x: Tensor, parameters: dict[str, Tensor]) -
 
 
 def watch_bytes(model: Stack, mesh: ep.Mesh) -> Callable[[], tuple[list[int], bool]]:
-    """Notes every layer's choices as it runs -> a function that says ([predicted, counted] bytes of this rank, whether
-    they agree in every pass and to every destination). Collective."""
-    runs: list[tuple[ep.EPMoE, Tensor, bool]] = []
+    """Predicts every layer's bytes when it has run -> a function that says ([predicted, counted] bytes of this rank,
+    whether they agree in every pass and to every destination). Collective."""
+    predictions: list[Tensor] = []  # [pass, destination], of every forward
+
+    def predict(layer: ep.EPMoE, args: tuple, y: Tensor) -> None:
+        tables = ep.predicted_bytes(layer, args[0].requires_grad)
+        predictions.append(torch.stack([tables[name][mesh.ep.rank] for name in ep.PASSES]))
+
     for layer in model.layers:
-        layer.register_forward_hook(
-            lambda layer, args, y: runs.append((layer, layer.topk_ids, args[0].requires_grad))
-        )
+        layer.register_forward_hook(predict)
 
     def count() -> Tensor:  # [pass, destination]
         mesh.meter.total()  # brings what kernels have counted
@@ -209,10 +212,7 @@ def watch_bytes(model: Stack, mesh: ep.Mesh) -> Callable[[], tuple[list[int], bo
     before = count()
 
     def compare() -> tuple[list[int], bool]:
-        counted, predicted = count() - before, torch.zeros_like(before)
-        for run in runs:
-            tables = ep.bytes_of_layer(*run)
-            predicted += torch.stack([tables[name][mesh.ep.rank] for name in ep.PASSES])
+        counted, predicted = count() - before, sum(predictions)
         return [int(predicted.sum()), int(counted.sum())], torch.equal(predicted, counted)
 
     return compare

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_bias_moves_by_its_speed_against_the_load():
     for ids in ([[0, 1], [0, 2]], [[0, 1], [0, 2]]):  # two micro-batches: 4, 2, 2, 0 choices, mean 2
         routing = ep.Routing(torch.tensor(ids), torch.ones(2, 2), torch.full((2, 4), 0.25))
         assert balance(routing).item() == 0
-        balance.count(routing)
+        balance.load += ep.count_choices(routing.topk_ids, 4)
     balance.after_step()
     assert balance.bias.tolist() == [-0.25, 0, 0, 0.25] and balance.load.tolist() == [0] * 4
     balance.after_step()  # a step without tokens
@@ -155,8 +156,7 @@ def test_counts_go_on_beyond_what_float32_can_count():
     balance = layer_of(balance="bias", router="sigmoid").balance
     assert balance.load.dtype == torch.int64
     balance.load[0] = 2**24
-    routing = ep.Routing(torch.tensor([[0, 1]]), torch.ones(1, 2), torch.ones(1, 8))
-    balance.count(routing)
+    balance.load += ep.count_choices(torch.tensor([[0, 1]]), 8)
     assert balance.load.tolist() == [2**24 + 1, 1] + [0] * 6
     balance.load[:] = 2**24
     balance.load[0] += 1  # the mean is just above 2^24: a difference of one choice moves the bias
@@ -211,7 +211,7 @@ def test_no_host_synchronisation():
     loss = balance(routing) + meta.option(ep.RoutingOptions).added_loss(routing, meta, balance.batch)
     loss.backward()
     bias = balance.bias
-    balance.count(routing)
+    balance.load += ep.count_choices(routing.topk_ids, meta.num_experts)
     balance.after_step()
     assert balance.bias is bias and balance.load.device.type == "meta"  # in place
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -231,15 +231,23 @@ def test_no_nan_without_tokens_or_with_one_expert(tokens, experts, router, balan
     assert aux.isfinite() and (tokens > 0 or aux == 0)
     assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
     assert all(value.isfinite().all() for value in layer.state_dict().values())
-    assert ep.mean_entropy(layer.probs, layer.mesh.batch).isfinite()
+    assert math.isfinite(shown_entropy(layer))
+
+
+def shown_entropy(layer) -> float:
+    """What the log gets."""
+    shown = {}
+    log = SimpleNamespace(show=lambda kind, step, values: shown.update(values))
+    ep.RoutingOptions().show(log, 0, layer)
+    return shown["routing/entropy"]
 
 
 def test_entropy_is_one_for_no_opinion_and_zero_for_certainty():
-    comm = ep.Communicator.alone()
-    assert ep.mean_entropy(torch.full((5, 8), 1 / 8), comm).item() == pytest.approx(1)
-    assert ep.mean_entropy(torch.eye(8), comm).item() == 0
     half = torch.tensor([[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]])
-    assert ep.mean_entropy(half, comm).item() == pytest.approx(0.25)
+    layer = layer_of()
+    for probs, wanted in ((torch.full((5, 8), 1 / 8), 1), (torch.eye(8), 0), (half, 0.25), (half[:0], 0)):
+        layer.probs = probs
+        assert shown_entropy(layer) == pytest.approx(wanted)
 
 
 def test_all_choices_are_documented_flags_and_bad_ones_one_line():

@@ -139,7 +139,9 @@ def run_case(case: dict, config: ep.MoEConfig, mesh: ep.Mesh, device: torch.devi
         "aux": relative_error(aux_total, aux_ref),
         "x.grad": relative_error(x.grad, x_ref.grad[mine]),
     } | parameter_errors(layer, {name: p.grad for name, p in parameters.items()}, own)
-    predicted = list(ep.predicted_bytes(layer, x_needs_grad=True).values())
+    tables = ep.predicted_bytes(layer, x_needs_grad=True)
+    predicted = [int(table[ep_group.rank].sum()) for table in tables.values()]
+    predicted = comm.all_reduce(torch.tensor(predicted, device=device)).tolist()
     errors["bytes"] = float(sum(abs(p - c) for p, c in zip(predicted, counted, strict=True)))
     is_free = config.option(ep.RoutingOptions).num_groups == 1  # groups may keep every token at home
     if ep_group.size > 1 and total and is_free and not sum(counted):
@@ -432,7 +434,7 @@ def graph(mesh: ep.Mesh, folder: Path) -> dict | None:
     def step(balance: ep.BiasBalance) -> Tensor:
         routing = router(x, balance.bias)
         loss = balance(routing) + options.added_loss(routing, config, comm)
-        balance.count(routing)
+        balance.load += ep.count_choices(routing.topk_ids, config.num_experts)
         balance.after_step()
         return loss
 

@@ -65,8 +65,6 @@ class CpuPickler(pickle.Pickler):
 
 def start_group(device: torch.device, limit_s: float) -> dist.Store | None:
     """Joins the other ranks -> a store of all of them; None at world size 1."""
-    if device.type == "cpu":
-        launcher.schedule_in_batches()
     store = launcher.init_distributed(device, limit_s / 2)
     # A rank is through when its own connections stand. One that then dies at once, as a cell may want, would break
     # what its peers still do: nobody starts the cell before everybody is through.
