@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "c20145d0e8ea94f94a5f9b4f08a3777c2b3cb3331669a2e9b52f49b485013edd"
+SOURCES_SHA256 = "baaa1c340ecf71222f7543aded0127cbae2e41db4c0e2239a891776421bf61d2"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -998,7 +998,8 @@ class Balance(KeepsPrecision):
     """What keeps the experts' load even. This one does nothing about the load; the others inherit from it.
 
     batch: the ranks that share the batch, over which losses and loads are counted. bias: a buffer [E] or None, which
-    the router adds to the scores for the choice alone (chapter 09).
+    the router adds to the scores for the choice alone (chapter 09). load: a buffer int64 [E] or None, to which the
+    layer adds this rank's choices of every training forward, and not again where the forward is recomputed.
     """
 
     def __init__(
@@ -1007,13 +1008,11 @@ class Balance(KeepsPrecision):
         super().__init__()
         self.config, self.batch = config, batch
         self.register_buffer("bias", None)
+        self.register_buffer("load", None, persistent=False)
 
     def forward(self, routing: Routing) -> Tensor:
         """Routing -> this rank's share of a loss, 0-dim; here a zero."""
         return routing.probs.new_zeros(())
-
-    def count(self, routing: Routing) -> None:
-        """Called once for every training forward, and not again where the forward is recomputed."""
 
     def after_step(self) -> None:
         """Called on every rank after every update of the parameters."""
@@ -1082,8 +1081,9 @@ def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
                 "loss, call after_step(model) after each update, or take balance='none'"
             )
         shares[:] = [torch.stack(shares).sum()]
-    layer.balance.count(routing)
     shares.append(aux)
+    if (load := layer.balance.load) is not None:
+        load += count_choices(routing.topk_ids, len(load))
 
 
 # %% notebooks/03_experts.ipynb #in-order
@@ -1685,32 +1685,33 @@ class LoadHistory:
 
 
 # %% notebooks/04_training.ipynb #step-bytes
-def bytes_of_layer(layer: EPMoE, topk_ids: Tensor, x_needs_grad: bool = True) -> dict[str, Tensor]:
-    """This rank's topk_ids [T, K] -> the dispatcher's prediction from every rank's, {pass: bytes [W, W]}, summed over
-    the parts into which the layer cuts its tokens (chapter 12; mostly one). Collective."""
-    comm, own_length = layer.mesh.ep, torch.tensor([len(topk_ids)], device=topk_ids.device)
-    lengths = comm.all_gather(own_length, "metadata").flatten().tolist()
-    padded = F.pad(topk_ids, (0, 0, 0, max(lengths) - len(topk_ids)))
-    gathered = zip(comm.all_gather(padded, "metadata").cpu(), lengths, strict=True)
-    cut = [block[:length].tensor_split(layer.overlap.num_parts) for block, length in gathered]
-    rest = layer.config.hidden_dim, DTYPES[layer.config.dtype], x_needs_grad
-    parts = [layer.dispatcher.predict_bytes(list(ids), *rest) for ids in zip(*cut, strict=True)]
-    return {name: sum(part[name] for part in parts) for name in PASSES}
+def gather_uneven(comm: Communicator, *tensors: Tensor) -> list[list[Tensor]]:
+    """tensors [n, k] of this rank -> of each, every rank's, a list by rank; n may differ from rank to rank.
+
+    A message for n, and one for each tensor, padded to the longest; one host synchronisation, for n. No gradient.
+    """
+    n, device = len(tensors[0]), tensors[0].device
+    lengths = comm.all_gather(torch.tensor([n], device=device), "metadata").flatten().tolist()
+    missing = (0, 0, 0, max(lengths) - n)
+    gathered = (comm.all_gather(F.pad(t, missing), "metadata") for t in tensors)
+    return [[block[:length] for block, length in zip(blocks, lengths, strict=True)] for blocks in gathered]
 
 
-def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, int]:
-    """Bytes that the last step's forward and backward send over all ranks, by pass, from topk_ids alone.
+def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, Tensor]:
+    """{pass: bytes int64 [W, W] from rank i to rank j of mesh.ep} of the last step, from topk_ids alone.
 
-    Summed over the layers. x_needs_grad: of the first layer, whose tokens are a batch's, unless the model says
-    tokens_are_computed; what comes to the others was computed. Collective: every rank enters.
+    Summed over the layers, and over the parts into which a layer cuts its tokens (chapter 12; mostly one).
+    x_needs_grad: of the first layer, whose tokens are a batch's, unless the model says tokens_are_computed; what comes
+    to the others was computed. Collective: every rank enters.
     """
     x_needs_grad = x_needs_grad or getattr(model, "tokens_are_computed", False)
-    layers, totals = moe_layers(model), torch.zeros(len(PASSES), dtype=torch.int64)
-    for number, layer in enumerate(layers):
-        sent = bytes_of_layer(layer, layer.topk_ids, x_needs_grad or number > 0)
-        totals += torch.stack([sent[name][layer.mesh.ep.rank].sum() for name in PASSES])
-    totals = layers[0].mesh.batch.all_reduce(totals.to(layers[0].topk_ids.device))
-    return dict(zip(PASSES, totals.tolist(), strict=True))
+    parts = []
+    for number, layer in enumerate(moe_layers(model)):
+        (everyones,) = gather_uneven(layer.mesh.ep, layer.topk_ids)
+        cut = (topk_ids.cpu().tensor_split(layer.overlap.num_parts) for topk_ids in everyones)
+        rest = layer.config.hidden_dim, DTYPES[layer.config.dtype], x_needs_grad or number > 0
+        parts += [layer.dispatcher.predict_bytes(list(ids), *rest) for ids in zip(*cut, strict=True)]
+    return {name: sum(part[name] for part in parts) for name in PASSES}
 
 
 # %% notebooks/04_training.ipynb #non-finite
@@ -1808,7 +1809,11 @@ def measured_summary(record: Record) -> dict[str, Any]:
     run, batch, meter = record.run, record.run.mesh.batch, record.run.mesh.meter
     sent = meter.total(*PASSES) - record.bytes_before
     metadata = meter.total("metadata") // (record.timer.num_marks - 1)  # a step of this process
-    sent, metadata = batch.all_reduce(torch.tensor([sent, metadata], device=run.device)).tolist()
+    predicted = sum(
+        int(from_to[run.mesh.ep.rank].sum()) for from_to in predicted_bytes(record.model).values()
+    )
+    numbers = torch.tensor([predicted, sent, metadata], device=run.device)
+    predicted, sent, metadata = batch.all_reduce(numbers).tolist()
     record.history.end_interval(batch)
     run.log.show("image", run.options.steps, {"load/over_time": record.history.image()})
     tail = torch.stack(record.tail)
@@ -1818,10 +1823,7 @@ def measured_summary(record: Record) -> dict[str, Any]:
         "final_task_loss": float(tail[:, 0].mean()),
         "aux_loss": float(tail[:, 1].mean()),
         "ms_per_step": record.timer.median_ms(),
-        "bytes_sent_per_step": {
-            "predicted": sum(predicted_bytes(record.model).values()),
-            "counted": sent,
-        },
+        "bytes_sent_per_step": {"predicted": predicted, "counted": sent},
         "metadata_bytes_per_step": metadata,
         "dropped_fraction": dropped_fraction,
         "max_load_over_mean": max_load_over_mean,
@@ -2196,8 +2198,6 @@ def run_training(config: MoEConfig, options: TrainingOptions, device: torch.devi
         log = RunLog(log_dir, options.steps, rank, StepNotes(world_size, options.steps))
     except (ValueError, OSError) as error:
         return refuse(str(error))
-    if device.type == "cpu":
-        schedule_in_batches()
     store = init_distributed(device, options.timeout_s)
     run = Run(config, options, init_ep(options.ep_size, timeout_s=options.timeout_s), device, log)
     heartbeat = Heartbeat(store, run)
@@ -2405,12 +2405,18 @@ def init_distributed(device: torch.device, timeout_s: float) -> dist.Store | Non
     """Joins the process group that torchrun announced: NCCL for GPUs, gloo for CPUs.
 
     Returns the rendezvous store, through which ranks tell one another where they are; None at world size 1,
-    where no group is needed. CollectiveError, which names them, where ranks do not come within timeout_s.
+    where no group is needed. CollectiveError, which names them, where ranks do not come within timeout_s. On Linux,
+    threads that this one starts from then on do not push others off their cores where ranks run on CPUs.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_from_env()[1] == 1:
         return None
+    if device.type == "cpu":
+        # Gloo's event loop, where it wakes up in the place of the thread that holds a connection's lock, asks for that
+        # lock again and again until its own turn is over (Pair::handleEvents). A sandbox may forbid it.
+        with contextlib.suppress(AttributeError, OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     timeout = timedelta(seconds=timeout_s)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     if world_from_env()[3] == world_size:  # on one machine, where all ranks are restarted equally often
@@ -2461,17 +2467,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(m_trim_threshold, largest)
         libc.mallopt(m_mmap_max, 0)
-
-
-def schedule_in_batches() -> None:
-    """On Linux: no thread that this one starts from now on pushes another off its core when it wakes up.
-
-    Call it before gloo starts. Its event loop, where it wakes up in the place of the thread that holds a
-    connection's lock, asks for that lock again and again until its own turn is over (gloo, Pair::handleEvents).
-    """
-    if hasattr(os, "sched_setscheduler"):
-        with contextlib.suppress(OSError):  # a sandbox may forbid it: then it stays slow
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 # ==========================================================================================================
@@ -2706,8 +2701,8 @@ def weights_of_choices(weights: Tensor, order: RowOrder) -> Tensor:
 
 
 @register("dispatcher", "local")
-class LocalDispatcher(Dispatcher):
-    """One rank: nothing travels, and what arrives is what was there."""
+class LocalDispatcher(AllGatherDispatcher):
+    """One rank: nothing travels, and what arrives is what was there. Predicted for one rank, bytes are 0."""
 
     syncs_host, records = False, True
 
@@ -2723,13 +2718,6 @@ class LocalDispatcher(Dispatcher):
     def begin_combine(self, y: Tensor, handle: None) -> Tensor:
         """See Dispatcher."""
         return y
-
-    def predict_bytes(
-        self, topk_ids: list[Tensor], hidden_dim: int, dtype: torch.dtype, x_needs_grad: bool = True
-    ) -> dict[str, Tensor]:
-        """See Dispatcher: nothing."""
-        nothing = torch.zeros(1, 1, dtype=torch.int64)
-        return bytes_by_pass(nothing, nothing, 0, 0, 0)
 
 
 # %% notebooks/06_grouped_experts.ipynb #swiglu
@@ -2862,23 +2850,19 @@ class BlockProducts:
 
     def __init__(self, counts: Tensor, num_rows: int, counts_on_host: list[int] | None = None) -> None:
         self.splits = counts.tolist() if counts_on_host is None else counts_on_host
-        self.behind = num_rows - sum(self.splits)  # rows behind the last one sent
+        self.sizes = [*self.splits, num_rows - sum(self.splits)]  # at the end: rows behind the last one sent
 
     rows = staticmethod(
         copy_to_rows
     )  # x [T, D], order -> the sorted rows [R, D], as the products below take them
 
-    def blocks(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """rows [R, n] -> each expert's block."""
-        return rows.split_with_sizes([*self.splits, self.behind])[:-1]
-
     def times(self, rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
         """rows [R, i], weights [L, i, o], bias [L, o] -> [R, o]. 2 * R * i * o operations."""
         out = rows.new_empty(rows.shape[0], weights.shape[2])
         biases = [None] * len(self.splits) if bias is None else bias.unbind()
-        for block, w, b, into in zip(
-            self.blocks(rows), weights.unbind(), biases, self.blocks(out), strict=True
-        ):
+        *blocks, _ = rows.split(self.sizes)
+        *results, _ = out.split(self.sizes)
+        for block, w, b, into in zip(blocks, weights.unbind(), biases, results, strict=True):
             torch.mm(block, w, out=into) if b is None else torch.addmm(b, block, w, out=into)
         return out
 
@@ -2909,7 +2893,9 @@ class BlockProducts:
     def weight_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
         """rows [R, i], grad [R, o] -> [L, i, o]: each expert's rows^T grad, zeros where it has no rows."""
         out = rows.new_empty(len(self.splits), rows.shape[1], grad.shape[1])
-        for block, g, into in zip(self.blocks(rows), self.blocks(grad), out.unbind(), strict=True):
+        *blocks, _ = rows.split(self.sizes)
+        *grads, _ = grad.split(self.sizes)
+        for block, g, into in zip(blocks, grads, out.unbind(), strict=True):
             torch.mm(block.t(), g, out=into)
         return out
 
@@ -3652,15 +3638,20 @@ class CapacityOptions(Options):
         elsewhere.
 
         A dropped choice has the weight 0, and so has its gradient; the kept ones' weights stay as they are. Costs
-        nothing on the wire where the scope is local and the share known; see local_capacity and gather_choices.
+        nothing on the wire where the scope is local and the share known (see local_capacity); in global scope
+        8 + m * (8 * K + itemsize * E) bytes to each other rank, m the tokens of the longest rank.
         """
         if self.capacity_factor is None:
             return routing
         overflow = REGISTRIES["overflow"][self.overflow]
         if self.capacity_scope == "global":
-            topk_ids, probs, mine = gather_choices(routing, batch)
-            capacity = expert_capacity(len(topk_ids), config, self.capacity_factor)
-            topk_ids = overflow(topk_ids, probs, capacity, self.drop_order)[mine]
+            ids, probs = gather_uneven(
+                batch, routing.topk_ids, routing.probs.detach()
+            )  # by rank: the global queue
+            lengths = [len(part) for part in ids]
+            capacity = expert_capacity(sum(lengths), config, self.capacity_factor)
+            kept = overflow(torch.cat(ids), torch.cat(probs), capacity, self.drop_order)
+            topk_ids = kept.split(lengths)[batch.rank]
         else:
             capacity = local_capacity(len(routing.topk_ids), config, batch, routing.topk_ids.device)
             if isinstance(capacity, int) and capacity >= len(routing.topk_ids):
@@ -3696,26 +3687,6 @@ def local_capacity(
         total = comm.all_reduce(torch.full((), num_tokens, device=device))
         share = (total + comm.size - 1) // comm.size
     return expert_capacity(share, config, options.capacity_factor)
-
-
-# %% notebooks/08_capacity.ipynb #gather-choices
-def gather_choices(routing: Routing, comm: Communicator) -> tuple[Tensor, Tensor, slice]:
-    """All ranks' topk_ids [N, K] and probs [N, E], by rank and token, and which rows are this rank's.
-
-    Sends 8 + m * (8 * K + itemsize * E) bytes to each other rank, m the tokens of the longest rank; one host
-    synchronisation, for m.
-    """
-    tensors = routing.topk_ids, routing.probs.detach()
-    num_tokens = len(routing.topk_ids)
-    length = torch.tensor([num_tokens], device=tensors[0].device)
-    lengths = comm.all_gather(length, "metadata").flatten().tolist()
-    padding = (0, 0, 0, max(lengths) - num_tokens)
-    gathered = (comm.all_gather(F.pad(t, padding), "metadata") for t in tensors)
-    topk_ids, probs = (
-        torch.cat([block[:n] for block, n in zip(blocks, lengths, strict=True)]) for blocks in gathered
-    )
-    start = sum(lengths[: comm.rank])
-    return topk_ids, probs, slice(start, start + num_tokens)
 
 
 # %% notebooks/08_capacity.ipynb #block-slots
@@ -3935,10 +3906,6 @@ class BiasBalance(Balance):
         self.bias.zero_()
         self.load.zero_()
 
-    def count(self, routing: Routing) -> None:
-        """Adds this rank's choices, of all micro-batches of a step."""
-        self.load += count_choices(routing.topk_ids, len(self.load))
-
     def after_step(self) -> None:
         """bias_e += speed * sign(mean load - load_e), and counting starts again. In place, for CUDA graphs."""
         load = self.batch.all_reduce(self.load)
@@ -4051,8 +4018,15 @@ class RoutingOptions(Options):
         return total / batch.all_reduce(total.new_full((), len(routing.probs))).clamp(min=1)
 
     def show(self, log: RunLog, step: int, layer: EPMoE) -> None:
-        """The log's hook: the router's entropy and, where there is one, the bias. Collective."""
-        log.show("scalar", step, {"routing/entropy": float(mean_entropy(layer.probs, layer.mesh.batch))})
+        """The log's hook: the entropy of the router's probabilities and, where there is one, the bias.
+
+        The entropy is a mean over all ranks' tokens, over log E: 0 where one expert has it all, or without tokens, 1
+        where all are alike. One all-reduce of two numbers.
+        """
+        probs, largest = layer.probs, max(math.log(layer.probs.shape[1]), 1e-9)
+        sums = torch.stack([torch.special.entr(probs).sum() / largest, probs.new_tensor(len(probs))])
+        entropy, num_tokens = layer.mesh.batch.all_reduce(sums).tolist()
+        log.show("scalar", step, {"routing/entropy": entropy / max(1, num_tokens)})
         if layer.balance.bias is not None:
             log.show("histogram", step, {"routing/bias": layer.balance.bias})
 
@@ -4084,17 +4058,6 @@ def sequence_loss_sum(routing: Routing, top_k: int, length: int) -> Tensor:
     empty = probs.new_zeros(-(-num_tokens // length), num_experts)
     counts, masses = empty.index_add(0, sequence, chosen), empty.index_add(0, sequence, probs)
     return num_experts * (counts / counts.sum(1, keepdim=True) * masses).sum()
-
-
-# %% notebooks/09_balance.ipynb #show-routing
-def mean_entropy(probs: Tensor, comm: Communicator) -> Tensor:
-    """How undecided the router is: the mean over all ranks' tokens of the entropy of probs [T, E], over log E.
-
-    0-dim, between 0 (one expert has it all) and 1 (all alike); 0 without tokens. One all-reduce of two numbers.
-    """
-    entropy = torch.special.entr(probs).sum() / max(math.log(probs.shape[1]), 1e-9)
-    total, num_tokens = comm.all_reduce(torch.stack([entropy, entropy.new_tensor(len(probs))]))
-    return total / num_tokens.clamp(min=1)
 
 
 # ==========================================================================================================
