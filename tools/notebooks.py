@@ -264,13 +264,7 @@ def run_all(argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line -> exit code."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        return commands.run(lambda: run_all(argv))
-    except KeyboardInterrupt:
-        print("interrupted: every kernel and rank has ended", file=sys.stderr)
-        return 130
+    return commands.run(lambda: run_all(argv), "every kernel and rank has ended")
 
 
 if __name__ == "__main__":

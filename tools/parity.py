@@ -192,9 +192,9 @@ def dense_reference(layer: ep.EPMoE, x: Tensor, parameters: dict[str, Tensor]) -
     return y, aux
 
 
-def watch_bytes(model: Stack, mesh: ep.Mesh) -> Callable[[], tuple[list[int], bool]]:
-    """Notes every layer's choices as it runs -> a function that says ([predicted, counted] bytes of this rank, whether
-    they agree in every pass and to every destination). Collective."""
+def watch_bytes(model: Stack, mesh: ep.Mesh) -> Callable[[], tuple[list[int], str]]:
+    """Notes every layer's choices as it runs -> a function that says ([predicted, counted] bytes of this rank, where
+    they first differ: in which pass, to which rank; "" where they do not). Collective."""
     runs: list[tuple[ep.EPMoE, Tensor, bool]] = []
     for layer in model.layers:
         layer.register_forward_hook(
@@ -208,12 +208,17 @@ def watch_bytes(model: Stack, mesh: ep.Mesh) -> Callable[[], tuple[list[int], bo
 
     before = count()
 
-    def compare() -> tuple[list[int], bool]:
+    def compare() -> tuple[list[int], str]:
         counted, predicted = count() - before, torch.zeros_like(before)
         for run in runs:
             tables = ep.bytes_of_layer(*run)
             predicted += torch.stack([tables[name][mesh.ep.rank] for name in ep.PASSES])
-        return [int(predicted.sum()), int(counted.sum())], torch.equal(predicted, counted)
+        differ = [
+            f"{predicted[n, rank]} bytes predicted for {ep.PASSES[n]} from rank {mesh.ep.rank} to rank {rank}, "
+            f"and {counted[n, rank]} counted"
+            for n, rank in (predicted != counted).nonzero().tolist()
+        ]
+        return [int(predicted.sum()), int(counted.sum())], (differ or [""])[0]
 
     return compare
 
@@ -274,7 +279,7 @@ def run_case(
     parts = (t.tensor_split(num_parts) for t in (x, target[mine]))
     ys, aux_total = learn(lambda part: (model(part), ep.aux_loss(model)), *parts, total)
     ep.sync_gradients(model, mesh, aux_total)
-    num_bytes, agrees = ([0, 0], True) if case["checkpoint"] else compare_bytes()
+    num_bytes, differ = ([0, 0], "") if case["checkpoint"] else compare_bytes()
 
     topk_ids, known = model.layers[0].topk_ids, {} if known is None else known
     # In bfloat16 the reference takes our choices.
@@ -292,7 +297,7 @@ def run_case(
     return {
         "errors": {name.removeprefix("layers.0."): error for name, error in errors.items()},
         "bytes": num_bytes,
-        "bytes_agree": agrees,
+        "bytes_differ": differ,
         "rows_received": torch.bincount(owners, minlength=mesh.ep.size).tolist(),
     }
 
@@ -304,7 +309,7 @@ def collect(results: list[dict], mesh: ep.Mesh) -> list[dict]:
         | {
             "errors": {q: max(f["errors"].get(q, 0.0) for f in by_rank) for q in by_rank[0]["errors"]},
             "bytes": [sum(f["bytes"][which] for f in by_rank) for which in (0, 1)],
-            "bytes_agree": all(f["bytes_agree"] for f in by_rank),
+            "bytes_differ": max((f["bytes_differ"] for f in by_rank), key=bool),
             "rows_received": [sum(rows) for rows in zip(*(f["rows_received"] for f in by_rank), strict=True)],
         }
         for by_rank in zip(*gather_objects(results, mesh.batch), strict=True)
@@ -344,9 +349,16 @@ def run_suite(
     return results
 
 
+def fault_of(r: dict) -> str:
+    """What is wrong with a result: an error over its limit, or bytes that are not as predicted; "" where nothing is."""
+    quantity, error = max(r["errors"].items(), key=lambda item: item[1])
+    is_over = not error <= r["limit"]
+    return f"{quantity} is off by {error:.1e}, limit {r['limit']:g}" if is_over else r["bytes_differ"]
+
+
 def over_the_limit(results: list[dict]) -> list[dict]:
-    """The results that are not within their limits, or whose bytes are not as predicted."""
-    return [r for r in results if not (max(r["errors"].values()) <= r["limit"] and r["bytes_agree"])]
+    """The results with a fault."""
+    return [r for r in results if fault_of(r)]
 
 
 def begin() -> tuple[argparse.Namespace, torch.device, ep.Mesh]:
@@ -371,15 +383,6 @@ def begin() -> tuple[argparse.Namespace, torch.device, ep.Mesh]:
     return args, ep.choose_device(args.device), ep.init_ep(device=args.device, timeout_s=30)
 
 
-def say_over(r: dict) -> str:
-    """What is wrong with a result that is over."""
-    quantity = max(r["errors"], key=r["errors"].get)
-    wrong = f"{quantity} {r['errors'][quantity]:.2e} > {r['limit']:g}"
-    if r["errors"][quantity] <= r["limit"]:
-        wrong = f"bytes predicted {r['bytes'][0]}, counted {r['bytes'][1]}, by pass and destination not equal"
-    return f"over the limit: {r['case']} {r['dtype']} {r['dispatcher']} {r['experts']} {r['activation']}: {wrong}"
-
-
 def finish(what: str, args: argparse.Namespace, comm: ep.Communicator, results: list[dict], failed: list[dict],
            written: Any) -> int:  # fmt: skip
     """Rank 0 writes `written` where --output says, and says what is over, how many are within their limits, and the
@@ -393,7 +396,10 @@ def finish(what: str, args: argparse.Namespace, comm: ep.Communicator, results: 
         within = f"{len(results) - len(failed)} of {len(results)} within limits"
         errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
         said = f"{what} at world size {comm.size} on {args.device}: {within}; worst {errors}"
-        print(*map(say_over, failed), said, sep="\n")
+        for r in failed:
+            kind = f"{r['case']} {r['dtype']} {r['dispatcher']} {r['experts']} {r['activation']}"
+            print(f"over the limit: {kind}: {fault_of(r) or 'other choices'}")
+        print(said)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 1 if failed or not results else 0
