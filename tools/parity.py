@@ -1,18 +1,16 @@
 """The parity suite: models with EP layers against the dense float64 reference, on real ranks.
 
-    torchrun --standalone --nproc_per_node=2 tools/parity.py --output build/parity.json
+    torchrun --standalone --nproc_per_node=2 tools/parity.py
     python tools/parity.py --device cuda --dtypes float32 bfloat16        (one GPU, world size 1)
     torchrun --nproc_per_node=4 tools/parity.py --dispatcher mine --plugin mine.py
     torchrun --nproc_per_node=4 tools/parity.py --dispatcher two_stage --ranks-per-host 2
 
-Every registered dispatcher with every registered experts kind runs every case. Rank 0 writes a list of results:
-{case, dtype, dispatcher, experts, world_size, errors: {quantity: relative error}, limit, bytes: [predicted,
-counted], ...}. Exit code 1 where an error is over its limit, a byte was not predicted, or a case crashes, whose
+Every registered dispatcher with every registered experts kind runs every case. A result is {case, dtype, dispatcher,
+experts, world_size, errors: {quantity: relative error}, limit, bytes: [predicted, counted], ...}. Exit code 1 where an error is over its limit, a byte was not predicted, or a case crashes, whose
 variant and cell are named then.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Collection
@@ -370,10 +368,7 @@ def begin() -> tuple[argparse.Namespace, torch.device, ep.Mesh]:
     parser.add_argument("--dispatcher", help="this one alone")
     parser.add_argument("--ranks-per-host", type=int, help="as if so many ranks shared a machine")
     parser.add_argument("--plugin", help="a file that registers more")
-    parser.add_argument("--output")
     args = parser.parse_args()
-    if sys.flags.optimize:
-        parser.error("without assertions (PYTHONOPTIMIZE, -O) not every check can fail; leave that out")
     ep.load_plugin(sys.argv[1:])
     if args.dispatcher and args.dispatcher not in (known := ep.REGISTRIES["dispatcher"]):
         parser.error(f"no dispatcher {args.dispatcher!r}; take one of {', '.join(sorted(known))}")
@@ -383,13 +378,12 @@ def begin() -> tuple[argparse.Namespace, torch.device, ep.Mesh]:
     return args, ep.choose_device(args.device), ep.init_ep(device=args.device, timeout_s=30)
 
 
-def finish(what: str, args: argparse.Namespace, comm: ep.Communicator, results: list[dict], failed: list[dict],
-           written: Any) -> int:  # fmt: skip
-    """Rank 0 writes `written` where --output says, and says what is over, how many are within their limits, and the
-    worst error of each dtype; all leave the group -> exit code."""
+def finish(
+    what: str, args: argparse.Namespace, comm: ep.Communicator, results: list[dict], failed: list[dict]
+) -> int:
+    """Rank 0 says what is over, how many are within their limits, and the worst error of each dtype; all leave the
+    group -> exit code."""
     if comm.rank == 0:
-        if args.output:
-            Path(args.output).write_text(json.dumps(written, indent=1) + "\n")
         worst = dict.fromkeys(args.dtypes, 0.0)
         for r in results:
             worst[r["dtype"]] = max(worst[r["dtype"]], *r["errors"].values())
@@ -414,7 +408,7 @@ def main() -> int:
     except Exception:
         sys.stdout.flush()
         os._exit(1)  # told already; the other ranks wait for this one, and torchrun ends them
-    return finish("parity", args, mesh.batch, results, over_the_limit(results), results)
+    return finish("parity", args, mesh.batch, results, over_the_limit(results))
 
 
 if __name__ == "__main__":
