@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=4 tools/parity.py --dispatcher two_stage --ranks-per-host 2
 
 Every registered dispatcher with every registered experts kind runs every case. A result is {case, dtype, dispatcher,
-experts, world_size, errors: {quantity: relative error}, limit, bytes: [predicted, counted], ...}. Exit code 1 where an error is over its limit, a byte was not predicted, or a case crashes, whose
-variant and cell are named then.
+experts, world_size, errors: {quantity: relative error}, limit, bytes: [predicted, counted], ...}. Exit code 1 where an
+error is over its limit, a byte was not predicted, or a case crashes, whose variant and cell are named then.
 """
 
 import argparse
