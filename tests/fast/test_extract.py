@@ -302,7 +302,6 @@ BAD_SOURCES = [
     ("class A(B): ...\n\n\nclass B: ...", ":1: `B` is needed at import, but defined further down, in"),
     ("from ep_launcher.launcher import area as a", ":1: the launcher cannot import itself so; write"),
     ("import ep_launcher.launcher", ":1: the launcher cannot import itself so; write"),
-    ("from ep_launcher.launcher import area; X = 1", ":1: an import shares its line; give it"),
 ]
 BAD_CELLS = {
     f"{number} {source[:20]!a}": (one(source), f"#culprit{says}")
