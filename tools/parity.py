@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -127,15 +126,7 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 
 def gather_uneven(x: Tensor, comm: ep.Communicator) -> Tensor:
     """[n, ...] with any n a rank -> all ranks' rows in one tensor, by rank. Collective."""
-    return torch.cat(gather_objects(x.detach().cpu(), comm)).to(x.device)
-
-
-def gather_objects(own: Any, comm: ep.Communicator) -> list[Any]:
-    """Everybody's, by rank. Collective."""
-    gathered = [own] * comm.size
-    if comm.size > 1:
-        dist.all_gather_object(gathered, own)
-    return gathered
+    return torch.cat(ep.gather_objects(x.detach().cpu(), comm)).to(x.device)
 
 
 class Stack(nn.Module):
@@ -310,7 +301,7 @@ def collect(results: list[dict], mesh: ep.Mesh) -> list[dict]:
             "bytes_differ": max((f["bytes_differ"] for f in by_rank), key=bool),
             "rows_received": [sum(rows) for rows in zip(*(f["rows_received"] for f in by_rank), strict=True)],
         }
-        for by_rank in zip(*gather_objects(results, mesh.batch), strict=True)
+        for by_rank in zip(*ep.gather_objects(results, mesh.batch), strict=True)
     ]
 
 
@@ -361,17 +352,16 @@ def over_the_limit(results: list[dict]) -> list[dict]:
 
 def begin() -> tuple[argparse.Namespace, torch.device, ep.Mesh]:
     """The command line's flags, this rank's device, and all ranks, which have met."""
+    ep.load_plugin(sys.argv[1:])
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", nargs="+", default=list(LIMITS))
     parser.add_argument("--cases", nargs="*")
-    parser.add_argument("--dispatcher", help="this one alone")
+    kinds = sorted(ep.REGISTRIES["dispatcher"])
+    parser.add_argument("--dispatcher", choices=kinds, metavar="NAME", help="this one alone")
     parser.add_argument("--ranks-per-host", type=int, help="as if so many ranks shared a machine")
     parser.add_argument("--plugin", help="a file that registers more")
     args = parser.parse_args()
-    ep.load_plugin(sys.argv[1:])
-    if args.dispatcher and args.dispatcher not in (known := ep.REGISTRIES["dispatcher"]):
-        parser.error(f"no dispatcher {args.dispatcher!r}; take one of {', '.join(sorted(known))}")
     torch.backends.cuda.matmul.allow_tf32 = False
     if args.device != "cpu":
         BASE.update(hidden_dim=64, ffn_dim=128)  # the least that chapter 14's kernels take

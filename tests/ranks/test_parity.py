@@ -107,4 +107,4 @@ def test_a_dispatcher_that_nobody_registered_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["parity.py", "--dispatcher", "nobody"])
     with pytest.raises(SystemExit):
         parity.begin()
-    assert "no dispatcher 'nobody'; take one of " in capsys.readouterr().err
+    assert "argument --dispatcher: invalid choice: 'nobody' (choose from " in capsys.readouterr().err
