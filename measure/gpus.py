@@ -77,9 +77,7 @@ def run_parity(recorder: Recorder) -> dict:
         recorder.failures.append(f"time was up before {len(missing)} variants")
     for r in parity.over_the_limit(results):
         what = " ".join(r[name] for name in ("case", *parity.NAMES))
-        quantity = max(r["errors"], key=r["errors"].get)
-        over = f"{quantity} {r['errors'][quantity]:.2e}, limit {r['limit']:g}"
-        recorder.failures.append(f"{what}: {over}; bytes predicted and counted {r['bytes']}")
+        recorder.failures.append(f"{what}: {parity.fault_of(r)}")
     worst = dict.fromkeys(dtypes, 0.0)
     of_kind = {" ".join(kind): 0.0 for kind in sorted(kinds)}
     for r in results:

@@ -1,8 +1,9 @@
-"""How a command of tools/ says that it cannot do what was asked: in a line for each reason, and by its exit code."""
+"""How a command of tools/ says that it cannot do what was asked, or was interrupted: in lines, and by its exit code."""
 
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +29,19 @@ class Parser(argparse.ArgumentParser):
         raise Refused(f"error: {message}; see --help")
 
 
-def run(command: Callable[[], int]) -> int:
-    """The command's exit code; what it refuses goes to stderr."""
+def run(command: Callable[[], int], ended: str = "") -> int:
+    """The command's exit code; what it refuses goes to stderr. Ctrl-C and SIGTERM interrupt it, which is 130 and one
+    line; ended: what that says, where the interrupt itself says nothing."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     try:
         return command()
     except Refused as refused:
         print("\n".join(refused.lines), file=sys.stderr)
         return refused.code
+    except KeyboardInterrupt as stopped:
+        print(": ".join(filter(None, ["interrupted", str(stopped) or ended])), file=sys.stderr)
+        return 130
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -1,6 +1,6 @@
 """Two hosts on one machine: a run of the launcher over two network namespaces, one rank or more in each.
 
-    from tools.hosts import run_on_two_hosts              with a slow cable: mbit_per_s=100
+    from tools.hosts import run_on_two_hosts              run_program: of any program, and with a slow cable
 
 A network namespace has its own interfaces, addresses and ports. Two of them, joined by a virtual cable (veth), see
 of one another what two machines see: an address at the end of a wire. The rendezvous and every collective have to
@@ -151,7 +151,7 @@ def run_program(
     program: list[str], *, nproc: int = 1, mbit_per_s: float | None = None, limit_s: float = 60.0
 ) -> tuple[list[str], list[int]]:
     """Runs a program with its arguments on nproc ranks of each of two hosts -> what each host printed, and sent
-    through the cable in bytes. See run_on_two_hosts."""
+    through the cable in bytes. mbit_per_s: see two_namespaces. Raises and leaves what run_on_two_hosts does."""
     with contextlib.ExitStack() as at_end:
         folder = at_end.enter_context(tempfile.TemporaryDirectory(prefix="ep-hosts-"))
         held = at_end.enter_context(two_namespaces(mbit_per_s))
@@ -163,25 +163,20 @@ def run_program(
         except KeyboardInterrupt:
             at_end.close()
             raise Interrupted(["both hosts have ended"]) from None
-        codes, texts = (
-            [host.returncode for host in hosts],
-            [log.read_text("utf-8", "replace") for log in logs],
-        )
+        codes = [host.returncode for host in hosts]
+        texts = [log.read_text("utf-8", "replace") for log in logs]
         if codes != [0, 0]:
             raise describe_hosts([*zip(codes, texts, strict=True)], limit_s)
         return texts, [bytes_sent(namespace) for namespace in held]
 
 
-def run_on_two_hosts(
-    *, limit_s: float = 60.0, nproc: int = 1, mbit_per_s: float | None = None, **flags: Any
-) -> TwoHosts:
-    """Trains with nproc ranks on each of two hosts, namespaces of this machine, over gloo on the CPU.
+def run_on_two_hosts(*, limit_s: float = 60.0, **flags: Any) -> TwoHosts:
+    """Trains with a rank on each of two hosts, namespaces of this machine, over gloo on the CPU.
 
-    mbit_per_s: what the cable between them carries, each way; None sets no limit. flags: launcher.py's, as for
-    `launch`; `device`, `log_dir` and `summary` are chosen here, and logs are not kept. Raises HostsUnavailable where
-    the machine does not allow it, LaunchError for flags that the launcher refuses, a run that fails, or one that takes
-    longer than limit_s seconds. Whatever happens, an interrupt included, no namespace and no process is left. Costs
-    about 5 s more than the steps.
+    flags: launcher.py's, as for `launch`; `device`, `log_dir` and `summary` are chosen here, and logs are not kept.
+    Raises HostsUnavailable where the machine does not allow it, LaunchError for flags that the launcher refuses, a run
+    that fails, or one that takes longer than limit_s seconds. Whatever happens, an interrupt included, no namespace
+    and no process is left. Costs about 5 s more than the steps.
     """
     if taken := {"device", "log_dir", "summary"} & set(flags):
         raise LaunchError(f"{', '.join(sorted(taken))}: two hosts choose that themselves")
@@ -189,8 +184,8 @@ def run_on_two_hosts(
     with tempfile.TemporaryDirectory(prefix="ep-hosts-run-") as folder:
         summary = Path(folder) / "summary.json"
         program = [str(LAUNCHER), *shown, "--log-dir", folder, "--summary", str(summary)]
-        _, wire = run_program(program, nproc=nproc, mbit_per_s=mbit_per_s, limit_s=limit_s)
+        _, wire = run_program(program, limit_s=limit_s)
         found = json.loads(summary.read_text("utf-8"))
     found["config"] |= {"log_dir": None, "summary": None}  # both are gone
-    commands = [["torchrun", *host_flags(n, nproc), "ep_launcher/launcher.py", *shown] for n in (1, 2)]
+    commands = [["torchrun", *host_flags(n), "ep_launcher/launcher.py", *shown] for n in (1, 2)]
     return TwoHosts([shlex.join(command) for command in commands], found, wire)

@@ -87,6 +87,12 @@ def torchrun_flags(
     return [f"--nnodes={nnodes}", *flags, *meeting]
 
 
+def shown_command(words: Sequence[str], report: Path) -> str:
+    """What a reader could type instead, with the number of processes where it was auto."""
+    nproc = read_report(report)["nproc"]
+    return shlex.join(words).replace(*HERE).replace("=auto", f"={nproc}", 1)
+
+
 def watch(run: Agent, output: RankOutput, steps: Path, meeting: str | None, limit_s: float | None) -> bool:
     """Shows a run until it ends, or until limit_s are over -> whether they are. Ends everything on any exception.
 
@@ -166,7 +172,8 @@ def launch(
             steps.write_bytes(bytes(NOTES_BYTES))
             own_folder = RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
             log_dir = Path(asked.log_dir or os.environ.get("TB_LOGDIR") or own_folder).expanduser()
-            output = RankOutput(scratch / "ranks", quiet)
+            typed = ["torchrun", *of_torchrun, str(script), *arguments]
+            output = RankOutput(scratch / "ranks", quiet, lambda: shown_command(typed, report))
             at_end.callback(output.bar.close)
             program = [script, "--summary", summary, *arguments]  # the last --summary counts
             words = [report, *of_torchrun, "--redirects=3", f"--log-dir={output.folder}", *program]
@@ -177,10 +184,6 @@ def launch(
             mend = "set TMPDIR, or --log-dir"
             raise LaunchError(f"cannot write {error.filename} ({error.strerror}); {mend}") from None
         try:
-            while run.returncode is None and not report.exists():
-                time.sleep(0.005)
-            shown = shlex.join(["torchrun", *of_torchrun, str(script), *arguments]).replace(*HERE)
-            output.show(shown.replace("=auto", f"={read_report(report)['nproc']}", 1), sys.stdout)
             is_late = watch(run, output, steps, rdzv_endpoint, limit_s)
         except KeyboardInterrupt:
             raise Interrupted([f"every rank has ended; logs in {output.keep(log_dir)}"]) from None
@@ -206,10 +209,7 @@ def load_ipython_extension(shell: Any) -> None:
     shell.register_magic_function(ranks_magic, "cell", "ranks")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line -> exit code: 0, 1 for a run that fails, 2 for a refusal, 130 for an interrupt."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler)
+def train(argv: Sequence[str] | None) -> int:
     parser = commands.Parser(
         "launch.py", description="Trains with torchrun.", add_help=False, allow_abbrev=False
     )
@@ -221,23 +221,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where the hosts meet, the same on each")
     again = "how often all ranks start again once one has ended (default: 0)"
     add("--max-restarts", "--max_restarts", type=int, default=0, metavar="N", help=again)
+    options, rest = parser.parse_known_args(argv)
+    given = vars(options)
+    if given.pop("help"):
+        print(parser.format_help(), "The flags of launcher.py:", sep="\n", flush=True)
+        return subprocess.call([sys.executable, LAUNCHER, "--help"])
     try:
-        options, rest = parser.parse_known_args(argv)
-        given = vars(options)
-        if given.pop("help"):
-            print(parser.format_help(), "The flags of launcher.py:", sep="\n", flush=True)
-            return subprocess.call([sys.executable, LAUNCHER, "--help"])
         launch(**given, arguments=rest)
         return 0
-    except commands.Refused as refused:
-        print(refused, file=sys.stderr)
-        return refused.code
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.returncode
-    except KeyboardInterrupt as stopped:
-        print(f"interrupted: {stopped}" if str(stopped) else "interrupted", file=sys.stderr)
-        return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line -> exit code: 0, 1 for a run that fails, 2 for a refusal, 130 for an interrupt."""
+    return commands.run(lambda: train(argv))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def read_value(text: str) -> Any:
 
 def read(path: Path, parameters: dict[str, Any]) -> NotebookNode:
     """A notebook, as nbformat 4, with the parameters' values in a cell behind the one tagged `parameters`, as papermill
-    does. Refused where it is none, is not Python's, or has no such parameter."""
+    does. Refused where it is none, or has no such parameter."""
     from papermill.translators import PythonTranslator
 
     try:
@@ -78,9 +78,6 @@ def read(path: Path, parameters: dict[str, Any]) -> NotebookNode:
     except Exception as error:  # of nbformat, json and the disk, of many types
         said = str(error).partition("\n")[0]
         raise refuse(f"{shown(path)} is not a notebook: {type(error).__name__}: {said:.100}") from None
-    language = notebook.metadata.get("kernelspec", {}).get("language", "python")
-    if language.lower() != "python":
-        raise refuse(f"{shown(path)} is a notebook for {language}; this program runs Python's")
     tagged = [n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
     known = [found.name for n in tagged[:1] for found in PythonTranslator.inspect(notebook.cells[n])]
     if unknown := [name for name in parameters if name not in known]:
@@ -227,8 +224,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise refuse("what is committed has the notebooks' own parameters; leave -p out")
     if twice := [name for name in names if names.count(name) > 1]:
         raise refuse(f"{twice[0]} is given twice, and copies go by name; run one at a time")
-    if any(path.parent == COPIES for path in options.paths):
-        raise refuse(f"{shown(COPIES)} is where copies go; name the notebooks that they are of")
     return options
 
 
@@ -237,7 +232,6 @@ def run_one(path: Path, notebook: NotebookNode, options: argparse.Namespace) -> 
     original, start, copy = path.read_text("utf-8"), time.monotonic(), COPIES / path.name
     where = ""
     if not options.clean:
-        copy.unlink(missing_ok=True)
         try:
             execute(shown(path), notebook, path.parent, options.timeout)
         except Refused as refused:
@@ -264,13 +258,7 @@ def run_all(argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line -> exit code."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        return commands.run(lambda: run_all(argv))
-    except KeyboardInterrupt:
-        print("interrupted: every kernel and rank has ended", file=sys.stderr)
-        return 130
+    return commands.run(lambda: run_all(argv), "every kernel and rank has ended")
 
 
 if __name__ == "__main__":

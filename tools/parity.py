@@ -1,25 +1,22 @@
 """The parity suite: models with EP layers against the dense float64 reference, on real ranks.
 
-    torchrun --standalone --nproc_per_node=2 tools/parity.py --output build/parity.json
+    torchrun --standalone --nproc_per_node=2 tools/parity.py
     python tools/parity.py --device cuda --dtypes float32 bfloat16        (one GPU, world size 1)
     torchrun --nproc_per_node=4 tools/parity.py --dispatcher mine --plugin mine.py
     torchrun --nproc_per_node=4 tools/parity.py --dispatcher two_stage --ranks-per-host 2
 
-Every registered dispatcher with every registered experts kind runs every case. Rank 0 writes a list of results:
-{case, dtype, dispatcher, experts, world_size, errors: {quantity: relative error}, limit, bytes: [predicted,
-counted], ...}. Exit code 1 where an error is over its limit, a byte was not predicted, or a case crashes, whose
-variant and cell are named then.
+Every registered dispatcher with every registered experts kind runs every case. A result is {case, dtype, dispatcher,
+experts, world_size, errors: {quantity: relative error}, limit, bytes: [predicted, counted], ...}. Exit code 1 where an
+error is over its limit, a byte was not predicted, or a case crashes, whose variant and cell are named then.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -129,15 +126,7 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 
 def gather_uneven(x: Tensor, comm: ep.Communicator) -> Tensor:
     """[n, ...] with any n a rank -> all ranks' rows in one tensor, by rank. Collective."""
-    return torch.cat(gather_objects(x.detach().cpu(), comm)).to(x.device)
-
-
-def gather_objects(own: Any, comm: ep.Communicator) -> list[Any]:
-    """Everybody's, by rank. Collective."""
-    gathered = [own] * comm.size
-    if comm.size > 1:
-        dist.all_gather_object(gathered, own)
-    return gathered
+    return torch.cat(ep.gather_objects(x.detach().cpu(), comm)).to(x.device)
 
 
 class Stack(nn.Module):
@@ -192,9 +181,9 @@ def dense_reference(layer: ep.EPMoE, x: Tensor, parameters: dict[str, Tensor]) -
     return y, aux
 
 
-def watch_bytes(model: Stack, mesh: ep.Mesh) -> Callable[[], tuple[list[int], bool]]:
+def watch_bytes(model: Stack, mesh: ep.Mesh) -> Callable[[], tuple[list[int], str]]:
     """Predicts every layer's bytes when it has run -> a function that says ([predicted, counted] bytes of this rank,
-    whether they agree in every pass and to every destination). Collective."""
+    where they first differ: in which pass, to which rank; "" where they do not). Collective."""
     predictions: list[Tensor] = []  # [pass, destination], of every forward
 
     def predict(layer: ep.EPMoE, args: tuple, y: Tensor) -> None:
@@ -211,9 +200,14 @@ def watch_bytes(model: Stack, mesh: ep.Mesh) -> Callable[[], tuple[list[int], bo
 
     before = count()
 
-    def compare() -> tuple[list[int], bool]:
+    def compare() -> tuple[list[int], str]:
         counted, predicted = count() - before, sum(predictions)
-        return [int(predicted.sum()), int(counted.sum())], torch.equal(predicted, counted)
+        differ = [
+            f"{predicted[n, rank]} bytes predicted for {ep.PASSES[n]} from rank {mesh.ep.rank} to rank {rank}, "
+            f"and {counted[n, rank]} counted"
+            for n, rank in (predicted != counted).nonzero().tolist()
+        ]
+        return [int(predicted.sum()), int(counted.sum())], (differ or [""])[0]
 
     return compare
 
@@ -274,7 +268,7 @@ def run_case(
     parts = (t.tensor_split(num_parts) for t in (x, target[mine]))
     ys, aux_total = learn(lambda part: (model(part), ep.aux_loss(model)), *parts, total)
     ep.sync_gradients(model, mesh, aux_total)
-    num_bytes, agrees = ([0, 0], True) if case["checkpoint"] else compare_bytes()
+    num_bytes, differ = ([0, 0], "") if case["checkpoint"] else compare_bytes()
 
     topk_ids, known = model.layers[0].topk_ids, {} if known is None else known
     # In bfloat16 the reference takes our choices.
@@ -292,7 +286,7 @@ def run_case(
     return {
         "errors": {name.removeprefix("layers.0."): error for name, error in errors.items()},
         "bytes": num_bytes,
-        "bytes_agree": agrees,
+        "bytes_differ": differ,
         "rows_received": torch.bincount(owners, minlength=mesh.ep.size).tolist(),
     }
 
@@ -304,10 +298,10 @@ def collect(results: list[dict], mesh: ep.Mesh) -> list[dict]:
         | {
             "errors": {q: max(f["errors"].get(q, 0.0) for f in by_rank) for q in by_rank[0]["errors"]},
             "bytes": [sum(f["bytes"][which] for f in by_rank) for which in (0, 1)],
-            "bytes_agree": all(f["bytes_agree"] for f in by_rank),
+            "bytes_differ": max((f["bytes_differ"] for f in by_rank), key=bool),
             "rows_received": [sum(rows) for rows in zip(*(f["rows_received"] for f in by_rank), strict=True)],
         }
-        for by_rank in zip(*gather_objects(results, mesh.batch), strict=True)
+        for by_rank in zip(*ep.gather_objects(results, mesh.batch), strict=True)
     ]
 
 
@@ -344,56 +338,52 @@ def run_suite(
     return results
 
 
+def fault_of(r: dict) -> str:
+    """What is wrong with a result: an error over its limit, or bytes that are not as predicted; "" where nothing is."""
+    quantity, error = max(r["errors"].items(), key=lambda item: item[1])
+    is_over = not error <= r["limit"]
+    return f"{quantity} is off by {error:.1e}, limit {r['limit']:g}" if is_over else r["bytes_differ"]
+
+
 def over_the_limit(results: list[dict]) -> list[dict]:
-    """The results that are not within their limits, or whose bytes are not as predicted."""
-    return [r for r in results if not (max(r["errors"].values()) <= r["limit"] and r["bytes_agree"])]
+    """The results with a fault."""
+    return [r for r in results if fault_of(r)]
 
 
 def begin() -> tuple[argparse.Namespace, torch.device, ep.Mesh]:
     """The command line's flags, this rank's device, and all ranks, which have met."""
+    ep.load_plugin(sys.argv[1:])
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", nargs="+", default=list(LIMITS))
     parser.add_argument("--cases", nargs="*")
-    parser.add_argument("--dispatcher", help="this one alone")
+    kinds = sorted(ep.REGISTRIES["dispatcher"])
+    parser.add_argument("--dispatcher", choices=kinds, metavar="NAME", help="this one alone")
     parser.add_argument("--ranks-per-host", type=int, help="as if so many ranks shared a machine")
     parser.add_argument("--plugin", help="a file that registers more")
-    parser.add_argument("--output")
     args = parser.parse_args()
-    if sys.flags.optimize:
-        parser.error("without assertions (PYTHONOPTIMIZE, -O) not every check can fail; leave that out")
-    ep.load_plugin(sys.argv[1:])
-    if args.dispatcher and args.dispatcher not in (known := ep.REGISTRIES["dispatcher"]):
-        parser.error(f"no dispatcher {args.dispatcher!r}; take one of {', '.join(sorted(known))}")
     torch.backends.cuda.matmul.allow_tf32 = False
     if args.device != "cpu":
         BASE.update(hidden_dim=64, ffn_dim=128)  # the least that chapter 14's kernels take
     return args, ep.choose_device(args.device), ep.init_ep(device=args.device, timeout_s=30)
 
 
-def say_over(r: dict) -> str:
-    """What is wrong with a result that is over."""
-    quantity = max(r["errors"], key=r["errors"].get)
-    wrong = f"{quantity} {r['errors'][quantity]:.2e} > {r['limit']:g}"
-    if r["errors"][quantity] <= r["limit"]:
-        wrong = f"bytes predicted {r['bytes'][0]}, counted {r['bytes'][1]}, by pass and destination not equal"
-    return f"over the limit: {r['case']} {r['dtype']} {r['dispatcher']} {r['experts']} {r['activation']}: {wrong}"
-
-
-def finish(what: str, args: argparse.Namespace, comm: ep.Communicator, results: list[dict], failed: list[dict],
-           written: Any) -> int:  # fmt: skip
-    """Rank 0 writes `written` where --output says, and says what is over, how many are within their limits, and the
-    worst error of each dtype; all leave the group -> exit code."""
+def finish(
+    what: str, args: argparse.Namespace, comm: ep.Communicator, results: list[dict], failed: list[dict]
+) -> int:
+    """Rank 0 says what is over, how many are within their limits, and the worst error of each dtype; all leave the
+    group -> exit code."""
     if comm.rank == 0:
-        if args.output:
-            Path(args.output).write_text(json.dumps(written, indent=1) + "\n")
         worst = dict.fromkeys(args.dtypes, 0.0)
         for r in results:
             worst[r["dtype"]] = max(worst[r["dtype"]], *r["errors"].values())
         within = f"{len(results) - len(failed)} of {len(results)} within limits"
         errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
         said = f"{what} at world size {comm.size} on {args.device}: {within}; worst {errors}"
-        print(*map(say_over, failed), said, sep="\n")
+        for r in failed:
+            kind = f"{r['case']} {r['dtype']} {r['dispatcher']} {r['experts']} {r['activation']}"
+            print(f"over the limit: {kind}: {fault_of(r) or 'other choices'}")
+        print(said)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 1 if failed or not results else 0
@@ -408,7 +398,7 @@ def main() -> int:
     except Exception:
         sys.stdout.flush()
         os._exit(1)  # told already; the other ranks wait for this one, and torchrun ends them
-    return finish("parity", args, mesh.batch, results, over_the_limit(results), results)
+    return finish("parity", args, mesh.batch, results, over_the_limit(results))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Capacity against a dense reference that drops, or reroutes, the same choices; on real ranks.
 
-    torchrun --standalone --nproc_per_node=2 tests/ranks/capacity_parity.py --output build/parity-capacity.json
+    torchrun --standalone --nproc_per_node=2 tests/ranks/capacity_parity.py
 
-Who keeps a place is worked out a second time here, token by token in plain Python. Rank 0 writes {"results": as
-tools/parity.py does, "kept": {policy: the choices that global scope leaves of one batch}}. Exit code 1 where an
-error is over its limit.
+Who keeps a place is worked out a second time here, token by token in plain Python. Exit code 1 where an error is over
+its limit.
 """
 
 import sys
@@ -220,9 +219,8 @@ def run_all(
 def main() -> int:
     args, device, mesh = begin()
     results = run_all(args.dtypes, args.cases, mesh, device, args.dispatcher)
-    kept = kept_choices(mesh, device)
     failed = [r for r in results if not r["same_choices"] or r in over_the_limit([r])]
-    return finish("capacity", args, mesh.batch, results, failed, {"results": results, "kept": kept})
+    return finish("capacity", args, mesh.batch, results, failed)
 
 
 if __name__ == "__main__":

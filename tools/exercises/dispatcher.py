@@ -84,7 +84,8 @@ class Traced:
 
 
 def trace(answer: type, comm: Communicator, meet: Callable[[str], Any] = lambda where: None) -> None:
-    """Every case, by halves, as a layer does; NotYet where a row, weight, gradient or byte is not as it must be.
+    """Every case, by halves, as a layer does; NotYet where a row, weight or gradient is not as it must be, or no bytes
+    are predicted; whether as many are sent, tools/parity.py finds out.
 
     meet: called at the end of every part, where ranks can say that another one is elsewhere.
     """
@@ -95,7 +96,6 @@ def trace(answer: type, comm: Communicator, meet: Callable[[str], Any] = lambda 
         x.requires_grad_(case.x_needs_grad)
         weights = case.weights[case.mine].clone().requires_grad_()
         scale = torch.ones(case.num_local, dtype=torch.float64, requires_grad=True)  # the experts' parameters
-        before = {purpose: list(sent) for purpose, sent in comm.meter.sent.items()}
         arrived = dispatcher.end_dispatch(dispatcher.begin_dispatch(x, case.ids[case.mine], weights))
         meet(f"the end of dispatch, {name}")
         look_at_form(case, arrived)
@@ -116,7 +116,10 @@ def trace(answer: type, comm: Communicator, meet: Callable[[str], Any] = lambda 
         (y * case.pull[case.mine]).sum().backward()
         meet(f"the end of backward, {name}")
         look_at_gradients(case, x.grad, weights.grad, scale.grad)
-        look_at_bytes(case, dispatcher, comm, before)
+        tables = dispatcher.predict_bytes(list(case.ids.split(case.sizes)), case.width, torch.float64)
+        said = sorted(tables) if isinstance(tables, dict) else type(tables).__name__
+        wanted = f"expected a table for each of {', '.join(PASSES)}"
+        case.want(said == sorted(PASSES), f"predict_bytes returned {said}, {wanted}")
     look_at_sums(answer(2 * comm.size, comm))
 
 
@@ -188,25 +191,6 @@ def look_at_gradients(case: Traced, of_x: Tensor, of_weights: Tensor, of_experts
         size = ", the number of ranks" * (abs(times - case.size) < LIMIT)
         wrong = f"{times:.3g} times what it must be{size}" if is_factor else "wrong"
         case.want(False, f"the gradient of {name} is {wrong}")
-
-
-def look_at_bytes(case: Traced, dispatcher: Any, comm: Communicator, before: dict[str, list[int]]) -> None:
-    """Whether predict_bytes says what this rank's meter counted since `before`."""
-    none = [0] * (max(comm.ranks) + 1)
-    for purpose, sent in comm.meter.sent.items():
-        is_known = purpose in (*PASSES, "metadata") or sent == before.get(purpose)
-        take = f"take one of {', '.join(PASSES)}, or metadata"
-        case.want(is_known, f"bytes went out as {purpose!r}; {take}")
-    ids = list(case.ids.split(case.sizes))
-    predicted = dispatcher.predict_bytes(ids, case.width, torch.float64, case.x_needs_grad)
-    said = sorted(predicted) if isinstance(predicted, dict) else type(predicted).__name__
-    wanted = f"expected a table for each of {', '.join(PASSES)}"
-    case.want(said == sorted(PASSES), f"predict_bytes returned {said}, {wanted}")
-    for name, table in predicted.items():
-        for rank, says in enumerate(table[case.rank].tolist()):
-            now, then = (sent.get(name, none)[comm.ranks[rank]] for sent in (comm.meter.sent, before))
-            what = f"{says} bytes for {name} from rank {case.rank} to rank {rank}"
-            case.want(says == now - then, f"predict_bytes says {what}, and the meter counted {now - then}")
 
 
 class WideSums(TorchDispatchMode):

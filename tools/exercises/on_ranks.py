@@ -42,10 +42,5 @@ def run_parity(kind: str, answer: type, comm: ep.Communicator) -> None:
     for name, case in parity.cases(comm.size).items():
         sizes = parity.BASE | {key: case[key] for key in (*parity.BASE, "extras") if key in case}
         facts = parity.run_case(case, ep.MoEConfig(**sizes, **names), mesh, torch.device("cpu"))
-        what = f"rank {comm.rank}: the parity suite's case {name}"
-        for quantity, error in facts["errors"].items():
-            if not error <= parity.LIMITS["float64"]:
-                raise NotYet(f"{what}: {quantity} is off by {error:.1e}")
-        if not facts["bytes_agree"]:
-            predicted, counted = facts["bytes"]
-            raise NotYet(f"{what}: {predicted} bytes predicted, {counted} counted")
+        if fault := parity.fault_of(facts | {"limit": parity.LIMITS["float64"]}):
+            raise NotYet(f"rank {comm.rank}: the parity suite's case {name}: {fault}")

@@ -61,10 +61,8 @@ def plain_verdict(*types: type) -> Callable[[Callable[..., str]], Callable[..., 
                 return check(given, *arguments, **options)
             except NotYet as wrong:
                 return f"not yet: {wrong}"
-            except (
-                Exception,
-                SystemExit,
-            ) as error:  # a class's own, or the check's at what it did not expect
+            except (Exception, SystemExit) as error:
+                # A class's own, or the check's at what it did not expect.
                 is_its = not is_class and type(error) is not NameError
                 what = f"the check cannot use {' '.join(repr(came[-1]).split())[:80]} " * is_its
                 return f"not yet: {what}{describe_error(error, answer if is_class else None)}"

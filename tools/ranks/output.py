@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,13 @@ def attempt_of(path: Path) -> int:
 class RankOutput:
     """Follows the files into which torchrun sends every rank's output; keeps them; shows what a reader needs.
 
+    command: says what stands above the first line. A run that is refused shows nothing.
     Of the attempt that runs: errors, {rank: its lines on stderr}; error, the rank and text of the first "error: ...".
     """
 
-    def __init__(self, folder: Path, quiet: bool) -> None:
+    def __init__(self, folder: Path, quiet: bool, command: Callable[[], str]) -> None:
         folder.mkdir()
-        self.folder, self.quiet = folder, quiet
+        self.folder, self.quiet, self.command = folder, quiet, command
         # On a terminal, or among a live notebook's own lines, where two streams would not mix.
         file = sys.stderr if kernel() is None else sys.stdout
         is_shown = is_live_notebook() if kernel() else file is not None and file.isatty()
@@ -105,9 +107,14 @@ class RankOutput:
             self.show(line.replace(*HERE), sys.stderr)
 
     def show(self, line: str, stream: Any) -> None:
-        if not self.quiet:
-            tqdm.write(line, file=stream)  # above the bar
-            stream.flush()
+        """Above the bar."""
+        if self.quiet:
+            return
+        if self.command:
+            tqdm.write(self.command(), file=sys.stdout)
+            self.command = None
+        tqdm.write(line, file=stream)
+        stream.flush()
 
     def keep(self, log_dir: Path) -> Path:
         """Copies all output to a new folder, ranks of log_dir, or a temporary one where nothing can be written there:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from tools.commands import Refused, one_line
+from tools.commands import one_line
 from tools.stitch.reading import LAUNCHER_MODULE, Cell, parse_leniently
 from tools.stitch.trace import HOOK_FUNCTIONS
 
@@ -52,17 +52,12 @@ def sources_sha256(chosen: Sequence[tuple[Cell, str]]) -> str:
 
 
 def _rendered(cell: Cell, is_launcher: bool) -> str:
-    """The cell's text, line for line; the launcher's imports from itself are blanked. Refused where one shares its
-    line."""
+    """The cell's text, line for line; the launcher's imports from itself are blanked, which have lines of their own
+    (ruff's E702)."""
     lines = cell.text.split("\n")
     for node in ast.walk(parse_leniently(cell.text)) if is_launcher and LAUNCHER_MODULE in cell.text else ():
-        if not isinstance(node, ast.ImportFrom) or node.module != LAUNCHER_MODULE:
-            continue
-        whole = slice(node.lineno - 1, node.end_lineno)
-        beside = "\n".join(lines[whole]).replace(ast.get_source_segment(cell.text, node), "").strip()
-        if beside and not beside.startswith("#"):
-            raise Refused(cell.refusal(node.lineno, "an import shares its line; give it one of its own"))
-        lines[whole] = [""] * len(lines[whole])
+        if isinstance(node, ast.ImportFrom) and node.module == LAUNCHER_MODULE:
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
     return "\n".join(lines).rstrip("\n")
 
 

@@ -85,19 +85,6 @@ def check_cell(cell: Cell) -> Iterator[str]:
         yield cell.refusal(1, f"{what}; split the cell")
 
 
-def check_registrations(cells: Sequence[Cell]) -> Iterator[str]:
-    """Refuses `@register("KIND", ...)` where KIND is no key of the book's literal REGISTRIES."""
-    bindings = [(cell, b) for cell in cells for b in cell.bindings]
-    literals = [ast.walk(b.statement) for _, b in bindings if b.name == "REGISTRIES"]
-    known = {str(node.value) for nodes in literals for node in nodes if isinstance(node, ast.Constant)}
-    for cell, b in bindings if known else ():
-        for call in getattr(b.node, "decorator_list", ()):
-            match call:
-                case ast.Call(ast.Name("register"), [ast.Constant(kind), *_]) if kind not in known:
-                    what = f"there is no kind {kind!r} to register; take one of {', '.join(sorted(known))}"
-                    yield cell.refusal(call.lineno, what)
-
-
 def _own_bindings(cells: Sequence[Cell]) -> list[tuple[Cell, Binding]]:
     """The names that cells bring, those imported from the launcher left out."""
     both = ((cell, binding) for cell in cells for binding in cell.bindings)
@@ -176,8 +163,8 @@ def stitch(all_cells: Sequence[Cell], tags: Sequence[str], is_book: bool) -> tup
     text = assemble(chosen, is_launcher=is_book and {*tags} == {*EXPORTED_TAGS})
     if is_book:
         problems += [line for cell in book for line in check_cell(cell)]
-        problems += [*check_duplicates(ruled), *check_registrations(book)]
-        problems += [*check_launcher_imports(all_cells, book), *check_names(text, cells)]
+        problems += [*check_duplicates(ruled), *check_launcher_imports(all_cells, book)]
+        problems += [*check_names(text, cells)]
     if problems:
         raise Refused(*problems)
     try:
