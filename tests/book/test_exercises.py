@@ -165,6 +165,7 @@ DISPATCHERS = {  # {the fault: (what stands in the solution, what stands there n
         "case tokens_without_gradient: ",
         " bytes predicted for dispatch backward from rank 0 to rank 1, and ",
     ),
+    "a purpose of its own": ('self.comm, "metadata", t', 'self.comm, "ids", t', "bytes went out as 'ids'"),
     "narrow sums": (
         "    def predict_bytes",
         NARROW + "    def predict_bytes",

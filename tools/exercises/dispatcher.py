@@ -14,6 +14,7 @@ from tools.exercises.played import play_ranks
 from tools.exercises.verdict import NotYet, plain_verdict, shape_of
 
 TOP_K = 3
+KNOWN = (*PASSES, "metadata")  # as what bytes go out
 LIMIT = 1e-9
 CASES = ("even", "uneven", "nobody wants the last rank", "choices of -1", "tokens without gradient")
 
@@ -120,6 +121,8 @@ def trace(answer: type, comm: Communicator, meet: Callable[[str], Any] = lambda 
         said = sorted(tables) if isinstance(tables, dict) else type(tables).__name__
         wanted = f"expected a table for each of {', '.join(PASSES)}"
         case.want(said == sorted(PASSES), f"predict_bytes returned {said}, {wanted}")
+    for purpose in comm.meter.sent:
+        case.want(purpose in KNOWN, f"bytes went out as {purpose!r}; take one of {', '.join(KNOWN)}")
     look_at_sums(answer(2 * comm.size, comm))
 
 

@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import torch
-from IPython import get_ipython
 
 from ep_launcher import launcher as ep
 from tools.exercises.verdict import NotYet
@@ -16,9 +15,7 @@ LIMIT_S = 300.0  # a busy machine is slow; who waits in vain is told by half of 
 def try_on_ranks(
     kind: str, answer: type, ranks: int, namespace: dict[str, Any] | None, first: str = ""
 ) -> str:
-    """-> "right", or NotYet. namespace: the kernel's, {"In": [sources]}; first: a line to run before the suite."""
-    if namespace is None:
-        namespace = get_ipython().user_ns if get_ipython() else {}
+    """-> "right", or NotYet. namespace: {"In": [sources]}, by default the kernel's; first: a line to run before."""
     name = answer.__name__
     body = f"{first}\nfrom tools.exercises.on_ranks import run_parity\nrun_parity({kind!r}, {name}, comm)"
     try:

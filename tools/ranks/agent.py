@@ -155,11 +155,11 @@ def torchrun_options(arguments: Sequence[str]) -> Any:
     return options
 
 
-def fork_ranks(failed_s: float, ended_s: float) -> dict[Any, list[dict[str, Any]]]:
+def fork_ranks(failed_s: float, ended_s: float) -> dict[Any, list[tuple[int, int | None]]]:
     """torchrun forks its ranks from now on, and has them say where they are before it ends them.
 
     failed_s: what the others get to end by themselves once a rank has failed; ended_s: what all get at a signal.
-    Returns what is known then of every attempt's ranks: {attempt: [{"rank", "exitcode" or None, "is_stopped"}]}.
+    Returns how every attempt's ranks had ended by then: {attempt: [(rank, exit code, None for one that lived)]}.
     """
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
@@ -169,14 +169,12 @@ def fork_ranks(failed_s: float, ended_s: float) -> dict[Any, list[dict[str, Any]
     close, attempts = SubprocessContext._close, {}
 
     def close_ranks(context: SubprocessContext, death_sig: signal.Signals, timeout: float = 30) -> None:
-        known = []
-        for rank in [handler.proc for handler in context.subprocess_handlers.values()]:
-            known.append({"rank": rank.rank, "exitcode": rank.poll(), "is_stopped": False})
-            if rank.poll() is None:
-                known[-1]["is_stopped"] = psutil.Process(rank.pid).status() == psutil.STATUS_STOPPED
-                os.kill(rank.pid, signal.SIGUSR1)
-                time.sleep(0.02)  # it writes where it is
-        attempts.setdefault(context, known)
+        ranks = [handler.proc for handler in context.subprocess_handlers.values()]
+        attempts.setdefault(context, [(rank.rank, rank.poll()) for rank in ranks])
+        living = [rank for rank in ranks if rank.poll() is None]
+        for rank in living:
+            os.kill(rank.pid, signal.SIGUSR1)
+        time.sleep(0.1 * bool(living))  # they write where they are
         close(context, death_sig, min(timeout, failed_s if context._failures else ended_s))
 
     SubprocessHandler._popen = lambda handler, command, env: ForkedRank(handler, command, env)

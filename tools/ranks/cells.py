@@ -120,26 +120,22 @@ def problems(spec: dict[str, Any], folder: Path, code: int) -> list[str]:
     code: torchrun's exit code; not 0 where it did not come to its end by itself.
     """
     found, timeout_s = read_report(folder / "report.json"), spec["timeout_s"]
-    known = {one["rank"]: one for one in found["ranks"]}
+    exitcodes = dict(found["ranks"])
     alike: dict[str, list[str]] = {}
     others = []
     for rank in range(spec["nproc"]):
-        said, one = folder / f"rank{rank}.json", known.get(rank, {"exitcode": None if code else 0})
+        said, exitcode = folder / f"rank{rank}.json", exitcodes.get(rank, None if code else 0)
         if said.exists():
             failure = json.loads(said.read_text())
             others += [f"rank {rank} ended the cell"] * (not failure)
-        elif one["exitcode"] is not None:
-            failure = f": {how_ended(one['exitcode'])}"
+        elif exitcode is not None:
+            failure = f": {how_ended(exitcode)}"
         else:
             failure = ""
             logs = [log.read_text(errors="replace") for log in folder.glob(f"logs/*/*/{rank}/stderr.log")]
-            at = [
-                f"at line {line}"
-                for file, line, _ in last_stack("".join(logs).splitlines())
-                if file == CELL_FILE
-            ]
-            where = "stopped by SIGSTOP" if one.get("is_stopped") else [*at, "outside the cell"][0]
-            others.append(f"rank {rank} was {where}")
+            stack = last_stack("".join(logs).splitlines())
+            at = [f"at line {line}" for file, line, _ in stack if file == CELL_FILE]
+            others.append(f"rank {rank} was {[*at, 'outside the cell'][0]}")
         if failure:
             alike.setdefault(failure, []).append(str(rank))
     if code and not alike:
@@ -211,16 +207,15 @@ def run_cell_on_ranks(
     device: str = "auto",
     namespace: dict[str, Any] | None = None,
 ) -> Collected:
-    """Runs Python source on nproc fresh ranks; what `%%ranks` does. namespace: the kernel's, for `sent`.
+    """Runs Python source on nproc fresh ranks; what `%%ranks` does. namespace: for `sent`, by default the kernel's.
 
     Prints each rank's output, grouped by rank. Returns {name: list by rank}. RanksError where a rank fails, or one
     is still inside after timeout_s; a collective gives up after half of that. The first call waits for an import.
     """
     if nproc < 1 or not 0 < timeout_s <= LONGEST_S:
-        raise RanksError(
-            [f"%%ranks: take 1 or more ranks, and a time limit of at most {LONGEST_S:g} s, a week"]
-        )
-    namespace = namespace or {}
+        raise RanksError(["%%ranks: take 1 or more ranks, and a time limit of at most a week"])
+    if namespace is None:
+        namespace = kernel().user_ns if kernel() is not None else {}
     try:
         assert_fresh()
         check_kernel_definitions({name: value for name, value in namespace.items() if name not in sent})
@@ -261,9 +256,8 @@ def ranks_magic(line: str, cell: str) -> Any:
     """
     options = vars(parse_argstring(ranks_magic, line))
     expects_failure = options.pop("expect_failure")
-    namespace = kernel().user_ns if kernel() is not None else {}
     try:
-        collected = run_cell_on_ranks(cell, namespace=namespace, **options)
+        collected = run_cell_on_ranks(cell, **options)
     except RanksError as error:
         if not expects_failure:
             raise
@@ -271,5 +265,5 @@ def ranks_magic(line: str, cell: str) -> Any:
         return None
     if expects_failure:
         raise RanksError(["%%ranks: every rank ended well, and --expect-failure says that one fails"])
-    namespace.update(collected)
+    kernel().user_ns.update(collected)
     return next(iter(collected.values())) if len(collected) == 1 else collected or None

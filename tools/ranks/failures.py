@@ -77,8 +77,8 @@ def last_lines(lines: Sequence[str], count: int = 8) -> list[str]:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """What agent.py knows of a run: {"nproc": "auto" where it is not known, "ranks": [{"rank", "exitcode": None where
-    it was not the first to end, "is_stopped"}], "error": of torchrun itself}."""
+    """What agent.py knows of a run: {"nproc": "auto" where it is not known, "ranks": [[rank, exit code, None where it
+    was not the first to end]], "error": of torchrun itself}."""
     if not path.exists():
         return {"nproc": "auto", "ranks": [], "error": "it was killed"}
     return json.loads(path.read_text())
@@ -107,17 +107,12 @@ def describe_failure(
 
     report: see read_report; error: the rank that said "error: ..." first, and what; errors: each rank's stderr.
     """
-    stopped = [one["rank"] for one in report["ranks"] if one["is_stopped"]]
-    failures = [(one["rank"], one["exitcode"]) for one in report["ranks"] if one["exitcode"]]
+    failures = [(rank, code) for rank, code in report["ranks"] if code]
     rank, code = min(failures, key=lambda failure: failure[1] > 0, default=(None, 0))  # the killed first
     speaker, said = error
-    then = [f"  then {said}"] if said else []
-    if stopped:
-        line = f"rank {stopped[0]} was stopped by SIGSTOP, and the others waited for it"
-        return stopped[0], [line, *then, "to do: find out who stopped it; `kill -CONT` lets a rank go on"]
     if code < 0 or (code == 130 and not said):  # 130: what the launcher makes of a SIGTERM
         how = how_ended(min(code, 0) or -signal.SIGTERM)
-        to_do = TO_DO.get(how.split()[-1], "look at its log")
+        then, to_do = [f"  then {said}"] * bool(said), TO_DO.get(how.split()[-1], "look at its log")
         return rank, [f"rank {rank} was {how}; the other ranks were stopped", *then, f"to do: {to_do}"]
     if said:
         named = re.match(r"rank (\d+)\b", said)
