@@ -5,6 +5,7 @@ one process group, so that a slow minute of the machine hits all alike. Compare 
 """
 
 import argparse
+import contextlib
 import gc
 import hashlib
 import importlib.metadata
@@ -120,9 +121,11 @@ def medians(samples: dict[str, list[float]]) -> dict[str, float]:
 
 
 def schedule_threads(policy: int) -> None:
-    """Puts every thread of this process under a scheduling policy: os.SCHED_OTHER, os.SCHED_BATCH. Linux only."""
-    for thread in os.listdir("/proc/self/task"):
-        os.sched_setscheduler(int(thread), policy, os.sched_param(0))
+    """Puts every thread of this process under a scheduling policy: os.SCHED_OTHER, os.SCHED_BATCH. Linux only; nothing
+    where a sandbox forbids it."""
+    with contextlib.suppress(OSError):
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setscheduler(int(thread), policy, os.sched_param(0))
 
 
 class Recorder:

@@ -124,7 +124,7 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
     return error if error >= 0 else float("inf")
 
 
-def gather_uneven(x: Tensor, comm: ep.Communicator) -> Tensor:
+def everyones_rows(x: Tensor, comm: ep.Communicator) -> Tensor:
     """[n, ...] with any n a rank -> all ranks' rows in one tensor, by rank. Collective."""
     return torch.cat(ep.gather_objects(x.detach().cpu(), comm)).to(x.device)
 
@@ -167,7 +167,7 @@ def dense_reference(layer: ep.EPMoE, x: Tensor, parameters: dict[str, Tensor]) -
     """(y, aux) of all ranks' tokens, the shared experts included; with the layer's choices in bfloat16, and where some
     are left out. Collective."""
     config, kind = layer.config, layer.config.activation
-    given = gather_uneven(layer.topk_ids, layer.mesh.batch)
+    given = everyones_rows(layer.topk_ids, layer.mesh.batch)
     is_short = bool((given < 0).any())
     given = given if is_short or config.dtype == "bfloat16" else None
     y, aux = ep.dense_moe(x, parameters, config.top_k, given, kind)
@@ -272,7 +272,7 @@ def run_case(
 
     topk_ids, known = model.layers[0].topk_ids, {} if known is None else known
     # In bfloat16 the reference takes our choices.
-    given = gather_uneven(topk_ids, batch).tolist() if config.dtype == "bfloat16" else None
+    given = everyones_rows(topk_ids, batch).tolist() if config.dtype == "bfloat16" else None
     key = repr((case, replace(config, dispatcher="auto", experts="auto"), given))
     if key not in known:
         known[key] = run_dense(model, case, x_all, target, micro, reference)

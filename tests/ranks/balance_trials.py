@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from trials import copied_code, train, trial
 
 from ep_launcher import launcher as ep
-from tools.parity import LIMITS, gather_uneven, parameter_errors, plain_cases, relative_error
+from tools.parity import LIMITS, everyones_rows, parameter_errors, plain_cases, relative_error
 
 ALPHA, Z_ALPHA, SEQUENCE_ALPHA = 0.3, 0.2, 0.5  # large, so that a wrong loss shows in every gradient
 LENGTH = 4
@@ -123,7 +123,7 @@ def run_case(case: dict, config: ep.MoEConfig, mesh: ep.Mesh, device: torch.devi
     whole = make_layer(mesh_of(ep.Communicator.alone()))
     parameters = {name: p.detach().double().requires_grad_() for name, p in whole.named_parameters()}
     x_ref = x_all.double().requires_grad_()
-    topk_ids = gather_uneven(layer.topk_ids, comm)
+    topk_ids = everyones_rows(layer.topk_ids, comm)
     chosen_bias = whole.balance.bias
     y_ref, aux_ref, ids_ref = reference(
         x_ref, parameters, config, sizes, None if chosen_bias is None else chosen_bias.double(),

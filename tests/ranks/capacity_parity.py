@@ -28,8 +28,8 @@ from tools.parity import (  # noqa: E402
     BASE,
     begin,
     collect,
+    everyones_rows,
     finish,
-    gather_uneven,
     limit_of,
     over_the_limit,
     plain_cases,
@@ -105,10 +105,10 @@ class LimitedReference:
         """(y, aux) of all ranks' tokens. In low precision the run's own probabilities choose."""
         config = layer.config
         gate = x @ parameters["router.gate.weight"].t() + parameters["router.gate.bias"]
-        own = gather_uneven(layer.probs, layer.mesh.batch)
+        own = everyones_rows(layer.probs, layer.mesh.batch)
         probs = gate.softmax(dim=-1).detach() if config.dtype == "float64" else own
         chosen, placed = slow_placement(probs, self.sizes, config)
-        self.is_same = torch.equal(placed, gather_uneven(layer.topk_ids, layer.mesh.batch))
+        self.is_same = torch.equal(placed, everyones_rows(layer.topk_ids, layer.mesh.batch))
         self.num_lost = int((placed < 0).sum())
         self.num_moved = int(((placed >= 0) & (placed != chosen)).sum())
         y, _ = dense_moe(x, parameters, config.top_k, placed)
@@ -155,7 +155,7 @@ def kept_choices(mesh: Mesh, device: torch.device) -> dict[str, list]:
             config = MoEConfig(**BASE, dtype="float64", dispatcher="all_gather", extras=(options,))
             layer = EPMoE(config, mesh, seed=3, device=device)
             layer(x.tensor_split(mesh.batch.size)[mesh.batch.rank].to(device))
-            kept[f"{options.overflow} {options.drop_order}"] = gather_uneven(
+            kept[f"{options.overflow} {options.drop_order}"] = everyones_rows(
                 layer.topk_ids, mesh.batch
             ).tolist()
     return kept

@@ -125,8 +125,9 @@ def play(
     os.environ["LOCAL_WORLD_SIZE"] = str(num_ranks)
     if DEVICE == "cuda":
         torch.cuda.set_device(ep.choose_device("cuda"))
-    elif hasattr(os, "SCHED_BATCH"):  # as init_distributed does
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    else:  # as init_distributed does
+        with contextlib.suppress(AttributeError, OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     patience, listening = timedelta(seconds=60), meeting.fileno() if rank == 0 else None
     store = dist.TCPStore(
         *meeting.getsockname(), is_master=rank == 0, timeout=patience, wait_for_workers=False,

@@ -134,8 +134,8 @@ def problems(spec: dict[str, Any], folder: Path, code: int) -> list[str]:
             failure = ""
             logs = [log.read_text(errors="replace") for log in folder.glob(f"logs/*/*/{rank}/stderr.log")]
             stack = last_stack("".join(logs).splitlines())
-            at = [f"at line {line}" for file, line, _ in stack if file == CELL_FILE]
-            others.append(f"rank {rank} was {[*at, 'outside the cell'][0]}")
+            at = [f"was at line {line}" for file, line, _ in stack if file == CELL_FILE]
+            others.append(f"rank {rank} {[*at, 'was outside the cell' if stack else 'did not answer'][0]}")
         if failure:
             alike.setdefault(failure, []).append(str(rank))
     if code and not alike:
