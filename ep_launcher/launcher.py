@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "baaa1c340ecf71222f7543aded0127cbae2e41db4c0e2239a891776421bf61d2"
+SOURCES_SHA256 = "d9644e5b9b1923821cf674ee235cc7da83a72839678106dc7f144253e0f8d6c6"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -8574,10 +8574,14 @@ def unwatched(model: nn.Module) -> Iterator[None]:
     """Inside, forwards are in evaluation mode and leave no trace in the meters, nor in the layers' last choices."""
     layers, was_training = moe_layers(model), model.training
     meters = {id(layer.mesh.meter): layer.mesh.meter for layer in layers}
+    for meter in meters.values():
+        meter.total()  # what kernels have counted before stays
     sent = {key: {name: list(counts) for name, counts in meter.sent.items()} for key, meter in meters.items()}
     last = [(layer.topk_ids, layer.probs) for layer in layers]
     try:
         yield model.eval()
+        for meter in meters.values():
+            meter.total()  # what kernels have counted inside is forgotten with the rest
     finally:
         model.train(was_training)
         for key, meter in meters.items():

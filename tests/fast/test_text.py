@@ -129,13 +129,21 @@ def test_recomputation_changes_no_number():
 
 
 def test_evaluation_leaves_no_trace():
-    model, task = model_of("--balance bias --router sigmoid"), None
-    config = model.config
-    task = ep.TextStream(config, 0, 64, ep.init_ep().batch)
-    model(task.next()[0])
+    model = model_of("--balance bias --router sigmoid")
+    task = ep.TextStream(model.config, 0, 64, ep.init_ep().batch)
     layer, before = ep.moe_layers(model)[0], [t.clone() for t in model.state_dict().values()]
+    counted, meter = [], layer.mesh.meter  # as by kernels, which count on the device until somebody reads
+    layer.register_forward_hook(lambda *_: counted.append(1))
+
+    def read() -> None:
+        meter.sent["dispatch"] = [sum(meter.sent.get("dispatch", [0])) + len(counted)]
+        counted.clear()
+
+    meter.readers.append(read)
+    model(task.next()[0])
     ids, load, shares = layer.topk_ids, layer.balance.load.clone(), len(layer.aux_shares)
     ep.held_out_loss(model, task, 256)
+    assert meter.total("dispatch") == 1
     assert layer.topk_ids is ids and torch.equal(layer.balance.load, load) and len(layer.aux_shares) == shares
     assert model.training and all(
         torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True)
