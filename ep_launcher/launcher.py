@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "d9644e5b9b1923821cf674ee235cc7da83a72839678106dc7f144253e0f8d6c6"
+SOURCES_SHA256 = "de5b28af8f9c3b755cb4ca2579761d053e1a3fc250c20118592ae786cb7206ab"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1063,8 +1063,10 @@ def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
     RuntimeError where shares pile up, each with its graph: they were forgotten. Others are added up. RuntimeError under
     a checkpoint whose first forward had no gradient: the aux loss could not have one.
     """
-    # torch's own checkpoint asks the same way; there is no public one. A compiled forward is never run again so.
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
+    if torch.compiler.is_compiling():  # what is asked next must be asked in every call, and not once for all
+        return torch.compiler.disable(keep_share)(layer, aux, routing)
+    # torch's own checkpoint asks the same way; there is no public one.
+    if torch._C._current_graph_task_id() >= 0:
         # The backward that runs it again: of a reentrant checkpoint, its own node.
         if type(torch._C._current_autograd_node()).__name__ == "CheckpointFunctionBackward":
             raise RuntimeError(
@@ -1261,15 +1263,13 @@ def share_of_mean(mean: Tensor, num_tokens: int, mesh: Mesh) -> Tensor:
 
 # %% notebooks/03_experts.ipynb #refuse-wrappers
 def owners(model: nn.Module, mesh: Mesh) -> dict[int, Experts]:
-    """{id of a parameter that mesh.ep shares out: the Experts that hold it}. TypeError where FSDP has sharded a
-    model's parameters, RuntimeError where the model is in DistributedDataParallel, ValueError where a layer was made
-    with other groups of ranks than this mesh has."""
+    """{id of a parameter that mesh.ep shares out: the Experts that hold it}. TypeError where FSDP2 has sharded
+    a model's parameters, RuntimeError where the model is in DistributedDataParallel or FSDP1, ValueError where a layer
+    was made with other groups of ranks than this mesh has."""
     owner = {}
     for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise RuntimeError(
-                "the model is in DistributedDataParallel, which overwrites experts; take it out"
-            )
+        if (name := type(module).__name__) in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise RuntimeError(f"the model is in {name}, which takes experts for copies; take it out")
         if isinstance(module, EPMoE):
             if (module.mesh.ep.ranks, module.mesh.batch.ranks) != (mesh.ep.ranks, mesh.batch.ranks):
                 raise ValueError(
@@ -1509,9 +1509,14 @@ def train_step(
 def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
     """Scales all gradients down to max_norm together, where theirs is larger -> the norm before, 0-dim, the same
     on every rank: each expert counts on its rank, everything else once. After sync_gradients. No host sync; one
-    all-reduce of one number over mesh.ep. ValueError where a layer has another mesh.
+    all-reduce of one number over mesh.ep. ValueError where a layer has another mesh, RuntimeError where gradients are
+    not summed yet.
     """
-    local = owners(model, mesh)
+    local, grads = owners(model, mesh), [p.grad for p in model.parameters() if p.grad is not None]
+    if mesh.batch.size > 1 and grads and not any(getattr(grad, "is_summed", False) for grad in grads):
+        raise RuntimeError(
+            "gradients are not summed over the ranks yet; call sync_gradients(model, mesh) first"
+        )
     squares = {True: [], False: []}
     for p in model.parameters():
         if p.grad is not None:
@@ -1702,7 +1707,7 @@ def predicted_bytes(model: nn.Module, x_needs_grad: bool = False) -> dict[str, T
 
     Summed over the layers, and over the parts into which a layer cuts its tokens (chapter 12; mostly one).
     x_needs_grad: of the first layer, whose tokens are a batch's, unless the model says tokens_are_computed; what comes
-    to the others was computed. Collective: every rank enters.
+    to the others was computed. Of tokens in the config's dtype and a router that learns. Collective: every rank enters.
     """
     x_needs_grad = x_needs_grad or getattr(model, "tokens_are_computed", False)
     parts = []
@@ -1966,7 +1971,7 @@ def make_parser() -> FlagParser:
     return parser
 
 
-# %% notebooks/05_launch.ipynb #parse-flags
+# %% notebooks/05_launch.ipynb #load-plugin
 def load_plugin(argv: list[str] | None) -> None:
     """Runs the file that --plugin names, before the flags are read: it may register what they name.
 
@@ -1992,12 +1997,15 @@ def load_plugin(argv: list[str] | None) -> None:
     plugin = sys.modules["plugin"] = type(sys)("plugin")  # where dataclasses look their module up
     plugin.__file__ = str(path)
     try:
-        code = compile(source, str(path), "exec", dont_inherit=True)
-    except (SyntaxError, ValueError) as error:
+        exec(compile(source, str(path), "exec", dont_inherit=True), vars(plugin))
+    except SyntaxError as error:
         raise ValueError(f"the plugin is no Python: {error}") from None
-    exec(code, vars(plugin))
+    except ValueError as error:  # mostly a refusal by what it registers with
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        raise ValueError(f"{error} ({path}, line {lines[-1] if lines else 1})") from None
 
 
+# %% notebooks/05_launch.ipynb #parse-flags
 def parse_flags(argv: list[str] | None = None) -> tuple[MoEConfig, TrainingOptions]:
     """Command line -> config, with later chapters' groups as extras, and training options. ValueError if bad."""
     load_plugin(argv)
@@ -2100,17 +2108,17 @@ def check_run(config: MoEConfig, options: TrainingOptions) -> torch.device:
 
 # %% notebooks/05_launch.ipynb #refuse
 def refuse(message: str) -> int:
-    """Prints one line, once a host, and returns the exit code 2. The other ranks wait for torchrun to end them.
+    """Prints one line, once a host, and returns the exit code 2. The other ranks wait for torchrun to end them, and say
+    it later where the host's first rank has not refused.
 
     A torchrun that would try again is ended: what was refused once would be refused again, or no longer noticed.
     """
     local_rank = os.environ.get("LOCAL_RANK", "0")  # which may be what is refused
-    if not local_rank.isdecimal() or int(local_rank) == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-            end_torchrun()
-    else:
+    if local_rank.isdecimal() and int(local_rank) > 0:
         time.sleep(20)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        end_torchrun()
     return 2
 
 
@@ -2184,7 +2192,7 @@ def describe_positions(positions: list[tuple[int, int]], silent: tuple[int, ...]
         step, count = positions[rank]
         line = f"rank {rank} stayed behind at step {step}, after {count} collectives"
         if rank in silent:
-            line = f"rank {rank} stands still, last heard of at step {step}: stopped, or its code keeps Python's lock"
+            line = f"rank {rank} stands still, last heard of at step {step}: stopped, gone, or keeping Python's lock"
         lines.append(f"{line} (the others: step {furthest[0]}, {furthest[1]})")
     return "; ".join(lines)
 
@@ -2965,8 +2973,9 @@ class ExpertsOnTokens(torch.autograd.Function):
         return sum_rows(results, order)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+            raise RuntimeError("these experts have no second derivative; take experts bmm or loop")
         if ctx.used:
             raise RuntimeError(
                 "a second backward: blocks and grouped write gradients over what they kept; take experts bmm or loop"
@@ -3021,7 +3030,7 @@ class FusedExperts(Experts):
     products: Any = None
 
     def forward(self, arrived: Arrived) -> Tensor:
-        """See Experts. A second backward is refused: the first one writes over what was kept."""
+        """See Experts. A second backward is refused, as the first one writes over what was kept; so is create_graph."""
         w1, b1, w2, b2, w3, b3 = self.in_dtype(arrived.x.dtype)
         order = order_rows(arrived.topk_ids, self.num_local, arrived.max_pairs)
         dtype = DTYPES[self.config.dtype]  # this kind was taken for; wider tokens need products that take any
@@ -3518,7 +3527,8 @@ def expert_capacity(num_tokens: int | Tensor, config: MoEConfig, capacity_factor
     may be an int64 tensor; then the factor counts with a millionth's precision, so that no product leaves 64 bits.
     """
     share = Fraction(str(capacity_factor)) * config.top_k / config.num_experts
-    share = share if isinstance(num_tokens, int) else share.limit_denominator(10**6)
+    if not isinstance(num_tokens, int):
+        share = max(share.limit_denominator(10**6), Fraction(1, 10**6))  # never 0
     return -(-num_tokens * share.numerator // share.denominator)
 
 
@@ -3662,7 +3672,9 @@ class CapacityOptions(Options):
             self.overflow != "drop"
         ):  # a moved choice has its expert's score, scaled as the router scaled the token's
             old, new = (routing.probs.gather(1, ids.clamp(min=0)) for ids in (routing.topk_ids, topk_ids))
-            moved = new * (weights.sum(1, keepdim=True) / old.sum(1, keepdim=True))
+            # With a bias a token may choose scores that are all 0.
+            total = old.sum(1, keepdim=True).clamp(min=torch.finfo(old.dtype).tiny)
+            moved = new * (weights.sum(1, keepdim=True) / total)
             weights = torch.where(topk_ids == routing.topk_ids, weights, moved)
         return replace(routing, topk_ids=topk_ids, topk_weights=weights.masked_fill(topk_ids < 0, 0.0))
 
@@ -3897,7 +3909,7 @@ class BiasBalance(Balance):
     ) -> None:
         super().__init__(config, batch)
         self.speed = config.option(RoutingOptions).bias_speed
-        self.register_buffer("bias", torch.zeros(config.num_experts, device=device))
+        self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32, device=device))
         load = torch.zeros(config.num_experts, dtype=torch.int64, device=device)
         self.register_buffer("load", load, persistent=False)
 
@@ -3909,9 +3921,8 @@ class BiasBalance(Balance):
     def after_step(self) -> None:
         """bias_e += speed * sign(mean load - load_e), and counting starts again. In place, for CUDA graphs."""
         load = self.batch.all_reduce(self.load)
-        self.bias += self.speed * torch.sign(
-            load.sum() - len(load) * load
-        )  # whole numbers: exact on any rank
+        below = load.sum() - len(load) * load  # whole numbers: exact on any rank
+        self.bias.add_(below.sign().to(self.bias.dtype), alpha=self.speed)
         load.zero_()
 
 
@@ -6215,11 +6226,12 @@ class ChooseKernel:
         self.split = tile_of(config.hidden_dim // self.block, 16 if num_rows <= self.tokens else 8)
         self.experts = max(16, 1 << (config.num_experts - 1).bit_length())
         tiles = -(-num_rows // self.tokens)
-        self.pieces = torch.empty(self.split, tiles * self.tokens, self.experts, device=device)
+        f32 = {"dtype": torch.float32, "device": device}
+        self.pieces = torch.empty(self.split, tiles * self.tokens, self.experts, **f32)
         self.arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
         self.topk_ids = torch.empty(num_rows, config.top_k, dtype=torch.int64, device=device)
-        self.topk_weights = torch.zeros(num_rows, config.top_k, device=device)
-        self.no_bias = torch.zeros(config.num_experts, device=device)
+        self.topk_weights = torch.zeros(num_rows, config.top_k, **f32)
+        self.no_bias = torch.zeros(config.num_experts, **f32)
 
     def __call__(
         self,
@@ -7714,7 +7726,7 @@ def finished(folder: Path) -> list[Path]:
 
 
 def publish(aside: Path, body: dict[str, Any], keep: int) -> None:
-    """Makes what was written aside the newest checkpoint: manifest, name, pointer; then the oldest go.
+    """Makes what was written aside the newest checkpoint: manifest, name, pointer; then, of all others, the oldest go.
 
     OSError where that fails. Killed anywhere in here, the folder still holds a whole one, this or the one before.
     """
@@ -7725,7 +7737,8 @@ def publish(aside: Path, body: dict[str, Any], keep: int) -> None:
     remove(final)  # left by a run that came by here and was killed
     aside.rename(final)
     write_durably(final.parent / "latest", final.name + "\n")
-    for old in finished(final.parent)[keep:]:
+    others = [path for path in finished(final.parent) if path != final]
+    for old in others[keep - 1 :]:
         remove(old)
 
 
@@ -7965,8 +7978,9 @@ class Checkpoints:
             self.run.log.write(f"[{aside.stem}] checkpoint of {num_bytes / 1e6:.1f} MB in {seconds:.2f} s")
             self.run.log.show("scalar", done, {"checkpoint/seconds": seconds})
         except OSError as error:
-            free = shutil.disk_usage(self.folder).free // 10**6
-            told = f"{reason(error)}, {free} MB free"
+            told = reason(error)
+            with contextlib.suppress(OSError):  # the folder itself may be gone
+                told += f", {shutil.disk_usage(self.folder).free // 10**6} MB free"
             self.run.log.write(f"warning: {aside.stem} was not saved ({told}); training goes on")
             shutil.rmtree(aside, ignore_errors=True)
 

@@ -197,6 +197,9 @@ def launch(
             raise LaunchError(*lines[:14], f"whole output: {logs}", rank=rank)
         given = Path(asked.summary or summary).expanduser()
         found = json.loads(given.read_text("utf-8")) if given.exists() else {}
+        if not found and nnodes == 1 and not {"-h", "--help"} & set(arguments):
+            said = "the ranks ended with exit code 0 before the end of the run: something calls exit"
+            raise LaunchError(said, f"whole output: {logs}")
         if found and given == summary:
             found["config"]["summary"] = None  # the file was ours, and goes
         return found

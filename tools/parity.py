@@ -11,6 +11,7 @@ error is over its limit, a byte was not predicted, or a case crashes, whose vari
 """
 
 import argparse
+import faulthandler
 import os
 import sys
 from collections.abc import Callable, Collection
@@ -57,6 +58,7 @@ def plain_cases(size: int) -> dict[str, dict]:
         "rank_without_tokens": {"tokens": [11, 0, 7, 0] if size > 1 else [0]},
         "no_tokens_at_all": {"tokens": [0]},
         "rank_without_rows": {"tokens": [12], "bias": last_rank},
+        "idle_rank": {"tokens": [*[12] * (size - 1), 0], "bias": last_rank},  # neither sends nor receives
         "all_to_one_expert": {"tokens": [9, 12], "top_k": 1, "bias": [2.0] + [0.0] * 7},
         "top_1": {"tokens": [12, 10], "top_k": 1},
         "top_k_is_num_experts": {"tokens": [6, 8], "top_k": 8},
@@ -355,8 +357,8 @@ def begin() -> tuple[argparse.Namespace, torch.device, ep.Mesh]:
     ep.load_plugin(sys.argv[1:])
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtypes", nargs="+", default=list(LIMITS))
-    parser.add_argument("--cases", nargs="*")
+    parser.add_argument("--dtypes", nargs="+", default=list(LIMITS), help=f"of {', '.join(LIMITS)}")
+    parser.add_argument("--cases", nargs="*", metavar="CASE", help=f"of {', '.join(cases(4))}")
     kinds = sorted(ep.REGISTRIES["dispatcher"])
     parser.add_argument("--dispatcher", choices=kinds, metavar="NAME", help="this one alone")
     parser.add_argument("--ranks-per-host", type=int, help="as if so many ranks shared a machine")
@@ -380,9 +382,11 @@ def finish(
         within = f"{len(results) - len(failed)} of {len(results)} within limits"
         errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
         said = f"{what} at world size {comm.size} on {args.device}: {within}; worst {errors}"
-        for r in failed:
+        for r in failed[:20]:
             kind = f"{r['case']} {r['dtype']} {r['dispatcher']} {r['experts']} {r['activation']}"
             print(f"over the limit: {kind}: {fault_of(r) or 'other choices'}")
+        if failed[20:]:
+            print(f"over the limit: {len(failed) - 20} more")
         print(said)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -402,6 +406,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # gloo ends a process by SIGABRT where ranks send other sizes than are waited for
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

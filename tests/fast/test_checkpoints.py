@@ -138,6 +138,15 @@ def test_the_pointer_is_believed(whole, tmp_path):
     assert any("resumed at step 5 " in line for line in run(folder, "--resume")[1])
 
 
+@pytest.mark.parametrize("keep, stays", [(1, [18]), (3, [15, 18, 20])])
+def test_newer_ones_of_another_branch_do_not_push_out_what_was_just_saved(whole, tmp_path, keep, stays):
+    folder = copy_of(whole[1], tmp_path, 10, 15, 20)
+    turn_a_bit(folder / "step-00000020")
+    run(folder, f"--resume --keep-checkpoints {keep}", 18)
+    assert sorted(path.name for path in folder.glob("step-*")) == [f"step-{step:08d}" for step in stays]
+    assert (folder / "latest").read_text() == "step-00000018\n"
+
+
 @pytest.mark.parametrize("flags, steps, says", [
     ("--resume --top-k 1", 20, "top_k was 2 and is 1"),
     ("--resume --tokens 9 --seed 3", 20, "seed was 0 and is 3, tokens was 8 and is 9; give --tokens 8 and the same"),
@@ -200,6 +209,20 @@ def test_a_save_that_fails_is_one_warning(whole, tmp_path, monkeypatch, name):
     assert len(warnings) == 1 and alike(measured) == whole[0]
     assert warnings[0].startswith("warning: step-00000005 was not saved (No space left on device, ")
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_folder_that_goes_away_is_a_warning(whole, tmp_path, monkeypatch):
+    folder, kept = tmp_path / "lost" / "run", ep.write_aside
+
+    def write_aside(*arguments):
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.parent.touch()  # no folder can be made there any more
+        return kept(*arguments)
+
+    monkeypatch.setattr(ep, "write_aside", write_aside)
+    measured, lines = run(folder, "--checkpoint-interval 10")
+    warnings = [line for line in lines if line.startswith("warning")]
+    assert len(warnings) == 2 and alike(measured) == whole[0]
 
 
 def test_a_signal_saves_and_stops(whole, tmp_path, monkeypatch):

@@ -224,17 +224,44 @@ def test_second_backwards_and_second_derivatives_are_right_or_refused(experts):
         for p, wanted in zip(parameters, once, strict=True):
             close(p.grad, 2 * wanted, 1e-5, experts)
 
-    def penalty(y):
-        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    def penalty(loss):
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
         return torch.autograd.grad(grad.square().sum(), parameters[1:3])
 
-    if experts in ("blocks", "grouped"):
-        with refused(RuntimeError, "a second backward", "take experts bmm or loop"):
-            penalty(layer(x))
-        return
-    wanted = penalty(ep.dense_moe(x, dict(layer.named_parameters()), 2)[0])
-    for grad, other in zip(penalty(layer(x)), wanted, strict=True):
-        close(grad, other, 1e-4, experts)
+    # Of a loss that is linear in y, the gradient that comes to the experts is a constant, and theirs is none.
+    for loss_of in (lambda y: y.square().sum(), torch.sum):
+        if experts in ("blocks", "grouped"):
+            with refused(RuntimeError, "no second derivative", "take experts bmm or loop"):
+                penalty(loss_of(layer(x)))
+            continue
+        wanted = penalty(loss_of(ep.dense_moe(x, dict(layer.named_parameters()), 2)[0]))
+        for grad, other in zip(penalty(loss_of(layer(x))), wanted, strict=True):
+            close(grad, other, 1e-4, experts)
+
+
+@pytest.mark.parametrize("balance", ["aux", "bias"])
+def test_a_checkpoint_around_a_compiled_layer_counts_once(balance):
+    torch._dynamo.reset()
+    layer = ep.EPMoE(config(balance=balance), seed=0)
+    compiled = torch.compile(layer, backend="eager")
+    for _ in range(2):
+        y = checkpoint(compiled, torch.randn(6, 16, requires_grad=True), use_reentrant=False)
+        (y.square().sum() + ep.aux_loss(layer)).backward()
+        assert not layer.aux_shares
+    assert balance == "aux" or layer.balance.load.sum() == 2 * 6 * 2
+
+
+def test_a_bias_is_float32_whatever_the_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = ep.EPMoE(config(balance="bias"), seed=0)
+        layer.balance.load[0] = 1
+        for _ in range(600):
+            layer.balance.load[0] = 1
+            ep.after_step(layer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    close(layer.balance.bias, torch.tensor([-0.6] + [0.6] * 7), 1e-5, "bias")
 
 
 def test_compiled_model():

@@ -43,6 +43,12 @@ def test_capacity_is_exact(tokens, top_k, experts, factor, expected):
     assert ep.expert_capacity(tokens, layer, factor) == expected
 
 
+def test_capacity_of_tokens_counted_on_the_device():
+    tokens, layer = torch.tensor([0, 32, 33]), config(num_experts=16)
+    assert ep.expert_capacity(tokens, layer, 1.0).tolist() == [0, 4, 5]
+    assert ep.expert_capacity(tokens, layer, 1e-7).tolist() == [0, 1, 1]
+
+
 def test_capacity_is_the_decimal_formula():
     layer = config(num_experts=10, top_k=3)  # a divisor that decimals can divide by
     for tokens in (1, 32, 100, 999):
@@ -103,6 +109,17 @@ def test_reroute_loses_only_what_no_other_expert_can_take(order):
             if len(held) < 3:
                 wanted = set(range(8)) - set(held)
                 assert all(load[e] == capacity for e in wanted), (seed, t)
+
+
+def test_a_moved_choice_of_score_0_is_no_nan():
+    """A bias may choose an expert whose softmax is 0 to the last digit."""
+    layer = ep.EPMoE(config(1.0, top_k=1, overflow="reroute", balance="bias"), seed=0)
+    with torch.no_grad():
+        layer.router.gate.bias[0], layer.balance.bias[0] = -2000, 2
+    x = torch.randn(8, 16, dtype=torch.float64, requires_grad=True)
+    layer(x).sum().backward()
+    assert (layer.topk_ids == 0).any() and (layer.topk_ids > 0).any()
+    assert x.grad.isfinite().all() and layer.router.gate.weight.grad.isfinite().all()
 
 
 def test_a_choice_that_was_not_sent_stays_so():

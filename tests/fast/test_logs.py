@@ -165,7 +165,7 @@ def test_a_rank_that_stands_still_is_told_from_one_that_is_late(monkeypatch):
         heart.stop()
     assert late == "rank 1 stayed behind at step 39, after 60 collectives (the others: step 40, 63)"
     assert still.startswith(
-        "rank 2 stands still, last heard of at step 37: stopped, or its code keeps Python's lock"
+        "rank 2 stands still, last heard of at step 37: stopped, gone, or keeping Python's lock"
     )
 
 

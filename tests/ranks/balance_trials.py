@@ -143,8 +143,8 @@ def run_case(case: dict, config: ep.MoEConfig, mesh: ep.Mesh, device: torch.devi
     predicted = [int(table[ep_group.rank].sum()) for table in tables.values()]
     predicted = comm.all_reduce(torch.tensor(predicted, device=device)).tolist()
     errors["bytes"] = float(sum(abs(p - c) for p, c in zip(predicted, counted, strict=True)))
-    is_free = config.option(ep.RoutingOptions).num_groups == 1  # groups may keep every token at home
-    if ep_group.size > 1 and total and is_free and not sum(counted):
+    home = torch.arange(comm.size, device=device).repeat_interleave(torch.tensor(sizes, device=device))
+    if (topk_ids // num_local != home[:, None] % ep_group.size).any() and not sum(counted):
         errors["bytes"] = float("inf")
     made = torch.bincount(topk_ids.flatten(), minlength=num_experts)
     if config.balance == "bias":  # every choice, once

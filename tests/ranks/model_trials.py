@@ -275,6 +275,8 @@ def another_mesh(mesh: ep.Mesh, folder: Path) -> None:
     layer, halves, equal = ep.EPMoE(config(), seed=1), ep.init_ep(mesh.batch.size // 2), ep.init_ep()
     layer(tokens(5, mesh.batch.rank, mesh.batch.size, torch.float32)).sum().backward()
     state = layer.state_dict()
+    with refused(RuntimeError, "not summed over the ranks yet; call sync_gradients"):
+        ep.clip_grad_norm_(layer, 1.0, equal)
     for call in (
         lambda: ep.sync_gradients(layer, halves),
         lambda: ep.clip_grad_norm_(layer, 1.0, halves),
@@ -329,9 +331,11 @@ def every_kind(mesh: ep.Mesh) -> Iterator[tuple[str, ep.EPMoE, torch.Tensor]]:
 def gradient_penalty(mesh: ep.Mesh, folder: Path) -> None:
     """Second derivatives through an exchange are refused: they would miss what other ranks did."""
     for _, layer, x in every_kind(mesh):
-        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-        with refused(RuntimeError, "once_differentiable"):
-            grad.square().sum().backward()
+        by_hand = layer.config.experts in ("blocks", "grouped")
+        for loss in (layer(x).square().sum(), layer(x).sum()):
+            with refused(RuntimeError, "no second derivative" if by_hand else "once_differentiable"):
+                (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+                grad.square().sum().backward()
 
 
 @trial(2)
@@ -592,9 +596,15 @@ def ddp(mesh: ep.Mesh, folder: Path) -> None:
 def fsdp(mesh: ep.Mesh, folder: Path) -> None:
     """fully_shard over experts is refused, by whatever would take an expert's parameter for whole."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-    model = nn.Sequential(nn.Linear(16, 16), ep.EPMoE(config(), mesh, seed=1))
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 16), ep.EPMoE(config(), mesh, seed=1))
+
+    flat = FullyShardedDataParallel(make(), device_id=torch.device("cpu"))
+    with refused(RuntimeError, "the model is in FullyShardedDataParallel"):
+        ep.sync_gradients(flat, mesh)
+    model = make()
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     for call in (ep.sync_gradients, ep.full_state_dict, lambda *a: ep.clip_grad_norm_(a[0], 1.0, a[1])):
         with refused(TypeError, "is a DTensor, which fully_shard has made", "init_ep(ep_size)"):

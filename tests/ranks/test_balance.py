@@ -52,7 +52,7 @@ def test_parity_left_nothing_out(parity_results):
     assert ran("2 x 2") == {kinds for kinds in every if "uneven" in kinds and world_size == 4}
     results = [r for r in results if r["mesh"] != "2 x 2"]
     few = set(plain_cases(world_size)) - {*FEW_CASES, "rank_without_rows"}
-    assert len(few) == 6
+    assert len(few) == 7
     for case in few:
         found = {(r["router"], r["balance"]) for r in results if r["case"] == case}
         assert len(found) == 8, case

@@ -35,7 +35,7 @@ def test_every_policy_ran_and_had_something_to_do(parity):
     for policy in slow.policies():
         ran = [r for r in parity["results"] if policy.items() <= r.items()]
         assert {r["dtype"] for r in ran} == set(LIMITS)
-        assert len({r["case"] for r in ran}) == 10
+        assert len({r["case"] for r in ran}) == 11
         assert {r["dispatcher"] for r in ran} >= {"all_gather"}
         assert ("capacity" in {r["dispatcher"] for r in ran}) == (policy["capacity_scope"] == "local")
         assert sum(r["lost" if policy["overflow"] == "drop" else "moved"] for r in ran) > 40

@@ -223,6 +223,22 @@ def test_ranks_names_what_failed(shell, line, body, says, capsys):
     wait_until(lambda: not ranks_left(), 10)
 
 
+def test_a_rank_may_leave_its_cell_by_exit(shell, capsys):
+    run_cell(
+        shell, "%%ranks 2 --device cpu\nprint('so far')\nif rank:\n    raise SystemExit(0)\nprint('and on')"
+    )
+    assert capsys.readouterr().out.splitlines() == ["rank 0: so far", "rank 0: and on", "rank 1: so far"]
+
+
+def test_a_rank_that_cannot_write_is_named(tmp_path):
+    for rank, said in enumerate(('""', "")):  # an empty file is what a full disk leaves
+        (tmp_path / f"rank{rank}.json").write_text(said)
+    (line,) = cells.problems({"nproc": 2, "timeout_s": 60}, tmp_path, 1)
+    assert line.startswith(
+        f"rank 1: it could not write to {tmp_path.parent}; where that disk is full, set TMPDIR"
+    )
+
+
 def test_nothing_that_a_rank_started_outlives_its_cell(shell):
     start = "import os, subprocess\npid = subprocess.Popen(['sleep', '600']).pid\n"
     run_cell(shell, "%%ranks 2 --collect pid\n" + start)

@@ -317,6 +317,13 @@ def test_a_plugins_mistake_is_shown_where_it_is(tmp_path, capfd):
     assert "most recent call first" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("leave", ["import os; os._exit(0)", "raise SystemExit(0)"])
+def test_ranks_that_leave_early_have_not_trained(tmp_path, leave):
+    (plugin := tmp_path / "mine.py").write_text(leave)
+    with pytest.raises(LaunchError, match=r"exit code 0 before the end of the run"):
+        launch(2, plugin=plugin, log_dir=tmp_path / "run", quiet=True, **SMALL)
+
+
 # A rank that keeps Python's lock for ever, as native code may; it sleeps in C, through a library that does not let go.
 LOCKED = """
 import ctypes
@@ -409,7 +416,7 @@ def test_signals(tmp_path):
 
         code, _, lines = runs["rank_locked"].finish()
         assert code == 1 and lines[0].startswith(
-            "error: rank 1 stands still, last heard of at step 15: stopped, or"
+            "error: rank 1 stands still, last heard of at step 15: stopped, gone, or"
         )
     finally:
         for run in (starting, *runs.values()):

@@ -65,7 +65,8 @@ def test_bytes_are_what_topk_ids_predict(results):
             r["case"] in ("no_tokens_at_all", "checkpoint", "two_halves_checkpoint")
             or r["dispatcher"] == "local"
         )
-        is_empty |= r["case"] == "replicas" and r["world_size"] == 2  # each rank has all experts
+        # On two ranks each has all experts, or one has all there is to do.
+        is_empty |= r["case"] in ("replicas", "idle_rank") and r["world_size"] == 2
         if r["world_size"] > 1 and not is_empty:
             assert counted > 0, r
         if r["world_size"] == 1:
@@ -76,7 +77,7 @@ def test_the_cases_are_what_they_say(results):
     for r in results:
         if r["case"] == "all_to_one_expert":
             assert r["rows_received"][0] > 0 and sum(r["rows_received"][1:]) == 0
-        if r["case"] == "rank_without_rows" and r["world_size"] > 1:
+        if r["case"] in ("rank_without_rows", "idle_rank") and r["world_size"] > 1:
             assert r["rows_received"][-1] == 0
 
 

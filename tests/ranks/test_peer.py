@@ -209,7 +209,8 @@ def test_a_stopped_rank_of_a_recorded_run_is_named(tmp_path):
         run.stderr.read()
     assert run.returncode == 1
     assert re.search(
-        r"error: rank 1 stands still, last heard of at step [0-5]: stopped, or .*; replay 1 of the", line
+        r"error: rank 1 stands still, last heard of at step [0-5]: stopped, gone, or .*; replay 1 of the",
+        line,
     ), line
 
 

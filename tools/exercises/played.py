@@ -48,7 +48,7 @@ class PlayedCommunicator(Communicator):
     def all_gather(self, x: Tensor, purpose: str) -> Tensor:
         """See Communicator. NotYet where another rank brings another shape."""
         self.meter.record(purpose, [x.numel() * x.element_size()] * self.size)
-        everybody = self.enter("an all_gather", x.detach().clone())
+        everybody = self.enter(f"an all_gather of {purpose}", x.detach().clone())
         for rank, brought in enumerate(everybody):
             if brought.shape != x.shape:
                 said = f"rank {self.rank} of {self.size} brings {list(x.shape)} to an all_gather, and rank {rank}"
@@ -63,10 +63,10 @@ class PlayedCommunicator(Communicator):
         row_bytes = x.element_size() * math.prod(x.shape[1:])
         self.meter.record(purpose, [rows * row_bytes for rows in input_splits])
         pieces = x.detach().clone().split(input_splits)
-        came = [theirs[self.rank] for theirs in self.enter("an all_to_all", pieces)]
+        came = [theirs[self.rank] for theirs in self.enter(f"an all_to_all of {purpose}", pieces)]
         if (rows := [len(piece) for piece in came]) != list(output_splits):
             expects = f"rank {self.rank} of {self.size} expects {list(output_splits)} rows"
-            raise NotYet(f"{expects}, and {rows} come")
+            raise NotYet(f"{expects} of {purpose}, and {rows} come")
         return Pending(torch.cat(came), self.meter)
 
     def all_reduce(self, x: Tensor) -> Tensor:

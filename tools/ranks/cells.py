@@ -126,7 +126,10 @@ def problems(spec: dict[str, Any], folder: Path, code: int) -> list[str]:
     for rank in range(spec["nproc"]):
         said, exitcode = folder / f"rank{rank}.json", exitcodes.get(rank, None if code else 0)
         if said.exists():
-            failure = json.loads(said.read_text())
+            try:
+                failure = json.loads(said.read_text())
+            except ValueError:
+                failure = f": it could not write to {folder.parent}; where that disk is full, set TMPDIR"
             others += [f"rank {rank} ended the cell"] * (not failure)
         elif exitcode is not None:
             failure = f": {how_ended(exitcode)}"
@@ -237,7 +240,10 @@ def run_cell_on_ranks(
                     print(f"rank {rank}: {line}")
         if wrong := problems(spec, folder, code):
             raise RanksError(wrong)
-        found = [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in range(nproc)]
+        ranks = (
+            range(nproc) if collect else ()
+        )  # else one that has left by `exit()` has ended well, without a file
+        found = [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in ranks]
         return Collected(zip(collect, map(ByRank, zip(*found, strict=True)), strict=True))
 
 

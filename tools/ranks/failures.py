@@ -79,9 +79,9 @@ def last_lines(lines: Sequence[str], count: int = 8) -> list[str]:
 def read_report(path: Path) -> dict[str, Any]:
     """What agent.py knows of a run: {"nproc": "auto" where it is not known, "ranks": [[rank, exit code, None where it
     was not the first to end]], "error": of torchrun itself}."""
-    if not path.exists():
+    if not path.exists() or not (text := path.read_text()):  # nothing: a full disk
         return {"nproc": "auto", "ranks": [], "error": "it was killed"}
-    return json.loads(path.read_text())
+    return json.loads(text)
 
 
 def frames_of_traceback(lines: list[str]) -> list[tuple[str, str]]:
