@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "de5b28af8f9c3b755cb4ca2579761d053e1a3fc250c20118592ae786cb7206ab"
+SOURCES_SHA256 = "ab276e1ddf6e745ba68713df9de696b79fc87d762b0bfed4dd7843fe3e10682f"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2483,12 +2483,13 @@ def keep_freed_memory() -> None:
 
 
 # %% notebooks/06_grouped_experts.ipynb #triton-import
+from types import SimpleNamespace
+
 try:
     import triton
     import triton.language as tl
 except ImportError:  # no GPU, or a torch without it: every kernel below has a PyTorch twin
-    triton = tl = None
-constexpr = tl.constexpr if triton else int  # a kernel's argument that is fixed when it is compiled
+    triton, tl = None, SimpleNamespace(constexpr=int)
 kernel = triton.jit if triton else lambda function: function  # the decorator of every kernel
 
 
@@ -2519,7 +2520,7 @@ class RowOrder(NamedTuple):
 
 # %% notebooks/06_grouped_experts.ipynb #order-kernels
 @kernel
-def rank_kernel(topk_ids, row_of_choice, table, num_choices, num_experts, CHUNK: constexpr):
+def rank_kernel(topk_ids, row_of_choice, table, num_choices, num_experts, CHUNK: tl.constexpr):
     """Program b: each choice's rank among chunk b's choices of its expert; their number, in row b of table."""
     place = tl.arange(0, CHUNK)
     choice = tl.program_id(0).to(tl.int64) * CHUNK + place
@@ -2535,7 +2536,7 @@ def rank_kernel(topk_ids, row_of_choice, table, num_choices, num_experts, CHUNK:
 
 
 @kernel
-def scan_kernel(table, counts, num_chunks, num_experts, CHUNKS: constexpr, WIDTH: constexpr):
+def scan_kernel(table, counts, num_chunks, num_experts, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
     """Program e: in WIDTH columns of table, each entry becomes the sum of those above it; the sums of all -> counts."""
     expert = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     above = tl.zeros([WIDTH], dtype=tl.int32)
@@ -2555,7 +2556,7 @@ def scan_kernel(table, counts, num_chunks, num_experts, CHUNKS: constexpr, WIDTH
 @kernel
 def place_kernel(
     topk_ids, table, counts, row_of_choice, choice_of_row, num_choices, num_rows, num_experts,
-    CHUNK: constexpr, EXPERTS: constexpr,
+    CHUNK: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """Program b: chunk b's ranks become rows, and each row learns its choice."""
     choice = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
@@ -2610,7 +2611,7 @@ def order_rows(topk_ids: Tensor, num_experts: int, max_pairs: int | None = None)
 # %% notebooks/06_grouped_experts.ipynb #copy-rows-kernel
 @kernel
 def copy_to_rows_kernel(
-    x, row_of_choice, rows, num_columns, x_stride, rows_stride, TOP_K: constexpr, BLOCK: constexpr
+    x, row_of_choice, rows, num_columns, x_stride, rows_stride, TOP_K: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Program (t, block): reads a piece of token t once and writes it to each of its rows."""
     token = tl.program_id(0).to(tl.int64)
@@ -2624,8 +2625,9 @@ def copy_to_rows_kernel(
 # %% notebooks/06_grouped_experts.ipynb #sum-rows-kernel
 @kernel
 def sum_rows_kernel(
-    a, b, row_of_choice, y, num_columns, a_stride, HAS_B: constexpr, TOP_K: constexpr, BLOCK: constexpr
-):
+    a, b, row_of_choice, y, num_columns, a_stride, HAS_B: tl.constexpr, TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program (t, block): adds up a piece of token t's rows (of two tensors) in float32, and writes it once."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -2748,7 +2750,7 @@ class SwiGLU:
 
 # %% notebooks/06_grouped_experts.ipynb #swiglu-kernel
 @kernel
-def swiglu_kernel(gate, up, weights, num_rows, hidden, num_columns, ROWS: constexpr, BLOCK: constexpr):
+def swiglu_kernel(gate, up, weights, num_rows, hidden, num_columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Program (rows, block): hidden = silu(gate) * up * weight, in float32; nothing behind the last row sent."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -2766,8 +2768,9 @@ def swiglu_kernel(gate, up, weights, num_rows, hidden, num_columns, ROWS: conste
 # %% notebooks/06_grouped_experts.ipynb #swiglu-backward-kernel
 @kernel
 def swiglu_backward_kernel(
-    grad, gate, up, weights, num_rows, grad_weights, COLUMNS: constexpr, ROWS: constexpr, BLOCK: constexpr
-):
+    grad, gate, up, weights, num_rows, grad_weights, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program (rows): in place, gate and up become their gradients, and grad becomes hidden; a weight's
     gradient is the sum of grad * silu(gate) * up over its row."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -4318,7 +4321,7 @@ def reached(owner: Tensor, num_ranks: int) -> Tensor:
 
 # %% notebooks/10_less_traffic.ipynb #order-kernel
 @kernel
-def find_copies(topk_ids, token, rank, num_tokens, num_local, TOP_K: constexpr):
+def find_copies(topk_ids, token, rank, num_tokens, num_local, TOP_K: tl.constexpr):
     """token [BLOCK], rank [PLACES] -> int32 [BLOCK, PLACES]: 1 where the token has a choice on the rank."""
     found = (token[:, None] < 0) & (rank[None, :] < 0)
     for k in tl.static_range(TOP_K):
@@ -4331,7 +4334,7 @@ def find_copies(topk_ids, token, rank, num_tokens, num_local, TOP_K: constexpr):
 @kernel
 def order_copies_kernel(
     topk_ids, counts, row_of_pair, pair_of_row, place_of_choice, num_tokens, num_local, num_ranks,
-    TOP_K: constexpr, PER_ROW: constexpr, PLACES: constexpr, BLOCK: constexpr,
+    TOP_K: tl.constexpr, PER_ROW: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program, a counting sort of the pairs (token, rank): counts each rank's copies, then numbers them."""
     rank = tl.arange(0, PLACES)
@@ -4380,7 +4383,8 @@ def order_copies_at_once(topk_ids: Tensor, num_local_experts: int, num_ranks: in
 def pack_copies_kernel(
     x, topk_ids, topk_weights, row_of_pair, place_of_choice, packed, riders, num_columns, num_local,
     x_stride, packed_stride, riders_stride,
-    TOP_K: constexpr, NUM_PAIRS: constexpr, PER_ROW: constexpr, PAIRS: constexpr, PLACES: constexpr, BLOCK: constexpr,
+    TOP_K: tl.constexpr, NUM_PAIRS: tl.constexpr, PER_ROW: tl.constexpr, PAIRS: tl.constexpr, PLACES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (t, block): reads a piece of token t once and writes it to each of its copies. The first one of a token
     also writes each copy's PER_ROW weights, then as many ids."""
@@ -4775,7 +4779,7 @@ def memory_of(comm: Communicator, num_bytes: int, x: Tensor, purpose: str = "") 
 
 # %% notebooks/11_peer_memory.ipynb #signal-kernel
 @kernel
-def signal_peers(table, state, epoch, RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr):
+def signal_peers(table, state, epoch, RANK: tl.constexpr, NUM_RANKS: tl.constexpr, PLACES: tl.constexpr):
     """The last thing that each program of a writing kernel does. The last of all sets this rank's flag everywhere.
 
     A program counts itself after its stores (release), and the last one has seen all counts (acquire): whoever sees
@@ -4793,7 +4797,9 @@ def signal_peers(table, state, epoch, RANK: constexpr, NUM_RANKS: constexpr, PLA
 
 
 @kernel
-def await_peers(table, epoch, missing, looks, RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr):
+def await_peers(
+    table, epoch, missing, looks, RANK: tl.constexpr, NUM_RANKS: tl.constexpr, PLACES: tl.constexpr
+):
     """The first thing that each program of a reading kernel does: looks at its flags until all have written, and
     after `looks` looks notes who has not, and goes on."""
     rank = tl.arange(0, PLACES)
@@ -4817,7 +4823,7 @@ def slot_of(table, rank, epoch, slot_bytes):
 @kernel
 def push_riders(
     weight, expert, owner, place, table, epoch, weights, ids, num_local, slot_bytes, rider_start,
-    RANK: constexpr, NUM_RANKS: constexpr, TOP_K: constexpr, WIDTH: constexpr,
+    RANK: tl.constexpr, NUM_RANKS: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A token's weights and experts [WIDTH], whose owners are known, to its place in every rank's riders."""
     k = tl.arange(0, WIDTH)
@@ -4838,8 +4844,8 @@ def push_riders(
 def push_tokens_kernel(
     x, topk_ids, topk_weights, table, state, rows, weights, ids, sent, num_tokens, num_slots, num_columns, num_local,
     x_stride, slot_bytes, rider_start, row_bytes,
-    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, TOP_K: constexpr, WIDTH: constexpr,
-    HAS_RIDERS: constexpr, BLOCK: constexpr,
+    RANK: tl.constexpr, NUM_RANKS: tl.constexpr, PLACES: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_RIDERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program i takes tokens i, i + programs, ..; S of them, of which the last may be empty."""
     epoch, k, rank = tl.load(state), tl.arange(0, WIDTH), tl.arange(0, PLACES)
@@ -4879,7 +4885,7 @@ def push_tokens_kernel(
 
 # %% notebooks/11_peer_memory.ipynb #take-rows-kernel
 @kernel
-def other_row(i, num_slots, RANK: constexpr, NUM_RANKS: constexpr):
+def other_row(i, num_slots, RANK: tl.constexpr, NUM_RANKS: tl.constexpr):
     """The i-th row of the other ranks' tokens, the next rank's first: so no two ranks write to one rank at a time."""
     row = (RANK + 1) % NUM_RANKS * num_slots + i
     return tl.where(row >= NUM_RANKS * num_slots, row - NUM_RANKS * num_slots, row)
@@ -4888,8 +4894,8 @@ def other_row(i, num_slots, RANK: constexpr, NUM_RANKS: constexpr):
 @kernel
 def take_rows_kernel(
     table, state, missing, looks, rows, weights, ids, num_slots, num_columns, slot_bytes, rider_start,
-    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, TOP_K: constexpr, WIDTH: constexpr,
-    HAS_RIDERS: constexpr, BLOCK: constexpr,
+    RANK: tl.constexpr, NUM_RANKS: tl.constexpr, PLACES: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_RIDERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program i takes the others' rows i, i + programs, ..: copies those with an expert here, zeros elsewhere."""
     epoch, k = tl.load(state), tl.arange(0, WIDTH)
@@ -5022,8 +5028,8 @@ def to_experts_twin(
 @kernel
 def push_home_kernel(
     y, grads, ids, table, state, sent, num_slots, num_columns, y_stride, slot_bytes, rider_start, row_bytes,
-    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, TOP_K: constexpr, WIDTH: constexpr,
-    HAS_ROWS: constexpr, HAS_RIDERS: constexpr, BLOCK: constexpr,
+    RANK: tl.constexpr, NUM_RANKS: tl.constexpr, PLACES: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_RIDERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program i takes the others' rows i, i + programs, ..: one that has an expert here goes to its token's rank."""
     epoch, k = tl.load(state), tl.arange(0, WIDTH)
@@ -5057,8 +5063,8 @@ def push_home_kernel(
 def sum_home_kernel(
     y, grads, topk_ids, table, state, missing, looks, out, out_grads, num_tokens, num_slots, num_columns, num_local,
     y_stride, slot_bytes, rider_start,
-    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, TOP_K: constexpr, WIDTH: constexpr,
-    HAS_ROWS: constexpr, HAS_RIDERS: constexpr, BLOCK: constexpr,
+    RANK: tl.constexpr, NUM_RANKS: tl.constexpr, PLACES: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_RIDERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program i takes tokens i, i + programs, ..: adds up what came home for them; looks up weights' gradients."""
     epoch, k = tl.load(state), tl.arange(0, WIDTH)
@@ -5381,7 +5387,7 @@ class Replays:
 @kernel
 def sum_small_kernel(
     x, table, state, missing, looks, num, slot_bytes,
-    RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr, BLOCK: constexpr,
+    RANK: tl.constexpr, NUM_RANKS: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: x [num] into every other rank's memory; the sum over the ranks, in their order, takes its place."""
     epoch, i = tl.load(state), tl.arange(0, BLOCK)
@@ -5599,7 +5605,9 @@ class TwoBatches(InOrder):
 
 # %% notebooks/12_overlap.ipynb #meet-ranks
 @kernel
-def meet_kernel(table, state, missing, looks, RANK: constexpr, NUM_RANKS: constexpr, PLACES: constexpr):
+def meet_kernel(
+    table, state, missing, looks, RANK: tl.constexpr, NUM_RANKS: tl.constexpr, PLACES: tl.constexpr
+):
     """One program: raises this rank's flag in every memory, and waits for all others'."""
     epoch = tl.load(state)
     signal_peers(table, state, epoch, RANK, NUM_RANKS, PLACES)
@@ -5870,7 +5878,9 @@ def put_on_lists(ids, choice, is_sent, counts, active, choices, num_experts, roo
 
 
 @kernel
-def list_choices_kernel(topk_ids, counts, active, choices, num_choices, num_experts, room, BLOCK: constexpr):
+def list_choices_kernel(
+    topk_ids, counts, active, choices, num_choices, num_experts, room, BLOCK: tl.constexpr
+):
     """Program b: puts BLOCK choices of local experts on the lists; -1 on none."""
     choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(topk_ids + choice, mask=choice < num_choices, other=-1).to(tl.int32)
@@ -5879,7 +5889,7 @@ def list_choices_kernel(topk_ids, counts, active, choices, num_choices, num_expe
 
 # %% notebooks/13_inference.ipynb #starts-early
 @kernel
-def wait_for_earlier(EARLY: constexpr):
+def wait_for_earlier(EARLY: tl.constexpr):
     """The first thing that a kernel of the decode path does. Nothing is read or written before it."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -5906,8 +5916,9 @@ def comes_last(counter, num_parts):
 
 @kernel
 def logits_piece(
-    x, gate, token, expert, is_token, part, D: constexpr, E: constexpr, SPLIT: constexpr, BLOCK: constexpr
-):
+    x, gate, token, expert, is_token, part, D: tl.constexpr, E: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Part `part` of SPLIT of a tile's logits: every SPLIT-th block of columns -> float32 [tokens, experts]."""
     total = tl.zeros([token.shape[0], expert.shape[0]], dtype=tl.float32)
     for n in range(D // (SPLIT * BLOCK)):
@@ -5925,7 +5936,7 @@ def logits_piece(
 
 # %% notebooks/13_inference.ipynb #best-experts
 @kernel
-def take_best(keys, expert, E: constexpr):
+def take_best(keys, expert, E: tl.constexpr):
     """keys float32 [tokens, experts] -> each token's largest key (of equal ones the first), whose it is, where it
     stands, and the keys without it."""
     bits = keys.to(tl.int32, bitcast=True)
@@ -5938,8 +5949,8 @@ def take_best(keys, expert, E: constexpr):
 
 @kernel
 def best_experts(
-    logits, choice_bias, expert, E: constexpr, K: constexpr, WIDTH: constexpr, SIGMOID: constexpr,
-    HAS_BIAS: constexpr,
+    logits, choice_bias, expert, E: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, SIGMOID: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """logits float32 [tokens, experts] -> ids int32 and scores float32, [tokens, WIDTH], of which K count."""
     if SIGMOID:
@@ -5966,9 +5977,9 @@ def best_experts(
 @kernel
 def choose_kernel(
     x, gate, bias, choice_bias, num_tokens, pieces, arrived, topk_ids, topk_weights, counts, active, choices,
-    room, scale, D: constexpr, E: constexpr, EXPERTS: constexpr, K: constexpr, WIDTH: constexpr,
-    SPLIT: constexpr, TOKENS: constexpr, BLOCK: constexpr, SIGMOID: constexpr, HAS_BIAS: constexpr,
-    NORMALIZE: constexpr, LISTS: constexpr, EARLY: constexpr,
+    room, scale, D: tl.constexpr, E: tl.constexpr, EXPERTS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, SIGMOID: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NORMALIZE: tl.constexpr, LISTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (tokens, part): a part of the logits; who comes last adds up all parts, in their order, and chooses."""
     wait_for_earlier(EARLY)
@@ -5999,7 +6010,7 @@ def choose_kernel(
 
 # %% notebooks/13_inference.ipynb #halves
 @kernel
-def sum_halves(halves, at, size, is_row, PARTS: constexpr):
+def sum_halves(halves, at, size, is_row, PARTS: tl.constexpr):
     """The sums over all parts of both halves, float32 tiles, in the order of the parts."""
     gate = tl.load(halves + at, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
     up = tl.load(halves + size + at, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
@@ -6010,7 +6021,7 @@ def sum_halves(halves, at, size, is_row, PARTS: constexpr):
 
 
 @kernel
-def store_hidden(hidden, gate, up, topk_weights, choice, column, is_row, F: constexpr):
+def store_hidden(hidden, gate, up, topk_weights, choice, column, is_row, F: tl.constexpr):
     """silu(gate) * up * weight, for the choices of a tile, in hidden [R * J, F]."""
     w = tl.load(topk_weights + choice, mask=is_row, other=0.0).to(tl.float32)
     value = (gate * tl.sigmoid(gate) * up * w[:, None]).to(hidden.dtype.element_ty)
@@ -6021,8 +6032,8 @@ def store_hidden(hidden, gate, up, topk_weights, choice, column, is_row, F: cons
 @kernel
 def hidden_kernel(
     x, x_stride, w1, w3, topk_weights, counts, active, choices, hidden, halves, arrived, num_experts, room,
-    D: constexpr, F: constexpr, J: constexpr, ROWS: constexpr, BLOCK_F: constexpr, BLOCK_D: constexpr,
-    SPLIT: constexpr, EARLY: constexpr,
+    D: tl.constexpr, F: tl.constexpr, J: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (active expert, columns, part): both halves of SwiGLU in one pass over x, for the expert's rows.
 
@@ -6065,8 +6076,8 @@ def hidden_kernel(
 @kernel
 def rows_kernel(
     hidden, w2, counts, active, choices, rows, num_experts, room,
-    D: constexpr, F: constexpr, J: constexpr, ROWS: constexpr, BLOCK_D: constexpr, BLOCK_F: constexpr,
-    EARLY: constexpr,
+    D: tl.constexpr, F: tl.constexpr, J: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (active expert, columns): hidden w2 for the expert's rows, a row a choice [R * J, D]."""
     wait_for_earlier(EARLY)
@@ -6096,8 +6107,8 @@ def rows_kernel(
 # %% notebooks/13_inference.ipynb #sum-choices-kernel
 @kernel
 def sum_choices_kernel(
-    rows, topk_ids, y, counts, num_experts, D: constexpr, J: constexpr, BLOCK: constexpr, LISTED: constexpr,
-    EARLY: constexpr,
+    rows, topk_ids, y, counts, num_experts, D: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr, LISTED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (row, block): the sum over a row's choices, in their order. And nobody is on a list then."""
     wait_for_earlier(EARLY)
@@ -6987,7 +6998,7 @@ def with_copies(layer: EPMoE, placement: Tensor) -> tuple[Experts, Tensor]:
 # %% notebooks/14_kernels.ipynb #choice-kernel
 @kernel
 def topk_kernel(
-    keys, topk_ids, num_tokens, E: constexpr, EXPERTS: constexpr, K: constexpr, TOKENS: constexpr
+    keys, topk_ids, num_tokens, E: tl.constexpr, EXPERTS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr
 ):
     """Program b: for TOKENS tokens K times the best key that is left -> topk_ids, in descending order."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -7028,7 +7039,7 @@ class OneLaunch(TopK):
 
 # %% notebooks/14_kernels.ipynb #fused-tiles
 @kernel
-def own_tile(program, counts, num_experts, EXPERTS: constexpr, ROWS: constexpr):
+def own_tile(program, counts, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
     """A tile is ROWS rows of one expert -> tile number `program`: its expert, its first row, and where the expert's
     rows end. Behind the last tile both rows are 0."""
     expert = tl.arange(0, EXPERTS)
@@ -7042,7 +7053,7 @@ def own_tile(program, counts, num_experts, EXPERTS: constexpr, ROWS: constexpr):
 
 
 @kernel
-def in_groups(program, num_tiles, num_blocks, GROUP: constexpr):
+def in_groups(program, num_tiles, num_blocks, GROUP: tl.constexpr):
     """Program -> (tile, block): GROUP tiles take a block of columns before anybody takes the next."""
     first = program // (GROUP * num_blocks) * GROUP
     height, within = tl.minimum(num_tiles - first, GROUP), program % (GROUP * num_blocks)
@@ -7051,7 +7062,7 @@ def in_groups(program, num_tiles, num_blocks, GROUP: constexpr):
 
 # %% notebooks/14_kernels.ipynb #fused-table-kernel
 @kernel
-def tile_table_kernel(counts, table, num_experts, EXPERTS: constexpr, ROWS: constexpr):
+def tile_table_kernel(counts, table, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
     """Program t: table[t] = the expert of tile t, its first row, and where the expert's rows end; three int32."""
     expert, row, end = own_tile(tl.program_id(0), counts, num_experts, EXPERTS, ROWS)
     place = table + tl.program_id(0) * 3
@@ -7063,8 +7074,8 @@ def tile_table_kernel(counts, table, num_experts, EXPERTS: constexpr, ROWS: cons
 # %% notebooks/14_kernels.ipynb #fused-rows-product
 @kernel
 def rows_product_kernel(
-    rows, weights, table, counts, out, num_experts, num_blocks, num_in, num_out, IS_TURNED: constexpr,
-    EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr, DEEP: constexpr, GROUP: constexpr,
+    rows, weights, table, counts, out, num_experts, num_blocks, num_in, num_out, IS_TURNED: tl.constexpr,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out [R, o] = rows [R, i] times their expert's weights, stored [i, o], or [o, i] where IS_TURNED; persistent."""
     expert = tl.arange(0, EXPERTS)
@@ -7093,8 +7104,9 @@ def rows_product_kernel(
 # %% notebooks/14_kernels.ipynb #fused-gate-up
 @kernel
 def gate_up_kernel(
-    x, token, w1, w3, weights, counts, gate, up, hidden, num_tiles, num_experts, D: constexpr, F: constexpr,
-    EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr, DEEP: constexpr, GROUP: constexpr, IN_PAIRS: constexpr,
+    x, token, w1, w3, weights, counts, gate, up, hidden, num_tiles, num_experts, D: tl.constexpr, F: tl.constexpr,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEEP: tl.constexpr, GROUP: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """A tile of gate = x[token] w1 and up = x[token] w3, one load of x for both; hidden = silu(gate) * up * weight.
 
@@ -7130,8 +7142,8 @@ def gate_up_kernel(
 # %% notebooks/14_kernels.ipynb #fused-x-gradient
 @kernel
 def x_gradient_kernel(
-    gate, up, w1, w3, counts, out, num_tiles, num_experts, D: constexpr, F: constexpr,
-    EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr, DEEP: constexpr, GROUP: constexpr,
+    gate, up, w1, w3, counts, out, num_tiles, num_experts, D: tl.constexpr, F: tl.constexpr,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A tile of out = gate w1^T + up w3^T, both added up in the same registers."""
     tile, block = in_groups(tl.program_id(0), num_tiles, (D + COLUMNS - 1) // COLUMNS, GROUP)
@@ -7278,7 +7290,7 @@ FLOAT8 = torch.float8_e4m3fn
 
 
 @kernel
-def scale_rows_kernel(x, values, scales, num_columns, x_stride, BLOCK: constexpr):
+def scale_rows_kernel(x, values, scales, num_columns, x_stride, BLOCK: tl.constexpr):
     """Program r: row r of x, divided by its scale, so that its largest number is 448."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     piece = tl.load(x + row * x_stride + column, mask=column < num_columns, other=0.0).to(tl.float32)
@@ -7289,7 +7301,7 @@ def scale_rows_kernel(x, values, scales, num_columns, x_stride, BLOCK: constexpr
 
 
 @kernel
-def scale_columns_kernel(w, values, scales, depth, num_columns, DEEP: constexpr, WIDE: constexpr):
+def scale_columns_kernel(w, values, scales, depth, num_columns, DEEP: tl.constexpr, WIDE: tl.constexpr):
     """Program (e, b): WIDE columns of expert e's w [depth, columns], each divided by its scale and stored as a row."""
     e, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     is_column, first = column < num_columns, e * depth * num_columns

@@ -32,7 +32,7 @@ TILES = {  # rows, columns, depth, tiles in a group; the launcher's first
 
 
 @ep.kernel
-def swiglu_gradient(d, w, gate, up, hidden, row, end, column, F: ep.constexpr):
+def swiglu_gradient(d, w, gate, up, hidden, row, end, column, F: tl.constexpr):
     """The tile of gate, up and hidden that belongs to d [rows, columns] -> each row's sum of d * silu(gate) * up."""
     at = row.to(tl.int64)[:, None] * F + column[None, :]
     is_own = (row < end)[:, None] & (column < F)[None, :]
@@ -49,8 +49,8 @@ def swiglu_gradient(d, w, gate, up, hidden, row, end, column, F: ep.constexpr):
 @ep.kernel
 def hidden_gradient_kernel(
     grad, token, w2, weights, counts, gate, up, hidden, row_sums, num_tiles, num_experts, num_rows,
-    D: ep.constexpr, F: ep.constexpr,
-    EXPERTS: ep.constexpr, ROWS: ep.constexpr, COLUMNS: ep.constexpr, DEEP: ep.constexpr, GROUP: ep.constexpr,
+    D: tl.constexpr, F: tl.constexpr,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A tile of d = grad[token] w2^T stays on the chip: gate and up become their gradients in place, hidden is made
     again, and a row's sum of d * silu(gate) * up goes to row_sums[block, row]."""
@@ -74,8 +74,8 @@ def hidden_gradient_kernel(
 
 @ep.kernel
 def weight_gradient_kernel(
-    first, second, token, counts, out, num_experts, M: ep.constexpr, N: ep.constexpr, GATHERS_SECOND: ep.constexpr,
-    EXPERTS: ep.constexpr, DEEP: ep.constexpr, ROWS: ep.constexpr, COLUMNS: ep.constexpr, GROUP: ep.constexpr,
+    first, second, token, counts, out, num_experts, M: tl.constexpr, N: tl.constexpr, GATHERS_SECOND: tl.constexpr,
+    EXPERTS: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A tile of expert e's out[e] = first^T second over its rows; one of the two is read through `token`."""
     height, width = (M + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS

@@ -29,6 +29,32 @@ def test_nothing_asks_the_host(experts, dtype, activation):
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("experts", "dtype", "activation", "limit"),
+    [
+        ("bmm", "float32", "gelu", 1e-5),
+        ("blocks", "float32", "swiglu", 1e-5),
+        ("grouped", "bfloat16", "swiglu", 2e-2),
+    ],
+)
+def test_a_compiled_model_is_the_model(experts, dtype, activation, limit):
+    """The compiler writes the kernels down anew, and has to find whatever their source names."""
+    torch._dynamo.reset()
+    config = ep.MoEConfig(**SMALL, experts=experts, dtype=dtype, activation=activation)
+    layer, x = (
+        ep.EPMoE(config, seed=0, device="cuda"),
+        torch.randn(64, 64, device="cuda", dtype=ep.DTYPES[dtype]),
+    )
+    found = []
+    for model in (layer, torch.compile(layer)):
+        layer.zero_grad()
+        y = model(x)
+        (y.float().square().sum() + ep.aux_loss(layer)).backward()
+        found.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
+    for plain, compiled in zip(*found, strict=True):
+        assert (plain.float() - compiled.float()).norm() <= limit * plain.float().norm()
+
+
 def make_run(config: ep.MoEConfig, steps: int, folder) -> ep.Run:
     """A run on one GPU, by hand."""
     mesh = ep.init_ep()
