@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "ab276e1ddf6e745ba68713df9de696b79fc87d762b0bfed4dd7843fe3e10682f"
+SOURCES_SHA256 = "700132b2069c44ab458ef32bbc5350521813611288cf3d2e9eff7d8cae57aa78"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -1063,6 +1063,8 @@ def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
     RuntimeError where shares pile up, each with its graph: they were forgotten. Others are added up. RuntimeError under
     a checkpoint whose first forward had no gradient: the aux loss could not have one.
     """
+    if not torch.is_grad_enabled():
+        return
     if torch.compiler.is_compiling():  # what is asked next must be asked in every call, and not once for all
         return torch.compiler.disable(keep_share)(layer, aux, routing)
     # torch's own checkpoint asks the same way; there is no public one.
@@ -1072,8 +1074,6 @@ def keep_share(layer: Any, aux: Tensor, routing: Routing) -> None:
             raise RuntimeError(
                 "a reentrant checkpoint around EPMoE; take checkpoint(..., use_reentrant=False)"
             )
-        return
-    if not torch.is_grad_enabled():
         return
     shares = layer.aux_shares
     if len(shares) >= MAX_AUX_SHARES:
@@ -1268,8 +1268,11 @@ def owners(model: nn.Module, mesh: Mesh) -> dict[int, Experts]:
     was made with other groups of ranks than this mesh has."""
     owner = {}
     for module in model.modules():
-        if (name := type(module).__name__) in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            raise RuntimeError(f"the model is in {name}, which takes experts for copies; take it out")
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        for name in kinds & {"DistributedDataParallel", "FullyShardedDataParallel"}:
+            raise RuntimeError(
+                f"{name} is around the model or a part, and takes experts for copies; take it out"
+            )
         if isinstance(module, EPMoE):
             if (module.mesh.ep.ranks, module.mesh.batch.ranks) != (mesh.ep.ranks, mesh.batch.ranks):
                 raise ValueError(
@@ -1515,7 +1518,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
     local, grads = owners(model, mesh), [p.grad for p in model.parameters() if p.grad is not None]
     if mesh.batch.size > 1 and grads and not any(getattr(grad, "is_summed", False) for grad in grads):
         raise RuntimeError(
-            "gradients are not summed over the ranks yet; call sync_gradients(model, mesh) first"
+            "gradients are not summed over the ranks yet; call sync_gradients(model, mesh) first, and change what it "
+            "has summed in place (p.grad.mul_), so that it is known again"
         )
     squares = {True: [], False: []}
     for p in model.parameters():
@@ -1999,7 +2003,7 @@ def load_plugin(argv: list[str] | None) -> None:
     try:
         exec(compile(source, str(path), "exec", dont_inherit=True), vars(plugin))
     except SyntaxError as error:
-        raise ValueError(f"the plugin is no Python: {error}") from None
+        raise ValueError(f"the plugin, or what it imports, is no Python: {error}") from None
     except ValueError as error:  # mostly a refusal by what it registers with
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         raise ValueError(f"{error} ({path}, line {lines[-1] if lines else 1})") from None
@@ -3675,9 +3679,9 @@ class CapacityOptions(Options):
             self.overflow != "drop"
         ):  # a moved choice has its expert's score, scaled as the router scaled the token's
             old, new = (routing.probs.gather(1, ids.clamp(min=0)) for ids in (routing.topk_ids, topk_ids))
-            # With a bias a token may choose scores that are all 0.
-            total = old.sum(1, keepdim=True).clamp(min=torch.finfo(old.dtype).tiny)
-            moved = new * (weights.sum(1, keepdim=True) / total)
+            total = old.sum(1, keepdim=True)
+            is_0 = total < torch.finfo(old.dtype).tiny  # with a bias a token may choose scores that are all 0
+            moved = new * torch.where(is_0, 1.0, weights.sum(1, keepdim=True) / total.masked_fill(is_0, 1.0))
             weights = torch.where(topk_ids == routing.topk_ids, weights, moved)
         return replace(routing, topk_ids=topk_ids, topk_weights=weights.masked_fill(topk_ids < 0, 0.0))
 
@@ -7738,7 +7742,8 @@ def finished(folder: Path) -> list[Path]:
 
 
 def publish(aside: Path, body: dict[str, Any], keep: int) -> None:
-    """Makes what was written aside the newest checkpoint: manifest, name, pointer; then, of all others, the oldest go.
+    """Makes what was written aside the newest checkpoint: manifest, name, pointer; then the oldest go, and before
+    them those of later steps, which another branch of the run has left.
 
     OSError where that fails. Killed anywhere in here, the folder still holds a whole one, this or the one before.
     """
@@ -7749,8 +7754,8 @@ def publish(aside: Path, body: dict[str, Any], keep: int) -> None:
     remove(final)  # left by a run that came by here and was killed
     aside.rename(final)
     write_durably(final.parent / "latest", final.name + "\n")
-    others = [path for path in finished(final.parent) if path != final]
-    for old in others[keep - 1 :]:
+    others = [path for path in finished(final.parent) if path != final]  # the newest first
+    for old in sorted(others, key=lambda path: path.name > final.name)[keep - 1 :]:
         remove(old)
 
 

@@ -176,6 +176,8 @@ def launch(
             output = RankOutput(scratch / "ranks", quiet, lambda: shown_command(typed, report))
             at_end.callback(output.bar.close)
             program = [script, "--summary", summary, *arguments]  # the last --summary counts
+            given = summary if asked.summary is None else Path(asked.summary).expanduser()
+            before = given.stat().st_mtime_ns if given.is_file() else None  # of an earlier run
             words = [report, *of_torchrun, "--redirects=3", f"--log-dir={output.folder}", *program]
             with open(output.folder / "torchrun.log", "wb") as log:
                 environment = {"TB_LOGDIR": log_dir, "EP_STEPS": steps}
@@ -195,9 +197,9 @@ def launch(
         logs = output.keep(log_dir)
         if lines:
             raise LaunchError(*lines[:14], f"whole output: {logs}", rank=rank)
-        given = Path(asked.summary or summary).expanduser()
-        found = json.loads(given.read_text("utf-8")) if given.exists() else {}
-        if not found and nnodes == 1 and not {"-h", "--help"} & set(arguments):
+        is_new = given.is_file() and given.stat().st_mtime_ns != before
+        found = json.loads(given.read_text("utf-8")) if is_new else {}
+        if not found and nnodes == 1 and asked.summary != "" and not {"-h", "--help"} & set(arguments):
             said = "the ranks ended with exit code 0 before the end of the run: something calls exit"
             raise LaunchError(said, f"whole output: {logs}")
         if found and given == summary:

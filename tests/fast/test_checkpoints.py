@@ -138,7 +138,7 @@ def test_the_pointer_is_believed(whole, tmp_path):
     assert any("resumed at step 5 " in line for line in run(folder, "--resume")[1])
 
 
-@pytest.mark.parametrize("keep, stays", [(1, [18]), (3, [15, 18, 20])])
+@pytest.mark.parametrize("keep, stays", [(1, [18]), (2, [15, 18]), (4, [10, 15, 18, 20])])
 def test_newer_ones_of_another_branch_do_not_push_out_what_was_just_saved(whole, tmp_path, keep, stays):
     folder = copy_of(whole[1], tmp_path, 10, 15, 20)
     turn_a_bit(folder / "step-00000020")

@@ -322,6 +322,9 @@ def test_ranks_that_leave_early_have_not_trained(tmp_path, leave):
     (plugin := tmp_path / "mine.py").write_text(leave)
     with pytest.raises(LaunchError, match=r"exit code 0 before the end of the run"):
         launch(2, plugin=plugin, log_dir=tmp_path / "run", quiet=True, **SMALL)
+    (old := tmp_path / "old.json").write_text('{"steps": 1}')
+    with pytest.raises(LaunchError, match=r"exit code 0 before the end of the run"):
+        launch(2, plugin=plugin, log_dir=tmp_path / "run", summary=old, quiet=True, **SMALL)
 
 
 # A rank that keeps Python's lock for ever, as native code may; it sleeps in C, through a library that does not let go.

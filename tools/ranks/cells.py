@@ -242,7 +242,7 @@ def run_cell_on_ranks(
             raise RanksError(wrong)
         ranks = (
             range(nproc) if collect else ()
-        )  # else one that has left by `exit()` has ended well, without a file
+        )  # without it, who left by `exit()` has ended well, and no file
         found = [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in ranks]
         return Collected(zip(collect, map(ByRank, zip(*found, strict=True)), strict=True))
 
