@@ -33,7 +33,7 @@ T tokens, D hidden, F feed-forward, E experts, L local experts, K top-k, R recei
 #   notebooks/16_language_model.ipynb
 # from the cells tagged theory, all_to_all, experts, training, performance, routing.
 # A hash over the notebook, id, tag and source of every cell:
-SOURCES_SHA256 = "700132b2069c44ab458ef32bbc5350521813611288cf3d2e9eff7d8cae57aa78"
+SOURCES_SHA256 = "828c24ddb3167e4b31726b2e14a84d74fe34321e3820a46291059ece7f66e74d"
 
 if __name__ == "__main__":  # while modules are read, and ranks are looked for
     import os
@@ -2981,7 +2981,7 @@ class ExpertsOnTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+        if torch.is_grad_enabled():  # create_graph
             raise RuntimeError("these experts have no second derivative; take experts bmm or loop")
         if ctx.used:
             raise RuntimeError(
@@ -3037,7 +3037,12 @@ class FusedExperts(Experts):
     products: Any = None
 
     def forward(self, arrived: Arrived) -> Tensor:
-        """See Experts. A second backward is refused, as the first one writes over what was kept; so is create_graph."""
+        """See Experts. A second backward is refused, as the first one writes over what was kept; so is create_graph.
+
+        torch.compile leaves it alone: what writes over what it kept is not for a compiler to reorder.
+        """
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(type(self).forward)(self, arrived)
         w1, b1, w2, b2, w3, b3 = self.in_dtype(arrived.x.dtype)
         order = order_rows(arrived.topk_ids, self.num_local, arrived.max_pairs)
         dtype = DTYPES[self.config.dtype]  # this kind was taken for; wider tokens need products that take any
@@ -7205,10 +7210,8 @@ class FusedProducts(GroupedProducts):
     in_pairs = False
 
     def fits(self, rows: Tensor, *sizes: int) -> bool:
-        """Whether the kernels run here: a tile of depth 64 must not reach into the next expert. A compiled model takes
-        grouped's products: nobody has tried torch.compile on descriptors."""
-        can_run = uses_kernels(rows) and len(rows) > 0 and not torch.compiler.is_compiling()
-        return can_run and all(n % 64 == 0 for n in sizes)
+        """Whether the kernels run here: a tile of depth 64 must not reach into the next expert."""
+        return uses_kernels(rows) and len(rows) > 0 and all(n % 64 == 0 for n in sizes)
 
     def started(self, way: str, num_columns: int) -> tuple[int, int, int, int]:
         """-> (programs of one tile each, tiles of rows at the most, L, L as a power of two)."""
