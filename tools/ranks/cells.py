@@ -240,9 +240,8 @@ def run_cell_on_ranks(
                     print(f"rank {rank}: {line}")
         if wrong := problems(spec, folder, code):
             raise RanksError(wrong)
-        ranks = (
-            range(nproc) if collect else ()
-        )  # without it, who left by `exit()` has ended well, and no file
+        # Where nothing is collected, a rank that left by `exit()` has ended well, and written nothing.
+        ranks = range(nproc) if collect else ()
         found = [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in ranks]
         return Collected(zip(collect, map(ByRank, zip(*found, strict=True)), strict=True))
 
